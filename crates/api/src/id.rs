@@ -1,0 +1,229 @@
+//! Identifiers. Each kind is its own type, so that two of them cannot be swapped.
+//!
+//! An id is 1 to 64 characters of `[a-z0-9]`, safe as a file name, a DNS label and a URL segment:
+//! official clients build host names from it. Parsing is the only way in from outside.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+/// Why a text is not an id.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("not a {kind} id: {reason}")]
+pub struct ParseIdError {
+    kind: &'static str,
+    reason: &'static str,
+}
+
+const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
+
+fn random(length: usize) -> String {
+    let mut bytes = [0_u8; 64];
+    let bytes = &mut bytes[..length.min(64)];
+    // The kernel's generator is up long before any of our code runs; a failure here means a broken host.
+    getrandom::fill(bytes).expect("the kernel gives random bytes");
+    bytes.iter().map(|byte| char::from(ALPHABET[usize::from(byte & 31)])).collect()
+}
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident, $kind:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            /// A new id of 100 random bits from the kernel.
+            pub fn random() -> Self {
+                Self(random(20))
+            }
+
+            /// The id as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = ParseIdError;
+
+            fn from_str(text: &str) -> Result<Self, ParseIdError> {
+                let reason = if text.is_empty() {
+                    "it is empty"
+                } else if text.len() > 64 {
+                    "it is longer than 64 characters"
+                } else if !text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit()) {
+                    "only a-z and 0-9 are allowed"
+                } else {
+                    return Ok(Self(text.to_owned()));
+                };
+                Err(ParseIdError { kind: $kind, reason })
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = ParseIdError;
+
+            fn try_from(text: String) -> Result<Self, ParseIdError> {
+                text.parse()
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(id: $name) -> Self {
+                id.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+id!(
+    /// A sandbox: what a user creates, lists and kills.
+    SandboxId,
+    "sandbox"
+);
+id!(
+    /// One virtual machine on a node; a sandbox has one while it runs.
+    VmId,
+    "VM"
+);
+id!(
+    /// A published snapshot: memory, device state and disk of one instant.
+    SnapshotId,
+    "snapshot"
+);
+
+/// The name of a template: 1 to 64 characters of `[a-z0-9._-]`, beginning with a letter or a digit.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct TemplateName(String);
+
+impl TemplateName {
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for TemplateName {
+    type Err = ParseIdError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIdError> {
+        let fail = |reason| Err(ParseIdError { kind: "template", reason });
+        match text.bytes().next() {
+            None => fail("it is empty"),
+            Some(first) if !(first.is_ascii_lowercase() || first.is_ascii_digit()) => {
+                fail("it has to begin with a-z or 0-9")
+            }
+            Some(_) if text.len() > 64 => fail("it is longer than 64 characters"),
+            Some(_)
+                if !text.bytes().all(|byte| {
+                    byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte)
+                }) =>
+            {
+                fail("only a-z, 0-9, '.', '_' and '-' are allowed")
+            }
+            Some(_) => Ok(Self(text.to_owned())),
+        }
+    }
+}
+
+impl TryFrom<String> for TemplateName {
+    type Error = ParseIdError;
+
+    fn try_from(text: String) -> Result<Self, ParseIdError> {
+        text.parse()
+    }
+}
+
+impl From<TemplateName> for String {
+    fn from(name: TemplateName) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for TemplateName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A secret token, shown to its owner once; `Debug` never prints it.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Token(String);
+
+impl Token {
+    /// 160 random bits.
+    pub fn random() -> Self {
+        Self(random(32))
+    }
+
+    /// A token received from a peer or read from the node's own files.
+    pub fn from_secret(secret: String) -> Self {
+        Self(secret)
+    }
+
+    /// The secret itself, for a header or a comparison.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+
+    /// Compares without telling by its duration where the texts differ.
+    pub fn matches(&self, other: &str) -> bool {
+        same_secret(self.0.as_bytes(), other.as_bytes())
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(..)")
+    }
+}
+
+/// Compares two secrets in a time that depends on their lengths only.
+pub fn same_secret(a: &[u8], b: &[u8]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).fold(0, |different, (x, y)| different | (x ^ y)) == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_refuse_what_could_leave_a_directory() {
+        for bad in ["", "../etc", "a/b", "A", "a-b", "a b", "ä", &"a".repeat(65)] {
+            assert!(bad.parse::<SandboxId>().is_err(), "{bad:?}");
+        }
+        for bad in ["", ".hidden", "-rf", "../x", "a/b", "Base", &"a".repeat(65)] {
+            assert!(bad.parse::<TemplateName>().is_err(), "{bad:?}");
+        }
+        assert_eq!("base".parse::<TemplateName>().unwrap().as_str(), "base");
+    }
+
+    #[test]
+    fn random_ids_parse_and_differ() {
+        let ids: std::collections::BTreeSet<_> = (0..1000).map(|_| SandboxId::random()).collect();
+        assert_eq!(ids.len(), 1000);
+        assert!(ids.iter().all(|id| id.as_str().parse::<SandboxId>().is_ok()));
+    }
+
+    #[test]
+    fn tokens_do_not_print() {
+        let token = Token::random();
+        assert!(!format!("{token:?}").contains(token.expose()));
+        assert!(token.matches(token.expose()) && !token.matches("x"));
+    }
+}

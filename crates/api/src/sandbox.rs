@@ -1,0 +1,284 @@
+//! Bodies of the control API: E2B's names on the wire, Kelvin's additions in the same style.
+//!
+//! Source: `../shared/specs/e2b/openapi.yml`; additions are marked.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{SandboxId, Token};
+use crate::phase::Phase;
+
+/// Free-form labels of a sandbox.
+pub type Metadata = BTreeMap<String, String>;
+/// Environment variables.
+pub type EnvVars = BTreeMap<String, String>;
+
+/// The longest time to live, in seconds: 24 hours.
+pub const MAX_TIMEOUT_S: u64 = 24 * 60 * 60;
+
+/// `POST /sandboxes` and `POST /v2/sandboxes`.
+///
+/// Fields that are known but not built yet are here so that they can be refused by name.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)]
+pub struct NewSandbox {
+    #[serde(rename = "templateID")]
+    pub template_id: String,
+    /// Time to live in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<Metadata>,
+    #[serde(rename = "envVars", default, skip_serializing_if = "Option::is_none")]
+    pub env_vars: Option<EnvVars>,
+    /// Whether the agent asks for an access token; true unless said otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secure: Option<bool>,
+    /// A policy, not a promise: the node has no uplink yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow_internet_access: Option<bool>,
+    #[serde(rename = "autoPause", default, skip_serializing_if = "Option::is_none")]
+    pub auto_pause: Option<bool>,
+    #[serde(rename = "autoPauseMemory", default, skip_serializing_if = "Option::is_none")]
+    pub auto_pause_memory: Option<bool>,
+    #[serde(rename = "autoResume", default, skip_serializing_if = "Option::is_none")]
+    pub auto_resume: Option<serde_json::Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<serde_json::Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mcp: Option<serde_json::Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iam: Option<serde_json::Value>,
+    #[serde(rename = "volumeMounts", default, skip_serializing_if = "Option::is_none")]
+    pub volume_mounts: Option<Vec<serde_json::Value>>,
+    /// Kelvin: vCPUs, instead of the template's.
+    #[serde(rename = "cpuCount", default, skip_serializing_if = "Option::is_none")]
+    pub cpu_count: Option<u32>,
+    /// Kelvin: memory in MiB, instead of the template's.
+    #[serde(rename = "memoryMB", default, skip_serializing_if = "Option::is_none")]
+    pub memory_mb: Option<u64>,
+    /// Kelvin: insist on a start path instead of taking the fastest.
+    #[serde(rename = "startPath", default, skip_serializing_if = "Option::is_none")]
+    pub start_path: Option<StartPath>,
+}
+
+/// How a machine came to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StartPath {
+    /// Booted.
+    Cold,
+    /// Restored from a snapshot into a VMM that was started ahead of time.
+    Clone,
+}
+
+impl StartPath {
+    /// The name on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cold => "cold",
+            Self::Clone => "clone",
+        }
+    }
+}
+
+/// What a create or a connect replies.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Sandbox {
+    #[serde(rename = "templateID")]
+    pub template_id: String,
+    #[serde(rename = "sandboxID")]
+    pub sandbox_id: SandboxId,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alias: Option<String>,
+    /// Deprecated by E2B, still required by its clients.
+    #[serde(rename = "clientID")]
+    pub client_id: String,
+    #[serde(rename = "envdVersion")]
+    pub envd_version: String,
+    #[serde(rename = "envdAccessToken", default, skip_serializing_if = "Option::is_none")]
+    pub envd_access_token: Option<Token>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
+    /// Kelvin: which path the create took.
+    #[serde(rename = "startPath", default, skip_serializing_if = "Option::is_none")]
+    pub start_path: Option<StartPath>,
+    /// Kelvin: why it took that one.
+    #[serde(rename = "startReason", default, skip_serializing_if = "Option::is_none")]
+    pub start_reason: Option<String>,
+    /// Kelvin: milliseconds per phase.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub phases: BTreeMap<Phase, f64>,
+}
+
+/// The states a client can see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SandboxState {
+    /// It runs.
+    Running,
+    /// Frozen to a snapshot.
+    Paused,
+}
+
+/// One row of a list, and with the optional fields what `GET /sandboxes/{id}` replies.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct SandboxDetail {
+    #[serde(rename = "templateID")]
+    pub template_id: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alias: Option<String>,
+    #[serde(rename = "sandboxID")]
+    pub sandbox_id: SandboxId,
+    #[serde(rename = "clientID")]
+    pub client_id: String,
+    #[serde(rename = "startedAt")]
+    pub started_at: jiff::Timestamp,
+    #[serde(rename = "endAt")]
+    pub end_at: jiff::Timestamp,
+    #[serde(rename = "envdVersion")]
+    pub envd_version: String,
+    #[serde(rename = "cpuCount")]
+    pub cpu_count: u32,
+    #[serde(rename = "memoryMB")]
+    pub memory_mb: u32,
+    #[serde(rename = "diskSizeMB")]
+    pub disk_size_mb: u32,
+    pub state: SandboxState,
+    #[serde(default)]
+    pub metadata: Metadata,
+    /// Kelvin: which path the create took.
+    #[serde(rename = "startPath")]
+    pub start_path: StartPath,
+    /// In a detail, not in a list.
+    #[serde(rename = "envdAccessToken", default, skip_serializing_if = "Option::is_none")]
+    pub envd_access_token: Option<Token>,
+    #[serde(rename = "allowInternetAccess", default, skip_serializing_if = "Option::is_none")]
+    pub allow_internet_access: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
+}
+
+/// `POST /sandboxes/{id}/timeout`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetTimeout {
+    /// Seconds from now.
+    pub timeout: u64,
+}
+
+/// `POST /sandboxes/{id}/connect`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConnectSandbox {
+    /// Seconds from now; never shortens a time to live.
+    #[serde(default)]
+    pub timeout: Option<u64>,
+}
+
+/// One line of `GET /sandboxes/{id}/logs`: the machine's console.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SandboxLog {
+    /// When it was read: the console has no clock.
+    pub timestamp: jiff::Timestamp,
+    /// The text, without its end of line.
+    pub line: String,
+}
+
+/// `GET /sandboxes/{id}/logs`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SandboxLogs {
+    /// Oldest first, bounded (see SPEC.md).
+    pub logs: Vec<SandboxLog>,
+    /// E2B's structured form of the same; always empty here.
+    #[serde(rename = "logEntries")]
+    pub log_entries: Vec<serde_json::Value>,
+}
+
+/// One row of `GET /templates`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Template {
+    #[serde(rename = "templateID")]
+    pub template_id: String,
+    #[serde(rename = "buildID")]
+    pub build_id: String,
+    #[serde(rename = "cpuCount")]
+    pub cpu_count: u32,
+    #[serde(rename = "memoryMB")]
+    pub memory_mb: u32,
+    #[serde(rename = "diskSizeMB")]
+    pub disk_size_mb: u32,
+    pub public: bool,
+    pub aliases: Vec<String>,
+    pub names: Vec<String>,
+    #[serde(rename = "envdVersion")]
+    pub envd_version: String,
+    #[serde(rename = "buildStatus")]
+    pub build_status: String,
+    /// Kelvin: shapes with a snapshot that this node can restore.
+    pub snapshots: Vec<TemplateSnapshot>,
+}
+
+/// Kelvin: one snapshot of a template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct TemplateSnapshot {
+    #[serde(rename = "snapshotID")]
+    pub snapshot_id: String,
+    #[serde(rename = "cpuCount")]
+    pub cpu_count: u32,
+    #[serde(rename = "memoryMB")]
+    pub memory_mb: u32,
+    /// VMMs that wait for it, started and ready to load.
+    #[serde(rename = "waitingVMMs")]
+    pub waiting_vmms: u32,
+}
+
+/// Kelvin: `POST /templates/{name}/bake`: make sure that a snapshot of this shape exists.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)]
+pub struct BakeTemplate {
+    #[serde(rename = "cpuCount", default, skip_serializing_if = "Option::is_none")]
+    pub cpu_count: Option<u32>,
+    #[serde(rename = "memoryMB", default, skip_serializing_if = "Option::is_none")]
+    pub memory_mb: Option<u64>,
+    /// VMMs to keep waiting for this shape, instead of the server's default.
+    #[serde(rename = "waitingVMMs", default, skip_serializing_if = "Option::is_none")]
+    pub waiting_vmms: Option<u32>,
+}
+
+/// Kelvin: `GET /node`: what runs here and what is left.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct NodeInfo {
+    pub version: String,
+    pub vmm: String,
+    pub accelerator: String,
+    #[serde(rename = "dataDir")]
+    pub data_dir: String,
+    pub reflink: bool,
+    pub sandboxes: u32,
+    #[serde(rename = "waitingVMMs")]
+    pub waiting_vmms: u32,
+    /// Whether every pool of waiting VMMs is at its target and nothing is being prepared or torn down.
+    pub settled: bool,
+    #[serde(rename = "memoryMB")]
+    pub memory_mb: u64,
+    #[serde(rename = "memoryReservedMB")]
+    pub memory_reserved_mb: u64,
+    #[serde(rename = "vcpus")]
+    pub vcpus: u32,
+    #[serde(rename = "vcpusReserved")]
+    pub vcpus_reserved: u32,
+    #[serde(rename = "diskFreeMB")]
+    pub disk_free_mb: u64,
+    /// Entries in the ledger of host resources.
+    #[serde(rename = "ledgerEntries")]
+    pub ledger_entries: u32,
+}
