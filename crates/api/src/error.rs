@@ -76,6 +76,12 @@ impl Failure {
         Self { kind, error_code, message: message.into(), cause: None, remediation: remediation.into() }
     }
 
+    /// The same with the sources of `error`, whose own text is the message, as the cause.
+    pub fn with_sources(mut self, error: &dyn std::error::Error) -> Self {
+        self.cause = error.source().map(chain);
+        self
+    }
+
     /// The same with `error` and its sources as the cause.
     pub fn with_cause(mut self, error: &dyn std::error::Error) -> Self {
         self.cause = Some(chain(error));

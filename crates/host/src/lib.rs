@@ -1,0 +1,12 @@
+//! What Kelvin has of the host: processes, the data directory's file system, the ledger, SQLite.
+//!
+//! Ownership: every host resource is declared in the [`ledger`] before it exists and released there
+//! after it is gone; `kelvin-node` decides when. A crash leaves resources that the ledger names, and the
+//! next start reaps or adopts exactly those. `unsafe` is allowed here, each with its reason.
+
+pub mod accel;
+pub mod cpu;
+pub mod datadir;
+pub mod db;
+pub mod ledger;
+pub mod process;

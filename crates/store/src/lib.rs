@@ -1,0 +1,214 @@
+//! Images, guests, templates, disks and snapshots on one node's data directory.
+//!
+//! ```text
+//! <data-dir>/images/<digest>/{manifest.json,rootfs.ext4}
+//!            guests/<digest>/{manifest.json,vmlinuz,initrd}
+//!            templates/<name>.json
+//!            snapshots/<id>/{manifest.json,seal.json,memory,state,disk}
+//!            staging/<random>/        whatever is not published yet
+//! ```
+//!
+//! Who writes: this crate alone, by staging and one rename, so that what has its name is whole. A crash
+//! leaves something in `staging/`, which the next start removes. Files of a snapshot are never written
+//! again; [`snapshot::Snapshot::check_seal`] finds out when somebody else did.
+//!
+//! All calls block; callers on a reactor use `spawn_blocking`. Absent on purpose: which snapshot to use
+//! (`kelvin-node` decides) and the network.
+
+pub mod disk;
+pub mod gc;
+pub mod hash;
+pub mod identity;
+pub mod image;
+pub mod snapshot;
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use kelvin_api::error::{Failure, Kind};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Why the store could not do something.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A system call failed.
+    #[error("{what} {path}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// To which path.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A manifest does not parse.
+    #[error("{path} is not a valid manifest")]
+    Manifest {
+        /// Which one.
+        path: PathBuf,
+        /// Where.
+        source: serde_json::Error,
+    },
+    /// Something with that name does not exist.
+    #[error("no {kind} {name}")]
+    Missing {
+        /// Template, image, guest or snapshot.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// A file of a snapshot is not what was sealed.
+    #[error("{file} of snapshot {snapshot} is not what was sealed: {difference}")]
+    Seal {
+        /// The snapshot.
+        snapshot: String,
+        /// `memory`, `state` or `disk`.
+        file: &'static str,
+        /// What differs.
+        difference: String,
+    },
+    /// Others descend from it.
+    #[error("{kind} {name} is needed by {}", dependents.join(", "))]
+    InUse {
+        /// Image, guest or snapshot.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+        /// Who needs it.
+        dependents: Vec<String>,
+    },
+}
+
+impl Error {
+    /// What kind of failure it is, for a server.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => Kind::Exhausted,
+            Self::Io { .. } => Kind::Internal,
+            Self::Manifest { .. } | Self::Seal { .. } => Kind::Corrupt,
+            Self::Missing { .. } => Kind::NotFound,
+            Self::InUse { .. } => Kind::Conflict,
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        let (code, remediation) = match &error {
+            Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+                ("disk_full", "free space on the data directory's file system, `kelvin gc` removes what nothing needs")
+            }
+            Error::Io { .. } => ("store_io", "see the cause; `kelvin doctor` checks the data directory"),
+            Error::Manifest { .. } => ("manifest_invalid", "remove the directory that the message names and import or bake again"),
+            Error::Missing { .. } => ("not_found", "`kelvin template list` shows what there is"),
+            Error::Seal { .. } => ("snapshot_corrupt", "bake the template again: `kelvin template bake`"),
+            Error::InUse { .. } => ("in_use", "remove what depends on it first"),
+        };
+        Self::new(error.kind(), code, error.to_string(), remediation).with_sources(&error)
+    }
+}
+
+fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { what, path, source }
+}
+
+/// The store of one data directory; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Store {
+    root: PathBuf,
+}
+
+impl Store {
+    /// Opens the store at `root`, making its directories. With `exclusive`, what a crash left in
+    /// `staging/` is removed: only the daemon that owns the data directory may ask for it.
+    ///
+    /// # Errors
+    /// `Io` when the directory cannot be used.
+    pub fn open(root: &Path, exclusive: bool) -> Result<Self, Error> {
+        use std::os::unix::fs::PermissionsExt;
+        fs::create_dir_all(root).map_err(io_error("making", root))?;
+        let root = root.canonicalize().map_err(io_error("resolving", root))?;
+        let staging = root.join("staging");
+        if exclusive && staging.exists() {
+            fs::remove_dir_all(&staging).map_err(io_error("emptying", &staging))?;
+        }
+        // VMMs of other users pass through these and read single files by name; none may list them.
+        for name in ["", "images", "guests", "templates", "snapshots", "staging", "sandboxes", "run"] {
+            let path = root.join(name);
+            fs::create_dir_all(&path).map_err(io_error("making", &path))?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o711)).map_err(io_error("opening", &path))?;
+        }
+        Ok(Self { root })
+    }
+
+    /// The data directory, absolute.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// A fresh directory on the same file system, to be published by a rename.
+    ///
+    /// # Errors
+    /// `Io` when it cannot be made.
+    pub fn stage(&self) -> Result<PathBuf, Error> {
+        use std::os::unix::fs::PermissionsExt;
+        let path = self.root.join("staging").join(kelvin_api::id::SnapshotId::random().as_str());
+        fs::create_dir(&path).map_err(io_error("making", &path))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o711)).map_err(io_error("opening", &path))?;
+        Ok(path)
+    }
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
+    let bytes = fs::read(path).map_err(io_error("reading", path))?;
+    serde_json::from_slice(&bytes).map_err(|source| Error::Manifest { path: path.to_owned(), source })
+}
+
+/// Writes `value` so that `path` has the old content or the new one, whatever happens.
+fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
+    let fresh = path.with_extension("json.new");
+    let mut bytes =
+        serde_json::to_vec_pretty(value).map_err(|source| Error::Manifest { path: path.to_owned(), source })?;
+    bytes.push(b'\n');
+    let write = || -> io::Result<()> {
+        let mut file = File::create(&fresh)?;
+        io::Write::write_all(&mut file, &bytes)?;
+        file.sync_all()?;
+        fs::rename(&fresh, path)?;
+        sync_parent(path)
+    };
+    write().map_err(io_error("writing", path))
+}
+
+fn sync_parent(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+/// Publishes a staged directory: everything in it is synced, then one rename gives it its name. When
+/// that name exists already, the staged one is dropped: names say what is inside.
+fn publish(staged: &Path, target: &Path) -> Result<(), Error> {
+    let sync = || -> io::Result<()> {
+        for entry in fs::read_dir(staged)? {
+            File::open(entry?.path())?.sync_all()?;
+        }
+        File::open(staged)?.sync_all()
+    };
+    sync().map_err(io_error("syncing", staged))?;
+    if target.exists() {
+        return fs::remove_dir_all(staged).map_err(io_error("removing", staged));
+    }
+    fs::rename(staged, target).map_err(io_error("publishing", target))?;
+    sync_parent(target).map_err(io_error("syncing", target))
+}
+
+/// Names of the entries of a directory that parse as `T`.
+fn names<T: std::str::FromStr>(directory: &Path) -> Result<Vec<T>, Error> {
+    let entries = fs::read_dir(directory).map_err(io_error("listing", directory))?;
+    Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
+}

@@ -1,0 +1,351 @@
+//! Virtual machine monitors behind one trait.
+//!
+//! ```text
+//!             prepare                 load               resume
+//! (nothing) ──────────> Waiting ──────────────> Paused <────────> Running
+//!      └──────────────────── boot ─────────────────────────────────^
+//!                                       Paused ── save ──> memory + state
+//! ```
+//!
+//! Each phase is a type that consumes the one before, so a machine cannot be resumed twice or loaded
+//! while it runs. Ownership: a machine's directory, its disk and its user belong to the caller
+//! (`kelvin-node`), which has them in the ledger; a driver owns the process and what it opens. Dropping a
+//! phase does not end its VMM: VMMs outlive the daemon. Absent on purpose: which snapshot, which disk,
+//! whether the result is good enough to hand out.
+
+pub mod conformance;
+pub mod control;
+pub mod qemu;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use kelvin_api::error::{Failure, Kind};
+use kelvin_api::id::VmId;
+use kelvin_api::units::Shape;
+use kelvin_host::accel::Accelerator;
+use kelvin_host::process::ProcessKey;
+use tokio::net::UnixStream;
+
+/// Why a VMM could not do something.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The VMM's binary is missing or too old.
+    #[error("{program} cannot be used: {reason}")]
+    Unusable {
+        /// Which.
+        program: String,
+        /// Why not.
+        reason: String,
+    },
+    /// A system call failed.
+    #[error("{what}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The VMM refused a command.
+    #[error("the VMM refused {command}: {reason}")]
+    Refused {
+        /// Which.
+        command: &'static str,
+        /// What it said.
+        reason: String,
+    },
+    /// The VMM ended.
+    #[error("the VMM ended while {what}: {stderr}")]
+    Ended {
+        /// What was being done.
+        what: &'static str,
+        /// The last it said, bounded.
+        stderr: String,
+    },
+    /// Something did not happen in time.
+    #[error("{what} took longer than {after:?}; {detail}")]
+    Deadline {
+        /// What.
+        what: &'static str,
+        /// The limit.
+        after: Duration,
+        /// The last lines of the console, or what else is known.
+        detail: String,
+    },
+    /// The agent in the guest refused.
+    #[error("the agent refused {what}: {reason}")]
+    Agent {
+        /// What was asked.
+        what: &'static str,
+        /// What it said.
+        reason: String,
+    },
+    /// The agent's bytes make no sense.
+    #[error("the agent's reply is malformed")]
+    Malformed(#[from] kelvin_api::guest::Error),
+}
+
+impl Error {
+    /// What kind of failure it is, for a server.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Deadline { .. } => Kind::Timeout,
+            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => Kind::Exhausted,
+            Self::Unusable { .. } => Kind::Unavailable,
+            _ => Kind::Internal,
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        let code = match &error {
+            Error::Unusable { .. } => "vmm_unusable",
+            Error::Io { .. } => "vmm_io",
+            Error::Refused { .. } => "vmm_refused",
+            Error::Ended { .. } => "vmm_ended",
+            Error::Deadline { .. } => "vmm_deadline",
+            Error::Agent { .. } | Error::Malformed(_) => "agent_failed",
+        };
+        Self::new(error.kind(), code, error.to_string(), "`kelvin doctor` checks the VMM; the server's log has the details")
+            .with_sources(&error)
+    }
+}
+
+/// Where a machine lives and what it is.
+#[derive(Debug, Clone)]
+pub struct MachineSpec {
+    /// Which machine; also the argument by which its process is found.
+    pub vm: VmId,
+    /// The data directory: the VMM's working directory, all other paths are relative to it.
+    pub data_dir: PathBuf,
+    /// The user that the VMM drops to; its directory belongs to that user.
+    pub user: Option<u32>,
+    /// vCPUs, memory, disk.
+    pub shape: Shape,
+    /// The guest's directory (kernel and initial RAM disk), relative to `data_dir`.
+    pub guest: PathBuf,
+}
+
+impl MachineSpec {
+    /// The machine's directory, relative to the data directory. It holds `disk`.
+    pub fn directory(&self) -> PathBuf {
+        Path::new("sandboxes").join(self.vm.as_str())
+    }
+
+    /// The same, absolute.
+    pub fn absolute(&self) -> PathBuf {
+        self.data_dir.join(self.directory())
+    }
+
+    /// The argument by which the machine's process is found.
+    pub fn marker(&self) -> String {
+        format!("kelvin-{}", self.vm)
+    }
+}
+
+/// The two ways into a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Port {
+    /// Framed activation and quiesce, see [`kelvin_api::guest`].
+    Control,
+    /// HTTP/2.
+    Http,
+}
+
+/// A kind of VMM.
+#[async_trait]
+pub trait Driver: Send + Sync + 'static {
+    /// `qemu` or `firecracker`.
+    fn kind(&self) -> &'static str;
+
+    /// Version and digest of the binary: part of every identity.
+    fn build(&self) -> &str;
+
+    /// How guest instructions are run.
+    fn accelerator(&self) -> Accelerator;
+
+    /// Everything about the machine that a snapshot has baked in, without names and paths: part of every
+    /// identity.
+    fn layout(&self, shape: Shape) -> Vec<String>;
+
+    /// Starts a machine from its kernel. Its memory is `memory` in its directory, so that it can be saved.
+    /// Returns when the VMM runs, not when the guest answers.
+    ///
+    /// # Errors
+    /// When the VMM cannot be started; then its process is gone.
+    async fn boot(&self, spec: &MachineSpec) -> Result<Running, Error>;
+
+    /// Starts a VMM that waits to load a snapshot whose memory is the file `memory` (relative to the data
+    /// directory), with both guest ports connected. The file is mapped private and never written.
+    ///
+    /// # Errors
+    /// When the VMM cannot be started; then its process is gone.
+    async fn prepare(&self, spec: &MachineSpec, memory: &Path) -> Result<Waiting, Error>;
+
+    /// Takes over a machine that a former daemon started.
+    ///
+    /// # Errors
+    /// `Io` with `NotFound` when the process is gone.
+    async fn adopt(&self, spec: &MachineSpec, key: ProcessKey) -> Result<Running, Error>;
+}
+
+/// What a driver does to one machine; the phases below decide when.
+#[async_trait]
+pub trait Handle: Send + Sync {
+    /// The VMM's process.
+    fn process(&self) -> &kelvin_host::process::Process;
+    /// Loads device state; vCPUs stay stopped.
+    async fn load(&self, state: &Path) -> Result<(), Error>;
+    /// Starts the vCPUs.
+    async fn resume(&self) -> Result<(), Error>;
+    /// Stops the vCPUs; outstanding disk writes are done when it returns.
+    async fn pause(&self) -> Result<(), Error>;
+    /// Writes memory and device state of a stopped machine.
+    async fn save(&self, memory: &Path, state: &Path) -> Result<Saved, Error>;
+    /// Connects to a port of the guest.
+    async fn connect(&self, port: Port) -> Result<UnixStream, Error>;
+    /// The last of the console, bounded.
+    async fn console(&self) -> Result<String, Error>;
+    /// The last of the VMM's standard error, bounded.
+    fn stderr(&self) -> String;
+}
+
+/// What a save cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Saved {
+    /// Pages that were copied because the machine had written them; `None` when it shares no parent.
+    pub dirty_pages: Option<u64>,
+}
+
+macro_rules! phase {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        pub struct $name(Box<dyn Handle>);
+
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.debug_tuple(stringify!($name)).field(&self.key().pid).finish()
+            }
+        }
+
+        impl $name {
+            /// For drivers: the machine behind `handle` is in this phase.
+            pub fn new(handle: Box<dyn Handle>) -> Self {
+                Self(handle)
+            }
+
+            /// Which process it is.
+            pub fn key(&self) -> ProcessKey {
+                self.0.process().key()
+            }
+
+            /// Whether the VMM has ended.
+            pub fn is_over(&self) -> bool {
+                self.0.process().is_over()
+            }
+
+            /// Kills the VMM and waits until it is gone. Safe twice.
+            ///
+            /// # Errors
+            /// `Io` when the kernel refuses the signal.
+            pub async fn kill(&self) -> Result<(), Error> {
+                self.0.process().kill().map_err(|source| Error::Io { what: "killing the VMM", source })?;
+                self.0.process().ended().await;
+                Ok(())
+            }
+
+            /// Connects to a port of the guest. One connection for each port at a time.
+            ///
+            /// # Errors
+            /// `Io` when the VMM is gone.
+            pub async fn connect(&self, port: Port) -> Result<UnixStream, Error> {
+                self.0.connect(port).await
+            }
+
+            /// The last of the VMM's standard error, bounded.
+            pub fn stderr(&self) -> String {
+                self.0.stderr()
+            }
+        }
+    };
+}
+
+phase!(
+    /// A VMM that was started ahead of time and has loaded nothing.
+    Waiting
+);
+phase!(
+    /// A machine whose vCPUs are stopped.
+    Paused
+);
+phase!(
+    /// A machine whose vCPUs run.
+    Running
+);
+
+impl Waiting {
+    /// Loads the device state in the file `state`; vCPUs stay stopped.
+    ///
+    /// Not cancel-safe: the caller ends the VMM when it gives up.
+    ///
+    /// # Errors
+    /// `Refused` or `Ended` when the state does not fit the machine; then the VMM is of no more use and
+    /// the caller kills it by its process key.
+    pub async fn load(self, state: &Path) -> Result<Paused, (Self, Error)> {
+        match self.0.load(state).await {
+            Ok(()) => Ok(Paused(self.0)),
+            Err(error) => Err((self, error)),
+        }
+    }
+}
+
+impl Paused {
+    /// Starts the vCPUs.
+    ///
+    /// # Errors
+    /// As [`Waiting::load`].
+    pub async fn resume(self) -> Result<Running, (Self, Error)> {
+        match self.0.resume().await {
+            Ok(()) => Ok(Running(self.0)),
+            Err(error) => Err((self, error)),
+        }
+    }
+
+    /// Writes memory and device state to `memory` and `state`, which must not exist. A clone's memory
+    /// becomes a reflink of its parent's with the written pages laid over it: the cost follows the pages,
+    /// not the size.
+    ///
+    /// # Errors
+    /// `Io` when the disk is full; the machine stays as it was and partial files are the caller's.
+    pub async fn save(&self, memory: &Path, state: &Path) -> Result<Saved, Error> {
+        self.0.save(memory, state).await
+    }
+}
+
+impl Running {
+    /// Stops the vCPUs; outstanding disk writes are done when it returns.
+    ///
+    /// # Errors
+    /// As [`Waiting::load`].
+    pub async fn pause(self) -> Result<Paused, (Self, Error)> {
+        match self.0.pause().await {
+            Ok(()) => Ok(Paused(self.0)),
+            Err(error) => Err((self, error)),
+        }
+    }
+
+    /// Waits until the VMM has ended.
+    pub async fn ended(&self) {
+        self.0.process().ended().await;
+    }
+
+    /// The last of the console, bounded to 64 KiB by the VMM.
+    ///
+    /// # Errors
+    /// When the VMM does not answer.
+    pub async fn console(&self) -> Result<String, Error> {
+        self.0.console().await
+    }
+}

@@ -1,1 +1,104 @@
-fn main(){}
+//! `cargo xtask`: everything a developer, a newcomer or CI types.
+//!
+//! Only the standard library: this is compiled before anything else. What it installs comes from the
+//! package managers of the machine; what is expensive is cached under `.cache/`.
+
+mod deps;
+mod docs;
+mod guest;
+mod packages;
+mod server;
+mod suite;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+/// Errors here end the run and are read by a person.
+pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+const USAGE: &str = "usage: cargo xtask <command>
+
+  demo      install what is missing, build, bake, run code in a microVM, print the waterfall
+  test      everything CI runs: format, lints, licences, unit and end-to-end tests
+  up        start a server in the background: eval \"$(cargo xtask up)\"
+  down      stop it and everything that it owns
+  bench     build and bake, then run `kelvin bench create` with the given arguments on a server of its own
+  build     the binary, the guest's agent and the base image
+  deps      check the dependencies between the crates";
+
+/// The top of the working tree.
+pub fn root() -> PathBuf {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.ancestors().nth(2).unwrap_or(manifest).to_owned()
+}
+
+/// The git-ignored directory for whatever is expensive to make.
+pub fn cache() -> PathBuf {
+    root().join(".cache")
+}
+
+/// Runs `command`, its output going where ours goes.
+pub fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().map_err(|error| format!("{command:?}: {error}"))?;
+    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
+}
+
+/// Runs `command` and returns what it printed; its errors go where ours go.
+pub fn output(command: &mut Command) -> Result<String> {
+    let output = command.stderr(std::process::Stdio::inherit()).output().map_err(|error| format!("{command:?}: {error}"))?;
+    if output.status.success() {
+        Ok(String::from_utf8(output.stdout)?)
+    } else {
+        Err(format!("{command:?}: {}", output.status).into())
+    }
+}
+
+/// Says what is going on, on standard error: `up` prints a script on standard output.
+pub fn say(text: &str) {
+    eprintln!("xtask: {text}");
+}
+
+fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root());
+    command
+}
+
+/// Builds the `kelvin` binary and returns its path.
+pub fn build_binary() -> Result<PathBuf> {
+    say("building kelvin");
+    let mut command = cargo();
+    command.args(["build", "--release", "--package", "kelvin-cli"]);
+    run(command.stdout(std::io::stderr()))?;
+    Ok(root().join("target/release/kelvin"))
+}
+
+fn dispatch(arguments: &[String]) -> Result<()> {
+    let rest = arguments.get(1..).unwrap_or_default();
+    match arguments.first().map(String::as_str) {
+        Some("demo") => server::demo(),
+        Some("test") => suite::run(rest),
+        Some("up") => server::up(),
+        Some("down") => server::down(),
+        Some("bench") => server::bench(rest),
+        Some("build") => server::prepare().map(drop),
+        Some("deps") => deps::check(),
+        _ => Err(USAGE.into()),
+    }
+}
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match dispatch(&arguments) {
+        Ok(()) => {
+            say(&format!("{} done in {:.1} s", arguments.join(" "), started.elapsed().as_secs_f64()));
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

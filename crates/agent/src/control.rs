@@ -1,0 +1,190 @@
+//! The control port: activation and quiesce, on a thread of its own with blocking reads.
+//!
+//! Everything here runs in a machine that was restored a moment ago and is still being translated:
+//! few system calls, files that were opened before the snapshot, no allocation that can be avoided.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use kelvin_api::guest::{self, Activation, Reply, Request};
+use rustix::time::{ClockId, Timespec};
+
+use crate::state::State;
+
+/// Files that hold the machine's identity; `/etc` has links to them, so that activation writes memory
+/// and not the disk.
+const RUN: &str = "/run/kelvin";
+
+struct IdentityFile {
+    file: File,
+    length: usize,
+}
+
+impl IdentityFile {
+    fn create(name: &str) -> io::Result<Self> {
+        let file = File::options().create(true).truncate(true).write(true).open(format!("{RUN}/{name}"))?;
+        Ok(Self { file, length: 0 })
+    }
+
+    fn set(&mut self, content: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(content, 0)?;
+        if self.length > content.len() {
+            self.file.set_len(content.len() as u64)?;
+        }
+        self.length = content.len();
+        Ok(())
+    }
+}
+
+/// Serves the control port until the machine ends.
+pub struct Control {
+    state: Arc<State>,
+    port: File,
+    random: File,
+    hostname: IdentityFile,
+    machine_id: IdentityFile,
+    hosts: IdentityFile,
+    /// What init could not do; a machine with problems refuses to be activated.
+    problems: String,
+}
+
+impl Control {
+    /// Opens everything that an activation will need.
+    ///
+    /// # Errors
+    /// When the port or one of the files cannot be opened.
+    pub fn open(state: Arc<State>, port: File) -> io::Result<Self> {
+        std::fs::create_dir_all(RUN)?;
+        Ok(Self {
+            state,
+            port,
+            random: File::options().read(true).write(true).open("/dev/urandom")?,
+            hostname: IdentityFile::create("hostname")?,
+            machine_id: IdentityFile::create("machine-id")?,
+            hosts: IdentityFile::create("hosts")?,
+            problems: std::env::var(crate::init::PROBLEMS).unwrap_or_default(),
+        })
+    }
+
+    /// Answers one frame after the other, for ever. A frame that does not parse is answered with its
+    /// error; a length that cannot be right makes the stream useless, so what is there is dropped.
+    pub fn run(mut self) -> ! {
+        let mut frame = Vec::with_capacity(4096);
+        loop {
+            match self.read_frame(&mut frame) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    let _ = io::copy(&mut (&self.port).take(guest::MAX_FRAME as u64), &mut io::sink());
+                    continue;
+                }
+                Err(_) => {
+                    // No host end: reads return at once and the port offers nothing to wait on. The
+                    // node connects before it restores, so this is never on a create path.
+                    std::thread::sleep(Duration::from_millis(5));
+                    continue;
+                }
+            }
+            let started = Instant::now();
+            let (id, reply) = match Request::decode(&frame) {
+                Ok((id, request)) => (id, self.answer(request, started)),
+                Err(error) => (0, Reply::Failed(error.to_string())),
+            };
+            if let Ok(bytes) = reply.encode(id) {
+                let _ = (&self.port).write_all(&bytes);
+            }
+        }
+    }
+
+    fn read_frame(&self, frame: &mut Vec<u8>) -> io::Result<()> {
+        let mut length = [0; 4];
+        (&self.port).read_exact(&mut length)?;
+        let length = guest::frame_length(length)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        frame.clear();
+        frame.resize(length, 0);
+        (&self.port).read_exact(frame)
+    }
+
+    fn answer(&mut self, request: Request, started: Instant) -> Reply {
+        let result = match request {
+            Request::Ping => Ok(()),
+            Request::Activate(_) if !self.problems.is_empty() => {
+                Err(io::Error::other(format!("the machine did not start whole: {}", self.problems)))
+            }
+            Request::Activate(activation) => self.activate(activation),
+            Request::Quiesce => {
+                rustix::fs::sync();
+                Ok(())
+            }
+        };
+        match result {
+            Ok(()) => Reply::Done {
+                wall_clock_ns: SystemTime::now()
+                    .duration_since(UNIX_EPOCH)
+                    .map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)),
+                worked_us: u32::try_from(started.elapsed().as_micros()).unwrap_or(u32::MAX),
+                http_waiting: self.state.http_waiting.load(Ordering::Acquire),
+            },
+            Err(error) => Reply::Failed(error.to_string()),
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+        // The clock first: it was read by the host just before the frame was sent.
+        let seconds = i64::try_from(activation.wall_clock_ns / 1_000_000_000).map_err(io::Error::other)?;
+        let nanos = i64::try_from(activation.wall_clock_ns % 1_000_000_000).map_err(io::Error::other)?;
+        rustix::time::clock_settime(ClockId::Realtime, Timespec { tv_sec: seconds, tv_nsec: nanos })?;
+        reseed(&self.random, &activation.entropy)?;
+        rustix::system::sethostname(activation.hostname.as_bytes())?;
+        self.hostname.set(format!("{}\n", activation.hostname).as_bytes())?;
+        self.machine_id
+            .set(format!("{:032x}\n", u128::from_be_bytes(activation.machine_id)).as_bytes())?;
+        self.hosts.set(
+            format!(
+                "127.0.0.1 localhost\n127.0.1.1 {}\n::1 localhost ip6-localhost ip6-loopback\n",
+                activation.hostname
+            )
+            .as_bytes(),
+        )?;
+        let mut settings = self.state.settings();
+        settings.env_vars = activation.env_vars;
+        for (key, value) in [
+            ("E2B_SANDBOX", "true"),
+            ("E2B_SANDBOX_ID", activation.sandbox_id.as_str()),
+            ("E2B_TEMPLATE_ID", activation.template.as_str()),
+            ("KELVIN_SANDBOX_ID", activation.sandbox_id.as_str()),
+        ] {
+            settings.env_vars.entry(key.to_owned()).or_insert_with(|| value.to_owned());
+        }
+        settings.access_token = activation.access_token;
+        Ok(())
+    }
+}
+
+/// Mixes `entropy` into the kernel's pool, credits it, and makes the generator use it at once, so that
+/// no two clones of one snapshot share a random byte from here on.
+/// Source: random(4), `RNDADDENTROPY` and `RNDRESEEDCRNG`.
+#[allow(unsafe_code)]
+fn reseed(random: &File, entropy: &[u8; 64]) -> io::Result<()> {
+    const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
+    const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
+    #[repr(C)]
+    struct PoolInfo {
+        entropy_count: libc::c_int,
+        buf_size: libc::c_int,
+        buf: [u8; 64],
+    }
+    let info = PoolInfo { entropy_count: 512, buf_size: 64, buf: *entropy };
+    // SAFETY: `info` has the layout of `rand_pool_info` with its 64 bytes behind it and outlives the
+    // call; the second request takes no argument.
+    let done = unsafe {
+        libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &info) == 0
+            && libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) == 0
+    };
+    if done { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

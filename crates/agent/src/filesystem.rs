@@ -1,0 +1,286 @@
+//! `filesystem.Filesystem`: one request, one answer; watches come with a later version.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
+use kelvin_api::envd::filesystem::{
+    CreateWatcherRequest, CreateWatcherResponse, EntryInfo, FileType, Filesystem, GetWatcherEventsRequest,
+    GetWatcherEventsResponse, ListDirRequest, ListDirResponse, MakeDirRequest, MakeDirResponse, MoveRequest,
+    MoveResponse, RemoveRequest, RemoveResponse, RemoveWatcherRequest, RemoveWatcherResponse, StatRequest,
+    StatResponse, WatchDirRequest, WatchDirResponse,
+};
+
+use crate::state::State;
+use crate::users::{User, group_name, user_name};
+
+/// Entries of one `ListDir`; more are refused instead of filling memory.
+const MAX_ENTRIES: usize = 100_000;
+
+/// The service.
+pub struct Files(pub Arc<State>);
+
+fn failed(path: &Path, error: &io::Error) -> ConnectError {
+    let text = match error.kind() {
+        io::ErrorKind::NotFound => {
+            return ConnectError::not_found(format!("path '{}' does not exist", path.display()));
+        }
+        io::ErrorKind::AlreadyExists => {
+            return ConnectError::already_exists(format!("path '{}' exists already", path.display()));
+        }
+        io::ErrorKind::NotADirectory => format!("path '{}' is not a directory", path.display()),
+        _ => format!("path '{}': {error}", path.display()),
+    };
+    if error.kind() == io::ErrorKind::NotADirectory || error.raw_os_error() == Some(libc::ENAMETOOLONG) {
+        ConnectError::invalid_argument(text)
+    } else {
+        ConnectError::internal(text)
+    }
+}
+
+/// `path` without `.` and `..`, as text: it is shown, not opened.
+pub fn clean(path: &Path) -> PathBuf {
+    let mut cleaned = PathBuf::from("/");
+    for component in path.components() {
+        match component {
+            Component::Normal(name) => cleaned.push(name),
+            Component::ParentDir => {
+                cleaned.pop();
+            }
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    cleaned
+}
+
+/// What clients see of the entry at `path`.
+pub fn entry(path: &Path) -> io::Result<EntryInfo> {
+    let own = std::fs::symlink_metadata(path)?;
+    let link = own.is_symlink();
+    let target = if link { std::fs::canonicalize(path).ok() } else { None };
+    // A link shows its target's type; a dangling one shows itself.
+    let seen = if link { std::fs::metadata(path).unwrap_or(own) } else { own };
+    let kind = if seen.is_dir() {
+        FileType::FILE_TYPE_DIRECTORY
+    } else if seen.is_file() {
+        FileType::FILE_TYPE_FILE
+    } else if seen.is_symlink() {
+        FileType::FILE_TYPE_SYMLINK
+    } else {
+        FileType::FILE_TYPE_UNSPECIFIED
+    };
+    let mode = seen.permissions().mode() & 0o7777;
+    Ok(EntryInfo {
+        name: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        r#type: kind.into(),
+        path: path.to_string_lossy().into_owned(),
+        size: i64::try_from(seen.len()).unwrap_or(i64::MAX),
+        mode,
+        permissions: permissions(seen.is_dir(), link, mode),
+        owner: user_name(seen.uid()),
+        group: group_name(seen.gid()),
+        modified_time: buffa_types::google::protobuf::Timestamp {
+            seconds: seen.mtime(),
+            nanos: i32::try_from(seen.mtime_nsec()).unwrap_or(0),
+            ..Default::default()
+        }
+        .into(),
+        symlink_target: target.map(|target| target.to_string_lossy().into_owned()),
+        metadata: HashMap::default(),
+        is_symlink: link,
+        ..Default::default()
+    })
+}
+
+fn permissions(directory: bool, link: bool, mode: u32) -> String {
+    let kind = if link {
+        'L'
+    } else if directory {
+        'd'
+    } else {
+        '-'
+    };
+    let bits = (0..9).rev().map(|bit| {
+        if mode >> bit & 1 == 1 { ['x', 'w', 'r'][(bit % 3) as usize] } else { '-' }
+    });
+    std::iter::once(kind).chain(bits).collect()
+}
+
+/// Makes `path` and its missing parents, owned by `user`.
+///
+/// # Errors
+/// As the file system gives them; `NotADirectory` when a parent is a file.
+pub fn make_dirs(path: &Path, user: &User) -> io::Result<()> {
+    let mut missing = Vec::new();
+    let mut current = path;
+    loop {
+        match std::fs::metadata(current) {
+            Ok(found) if found.is_dir() => break,
+            Ok(_) => return Err(io::ErrorKind::NotADirectory.into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => missing.push(current),
+            Err(error) => return Err(error),
+        }
+        match current.parent() {
+            Some(parent) => current = parent,
+            None => break,
+        }
+    }
+    for directory in missing.into_iter().rev() {
+        std::fs::create_dir(directory)?;
+        std::os::unix::fs::chown(directory, Some(user.uid), Some(user.gid))?;
+    }
+    Ok(())
+}
+
+fn list(path: &Path, depth: u32, entries: &mut Vec<EntryInfo>) -> Result<(), ConnectError> {
+    let mut names: Vec<_> = std::fs::read_dir(path)
+        .and_then(Iterator::collect::<io::Result<Vec<_>>>)
+        .map_err(|error| failed(path, &error))?
+        .into_iter()
+        .map(|found| found.path())
+        .collect();
+    names.sort();
+    for name in names {
+        // Gone between the two calls: then it is not listed.
+        let Ok(found) = entry(&name) else { continue };
+        if entries.len() >= MAX_ENTRIES {
+            return Err(ConnectError::resource_exhausted(format!("more than {MAX_ENTRIES} entries")));
+        }
+        let descend = depth > 1 && !found.is_symlink && found.r#type.to_i32() == FileType::FILE_TYPE_DIRECTORY as i32;
+        entries.push(found);
+        if descend {
+            list(&name, depth - 1, entries)?;
+        }
+    }
+    Ok(())
+}
+
+impl Files {
+    fn path(&self, ctx: &RequestContext, path: &str) -> Result<(User, PathBuf), ConnectError> {
+        let user = self.0.user_of(ctx.headers())?;
+        let path = clean(&user.resolve(path));
+        Ok((user, path))
+    }
+}
+
+#[allow(refining_impl_trait)] // a service names its reply types
+impl Filesystem for Files {
+    async fn stat(&self, ctx: RequestContext, request: ServiceRequest<'_, StatRequest>) -> ServiceResult<StatResponse> {
+        let (_, path) = self.path(&ctx, request.path)?;
+        let entry = entry(&path).map_err(|error| failed(&path, &error))?;
+        Response::ok(StatResponse { entry: entry.into(), ..Default::default() })
+    }
+
+    async fn list_dir(
+        &self,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, ListDirRequest>,
+    ) -> ServiceResult<ListDirResponse> {
+        let (_, path) = self.path(&ctx, request.path)?;
+        let found = std::fs::metadata(&path).map_err(|error| failed(&path, &error))?;
+        if !found.is_dir() {
+            return Err(ConnectError::invalid_argument(format!("path '{}' is not a directory", path.display())));
+        }
+        let mut entries = Vec::new();
+        list(&path, request.depth.max(1), &mut entries)?;
+        Response::ok(ListDirResponse { entries, ..Default::default() })
+    }
+
+    async fn make_dir(
+        &self,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, MakeDirRequest>,
+    ) -> ServiceResult<MakeDirResponse> {
+        let (user, path) = self.path(&ctx, request.path)?;
+        if path.exists() {
+            return Err(ConnectError::already_exists(format!("path '{}' exists already", path.display())));
+        }
+        make_dirs(&path, &user).map_err(|error| failed(&path, &error))?;
+        let entry = entry(&path).map_err(|error| failed(&path, &error))?;
+        Response::ok(MakeDirResponse { entry: entry.into(), ..Default::default() })
+    }
+
+    async fn r#move(&self, ctx: RequestContext, request: ServiceRequest<'_, MoveRequest>) -> ServiceResult<MoveResponse> {
+        let (user, source) = self.path(&ctx, request.source)?;
+        let (_, destination) = self.path(&ctx, request.destination)?;
+        if let Some(parent) = destination.parent() {
+            make_dirs(parent, &user).map_err(|error| failed(parent, &error))?;
+        }
+        std::fs::rename(&source, &destination).map_err(|error| failed(&source, &error))?;
+        let entry = entry(&destination).map_err(|error| failed(&destination, &error))?;
+        Response::ok(MoveResponse { entry: entry.into(), ..Default::default() })
+    }
+
+    async fn remove(
+        &self,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, RemoveRequest>,
+    ) -> ServiceResult<RemoveResponse> {
+        let (_, path) = self.path(&ctx, request.path)?;
+        let removed = match std::fs::symlink_metadata(&path) {
+            Ok(found) if found.is_dir() => std::fs::remove_dir_all(&path),
+            Ok(_) => std::fs::remove_file(&path),
+            Err(error) => Err(error),
+        };
+        match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(&path, &error)),
+            _ => Response::ok(RemoveResponse::default()),
+        }
+    }
+
+    async fn watch_dir(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, WatchDirRequest>,
+    ) -> ServiceResult<ServiceStream<WatchDirResponse>> {
+        Err(later())
+    }
+
+    async fn create_watcher(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, CreateWatcherRequest>,
+    ) -> ServiceResult<CreateWatcherResponse> {
+        Err::<Response<CreateWatcherResponse>, _>(later())
+    }
+
+    async fn get_watcher_events(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, GetWatcherEventsRequest>,
+    ) -> ServiceResult<GetWatcherEventsResponse> {
+        Err::<Response<GetWatcherEventsResponse>, _>(later())
+    }
+
+    async fn remove_watcher(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, RemoveWatcherRequest>,
+    ) -> ServiceResult<RemoveWatcherResponse> {
+        Err::<Response<RemoveWatcherResponse>, _>(later())
+    }
+}
+
+fn later() -> ConnectError {
+    ConnectError::unimplemented("watching directories comes with a later version of the agent")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_shown_without_dots() {
+        assert_eq!(clean(Path::new("/home/user/../x/./y")), Path::new("/home/x/y"));
+        assert_eq!(clean(Path::new("/../..")), Path::new("/"));
+    }
+
+    #[test]
+    fn permissions_read_like_ls() {
+        assert_eq!(permissions(false, false, 0o644), "-rw-r--r--");
+        assert_eq!(permissions(true, false, 0o755), "drwxr-xr-x");
+    }
+}

@@ -1,0 +1,214 @@
+//! HTTP/2 on the guest's HTTP port: envd's services and its plain endpoints.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::io;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use connectrpc::{ConnectRpcService, Router};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use kelvin_api::guest;
+use kelvin_api::sandbox::EnvVars;
+use serde::{Deserialize, Serialize};
+use tower::Service;
+
+use crate::control::Control;
+use crate::filesystem::Files;
+use crate::metrics::{self, CpuMeter};
+use crate::process::Processes;
+use crate::state::State;
+use crate::{files, port};
+
+/// The body of every reply.
+pub type Body = UnsyncBoxBody<Bytes, io::Error>;
+
+/// The largest JSON body that is read whole.
+const MAX_JSON: usize = 1 << 20;
+
+struct Agent {
+    state: Arc<State>,
+    rpc: ConnectRpcService,
+    meter: CpuMeter,
+}
+
+/// Runs the agent until the machine ends.
+///
+/// # Errors
+/// When one of the two ports is missing or the runtime cannot be made; init starts the agent again.
+pub fn run() -> io::Result<()> {
+    // Init is spared by the kernel; the agent asks for the same.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    let state = Arc::new(State::default());
+    let control = Control::open(Arc::clone(&state), port::open(guest::CONTROL_PORT, false)?)?;
+    std::thread::Builder::new().name("control".to_owned()).spawn(move || control.run())?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
+    runtime.block_on(serve(state, port::open(guest::HTTP_PORT, true)?))
+}
+
+async fn serve(state: Arc<State>, port: std::fs::File) -> io::Result<()> {
+    let router = Router::new()
+        .add_service(Arc::new(Processes::new(Arc::clone(&state))))
+        .add_service(Arc::new(Files(Arc::clone(&state))));
+    let agent =
+        Arc::new(Agent { state: Arc::clone(&state), rpc: ConnectRpcService::new(router), meter: CpuMeter::default() });
+    loop {
+        let stream = port::accept(&port, &state).await?;
+        let agent = Arc::clone(&agent);
+        // An error is the host's end going away; the next connection starts afresh.
+        let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(1 << 20)
+            .initial_connection_window_size(8 << 20)
+            .max_frame_size(64 << 10)
+            .max_send_buf_size(256 << 10)
+            .max_concurrent_streams(1024)
+            .max_header_list_size(64 << 10)
+            .serve_connection(
+                TokioIo::new(stream),
+                service_fn(move |request| {
+                    let agent = Arc::clone(&agent);
+                    async move { Ok::<_, Infallible>(agent.answer(request).await) }
+                }),
+            )
+            .await;
+    }
+}
+
+impl Agent {
+    async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+        let path = request.uri().path();
+        if path == "/health" {
+            return empty(StatusCode::NO_CONTENT);
+        }
+        if !self.state.admits(request.headers()) {
+            return unauthorized(request.headers());
+        }
+        match (request.method(), path) {
+            (&Method::GET, "/metrics") => match metrics::read(&self.meter) {
+                Ok(metrics) => json(StatusCode::OK, &metrics),
+                Err(problem) => error(StatusCode::INTERNAL_SERVER_ERROR, &problem.to_string()),
+            },
+            (&Method::GET, "/envs") => json(StatusCode::OK, &self.state.settings().env_vars),
+            (&Method::POST, "/init") => self.init(request).await,
+            (&Method::GET, "/files") => files::download(&self.state, &request).await,
+            (&Method::POST, "/files") => files::upload(&self.state, request).await,
+            (_, "/metrics" | "/envs" | "/init" | "/files") => {
+                error(StatusCode::METHOD_NOT_ALLOWED, "the method is not allowed here")
+            }
+            _ => {
+                let mut rpc = self.rpc.clone();
+                match rpc.call(request).await {
+                    Ok(reply) => reply.map(|body| body.map_err(io::Error::other).boxed_unsync()),
+                    Err(never) => match never {},
+                }
+            }
+        }
+    }
+
+    /// `POST /init`. Internal: the gateway does not let it through. Fields that belong to other parts of
+    /// E2B's host are refused, not ignored.
+    async fn init(&self, request: Request<Incoming>) -> Response<Body> {
+        let body = match Limited::new(request.into_body(), MAX_JSON).collect().await {
+            Ok(body) => body.to_bytes(),
+            Err(problem) => return error(StatusCode::BAD_REQUEST, &problem.to_string()),
+        };
+        let init: Init = match serde_json::from_slice(if body.is_empty() { b"{}" } else { &body }) {
+            Ok(init) => init,
+            Err(problem) => return error(StatusCode::BAD_REQUEST, &problem.to_string()),
+        };
+        if let Some(text) = &init.timestamp
+            && let Err(problem) = set_clock(text)
+        {
+            return error(StatusCode::BAD_REQUEST, &format!("timestamp: {problem}"));
+        }
+        let mut settings = self.state.settings();
+        if let Some(env_vars) = init.env_vars {
+            settings.env_vars.extend(env_vars);
+        }
+        if let Some(token) = init.access_token {
+            settings.access_token = token;
+        }
+        settings.default_user = init.default_user.or(settings.default_user.take());
+        settings.default_workdir = init.default_workdir.or(settings.default_workdir.take());
+        empty(StatusCode::NO_CONTENT)
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct Init {
+    env_vars: Option<EnvVars>,
+    access_token: Option<String>,
+    timestamp: Option<String>,
+    default_user: Option<String>,
+    default_workdir: Option<String>,
+}
+
+fn set_clock(text: &str) -> Result<(), String> {
+    use rustix::time::{ClockId, Timespec, clock_settime};
+    let time: SystemTime = text.parse::<jiff::Timestamp>().map_err(|error| error.to_string())?.into();
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).map_err(|error| error.to_string())?;
+    let seconds = i64::try_from(since.as_secs()).map_err(|error| error.to_string())?;
+    clock_settime(ClockId::Realtime, Timespec { tv_sec: seconds, tv_nsec: i64::from(since.subsec_nanos()) })
+        .map_err(|error| error.to_string())
+}
+
+fn unauthorized(headers: &HeaderMap) -> Response<Body> {
+    let text = "the access token is missing or wrong";
+    let rpc = headers
+        .get("content-type")
+        .and_then(|kind| kind.to_str().ok())
+        .is_some_and(|kind| kind.starts_with("application/connect") || kind.starts_with("application/proto"));
+    if rpc || headers.contains_key("connect-protocol-version") {
+        return json(
+            StatusCode::UNAUTHORIZED,
+            &serde_json::json!({ "code": "unauthenticated", "message": text }),
+        );
+    }
+    error(StatusCode::UNAUTHORIZED, text)
+}
+
+/// A reply without a body.
+pub fn empty(status: StatusCode) -> Response<Body> {
+    let mut reply = Response::new(Full::default().map_err(|never: Infallible| match never {}).boxed_unsync());
+    *reply.status_mut() = status;
+    reply
+}
+
+/// A JSON reply.
+pub fn json(status: StatusCode, body: &impl Serialize) -> Response<Body> {
+    let Ok(bytes) = serde_json::to_vec(body) else { return empty(StatusCode::INTERNAL_SERVER_ERROR) };
+    let mut reply =
+        Response::new(Full::from(bytes).map_err(|never: Infallible| match never {}).boxed_unsync());
+    *reply.status_mut() = status;
+    reply
+        .headers_mut()
+        .insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
+    reply
+}
+
+/// envd's error body.
+pub fn error(status: StatusCode, message: &str) -> Response<Body> {
+    json(status, &serde_json::json!({ "code": status.as_u16(), "message": message }))
+}
+
+/// The parameters of a query string, decoded; of a name that stands twice, the last.
+pub fn query(uri: &Uri) -> HashMap<String, String> {
+    let decode = |text: &str| {
+        percent_encoding::percent_decode_str(&text.replace('+', " ")).decode_utf8_lossy().into_owned()
+    };
+    uri.query()
+        .unwrap_or_default()
+        .split('&')
+        .filter(|pair| !pair.is_empty())
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+        .map(|(name, value)| (decode(name), decode(value)))
+        .collect()
+}

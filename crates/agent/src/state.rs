@@ -1,0 +1,83 @@
+//! What the agent knows of the sandbox it serves: set by activation, read by every request.
+
+use std::sync::atomic::AtomicBool;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use base64::Engine as _;
+use connectrpc::ConnectError;
+use http::HeaderMap;
+use kelvin_api::id::same_secret;
+use kelvin_api::sandbox::EnvVars;
+
+use crate::users::User;
+
+/// The user whom requests mean that name none. Source: E2B's clients, envd 0.4.0.
+const DEFAULT_USER: &str = "user";
+
+/// Settings of the sandbox. Written by the control thread and by `/init`.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// What callers must show; empty asks for none.
+    pub access_token: String,
+    /// Environment of every new process.
+    pub env_vars: EnvVars,
+    /// The user of requests that name none, when it is not [`DEFAULT_USER`].
+    pub default_user: Option<String>,
+    /// The working directory of processes that name none, when it is not the home directory.
+    pub default_workdir: Option<String>,
+}
+
+/// Shared between the control thread and the HTTP side.
+#[derive(Debug, Default)]
+pub struct State {
+    settings: Mutex<Settings>,
+    /// Whether the HTTP port waits for the first byte of a new connection.
+    pub http_waiting: AtomicBool,
+}
+
+impl State {
+    /// The settings, locked; hold it for a few reads or writes, never across a wait.
+    pub fn settings(&self) -> MutexGuard<'_, Settings> {
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the caller may speak to the agent at all.
+    pub fn admits(&self, headers: &HeaderMap) -> bool {
+        let settings = self.settings();
+        settings.access_token.is_empty()
+            || headers
+                .get("x-access-token")
+                .is_some_and(|token| same_secret(token.as_bytes(), settings.access_token.as_bytes()))
+    }
+
+    /// The user called `name`, or the default one.
+    ///
+    /// # Errors
+    /// The text that clients look for when the image has no such user.
+    pub fn user(&self, name: Option<&str>) -> Result<User, String> {
+        let default = self.settings().default_user.clone();
+        let name = name.filter(|name| !name.is_empty()).or(default.as_deref()).unwrap_or(DEFAULT_USER);
+        User::find(name).ok_or_else(|| format!("invalid username: '{name}'"))
+    }
+
+    /// The user that a request names by Basic authentication, or the default one.
+    ///
+    /// # Errors
+    /// `Unauthenticated` for a header that is not Basic or a user that is not there.
+    pub fn user_of(&self, headers: &HeaderMap) -> Result<User, ConnectError> {
+        let name = match headers.get("authorization") {
+            None => None,
+            Some(value) => Some(
+                value
+                    .to_str()
+                    .ok()
+                    .and_then(|text| text.strip_prefix("Basic "))
+                    .and_then(|encoded| base64::engine::general_purpose::STANDARD.decode(encoded).ok())
+                    .and_then(|bytes| String::from_utf8(bytes).ok())
+                    .and_then(|pair| pair.split(':').next().map(str::to_owned))
+                    .ok_or_else(|| ConnectError::unauthenticated("authorization has to be Basic user:"))?,
+            ),
+        };
+        self.user(name.as_deref()).map_err(ConnectError::unauthenticated)
+    }
+}

@@ -1,0 +1,198 @@
+//! Processes that outlive the daemon, held by pidfd.
+//!
+//! Start: `posix_spawn` (no `pre_exec`, which would make the standard library fork) of
+//! `setsid setpriv ... program`: both exec in place, so the pid is the program's from the start. A bare
+//! pid is never signalled: a process is (pid, start time), checked after its pidfd is open.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::{ChildStderr, Command, Stdio};
+
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+use serde::{Deserialize, Serialize};
+use tokio::io::unix::AsyncFd;
+
+/// What names a process beyond the reuse of its pid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ProcessKey {
+    /// Process id.
+    pub pid: i32,
+    /// Start time in clock ticks since boot. Source: proc(5), `stat` field 22.
+    pub start_time: u64,
+}
+
+/// A process to start.
+#[derive(Debug)]
+pub struct Spawn {
+    /// Path or name of the program.
+    pub program: OsString,
+    /// Its arguments.
+    pub args: Vec<OsString>,
+    /// Its whole environment.
+    pub env: Vec<(OsString, OsString)>,
+    /// Its working directory.
+    pub cwd: PathBuf,
+    /// User and group to drop to, with no capability left; `None` keeps the daemon's.
+    pub user: Option<u32>,
+}
+
+/// A running process. Dropping it does not end it.
+#[derive(Debug)]
+pub struct Process {
+    key: ProcessKey,
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+impl Process {
+    /// Starts `spawn` as the leader of its own session; its standard error is returned.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn(spawn: &Spawn) -> io::Result<(Self, ChildStderr)> {
+        let mut command = Command::new("setsid");
+        if let Some(id) = spawn.user {
+            command
+                .arg("setpriv")
+                .arg(format!("--reuid={id}"))
+                .arg(format!("--regid={id}"))
+                .args(["--clear-groups", "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--"]);
+        }
+        let mut child = command
+            .arg(&spawn.program)
+            .args(&spawn.args)
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()))
+            .envs(spawn.env.iter().map(|(name, value)| (name, value)))
+            .current_dir(&spawn.cwd)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let stderr = child.stderr.take().ok_or_else(|| io::Error::other("no pipe for stderr"))?;
+        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+        // The child cannot be reaped by anyone else, so its pid is still its own here.
+        let process = Self::open(pid)?;
+        Ok((process, stderr))
+    }
+
+    #[allow(unsafe_code)]
+    fn open(pid: i32) -> io::Result<Self> {
+        let raw = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
+        let pidfd = pidfd_open(raw, PidfdFlags::NONBLOCK)?;
+        let key = ProcessKey { pid, start_time: start_time(pid)? };
+        // SAFETY: the descriptor is owned by the `AsyncFd` and stays the same until it is dropped.
+        let pidfd = unsafe { AsyncFd::register(pidfd) }?;
+        Ok(Self { key, pidfd })
+    }
+
+    /// Takes over a process that was started by a former daemon.
+    ///
+    /// # Errors
+    /// `NotFound` when it is gone, or its pid belongs to another process now.
+    pub fn adopt(key: ProcessKey) -> io::Result<Self> {
+        let process = Self::open(key.pid).map_err(|error| {
+            if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) {
+                io::ErrorKind::NotFound.into()
+            } else {
+                error
+            }
+        })?;
+        if process.key == key && !process.is_over() { Ok(process) } else { Err(io::ErrorKind::NotFound.into()) }
+    }
+
+    /// Which process it is.
+    pub fn key(&self) -> ProcessKey {
+        self.key
+    }
+
+    /// Kills it. One that is gone already is fine.
+    ///
+    /// # Errors
+    /// When the kernel refuses for any other reason.
+    pub fn kill(&self) -> io::Result<()> {
+        match pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether it has ended.
+    pub fn is_over(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut fds = [PollFd::new(self.pidfd.get_ref(), PollFlags::IN)];
+        matches!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1..))
+    }
+
+    /// Waits until it has ended, and reaps it when it is a child of this daemon.
+    pub async fn ended(&self) {
+        // An error of the reactor leaves nothing to wait on; the caller then sees what is.
+        if let Ok(mut ready) = self.pidfd.readable().await {
+            ready.retain_ready();
+        }
+        let _ = waitid(
+            WaitId::PidFd(self.pidfd.get_ref().as_fd()),
+            WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
+        );
+    }
+}
+
+fn start_time(pid: i32) -> io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The second field is a name in parentheses that may hold anything.
+    stat.rsplit_once(')')
+        .and_then(|(_, rest)| rest.split_whitespace().nth(19))
+        .and_then(|field| field.parse().ok())
+        .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no start time")))
+}
+
+/// Processes whose command line has an argument equal to `marker`: how a process is found whose start
+/// the ledger announced, but whose pid it never learnt. Start-up only: it scans `/proc`.
+pub fn find_by_argument(marker: &str) -> Vec<ProcessKey> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|pid| {
+            std::fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| line.split(|byte| *byte == 0).any(|argument| argument == marker.as_bytes()))
+        })
+        .filter_map(|pid| Some(ProcessKey { pid, start_time: start_time(pid).ok()? }))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sleeper(marker: &str) -> Spawn {
+        Spawn {
+            program: "sh".into(),
+            args: ["-c", "exec sleep 60", marker].map(Into::into).to_vec(),
+            env: Vec::new(),
+            cwd: "/".into(),
+            user: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_process_is_found_killed_and_never_mistaken() {
+        let spawn = Spawn { args: vec!["-c".into(), "sleep 60; :".into(), "marker-a1".into()], ..sleeper("") };
+        let (process, _stderr) = Process::spawn(&spawn).unwrap();
+        let key = process.key();
+        while find_by_argument("marker-a1").is_empty() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(find_by_argument("marker-a1"), [key]);
+        assert!(Process::adopt(key).is_ok());
+        let other = ProcessKey { start_time: key.start_time + 1, ..key };
+        assert_eq!(Process::adopt(other).unwrap_err().kind(), io::ErrorKind::NotFound);
+        let session = rustix::process::getsid(Pid::from_raw(key.pid)).unwrap();
+        assert_eq!(session.as_raw_nonzero().get(), key.pid, "leads its own session");
+        process.kill().unwrap();
+        process.ended().await;
+        process.kill().unwrap();
+        assert_eq!(Process::adopt(key).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+}

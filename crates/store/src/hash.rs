@@ -1,0 +1,98 @@
+//! Content digests: SHA-256 over 4 MiB chunks, and over the list of their digests.
+//!
+//! Chunks are what is fetched, verified and shared later; a hole is a chunk of zeros whose digest is
+//! computed once, so that hashing costs what a file holds and not how long it is.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use rustix::fs::{SeekFrom, seek};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// Bytes of one chunk.
+pub const CHUNK_BYTES: u64 = 4 << 20;
+
+/// The digest of a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileDigest {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// Over the list of `chunks`, in hexadecimal.
+    pub digest: String,
+    /// Of each chunk, in hexadecimal.
+    pub chunks: Vec<String>,
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// SHA-256 of `bytes` in hexadecimal.
+pub fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+/// Digests the file at `path`.
+///
+/// # Errors
+/// When it cannot be read whole.
+pub fn digest_file(path: &Path) -> io::Result<FileDigest> {
+    let file = File::open(path)?;
+    let bytes = file.metadata()?.len();
+    let mut buffer = vec![0; usize::try_from(CHUNK_BYTES).map_err(io::Error::other)?];
+    let zeros = sha256(&buffer);
+    let mut chunks = Vec::new();
+    let mut offset = 0;
+    while offset < bytes {
+        let length = CHUNK_BYTES.min(bytes - offset);
+        let whole_hole = length == CHUNK_BYTES
+            && match seek(&file, SeekFrom::Data(offset)) {
+                Ok(data) => data >= offset + length,
+                // No data behind this point.
+                Err(rustix::io::Errno::NXIO) => true,
+                Err(_) => false,
+            };
+        if whole_hole {
+            chunks.push(zeros.clone());
+        } else {
+            let part = &mut buffer[..usize::try_from(length).map_err(io::Error::other)?];
+            file.read_exact_at(part, offset)?;
+            chunks.push(sha256(part));
+        }
+        offset += length;
+    }
+    let digest = sha256(chunks.concat().as_bytes());
+    Ok(FileDigest { bytes, digest, chunks })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_and_zeros_have_one_digest() {
+        let dir = tempfile::tempdir().unwrap();
+        let (sparse, dense) = (dir.path().join("sparse"), dir.path().join("dense"));
+        let length = CHUNK_BYTES * 2 + 100;
+        File::create(&sparse).unwrap().set_len(length).unwrap();
+        std::fs::write(&dense, vec![0; length as usize]).unwrap();
+        let digest = digest_file(&sparse).unwrap();
+        assert_eq!(digest, digest_file(&dense).unwrap());
+        assert_eq!(digest.chunks.len(), 3);
+        let mut content = vec![0; length as usize];
+        content[CHUNK_BYTES as usize] = 1;
+        std::fs::write(&dense, content).unwrap();
+        let other = digest_file(&dense).unwrap();
+        assert_eq!(other.chunks[0], digest.chunks[0]);
+        assert_ne!(other.chunks[1], digest.chunks[1]);
+        assert_ne!(other.digest, digest.digest);
+    }
+}

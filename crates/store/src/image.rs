@@ -1,0 +1,166 @@
+//! Images (root file systems), guests (kernel and initial RAM disk) and templates that join them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use kelvin_api::id::TemplateName;
+use kelvin_api::units::Shape;
+use serde::{Deserialize, Serialize};
+
+use crate::disk::clone_file;
+use crate::hash::{FileDigest, digest_file, sha256};
+use crate::{Error, Store, io_error, names, publish, read_json, write_json};
+
+/// The root file system's name in an image.
+pub const ROOTFS: &str = "rootfs.ext4";
+/// The kernel's name in a guest.
+pub const KERNEL: &str = "vmlinuz";
+/// The initial RAM disk's name in a guest.
+pub const INITRD: &str = "initrd";
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ImageManifest {
+    rootfs: FileDigest,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GuestManifest {
+    kernel: FileDigest,
+    initrd: FileDigest,
+}
+
+/// What a template is made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Template {
+    /// Its name.
+    pub name: TemplateName,
+    /// Digest of its image.
+    pub image: String,
+    /// Digest of its guest.
+    pub guest: String,
+    /// Digest of the guest's kernel.
+    pub kernel: String,
+    /// Digest of the guest's initial RAM disk.
+    pub initrd: String,
+    /// The shape of machines that ask for no other.
+    pub shape: Shape,
+}
+
+/// Files and shape to import as a template.
+#[derive(Debug)]
+pub struct Import<'a> {
+    /// The template's name; a template of that name is replaced.
+    pub name: TemplateName,
+    /// Root file system, ext4.
+    pub rootfs: &'a Path,
+    /// Guest kernel.
+    pub kernel: &'a Path,
+    /// Initial RAM disk with the agent.
+    pub initrd: &'a Path,
+    /// vCPUs and memory; the disk's size is the root file system's.
+    pub vcpus: u32,
+    /// Memory of a machine.
+    pub memory_mib: kelvin_api::units::MemoryMib,
+}
+
+impl Store {
+    /// Path of an image's root file system.
+    pub fn rootfs(&self, image: &str) -> PathBuf {
+        self.root.join("images").join(image).join(ROOTFS)
+    }
+
+    /// Path of a guest's directory.
+    pub fn guest(&self, guest: &str) -> PathBuf {
+        self.root.join("guests").join(guest)
+    }
+
+    /// Copies image and guest in, each once whatever its name, and makes the template.
+    ///
+    /// # Errors
+    /// `Io` when a file cannot be read or the store cannot be written.
+    pub fn import(&self, import: &Import<'_>) -> Result<Template, Error> {
+        let rootfs = digest_file(import.rootfs).map_err(io_error("reading", import.rootfs))?;
+        let kernel = digest_file(import.kernel).map_err(io_error("reading", import.kernel))?;
+        let initrd = digest_file(import.initrd).map_err(io_error("reading", import.initrd))?;
+        let disk_mib = u32::try_from(rootfs.bytes >> 20).unwrap_or(u32::MAX);
+        let image = rootfs.digest.clone();
+        let image_dir = self.root.join("images").join(&image);
+        if !image_dir.exists() {
+            let staged = self.stage()?;
+            copy(import.rootfs, &staged.join(ROOTFS))?;
+            write_json(&staged.join("manifest.json"), &ImageManifest { rootfs })?;
+            publish(&staged, &image_dir)?;
+        }
+        let manifest = GuestManifest { kernel, initrd };
+        let guest = sha256(format!("{} {}", manifest.kernel.digest, manifest.initrd.digest).as_bytes());
+        let guest_dir = self.guest(&guest);
+        if !guest_dir.exists() {
+            let staged = self.stage()?;
+            copy(import.kernel, &staged.join(KERNEL))?;
+            copy(import.initrd, &staged.join(INITRD))?;
+            write_json(&staged.join("manifest.json"), &manifest)?;
+            publish(&staged, &guest_dir)?;
+        }
+        let template = Template {
+            name: import.name.clone(),
+            image,
+            guest,
+            kernel: manifest.kernel.digest,
+            initrd: manifest.initrd.digest,
+            shape: Shape {
+                vcpus: import.vcpus,
+                memory_mib: import.memory_mib,
+                disk_mib: kelvin_api::units::DiskMib(disk_mib),
+            },
+        };
+        write_json(&self.template_path(&import.name), &template)?;
+        Ok(template)
+    }
+
+    fn template_path(&self, name: &TemplateName) -> PathBuf {
+        self.root.join("templates").join(format!("{name}.json"))
+    }
+
+    /// The template called `name`.
+    ///
+    /// # Errors
+    /// `Missing` when there is none, `Manifest` when it does not parse.
+    pub fn template(&self, name: &TemplateName) -> Result<Template, Error> {
+        match read_json(&self.template_path(name)) {
+            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                Err(Error::Missing { kind: "template", name: name.to_string() })
+            }
+            other => other,
+        }
+    }
+
+    /// Every template, by name. One that does not parse is reported and left out.
+    ///
+    /// # Errors
+    /// `Io` when the directory cannot be listed.
+    pub fn templates(&self) -> Result<Vec<Template>, Error> {
+        let mut found: Vec<Template> = names::<String>(&self.root.join("templates"))?
+            .iter()
+            .filter_map(|file| file.strip_suffix(".json")?.parse().ok())
+            .filter_map(|name| match self.template(&name) {
+                Ok(template) => Some(template),
+                Err(error) => {
+                    tracing::error!(error = kelvin_api::error::chain(&error), "template left out");
+                    None
+                }
+            })
+            .collect();
+        found.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(found)
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> Result<(), Error> {
+    use std::os::unix::fs::PermissionsExt;
+    clone_file(from, to).map_err(io_error("copying", from))?;
+    // VMMs of any user read it; nobody writes it again.
+    fs::set_permissions(to, fs::Permissions::from_mode(0o444)).map_err(io_error("sealing", to))
+}

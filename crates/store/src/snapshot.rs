@@ -1,0 +1,380 @@
+//! Snapshots: memory, device state and disk of one frozen instant, under one manifest.
+//!
+//! ```text
+//! staged ──sync──> hashed ──chmod──> sealed ──rename──> published ──check_seal──> restored from
+//!    └─ crash: removed at the next start            └─ touched: refused, by the file's name
+//! ```
+//!
+//! The seal is what the file system says of each file (device, inode, size, times): a restore compares
+//! it in microseconds, because hashing gigabytes is not for that path. When only the device number has
+//! changed (a loop device after a reboot), the content is hashed once and sealed anew.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use kelvin_api::id::{SnapshotId, TemplateName};
+use serde::{Deserialize, Serialize};
+
+use crate::hash::{FileDigest, digest_file};
+use crate::identity::Identity;
+use crate::{Error, Store, io_error, names, publish, read_json, write_json};
+
+/// The files of a snapshot.
+pub const FILES: [&str; 3] = ["memory", "state", "disk"];
+
+/// What a snapshot is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Its id.
+    pub id: SnapshotId,
+    /// When it was taken.
+    pub created: jiff::Timestamp,
+    /// The template it was baked from.
+    pub template: TemplateName,
+    /// Digest of the guest it runs.
+    pub guest: String,
+    /// The snapshot whose pages it shares, when it was taken of a clone.
+    pub parent: Option<SnapshotId>,
+    /// Digest of `identity`.
+    pub identity_digest: String,
+    /// Its fields.
+    pub identity: Identity,
+    /// Guest memory.
+    pub memory: FileDigest,
+    /// Device state.
+    pub state: FileDigest,
+    /// Disk.
+    pub disk: FileDigest,
+    /// The VMM's arguments at the bake, for a person and for the bench: paths are relative to the data
+    /// directory, `{vm}` stands for the machine's directory, `{memory}` for the memory file.
+    pub arguments: Vec<String>,
+}
+
+/// What the file system said of one file when it was sealed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileSeal {
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    mtime_ns: i128,
+    ctime_ns: i128,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Seal {
+    memory: FileSeal,
+    state: FileSeal,
+    disk: FileSeal,
+}
+
+impl FileSeal {
+    fn of(path: &Path) -> io::Result<Self> {
+        let found = fs::symlink_metadata(path)?;
+        let ns = |seconds: i64, rest: i64| i128::from(seconds) * 1_000_000_000 + i128::from(rest);
+        Ok(Self {
+            device: found.dev(),
+            inode: found.ino(),
+            bytes: found.len(),
+            mtime_ns: ns(found.mtime(), found.mtime_nsec()),
+            ctime_ns: ns(found.ctime(), found.ctime_nsec()),
+        })
+    }
+
+    fn difference(&self, now: &Self) -> Option<&'static str> {
+        if self.bytes != now.bytes {
+            Some("its size changed")
+        } else if self.inode != now.inode {
+            Some("it is another file")
+        } else if self.mtime_ns != now.mtime_ns {
+            Some("it was written")
+        } else if self.ctime_ns != now.ctime_ns {
+            Some("it was touched")
+        } else if self.device != now.device {
+            Some("it is on another device")
+        } else {
+            None
+        }
+    }
+}
+
+impl Seal {
+    fn of(directory: &Path) -> Result<Self, Error> {
+        let one = |name: &str| {
+            let path = directory.join(name);
+            FileSeal::of(&path).map_err(io_error("reading", &path))
+        };
+        Ok(Self { memory: one("memory")?, state: one("state")?, disk: one("disk")? })
+    }
+
+    fn file(&self, name: &str) -> &FileSeal {
+        match name {
+            "memory" => &self.memory,
+            "state" => &self.state,
+            _ => &self.disk,
+        }
+    }
+}
+
+/// What is known before a snapshot has its digests.
+#[derive(Debug, Clone)]
+pub struct Draft {
+    /// The template it was baked from.
+    pub template: TemplateName,
+    /// Digest of the guest it runs.
+    pub guest: String,
+    /// Its parent.
+    pub parent: Option<SnapshotId>,
+    /// Its identity.
+    pub identity: Identity,
+    /// See [`Manifest::arguments`].
+    pub arguments: Vec<String>,
+}
+
+/// A published snapshot; cheap to check, never changed.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// What it is.
+    pub manifest: Manifest,
+    /// Where it is.
+    pub directory: PathBuf,
+    seal: Seal,
+}
+
+impl Snapshot {
+    /// The path of one of [`FILES`].
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// Compares every file with its seal. Three `stat` calls: made for the create path.
+    ///
+    /// # Errors
+    /// `Seal` with the file's name and what differs.
+    pub fn check_seal(&self) -> Result<(), Error> {
+        for name in FILES {
+            let refuse = |difference: String| Error::Seal {
+                snapshot: self.manifest.id.to_string(),
+                file: name,
+                difference,
+            };
+            let now = FileSeal::of(&self.file(name)).map_err(|error| refuse(format!("it cannot be read: {error}")))?;
+            if let Some(difference) = self.seal.file(name).difference(&now) {
+                return Err(refuse(difference.to_owned()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Hashes every file and compares it with the manifest: for start-up and for people.
+    ///
+    /// # Errors
+    /// `Seal` with the file's name and the chunk that differs; `Io` when a file cannot be read.
+    pub fn verify(&self) -> Result<(), Error> {
+        for (name, digest) in
+            [("memory", &self.manifest.memory), ("state", &self.manifest.state), ("disk", &self.manifest.disk)]
+        {
+            let path = self.file(name);
+            let now = digest_file(&path).map_err(io_error("reading", &path))?;
+            if now != *digest {
+                let chunk = now.chunks.iter().zip(&digest.chunks).position(|(a, b)| a != b);
+                let difference = match chunk {
+                    Some(index) => format!("chunk {index} has another content"),
+                    None => format!("it has {} bytes instead of {}", now.bytes, digest.bytes),
+                };
+                return Err(Error::Seal { snapshot: self.manifest.id.to_string(), file: name, difference });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Store {
+    fn snapshot_path(&self, id: &SnapshotId) -> PathBuf {
+        self.root.join("snapshots").join(id.as_str())
+    }
+
+    /// Publishes what lies in `staged` as `memory`, `state` and `disk`. Afterwards `staged` is gone.
+    ///
+    /// # Errors
+    /// `Io` when a file is missing or the disk is full; then nothing is published and the caller removes
+    /// `staged`.
+    pub fn publish_snapshot(&self, staged: &Path, draft: Draft) -> Result<Snapshot, Error> {
+        let digest = |name: &str| {
+            let path = staged.join(name);
+            // Synced first: reflinking a file with dirty pages flushes it, once for each clone.
+            fs::File::open(&path).and_then(|file| file.sync_all()).map_err(io_error("syncing", &path))?;
+            digest_file(&path).map_err(io_error("hashing", &path))
+        };
+        let manifest = Manifest {
+            id: SnapshotId::random(),
+            created: jiff::Timestamp::now(),
+            template: draft.template,
+            guest: draft.guest,
+            parent: draft.parent,
+            identity_digest: draft.identity.digest(),
+            identity: draft.identity,
+            memory: digest("memory")?,
+            state: digest("state")?,
+            disk: digest("disk")?,
+            arguments: draft.arguments,
+        };
+        for name in FILES {
+            let path = staged.join(name);
+            std::os::unix::fs::chown(&path, Some(rustix::process::geteuid().as_raw()), None)
+                .map_err(io_error("owning", &path))?;
+            // VMMs of any user map it; nobody writes it again.
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o444)).map_err(io_error("sealing", &path))?;
+        }
+        let seal = Seal::of(staged)?;
+        write_json(&staged.join("manifest.json"), &manifest)?;
+        write_json(&staged.join("seal.json"), &seal)?;
+        let directory = self.snapshot_path(&manifest.id);
+        publish(staged, &directory)?;
+        Ok(Snapshot { manifest, directory, seal })
+    }
+
+    /// Opens a published snapshot. When its files are on another device than at the sealing and nothing
+    /// else differs, they are hashed and sealed anew.
+    ///
+    /// # Errors
+    /// `Missing`, `Manifest`, `Io`, and `Seal` when that hashing finds a difference.
+    pub fn snapshot(&self, id: &SnapshotId) -> Result<Snapshot, Error> {
+        let directory = self.snapshot_path(id);
+        if !directory.exists() {
+            return Err(Error::Missing { kind: "snapshot", name: id.to_string() });
+        }
+        let mut snapshot = Snapshot {
+            manifest: read_json(&directory.join("manifest.json"))?,
+            seal: read_json(&directory.join("seal.json"))?,
+            directory,
+        };
+        let now = Seal::of(&snapshot.directory)?;
+        let moved = |name: &&str| {
+            snapshot.seal.file(name).difference(now.file(name)) == Some("it is on another device")
+        };
+        if FILES.iter().all(moved) {
+            snapshot.verify()?;
+            write_json(&snapshot.directory.join("seal.json"), &now)?;
+            snapshot.seal = now;
+        }
+        Ok(snapshot)
+    }
+
+    /// Every snapshot that can be opened; the others are reported and left where they are.
+    ///
+    /// # Errors
+    /// `Io` when the directory cannot be listed.
+    pub fn snapshots(&self) -> Result<Vec<Snapshot>, Error> {
+        let mut found: Vec<Snapshot> = names::<SnapshotId>(&self.root.join("snapshots"))?
+            .iter()
+            .filter_map(|id| match self.snapshot(id) {
+                Ok(snapshot) => Some(snapshot),
+                Err(error) => {
+                    tracing::error!(error = kelvin_api::error::chain(&error), "snapshot left out");
+                    None
+                }
+            })
+            .collect();
+        found.sort_by_key(|snapshot| snapshot.manifest.created);
+        Ok(found)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests_support {
+    use super::*;
+
+    pub(crate) fn publish_example(store: &Store, parent: Option<SnapshotId>, image: &str) -> Snapshot {
+        let staged = store.stage().unwrap();
+        for name in FILES {
+            fs::write(staged.join(name), format!("{name} {}", "x".repeat(10_000))).unwrap();
+        }
+        let identity: Identity = serde_json::from_value(serde_json::json!({
+            "image": image, "guest_kernel": "k", "agent": "a", "vmm": "qemu", "vmm_build": "b",
+            "accelerator": "tcg", "host_cpu": "c", "host_kernel": "h", "vcpus": 1, "memory_mib": 1,
+            "disk_mib": 1, "devices": "d", "snapshot_format": 1,
+        }))
+        .unwrap();
+        let draft = Draft {
+            template: "base".parse().unwrap(),
+            guest: "g".into(),
+            parent,
+            identity,
+            arguments: Vec::new(),
+        };
+        store.publish_snapshot(&staged, draft).unwrap()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::tests_support::publish_example;
+    use super::*;
+
+    #[test]
+    fn one_bit_or_one_page_or_one_touch_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), true).unwrap();
+        for name in FILES {
+            for damage in ["bit", "cut", "touch", "gone"] {
+                let snapshot = publish_example(&store, None, "i");
+                snapshot.check_seal().unwrap();
+                snapshot.verify().unwrap();
+                let path = snapshot.file(name);
+                fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+                let mut content = fs::read(&path).unwrap();
+                match damage {
+                    "bit" => {
+                        content[5000] ^= 1;
+                        fs::write(&path, &content).unwrap();
+                    }
+                    "cut" => fs::write(&path, &content[..4096]).unwrap(),
+                    "gone" => fs::remove_file(&path).unwrap(),
+                    _ => {}
+                }
+                let error = snapshot.check_seal().unwrap_err();
+                assert!(matches!(&error, Error::Seal { file, .. } if *file == name), "{damage}: {error}");
+                if damage == "bit" || damage == "cut" {
+                    let error = snapshot.verify().unwrap_err();
+                    assert!(matches!(&error, Error::Seal { file, .. } if *file == name), "{damage}: {error}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn another_device_alone_is_verified_and_sealed_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), true).unwrap();
+        let snapshot = publish_example(&store, None, "i");
+        let path = snapshot.directory.join("seal.json");
+        let mut seal: Seal = read_json(&path).unwrap();
+        for file in [&mut seal.memory, &mut seal.state, &mut seal.disk] {
+            file.device += 1;
+        }
+        write_json(&path, &seal).unwrap();
+        store.snapshot(&snapshot.manifest.id).unwrap().check_seal().unwrap();
+        // The same with one byte changed is not.
+        write_json(&path, &seal).unwrap();
+        let memory = snapshot.file("memory");
+        fs::set_permissions(&memory, fs::Permissions::from_mode(0o644)).unwrap();
+        fs::write(&memory, "other").unwrap();
+        assert!(store.snapshot(&snapshot.manifest.id).unwrap().check_seal().is_err());
+    }
+
+    #[test]
+    fn a_torn_snapshot_is_never_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), true).unwrap();
+        let staged = store.stage().unwrap();
+        fs::write(staged.join("memory"), "half").unwrap();
+        let store = Store::open(dir.path(), true).unwrap();
+        assert!(!staged.exists());
+        assert!(store.snapshots().unwrap().is_empty());
+    }
+}

@@ -1,0 +1,228 @@
+//! The suite that every driver must pass, with a real guest.
+//!
+//! A driver's test makes a [`Bench`] and calls [`run`]; each step fails with what it expected. It uses
+//! nothing but the public traits, so that a driver that passes can be used by `kelvin-node` unchanged.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use kelvin_api::guest::{Activation, Request};
+use kelvin_api::id::VmId;
+use kelvin_api::units::Shape;
+use kelvin_host::process::{Process, ProcessKey, find_by_argument};
+
+use crate::control::Control;
+use crate::{Driver, Error, MachineSpec, Port, Running};
+
+/// What the suite needs.
+pub struct Bench<'a> {
+    /// The driver under test.
+    pub driver: &'a dyn Driver,
+    /// A data directory, laid out as [`MachineSpec`] says.
+    pub data_dir: &'a Path,
+    /// The guest's directory, relative to the data directory.
+    pub guest: PathBuf,
+    /// A root file system to copy for each machine.
+    pub rootfs: &'a Path,
+    /// The shape of all machines.
+    pub shape: Shape,
+    /// The user of all VMMs.
+    pub user: Option<u32>,
+    /// Copies a disk, as cheaply as the file system can.
+    pub clone_disk: fn(&Path, &Path) -> std::io::Result<()>,
+}
+
+/// How long a cold boot may take on a busy machine.
+const BOOT: Duration = Duration::from_secs(120);
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// What went wrong, in words.
+pub type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+/// A fresh activation for a machine called `name`.
+pub fn activation(name: &str) -> Activation {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Activation {
+        sandbox_id: name.to_owned(),
+        template: "conformance".to_owned(),
+        hostname: name.to_owned(),
+        machine_id: *b"conformance-suit",
+        entropy: [42; 64],
+        wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+        access_token: String::new(),
+        env_vars: std::collections::BTreeMap::new(),
+    }
+}
+
+impl Bench<'_> {
+    fn spec(&self, disk: &Path) -> Result<MachineSpec, Box<dyn std::error::Error>> {
+        let spec = MachineSpec {
+            vm: VmId::random(),
+            data_dir: self.data_dir.to_owned(),
+            user: self.user,
+            shape: self.shape,
+            guest: self.guest.clone(),
+        };
+        let directory = spec.absolute();
+        std::fs::create_dir_all(&directory)?;
+        (self.clone_disk)(disk, &directory.join("disk"))?;
+        for path in [directory.clone(), directory.join("disk")] {
+            std::os::unix::fs::chown(path, self.user, self.user)?;
+        }
+        Ok(spec)
+    }
+
+    async fn restore(&self, memory: &Path, state: &Path, disk: &Path) -> Result<(Running, Control), Box<dyn std::error::Error>> {
+        let spec = self.spec(disk)?;
+        let waiting = self.driver.prepare(&spec, memory).await?;
+        let control = Control::new(waiting.connect(Port::Control).await?);
+        let _http = waiting.connect(Port::Http).await?;
+        let paused = waiting.load(&self.data_dir.join(state)).await.map_err(|(_, error)| error)?;
+        let running = paused.resume().await.map_err(|(_, error)| error)?;
+        Ok((running, control))
+    }
+}
+
+fn expect(condition: bool, what: &str) -> Outcome {
+    if condition { Ok(()) } else { Err(what.to_owned().into()) }
+}
+
+/// Runs every step; the first that fails ends it. No VMM is left either way.
+///
+/// # Errors
+/// What was expected and did not happen.
+pub async fn run(bench: &Bench<'_>) -> Outcome {
+    let outcome = steps(bench).await;
+    for entry in std::fs::read_dir(bench.data_dir.join("sandboxes"))?.flatten() {
+        for key in find_by_argument(&format!("kelvin-{}", entry.file_name().to_string_lossy())) {
+            if let Ok(process) = Process::adopt(key) {
+                process.kill()?;
+                process.ended().await;
+            }
+        }
+    }
+    outcome
+}
+
+async fn steps(bench: &Bench<'_>) -> Outcome {
+    let spec = bench.spec(bench.rootfs)?;
+    let running = bench.driver.boot(&spec).await?;
+    let mut control = Control::new(running.connect(Port::Control).await?);
+    control.call("ping", &Request::Ping, BOOT).await?;
+    let http = running.connect(Port::Http).await?;
+    let quiet = wait_quiet(&mut control).await?;
+    expect(quiet, "the agent waits on its HTTP port before a snapshot")?;
+
+    // Bake: pause, save, and the machine can go on afterwards.
+    let baked = spec.absolute().join("baked");
+    std::fs::create_dir(&baked)?;
+    let paused = running.pause().await.map_err(|(_, error)| error)?;
+    paused.save(&baked.join("memory"), &baked.join("state")).await?;
+    (bench.clone_disk)(&spec.absolute().join("disk"), &baked.join("disk"))?;
+    let running = paused.resume().await.map_err(|(_, error)| error)?;
+    control.call("ping", &Request::Ping, ANSWER).await?;
+    expect(!running.console().await?.contains("Kernel panic"), "no panic on the console")?;
+    drop(http);
+    running.kill().await?;
+    running.kill().await?;
+    expect(running.is_over(), "a killed machine is over")?;
+
+    // Clone twice at once; neither writes the memory file.
+    for name in ["memory", "state"] {
+        std::fs::set_permissions(baked.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o444))?;
+    }
+    let relative = spec.directory().join("baked");
+    std::fs::set_permissions(spec.absolute(), std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
+    let before = std::fs::read(baked.join("memory"))?;
+    let restore = async || bench.restore(&relative.join("memory"), &relative.join("state"), &baked.join("disk")).await;
+    let (first, mut first_control) = restore().await?;
+    let (second, mut second_control) = restore().await?;
+    for control in [&mut first_control, &mut second_control] {
+        let asked = activation("clone");
+        let done = control.call("activate", &Request::Activate(asked.clone()), ANSWER).await?;
+        expect(done.wall_clock_ns.abs_diff(asked.wall_clock_ns) < 1_000_000_000, "the clock is within 1 s")?;
+    }
+
+    // A snapshot of a running clone costs its written pages, and restores with what the clone knew.
+    let saved_dir = first_dir(&first, bench)?;
+    let paused = first.pause().await.map_err(|(_, error)| error)?;
+    let saved = paused.save(&saved_dir.join("memory"), &saved_dir.join("state")).await?;
+    let all = bench.shape.memory_mib.bytes() / 4096;
+    let dirty = saved.dirty_pages.ok_or("a clone shares its parent's memory")?;
+    expect(dirty > 0 && dirty < all / 4, &format!("{dirty} of {all} pages were copied"))?;
+    let first = paused.resume().await.map_err(|(_, error)| error)?;
+    first_control.call("ping", &Request::Ping, ANSWER).await?;
+    std::fs::set_permissions(saved_dir.join("memory"), std::os::unix::fs::PermissionsExt::from_mode(0o444))?;
+    let saved_relative = saved_dir.strip_prefix(bench.data_dir)?.to_owned();
+    let (third, mut third_control) =
+        bench.restore(&saved_relative.join("memory"), &saved_relative.join("state"), &baked.join("disk")).await?;
+    third_control.call("ping", &Request::Ping, ANSWER).await?;
+
+    // A former daemon's machine is adopted; a process that is gone is not.
+    drop(second_control);
+    let key = second.key();
+    let adopted_spec = find_spec(bench, &spec, key)?;
+    drop(second);
+    let adopted = bench.driver.adopt(&adopted_spec, key).await?;
+    let mut control = Control::new(adopted.connect(Port::Control).await?);
+    control.call("ping", &Request::Ping, ANSWER).await?;
+    adopted.kill().await?;
+    let gone = bench.driver.adopt(&adopted_spec, key).await;
+    expect(matches!(gone, Err(Error::Io { .. })), "a dead VMM is not adopted")?;
+
+    // Device state that is not one is refused, and the VMM can be ended.
+    let spec = bench.spec(&baked.join("disk"))?;
+    let waiting = bench.driver.prepare(&spec, &relative.join("memory")).await?;
+    let garbage = spec.absolute().join("garbage");
+    std::fs::write(&garbage, vec![0x55; 4096])?;
+    let (waiting, _error) = match waiting.load(&garbage).await {
+        Err(refused) => refused,
+        Ok(_) => return Err("garbage was loaded as device state".into()),
+    };
+    waiting.kill().await?;
+    for machine in [first, third] {
+        machine.kill().await?;
+    }
+    expect(std::fs::read(baked.join("memory"))? == before, "no clone has written the memory file")
+}
+
+async fn wait_quiet(control: &mut Control) -> Result<bool, Error> {
+    let deadline = tokio::time::Instant::now() + ANSWER;
+    loop {
+        if control.call("quiesce", &Request::Quiesce, ANSWER).await?.http_waiting {
+            return Ok(true);
+        }
+        if tokio::time::Instant::now() > deadline {
+            return Ok(false);
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn machine_of(data_dir: &Path, pid: i32) -> Result<VmId, Box<dyn std::error::Error>> {
+    for entry in std::fs::read_dir(data_dir.join("sandboxes"))?.flatten() {
+        if let Some(vm) = entry.file_name().to_str().and_then(|name| name.parse::<VmId>().ok())
+            && find_by_argument(&format!("kelvin-{vm}")).iter().any(|key| key.pid == pid)
+        {
+            return Ok(vm);
+        }
+    }
+    Err(format!("no directory belongs to process {pid}").into())
+}
+
+fn first_dir(running: &Running, bench: &Bench<'_>) -> Result<PathBuf, Box<dyn std::error::Error>> {
+    let vm = machine_of(bench.data_dir, running.key().pid)?;
+    let directory = bench.data_dir.join("sandboxes").join(vm.as_str());
+    std::fs::set_permissions(&directory, std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
+    let saved = directory.join("saved");
+    std::fs::create_dir(&saved)?;
+    Ok(saved)
+}
+
+fn find_spec(
+    bench: &Bench<'_>,
+    like: &MachineSpec,
+    key: ProcessKey,
+) -> Result<MachineSpec, Box<dyn std::error::Error>> {
+    Ok(MachineSpec { vm: machine_of(bench.data_dir, key.pid)?, ..like.clone() })
+}

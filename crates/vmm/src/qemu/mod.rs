@@ -1,0 +1,480 @@
+//! QEMU: the driver that works everywhere. Machine `microvm`; KVM where it truly works, else TCG.
+//!
+//! Guest RAM is a file. A boot maps it shared, so that the file is the memory; a clone maps a snapshot's
+//! file private, so that all clones share its page cache and none writes it. Device state travels alone
+//! (`xen-save-devices-state` writes no RAM) and loads as an incoming migration into a VMM that was
+//! started with `-incoming defer`. Source: `../shared/vmm-notes.md` and `prototypes/qemu_clone.py`.
+//!
+//! A VMM runs as a user of its own without capabilities, in its own session, under QEMU's seccomp
+//! filters, in the data directory with relative paths (so that no parent of it has to be open to that
+//! user). Its console is a 64 KiB ring in the VMM, its standard error a pipe of which the last 16 KiB are
+//! kept: a guest cannot fill a disk with either.
+
+mod pages;
+mod qmp;
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ChildStderr;
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use kelvin_api::units::Shape;
+use kelvin_host::accel::Accelerator;
+use kelvin_host::process::{Process, ProcessKey, Spawn};
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+use tokio::sync::Mutex;
+
+use crate::{Driver, Error, Handle, MachineSpec, Port, Running, Saved, Waiting};
+use qmp::Qmp;
+
+const PROGRAM: &str = "qemu-system-x86_64";
+/// How long a VMM may take to open its sockets.
+const START: Duration = Duration::from_secs(30);
+const STDERR: usize = 16 << 10;
+const CONSOLE: u32 = 64 << 10;
+const SHIM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ro_ram.so"));
+/// Relative to the data directory.
+const SHIM_PATH: &str = "run/ro_ram.so";
+/// Stand-ins for paths in a layout.
+const VM: &str = "{vm}";
+const MEMORY: &str = "{memory}";
+const GUEST: &str = "{guest}";
+
+/// The driver.
+pub struct Qemu {
+    build: String,
+    accelerator: Accelerator,
+    /// Rate of the host's time stamp counter, which an emulated guest cannot find out.
+    tsc_khz: u32,
+    /// Whether memory can be opened read-only by an option (8.2 and newer) or needs the shim.
+    read_only_memory: bool,
+}
+
+impl Qemu {
+    /// Looks at the installed QEMU and prepares `data_dir` for it.
+    ///
+    /// # Errors
+    /// `Unusable` when it is missing or older than 7.2.
+    pub fn open(data_dir: &Path, accelerator: Accelerator) -> Result<Self, Error> {
+        let unusable = |reason: String| Error::Unusable { program: PROGRAM.to_owned(), reason };
+        let output = std::process::Command::new(PROGRAM)
+            .arg("--version")
+            .output()
+            .map_err(|error| unusable(format!("{error}; install the package qemu-system-x86")))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let (version, package) = version(&text).ok_or_else(|| unusable(format!("no version in {text:?}")))?;
+        if version < (7, 2) {
+            return Err(unusable(format!("version {}.{} is older than 7.2", version.0, version.1)));
+        }
+        let io = |what| move |source| Error::Io { what, source };
+        let tsc_khz = kelvin_host::cpu::tsc_khz(&data_dir.join("run/tsc_khz")).map_err(io("measuring the TSC"))?;
+        let read_only_memory = version >= (8, 2);
+        if !read_only_memory {
+            install_shim(&data_dir.join(SHIM_PATH)).map_err(io("installing the memory shim"))?;
+        }
+        Ok(Self { build: package, accelerator, tsc_khz, read_only_memory })
+    }
+
+    fn append(&self) -> String {
+        // Quiet, because every byte of a serial console is an exit; no mitigations, because an emulator
+        // does not speculate as the guest's code does and one tenant has the whole guest.
+        let mut line = "console=ttyS0 reboot=t panic=-1 quiet mitigations=off audit=0 nowatchdog \
+                        8250.nr_uarts=1"
+            .to_owned();
+        if self.accelerator == Accelerator::Tcg {
+            // Without these two about half of all boots hang in delay calibration. HZ is 250.
+            let lpj = u64::from(self.tsc_khz) * 1000 / 250;
+            line.push_str(&format!(" lpj={lpj} tsc_early_khz={} tsc=reliable", self.tsc_khz));
+        }
+        line
+    }
+
+    /// What makes the machine: the same at bake and at every clone, in the same order.
+    fn machine(&self, shape: Shape, memory: &str, private: bool) -> Vec<String> {
+        let (accelerator, cpu) = match self.accelerator {
+            Accelerator::Kvm => ("kvm", "host"),
+            Accelerator::Tcg => ("tcg,thread=multi,tb-size=64", "max"),
+        };
+        let mut ram = format!("memory-backend-file,id=ram,size={}M,mem-path={memory}", shape.memory_mib.0);
+        ram.push_str(match (private, self.read_only_memory) {
+            (false, _) => ",share=on",
+            (true, true) => ",share=off,readonly=on,rom=off",
+            (true, false) => ",share=off",
+        });
+        [
+            "-nodefaults",
+            "-no-user-config",
+            "-nographic",
+            "-no-reboot",
+            "-M",
+            "microvm,memory-backend=ram,x-option-roms=off",
+            "-accel",
+            accelerator,
+            "-cpu",
+            cpu,
+            "-smp",
+            &shape.vcpus.to_string(),
+            "-m",
+            &shape.memory_mib.0.to_string(),
+            "-object",
+            &ram,
+            "-kernel",
+            &format!("{GUEST}/vmlinuz"),
+            "-initrd",
+            &format!("{GUEST}/initrd"),
+            "-append",
+            &self.append(),
+            "-chardev",
+            &format!("ringbuf,id=console,size={CONSOLE}"),
+            "-serial",
+            "chardev:console",
+            "-drive",
+            &format!("if=none,id=root,format=raw,file={VM}/disk,file.locking=off,discard=unmap"),
+            "-device",
+            "virtio-blk-device,drive=root",
+            "-device",
+            "virtio-serial-device,max_ports=4",
+            "-chardev",
+            &format!("socket,id=control,path={VM}/control.sock,server=on,wait=off"),
+            "-device",
+            &format!("virtserialport,nr=1,chardev=control,name={}", kelvin_api::guest::CONTROL_PORT),
+            "-chardev",
+            &format!("socket,id=http,path={VM}/http.sock,server=on,wait=off"),
+            "-device",
+            &format!("virtserialport,nr=2,chardev=http,name={}", kelvin_api::guest::HTTP_PORT),
+            "-qmp",
+            &format!("unix:{VM}/qmp.sock,server=on,wait=off"),
+            // The stream of device state has no configuration section.
+            "-global",
+            "migration.send-configuration=off",
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        ]
+        .map(str::to_owned)
+        .to_vec()
+    }
+
+    async fn start(&self, spec: &MachineSpec, memory: &str, private: bool, extra: &[&str]) -> Result<Machine, Error> {
+        let directory = spec.directory();
+        let fill = |argument: String| {
+            argument
+                .replace(VM, &directory.to_string_lossy())
+                .replace(GUEST, &spec.guest.to_string_lossy())
+        };
+        let mut args: Vec<OsString> = ["-name".to_owned(), spec.marker()].map(OsString::from).to_vec();
+        args.extend(self.machine(spec.shape, memory, private).into_iter().map(|argument| fill(argument).into()));
+        args.extend(extra.iter().map(OsString::from));
+        let env = if private && !self.read_only_memory {
+            vec![("LD_PRELOAD".into(), SHIM_PATH.into()), ("KELVIN_RO_RAM".into(), memory.into())]
+        } else {
+            Vec::new()
+        };
+        let spawn = Spawn { program: PROGRAM.into(), args, env, cwd: spec.data_dir.clone(), user: spec.user };
+        let (process, stderr) =
+            Process::spawn(&spawn).map_err(|source| Error::Io { what: "starting the VMM", source })?;
+        let tail = Tail::follow(stderr).map_err(|source| Error::Io { what: "reading the VMM's stderr", source })?;
+        let opened = async {
+            let sockets = Sockets::open(&spec.absolute())?;
+            let stream = sockets.connect_new("qmp.sock", &process, &tail).await?;
+            Ok((sockets, Qmp::open(stream).await?))
+        };
+        match opened.await {
+            Ok((sockets, qmp)) => Ok(Machine {
+                process,
+                qmp: Mutex::new(qmp),
+                sockets,
+                tail,
+                directory,
+                data_dir: spec.data_dir.clone(),
+                memory: spec.data_dir.join(memory),
+                private,
+            }),
+            Err(error) => {
+                let died = tokio::time::timeout(Duration::from_millis(500), process.ended()).await.is_ok();
+                let _ = process.kill();
+                process.ended().await;
+                Err(if died { Error::Ended { what: "starting", stderr: tail.text() } } else { error })
+            }
+        }
+    }
+}
+
+/// `(major, minor)` and the whole version with the package's. Example of the text:
+/// `QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)`.
+fn version(text: &str) -> Option<((u32, u32), String)> {
+    let line = text.lines().next()?;
+    let (_, rest) = line.split_once("version ")?;
+    let mut numbers = rest.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    Some(((numbers.next()?.ok()?, numbers.next()?.ok()?), rest.trim().to_owned()))
+}
+
+fn install_shim(path: &Path) -> io::Result<()> {
+    if std::fs::read(path).is_ok_and(|installed| installed == SHIM) {
+        return Ok(());
+    }
+    let fresh = path.with_extension("new");
+    std::fs::write(&fresh, SHIM)?;
+    std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o444))?;
+    std::fs::rename(fresh, path)
+}
+
+/// The end of what a VMM says on its standard error.
+#[derive(Debug, Clone, Default)]
+struct Tail(Arc<StdMutex<VecDeque<u8>>>);
+
+impl Tail {
+    /// Reads `stderr` until the VMM ends; the task ends with it.
+    fn follow(stderr: ChildStderr) -> io::Result<Self> {
+        let tail = Self::default();
+        let fd = std::os::fd::OwnedFd::from(stderr);
+        let flags = rustix::fs::fcntl_getfl(&fd)?;
+        rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
+        let mut pipe = pipe::Receiver::from_owned_fd(fd)?;
+        let kept = tail.clone();
+        tokio::spawn(async move {
+            let mut buffer = [0; 4096];
+            while let Ok(count @ 1..) = pipe.read(&mut buffer).await {
+                let mut bytes = kept.0.lock().unwrap_or_else(PoisonError::into_inner);
+                bytes.extend(&buffer[..count]);
+                let excess = bytes.len().saturating_sub(STDERR);
+                bytes.drain(..excess);
+            }
+        });
+        Ok(tail)
+    }
+
+    fn text(&self) -> String {
+        let bytes: Vec<u8> = self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
+        String::from_utf8_lossy(&bytes).trim().to_owned()
+    }
+}
+
+/// The machine's sockets, reached through a descriptor of its directory: the path of a Unix socket may
+/// have 107 bytes, that of a data directory more.
+struct Sockets(File);
+
+impl Sockets {
+    fn open(directory: &Path) -> Result<Self, Error> {
+        File::open(directory).map(Self).map_err(|source| Error::Io { what: "opening the machine's directory", source })
+    }
+
+    async fn connect(&self, name: &str) -> io::Result<UnixStream> {
+        UnixStream::connect(PathBuf::from(format!("/proc/self/fd/{}/{name}", self.0.as_raw_fd()))).await
+    }
+
+    /// Connects to a socket that the VMM is about to open. Never on a create path but a cold one.
+    async fn connect_new(&self, name: &str, process: &Process, tail: &Tail) -> Result<UnixStream, Error> {
+        let started = Instant::now();
+        loop {
+            match self.connect(name).await {
+                Ok(stream) => return Ok(stream),
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {}
+                Err(source) => return Err(Error::Io { what: "connecting to the VMM", source }),
+            }
+            if process.is_over() {
+                // Let the reader of the pipe see the last words.
+                tokio::task::yield_now().await;
+                return Err(Error::Ended { what: "starting", stderr: tail.text() });
+            }
+            if started.elapsed() > START {
+                return Err(Error::Deadline { what: "starting the VMM", after: START, detail: tail.text() });
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+}
+
+#[async_trait]
+impl Driver for Qemu {
+    fn kind(&self) -> &'static str {
+        "qemu"
+    }
+
+    fn build(&self) -> &str {
+        &self.build
+    }
+
+    fn accelerator(&self) -> Accelerator {
+        self.accelerator
+    }
+
+    fn layout(&self, shape: Shape) -> Vec<String> {
+        self.machine(shape, MEMORY, true)
+    }
+
+    async fn boot(&self, spec: &MachineSpec) -> Result<Running, Error> {
+        let memory = spec.directory().join("memory");
+        let machine = self.start(spec, &memory.to_string_lossy(), false, &[]).await?;
+        Ok(Running::new(Box::new(machine)))
+    }
+
+    async fn prepare(&self, spec: &MachineSpec, memory: &Path) -> Result<Waiting, Error> {
+        let machine = self.start(spec, &memory.to_string_lossy(), true, &["-S", "-incoming", "defer"]).await?;
+        let capability = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+        let told = machine.qmp.lock().await.call("migrate-set-capabilities", capability).await;
+        if let Err(error) = told {
+            let _ = machine.process.kill();
+            machine.process.ended().await;
+            return Err(error);
+        }
+        Ok(Waiting::new(Box::new(machine)))
+    }
+
+    async fn adopt(&self, spec: &MachineSpec, key: ProcessKey) -> Result<Running, Error> {
+        let io = |source| Error::Io { what: "adopting the VMM", source };
+        let process = Process::adopt(key).map_err(io)?;
+        let sockets = Sockets::open(&spec.absolute())?;
+        let qmp = Qmp::open(sockets.connect("qmp.sock").await.map_err(io)?).await?;
+        let own = spec.absolute().join("memory");
+        let private = !own.exists();
+        Ok(Running::new(Box::new(Machine {
+            process,
+            qmp: Mutex::new(qmp),
+            sockets,
+            tail: Tail::default(),
+            directory: spec.directory(),
+            data_dir: spec.data_dir.clone(),
+            memory: if private { pages::mapped_memory(key.pid, &spec.data_dir).map_err(io)? } else { own },
+            private,
+        })))
+    }
+}
+
+/// One VMM.
+struct Machine {
+    process: Process,
+    qmp: Mutex<Qmp>,
+    sockets: Sockets,
+    tail: Tail,
+    /// Relative to the data directory.
+    directory: PathBuf,
+    data_dir: PathBuf,
+    /// The file behind guest RAM.
+    memory: PathBuf,
+    /// Whether that file is a snapshot's, mapped private.
+    private: bool,
+}
+
+impl Machine {
+    /// A broken connection means that the VMM has ended or is about to: then say so, with its last words.
+    async fn explain<T>(&self, what: &'static str, result: Result<T, Error>) -> Result<T, Error> {
+        match result {
+            Err(Error::Io { what: _, source: _ }) if self.ends_soon().await => {
+                Err(Error::Ended { what, stderr: self.tail.text() })
+            }
+            other => other,
+        }
+    }
+
+    async fn ends_soon(&self) -> bool {
+        tokio::time::timeout(Duration::from_secs(2), self.process.ended()).await.is_ok()
+    }
+
+    async fn try_load(&self, state: &Path) -> Result<(), Error> {
+        let file = File::open(state).map_err(|source| Error::Io { what: "opening the device state", source })?;
+        let mut qmp = self.qmp.lock().await;
+        qmp.call_with("getfd", json!({ "fdname": "state" }), file.as_fd()).await?;
+        qmp.call("migrate-incoming", json!({ "uri": "fd:state" })).await?;
+        let loaded = qmp
+            .event("MIGRATION", |data| match data["status"].as_str() {
+                Some("completed") => Some(true),
+                Some("failed") => Some(false),
+                _ => None,
+            })
+            .await?;
+        if loaded {
+            return Ok(());
+        }
+        let reason = self.tail.text();
+        Err(Error::Refused { command: "migrate-incoming", reason })
+    }
+
+    async fn try_save(&self, memory: &Path, state: &Path) -> Result<Saved, Error> {
+        let io = |what| move |source| Error::Io { what, source };
+        // The VMM can write nothing but its own directory.
+        let own = self.directory.join("state.new");
+        let absolute = self.data_dir.join(&own);
+        let _ = std::fs::remove_file(&absolute);
+        self.qmp
+            .lock()
+            .await
+            .call("xen-save-devices-state", json!({ "filename": own.to_string_lossy(), "live": false }))
+            .await?;
+        std::fs::rename(&absolute, state).map_err(io("moving the device state"))?;
+        let (pid, from, to) = (self.process.key().pid, self.memory.clone(), memory.to_owned());
+        let private = self.private;
+        let dirty_pages = tokio::task::spawn_blocking(move || pages::save_memory(pid, &from, &to, private))
+            .await
+            .map_err(|error| io("copying memory")(io::Error::other(error)))?
+            .map_err(io("copying memory"))?;
+        Ok(Saved { dirty_pages })
+    }
+}
+
+#[async_trait]
+impl Handle for Machine {
+    fn process(&self) -> &Process {
+        &self.process
+    }
+
+    async fn load(&self, state: &Path) -> Result<(), Error> {
+        self.explain("loading", self.try_load(state).await).await
+    }
+
+    async fn resume(&self) -> Result<(), Error> {
+        let result = self.qmp.lock().await.call("cont", json!({})).await;
+        self.explain("resuming", result.map(drop)).await
+    }
+
+    async fn pause(&self) -> Result<(), Error> {
+        let result = self.qmp.lock().await.call("stop", json!({})).await;
+        self.explain("pausing", result.map(drop)).await
+    }
+
+    async fn save(&self, memory: &Path, state: &Path) -> Result<Saved, Error> {
+        self.explain("saving", self.try_save(memory, state).await).await
+    }
+
+    async fn connect(&self, port: Port) -> Result<UnixStream, Error> {
+        let name = match port {
+            Port::Control => "control.sock",
+            Port::Http => "http.sock",
+        };
+        self.sockets.connect(name).await.map_err(|source| Error::Io { what: "connecting to the guest", source })
+    }
+
+    async fn console(&self) -> Result<String, Error> {
+        let arguments = json!({ "device": "console", "size": CONSOLE, "format": "utf8" });
+        let text = self.qmp.lock().await.call("ringbuf-read", arguments).await?;
+        Ok(text.as_str().unwrap_or_default().to_owned())
+    }
+
+    fn stderr(&self) -> String {
+        self.tail.text()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_from_what_qemu_prints() {
+        let (version, build) =
+            version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)\nCopyright\n").unwrap();
+        assert_eq!(version, (7, 2));
+        assert_eq!(build, "7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)");
+        assert!(super::version("not qemu").is_none());
+    }
+}

@@ -1,0 +1,250 @@
+//! Makes what a machine boots: kernel, initial RAM disk with the agent, root file system.
+//!
+//! ```text
+//! .cache/guest/kernel/   vmlinuz and the modules, from Debian's cloud kernel package
+//! .cache/guest/initrd    newc archive: modules in load order, the agent as /init
+//! .cache/guest/base.ext4 the `base` image, made again when its recipe under guest/base changes
+//! ```
+//!
+//! Everything is made under another name and renamed: what has its name is whole.
+
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::packages::{as_root, debian_sources, feed};
+use crate::{Result, cache, cargo, output, root, run, say};
+
+/// Size of the base image's disk: about 0.5 GiB of files, the rest is free.
+const ROOT_MIB: u64 = 2560;
+/// So that the same files give the same image.
+const EPOCH: &str = "1767225600";
+const UUID: &str = "6b656c76-696e-4000-8000-000000000001";
+
+/// Paths of a whole guest.
+pub struct Guest {
+    pub kernel: PathBuf,
+    pub initrd: PathBuf,
+    pub rootfs: PathBuf,
+}
+
+/// Makes what is missing or out of date.
+pub fn ensure() -> Result<Guest> {
+    let directory = cache().join("guest");
+    fs::create_dir_all(&directory)?;
+    let kernel = ensure_kernel(&directory)?;
+    let agent = build_agent()?;
+    let initrd = ensure_initrd(&directory, &kernel, &agent)?;
+    let rootfs = ensure_rootfs(&directory)?;
+    Ok(Guest { kernel: kernel.join("vmlinuz"), initrd, rootfs })
+}
+
+/// Whether `stamp` holds `key`; the thing beside it is then up to date.
+fn is_fresh(stamp: &Path, key: &str) -> bool {
+    fs::read_to_string(stamp).is_ok_and(|text| text == key)
+}
+
+fn digest(parts: &[&[u8]]) -> String {
+    let mut hasher = DefaultHasher::new();
+    parts.hash(&mut hasher);
+    format!("{:016x}", hasher.finish())
+}
+
+fn ensure_kernel(directory: &Path) -> Result<PathBuf> {
+    let wanted = fs::read_to_string(root().join("guest/base/modules"))?;
+    let done = directory.join("kernel");
+    let key = digest(&[wanted.as_bytes()]);
+    if is_fresh(&done.join("key"), &key) {
+        return Ok(done);
+    }
+    say("fetching the guest's kernel");
+    let work = directory.join("kernel.new");
+    let _ = fs::remove_dir_all(&work);
+    fs::create_dir_all(work.join("modules"))?;
+    // apt drops its privileges for a download; the directory has to let it in.
+    fs::set_permissions(&work, fs::Permissions::from_mode(0o777))?;
+    debian_sources()?;
+    let package = output(Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]))?
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Depends: ").filter(|name| name.starts_with("linux-image")).map(str::to_owned))
+        .ok_or("apt knows no linux-image-cloud-amd64")?;
+    run(Command::new("apt-get").args(["-q", "download", &package]).current_dir(&work).stdout(std::io::stderr()))?;
+    let archive = fs::read_dir(&work)?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .ok_or("apt downloaded nothing")?;
+    let tree = work.join("tree");
+    run(Command::new("dpkg").arg("-x").arg(&archive).arg(&tree))?;
+    let release = fs::read_dir(tree.join("lib/modules"))?
+        .flatten()
+        .next()
+        .and_then(|entry| entry.file_name().into_string().ok())
+        .ok_or("the package has no modules")?;
+    run(Command::new("depmod").arg("-b").arg(&tree).arg(&release))?;
+    let mut order: Vec<String> = Vec::new();
+    for module in wanted.lines() {
+        let shown = Command::new("modprobe")
+            .arg("-d")
+            .arg(&tree)
+            .args(["-S", &release, "--show-depends", module])
+            .output()?;
+        if !shown.status.success() {
+            return Err(format!("modprobe {module}: {}", String::from_utf8_lossy(&shown.stderr).trim()).into());
+        }
+        for line in String::from_utf8(shown.stdout)?.lines() {
+            // "builtin x" needs nothing.
+            let Some(path) = line.strip_prefix("insmod ").map(str::trim) else { continue };
+            let name = Path::new(path).file_name().and_then(|name| name.to_str()).ok_or("odd module name")?;
+            if !order.iter().any(|known| known == name) {
+                fs::copy(path, work.join("modules").join(name))?;
+                order.push(name.to_owned());
+            }
+        }
+    }
+    fs::write(work.join("modules/order"), order.join("\n"))?;
+    fs::copy(tree.join(format!("boot/vmlinuz-{release}")), work.join("vmlinuz"))?;
+    fs::remove_dir_all(&tree)?;
+    fs::remove_file(&archive)?;
+    fs::write(work.join("key"), key)?;
+    let _ = fs::remove_dir_all(&done);
+    fs::rename(&work, &done)?;
+    Ok(done)
+}
+
+/// Builds the agent: static, small. One target directory with everything else.
+fn build_agent() -> Result<PathBuf> {
+    const TARGET: &str = "x86_64-unknown-linux-gnu";
+    say("building the guest's agent");
+    let mut command = cargo();
+    command
+        .args(["build", "--package", "kelvin-agent", "--profile", "agent", "--target", TARGET])
+        .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static -C relocation-model=static");
+    run(command.stdout(std::io::stderr()))?;
+    Ok(root().join("target").join(TARGET).join("agent/kelvin-agent"))
+}
+
+fn ensure_initrd(directory: &Path, kernel: &Path, agent: &Path) -> Result<PathBuf> {
+    let done = directory.join("initrd");
+    let mut archive = Newc::default();
+    for name in ["dev", "proc", "sys", "modules", "newroot"] {
+        archive.add(name, 0o040_755, &[]);
+    }
+    // The kernel opens the console for PID 1 before anything is mounted.
+    archive.node("dev/console", 0o020_600, (5, 1), &[]);
+    let mut modules: Vec<_> = fs::read_dir(kernel.join("modules"))?.flatten().map(|entry| entry.path()).collect();
+    modules.sort();
+    for path in modules {
+        let name = path.file_name().and_then(|name| name.to_str()).ok_or("odd module name")?.to_owned();
+        archive.add(&format!("modules/{name}"), 0o100_644, &fs::read(&path)?);
+    }
+    archive.add("init", 0o100_755, &fs::read(agent)?);
+    let bytes = archive.finish();
+    if fs::read(&done).is_ok_and(|old| old == bytes) {
+        return Ok(done);
+    }
+    let fresh = directory.join("initrd.new");
+    fs::write(&fresh, bytes)?;
+    fs::rename(&fresh, &done)?;
+    Ok(done)
+}
+
+/// A cpio archive in the kernel's format. Source: Linux, Documentation/driver-api/early-userspace/buffer-format.
+#[derive(Default)]
+struct Newc {
+    bytes: Vec<u8>,
+    inode: u32,
+}
+
+impl Newc {
+    fn add(&mut self, name: &str, mode: u32, data: &[u8]) {
+        self.node(name, mode, (0, 0), data);
+    }
+
+    fn node(&mut self, name: &str, mode: u32, device: (u32, u32), data: &[u8]) {
+        self.inode += 1;
+        let fields = [
+            self.inode,
+            mode,
+            0,
+            0,
+            1,
+            0,
+            u32::try_from(data.len()).unwrap_or(u32::MAX),
+            0,
+            0,
+            device.0,
+            device.1,
+            u32::try_from(name.len() + 1).unwrap_or(u32::MAX),
+            0,
+        ];
+        self.bytes.extend_from_slice(b"070701");
+        for field in fields {
+            self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
+        }
+        self.bytes.extend_from_slice(name.as_bytes());
+        self.bytes.push(0);
+        self.pad();
+        self.bytes.extend_from_slice(data);
+        self.pad();
+    }
+
+    fn pad(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        self.add("TRAILER!!!", 0, &[]);
+        self.bytes
+    }
+}
+
+fn ensure_rootfs(directory: &Path) -> Result<PathBuf> {
+    let recipe = root().join("guest/base");
+    let packages = fs::read_to_string(recipe.join("packages"))?;
+    let customize = recipe.join("customize.sh");
+    let done = directory.join("base.ext4");
+    let key = digest(&[packages.as_bytes(), &fs::read(&customize)?, &ROOT_MIB.to_le_bytes(), b"1"]);
+    let stamp = directory.join("base.key");
+    if done.exists() && is_fresh(&stamp, &key) {
+        return Ok(done);
+    }
+    say("building the base image (a minute or two)");
+    let tree = directory.join("base.new");
+    run(as_root("rm").arg("-rf").arg(&tree))?;
+    let sources = debian_sources()?;
+    let suite = fs::read_to_string("/etc/os-release")?
+        .lines()
+        .find_map(|line| line.strip_prefix("VERSION_CODENAME=").map(str::to_owned))
+        .ok_or("/etc/os-release names no suite")?;
+    let mut bootstrap = as_root("mmdebstrap");
+    bootstrap
+        .args(["--quiet", "--variant=minbase", "--format=directory"])
+        .arg(format!("--include={}", packages.lines().collect::<Vec<_>>().join(",")))
+        .arg(format!("--customize-hook={}", customize.display()))
+        .arg(suite)
+        .arg(&tree)
+        .arg("-")
+        .env("SOURCE_DATE_EPOCH", EPOCH)
+        .stdout(std::io::stderr());
+    feed(&mut bootstrap, &sources)?;
+    let fresh = directory.join("base.ext4.new");
+    let _ = fs::remove_file(&fresh);
+    fs::File::create(&fresh)?.set_len(ROOT_MIB << 20)?;
+    let mut mkfs = as_root("mke2fs");
+    mkfs.args(["-q", "-F", "-t", "ext4", "-L", "kelvin-base", "-m", "0", "-b", "4096", "-J", "size=16", "-U", UUID])
+        // Nothing is left to be initialised in the background of every machine.
+        .args(["-E", &format!("lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0,hash_seed={UUID}")])
+        .arg("-d")
+        .arg(&tree)
+        .arg(&fresh)
+        .env("SOURCE_DATE_EPOCH", EPOCH)
+        .env("E2FSPROGS_FAKE_TIME", EPOCH);
+    run(&mut mkfs)?;
+    run(as_root("rm").arg("-rf").arg(&tree))?;
+    fs::rename(&fresh, &done)?;
+    fs::write(stamp, key)?;
+    Ok(done)
+}

@@ -1,0 +1,91 @@
+//! Installs Debian packages that are missing.
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use crate::{Result, output, run, say};
+
+/// What building the guest and running Kelvin need beyond the Rust toolchain.
+const NEEDED: &[&str] =
+    &["debian-archive-keyring", "e2fsprogs", "gcc", "kmod", "libc6-dev", "mmdebstrap", "mount", "qemu-system-x86", "util-linux", "xfsprogs"];
+
+/// A command run as root: through sudo where that is needed.
+pub fn as_root(program: &str) -> Command {
+    let root = std::fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
+    if root {
+        return Command::new(program);
+    }
+    let mut command = Command::new("sudo");
+    command.arg(program);
+    command
+}
+
+fn missing() -> Vec<&'static str> {
+    NEEDED
+        .iter()
+        .copied()
+        .filter(|package| {
+            !Command::new("dpkg-query")
+                .args(["-W", "-f", "${db:Status-Status}", package])
+                .stderr(Stdio::null())
+                .output()
+                .is_ok_and(|output| output.stdout == b"installed")
+        })
+        .collect()
+}
+
+/// Installs what is missing.
+pub fn ensure() -> Result<()> {
+    let missing = missing();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    say(&format!("installing {}", missing.join(" ")));
+    update()?;
+    let mut install = as_root("apt-get");
+    install.args(["install", "-y", "-q", "--no-install-recommends"]).args(missing);
+    run(install.env("DEBIAN_FRONTEND", "noninteractive").stdout(std::io::stderr()))
+}
+
+/// Brings apt's lists up to date.
+pub fn update() -> Result<()> {
+    run(as_root("apt-get").args(["-q", "update"]).stdout(std::io::stderr()))
+}
+
+/// This machine's Debian sources as lines of a `sources.list`, so that no registry's name stands here.
+pub fn debian_sources() -> Result<String> {
+    let list = || -> Result<String> {
+        let mut lines: Vec<String> = output(Command::new("apt-get").args([
+            "indextargets",
+            "--format",
+            "deb $(REPO_URI) $(RELEASE) $(COMPONENT)",
+            "Identifier: Packages",
+            "Origin: Debian",
+            "Architecture: amd64",
+        ]))?
+        .lines()
+        .map(str::to_owned)
+        .collect();
+        lines.sort();
+        lines.dedup();
+        Ok(lines.join("\n"))
+    };
+    let lines = list()?;
+    if !lines.is_empty() {
+        return Ok(lines);
+    }
+    // The lists were never fetched.
+    update()?;
+    let lines = list()?;
+    if lines.is_empty() { Err("apt knows no Debian source".into()) } else { Ok(lines) }
+}
+
+/// Runs `command` with `text` as its standard input.
+pub fn feed(command: &mut Command, text: &str) -> Result<()> {
+    let mut child = command.stdin(Stdio::piped()).spawn().map_err(|error| format!("{command:?}: {error}"))?;
+    if let Some(mut input) = child.stdin.take() {
+        input.write_all(text.as_bytes())?;
+    }
+    let status = child.wait()?;
+    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
+}

@@ -1,0 +1,1 @@
+use crate::Result; pub fn demo()->Result<()>{Ok(())} pub fn up()->Result<()>{Ok(())} pub fn down()->Result<()>{Ok(())} pub fn bench(_:&[String])->Result<()>{Ok(())} pub fn prepare()->Result<()>{crate::packages::ensure()?; crate::guest::ensure().map(drop)}

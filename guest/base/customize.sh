@@ -1,0 +1,20 @@
+#!/bin/sh
+# Makes a Debian root file system a Kelvin image. Run by mmdebstrap with the root directory as $1.
+set -eu
+root=$1
+
+chroot "$root" useradd --create-home --uid 1000 --user-group --shell /bin/bash user
+echo 'user ALL=(ALL:ALL) NOPASSWD: ALL' >"$root/etc/sudoers.d/user"
+chmod 0440 "$root/etc/sudoers.d/user"
+
+# Identity lives in memory, written at activation: no clone ever shares it, and no clone has to write
+# its disk for it.
+for file in hostname machine-id hosts; do
+  rm -f "$root/etc/$file"
+  ln -s "/run/kelvin/$file" "$root/etc/$file"
+done
+rm -rf "$root/var/lib/dbus/machine-id" "$root/var/lib/systemd/random-seed"
+
+# What only a build leaves behind.
+rm -rf "$root"/var/log/* "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/tmp/* "$root"/run/*
+rm -rf "$root"/usr/share/doc/* "$root"/usr/share/man/* "$root"/usr/share/locale/*
