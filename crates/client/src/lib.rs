@@ -1,0 +1,309 @@
+//! Client of the public API: the control API and the agents behind it, over one pool of connections.
+//!
+//! Nothing is retried here: a caller that repeats a create passes the same idempotency key. Absent until
+//! the gateway has certificates: TLS.
+
+pub mod agent;
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, header};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use kelvin_api::error::ApiError;
+use kelvin_api::id::{SandboxId, Token};
+use kelvin_api::sandbox::{
+    BakeTemplate, NewSandbox, NodeInfo, Sandbox, SandboxDetail, SandboxLogs, SetTimeout, Template,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The server's URL cannot be used.
+    #[error("{url:?} is not the URL of a server: {reason}")]
+    Url {
+        /// As given.
+        url: String,
+        /// Why not.
+        reason: String,
+    },
+    /// The server does not answer.
+    #[error("the server at {url} does not answer")]
+    Unreachable {
+        /// Where.
+        url: String,
+        /// Why not.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The server refused.
+    #[error(transparent)]
+    Refused(#[from] ApiError),
+    /// The reply makes no sense.
+    #[error("the server's reply is not understood")]
+    Reply(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The agent refused.
+    #[error("{}", message(.0))]
+    Agent(Box<connectrpc::ConnectError>),
+    /// A local file or pipe failed.
+    #[error("{what}")]
+    Local {
+        /// What was being done.
+        what: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+fn message(error: &connectrpc::ConnectError) -> String {
+    match &error.message {
+        Some(text) => format!("{}: {text}", error.code.as_str()),
+        None => error.code.as_str().to_owned(),
+    }
+}
+
+/// The largest JSON reply.
+const MAX_REPLY: usize = 64 << 20;
+
+/// The body of a request.
+pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
+type Http = hyper_util::client::legacy::Client<HttpConnector, Body>;
+
+/// A body that is known whole.
+pub fn whole(bytes: impl Into<Bytes>) -> Body {
+    Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
+}
+
+/// A create and what its headers say.
+#[derive(Debug, Clone)]
+pub struct Created {
+    /// The sandbox.
+    pub sandbox: Sandbox,
+    /// The `Server-Timing` header.
+    pub server_timing: String,
+}
+
+/// A page of sandboxes.
+#[derive(Debug, Clone)]
+pub struct Page {
+    /// Its rows.
+    pub sandboxes: Vec<SandboxDetail>,
+    /// Ask with it for the next page.
+    pub next: Option<String>,
+}
+
+/// A client; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Client {
+    base: String,
+    key: Token,
+    http: Http,
+}
+
+impl Client {
+    /// A client of the server at `url` (`http://host:port`) that shows `key`.
+    ///
+    /// # Errors
+    /// `Url` when it is not an http URL.
+    pub fn new(url: &str, key: Token) -> Result<Self, Error> {
+        let bad = |reason: &str| Error::Url { url: url.to_owned(), reason: reason.to_owned() };
+        let uri: Uri = url.parse().map_err(|_| bad("it does not parse"))?;
+        match uri.scheme_str() {
+            Some("http") => {}
+            Some("https") => return Err(bad("TLS is not supported by this version")),
+            _ => return Err(bad("it has to begin with http://")),
+        }
+        if uri.authority().is_none() {
+            return Err(bad("it has no host"));
+        }
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(Duration::from_secs(10)));
+        let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .build(connector);
+        Ok(Self { base: url.trim_end_matches('/').to_owned(), key, http })
+    }
+
+    /// The server's URL.
+    pub fn url(&self) -> &str {
+        &self.base
+    }
+
+    async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>, Error> {
+        self.http
+            .request(request)
+            .await
+            .map_err(|source| Error::Unreachable { url: self.base.clone(), source: source.into() })
+    }
+
+    fn request(&self, method: Method, path: &str) -> http::request::Builder {
+        Request::builder().method(method).uri(format!("{}{path}", self.base)).header("x-api-key", self.key.expose())
+    }
+
+    async fn call<B: Serialize>(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Option<&B>,
+    ) -> Result<(StatusCode, HeaderMap, Bytes), Error> {
+        let mut builder = self.request(method, path);
+        for (name, value) in headers {
+            builder = builder.header(*name, *value);
+        }
+        let bytes = match body {
+            Some(body) => {
+                builder = builder.header(header::CONTENT_TYPE, "application/json");
+                serde_json::to_vec(body).map_err(|error| Error::Reply(error.into()))?
+            }
+            None => Vec::new(),
+        };
+        let request = builder.body(whole(bytes)).map_err(|error| Error::Reply(error.into()))?;
+        let (parts, body) = self.send(request).await?.into_parts();
+        let bytes = Limited::new(body, MAX_REPLY).collect().await.map_err(Error::Reply)?.to_bytes();
+        if parts.status.is_success() {
+            return Ok((parts.status, parts.headers, bytes));
+        }
+        Err(Error::Refused(serde_json::from_slice(&bytes).unwrap_or_else(|_| ApiError {
+            code: parts.status.as_u16(),
+            message: format!("the server replied {}", parts.status),
+            error_code: None,
+            cause: None,
+            remediation: None,
+        })))
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
+        decode(&self.call::<()>(Method::GET, path, &[], None).await?.2)
+    }
+
+    /// Creates a sandbox. With `idempotency_key`, repeating the call gives the same one.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn create(&self, body: &NewSandbox, idempotency_key: Option<&str>) -> Result<Created, Error> {
+        let headers: Vec<(&str, &str)> = idempotency_key.map(|key| ("idempotency-key", key)).into_iter().collect();
+        let (_, headers, bytes) = self.call(Method::POST, "/v2/sandboxes", &headers, Some(body)).await?;
+        let server_timing =
+            headers.get("server-timing").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+        Ok(Created { sandbox: decode(&bytes)?, server_timing })
+    }
+
+    /// One page of the sandboxes that run, newest first, narrowed by `metadata`.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn list(&self, metadata: &[(String, String)], limit: usize, next: Option<&str>) -> Result<Page, Error> {
+        use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode as encode};
+        let mut path = format!("/v2/sandboxes?limit={limit}");
+        if !metadata.is_empty() {
+            // Encoded twice: each key and value, then the whole as one query parameter.
+            let pairs: Vec<String> = metadata
+                .iter()
+                .map(|(key, value)| format!("{}={}", encode(key, NON_ALPHANUMERIC), encode(value, NON_ALPHANUMERIC)))
+                .collect();
+            path.push_str(&format!("&metadata={}", encode(&pairs.join("&"), NON_ALPHANUMERIC)));
+        }
+        if let Some(next) = next {
+            path.push_str(&format!("&nextToken={}", encode(next, NON_ALPHANUMERIC)));
+        }
+        let (_, headers, bytes) = self.call::<()>(Method::GET, &path, &[], None).await?;
+        let next = headers.get("x-next-token").and_then(|value| value.to_str().ok()).map(str::to_owned);
+        Ok(Page { sandboxes: decode(&bytes)?, next })
+    }
+
+    /// Every sandbox that runs, page by page.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn list_all(&self, metadata: &[(String, String)]) -> Result<Vec<SandboxDetail>, Error> {
+        let mut page = self.list(metadata, 100, None).await?;
+        let mut all = std::mem::take(&mut page.sandboxes);
+        while let Some(next) = page.next.take() {
+            page = self.list(metadata, 100, Some(&next)).await?;
+            all.append(&mut page.sandboxes);
+        }
+        Ok(all)
+    }
+
+    /// One sandbox, with its access token.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn sandbox(&self, id: &str) -> Result<SandboxDetail, Error> {
+        self.get(&format!("/sandboxes/{}", segment(id))).await
+    }
+
+    /// Kills a sandbox.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn kill(&self, id: &SandboxId) -> Result<(), Error> {
+        self.call::<()>(Method::DELETE, &format!("/sandboxes/{id}"), &[], None).await.map(drop)
+    }
+
+    /// Sets the time to live, in seconds from now.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn set_timeout(&self, id: &SandboxId, seconds: u64) -> Result<(), Error> {
+        let body = SetTimeout { timeout: seconds };
+        self.call(Method::POST, &format!("/sandboxes/{id}/timeout"), &[], Some(&body)).await.map(drop)
+    }
+
+    /// The last of a sandbox's console.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn logs(&self, id: &str) -> Result<SandboxLogs, Error> {
+        self.get(&format!("/sandboxes/{}/logs", segment(id))).await
+    }
+
+    /// Every template.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn templates(&self) -> Result<Vec<Template>, Error> {
+        self.get("/templates").await
+    }
+
+    /// Makes sure that a template has a snapshot of a shape; returns its id.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn bake(&self, template: &str, request: &BakeTemplate) -> Result<String, Error> {
+        let path = format!("/templates/{}/bake", segment(template));
+        let reply: serde_json::Value = decode(&self.call(Method::POST, &path, &[], Some(request)).await?.2)?;
+        Ok(reply["snapshotID"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// What runs on the node and what is left.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn node(&self) -> Result<NodeInfo, Error> {
+        self.get("/node").await
+    }
+
+    /// Removes what nothing needs, or says what that would be.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn collect(&self, dry_run: bool) -> Result<serde_json::Value, Error> {
+        decode(&self.call::<()>(Method::POST, &format!("/gc?dryRun={dry_run}"), &[], None).await?.2)
+    }
+}
+
+fn segment(text: &str) -> String {
+    percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string()
+}
+
+fn decode<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Error> {
+    serde_json::from_slice(bytes).map_err(|error| Error::Reply(error.into()))
+}

@@ -1,0 +1,49 @@
+//! The control plane: the public API and the database of intent.
+//!
+//! Read in this order: [`Control`], `api` (the routes), `service` (what they do), `database` (what is
+//! remembered). It never links a node: [`Node`] is what it needs of one, and the binary joins the two.
+//!
+//! Who writes: `kelvin.db` alone. A crash leaves rows in state `creating`; the next start asks the node
+//! which of them exist, keeps those and forgets the others, so that a retry with the same idempotency key
+//! gives exactly one sandbox.
+
+mod api;
+mod auth;
+mod database;
+mod reply;
+mod service;
+
+use async_trait::async_trait;
+use kelvin_api::error::Failure;
+use kelvin_api::id::{SandboxId, TemplateName};
+use kelvin_api::node::{Changes, Create, Created, Live};
+use kelvin_api::sandbox::{BakeTemplate, NodeInfo, Template};
+
+pub use auth::ApiKey;
+pub use reply::{reply, status};
+pub use service::Control;
+
+/// What the control plane asks of a node.
+#[async_trait]
+pub trait Node: Send + Sync + 'static {
+    /// Makes a sandbox; when it returns, the agent has answered.
+    async fn create(&self, request: Create) -> Result<Created, Failure>;
+    /// Ends a sandbox.
+    async fn kill(&self, id: &SandboxId) -> Result<(), Failure>;
+    /// Sets when the node ends a sandbox.
+    async fn set_deadline(&self, id: &SandboxId, ends_at: jiff::Timestamp) -> Result<(), Failure>;
+    /// The last of a sandbox's console.
+    async fn console(&self, id: &SandboxId) -> Result<String, Failure>;
+    /// Every sandbox that runs.
+    async fn live(&self) -> Result<Vec<Live>, Failure>;
+    /// What ended after a generation; waits until something did.
+    async fn changes(&self, generation: u64) -> Result<Changes, Failure>;
+    /// Every template.
+    async fn templates(&self) -> Result<Vec<Template>, Failure>;
+    /// Makes sure that a snapshot exists; returns its id.
+    async fn bake(&self, template: &TemplateName, request: BakeTemplate) -> Result<String, Failure>;
+    /// What runs and what is left.
+    async fn info(&self) -> Result<NodeInfo, Failure>;
+    /// Removes what nothing needs, or says what that would be.
+    async fn collect(&self, dry_run: bool) -> Result<serde_json::Value, Failure>;
+}

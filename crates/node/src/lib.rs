@@ -1,0 +1,488 @@
+//! One node: it owns what runs here.
+//!
+//! Read in this order: [`Node`] (the handle), `create` (the path of a create), `pool` (what is ready
+//! ahead of it), `home` (the resources of a machine), `sandbox` (a machine that runs), `bake`,
+//! `reconcile` (after a crash).
+//!
+//! Who writes: the ledger, `sandboxes/` and, through `kelvin-store`, snapshots. A crash leaves machines
+//! that the ledger names; the next start adopts those that ran and removes the rest. Time limits are
+//! enforced here, with or without a control plane.
+
+mod agent;
+mod bake;
+mod capacity;
+mod changes;
+mod create;
+mod error;
+mod home;
+pub mod options;
+mod pool;
+mod reconcile;
+mod record;
+mod sandbox;
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
+use kelvin_api::node::{Changes, Create, Created, Live};
+use kelvin_api::phase::Phase;
+use kelvin_api::sandbox::{NodeInfo, TemplateSnapshot};
+use kelvin_api::units::{MemoryMib, Shape};
+use kelvin_host::ledger::Ledger;
+use kelvin_store::Store;
+use kelvin_store::gc::Garbage;
+use kelvin_store::identity::{Identity, SNAPSHOT_FORMAT};
+use kelvin_store::image::Template;
+use kelvin_store::snapshot::Snapshot;
+use kelvin_vmm::{Driver, Port};
+use tokio::sync::{Notify, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use agent::{Body, SendError};
+pub use error::Error;
+use capacity::Capacity;
+use home::Keeper;
+use options::Options;
+use pool::Pool;
+use sandbox::{Command, Sandbox};
+
+/// The shared state of a node. Locks are held for a few instructions, never across a wait.
+pub(crate) struct Inner {
+    options: Options,
+    store: Store,
+    driver: Arc<dyn Driver>,
+    keeper: Keeper,
+    capacity: Mutex<Capacity>,
+    sandboxes: Mutex<HashMap<SandboxId, Arc<Sandbox>>>,
+    creating: Mutex<BTreeSet<SandboxId>>,
+    /// By identity digest.
+    pools: Mutex<HashMap<String, Arc<Pool>>>,
+    templates: Mutex<HashMap<TemplateName, Arc<Template>>>,
+    restores: Semaphore,
+    bakes: tokio::sync::Mutex<()>,
+    requests: Mutex<u32>,
+    teardowns: Mutex<u32>,
+    settled: Notify,
+    changes: changes::Log,
+    host_cpu: String,
+    host_kernel: String,
+    reflink: bool,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// A cheap handle of a node.
+#[derive(Clone)]
+pub struct Node {
+    inner: Arc<Inner>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Counts a request for as long as it lives.
+pub(crate) struct InRequest(Arc<Inner>);
+
+impl Drop for InRequest {
+    fn drop(&mut self) {
+        *lock(&self.0.requests) -= 1;
+        self.0.settled.notify_waiters();
+    }
+}
+
+impl Inner {
+    fn capacity(&self) -> MutexGuard<'_, Capacity> {
+        lock(&self.capacity)
+    }
+
+    fn sandboxes(&self) -> MutexGuard<'_, HashMap<SandboxId, Arc<Sandbox>>> {
+        lock(&self.sandboxes)
+    }
+
+    fn creating(&self) -> MutexGuard<'_, BTreeSet<SandboxId>> {
+        lock(&self.creating)
+    }
+
+    fn enter(self: &Arc<Self>) -> InRequest {
+        *lock(&self.requests) += 1;
+        InRequest(Arc::clone(self))
+    }
+
+    fn begin_teardown(&self) {
+        *lock(&self.teardowns) += 1;
+    }
+
+    fn end_teardown(&self) {
+        *lock(&self.teardowns) -= 1;
+        self.settled.notify_waiters();
+    }
+
+    /// Waits until no create is under way.
+    async fn quiet(&self) {
+        loop {
+            let changed = self.settled.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if *lock(&self.requests) == 0 {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// For tests: kills the daemon, as the kernel would, when a create enters `phase`.
+    fn crash_point(&self, phase: Phase) {
+        if self.options.crash_at == Some(phase) {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        }
+    }
+
+    fn disk_free_mib(&self) -> Result<u64, Error> {
+        let found = rustix::fs::statvfs(self.store.root())
+            .map_err(|error| Error::Io { what: "asking for free space", source: error.into() })?;
+        Ok(found.f_bavail * found.f_frsize >> 20)
+    }
+
+    /// The template called `name`, from memory; from the disk the first time and when it is not known.
+    async fn template(&self, name: &TemplateName) -> Result<Arc<Template>, Error> {
+        if let Some(template) = lock(&self.templates).get(name) {
+            return Ok(Arc::clone(template));
+        }
+        let (store, wanted) = (self.store.clone(), name.clone());
+        let template = tokio::task::spawn_blocking(move || store.template(&wanted))
+            .await
+            .map_err(|error| Error::Io { what: "reading a template", source: std::io::Error::other(error) })??;
+        let template = Arc::new(template);
+        lock(&self.templates).insert(name.clone(), Arc::clone(&template));
+        Ok(template)
+    }
+
+    /// The identity of a machine of `template` in `shape` on this node.
+    fn identity(&self, template: &Template, shape: Shape) -> Identity {
+        Identity {
+            image: template.image.clone(),
+            guest_kernel: template.kernel.clone(),
+            agent: template.initrd.clone(),
+            vmm: self.driver.kind().to_owned(),
+            vmm_build: self.driver.build().to_owned(),
+            accelerator: self.driver.accelerator().to_string(),
+            host_cpu: self.host_cpu.clone(),
+            host_kernel: self.host_kernel.clone(),
+            vcpus: shape.vcpus,
+            memory_mib: shape.memory_mib.0,
+            disk_mib: shape.disk_mib.0,
+            devices: kelvin_store::hash::sha256(self.driver.layout(shape).join("\0").as_bytes()),
+            snapshot_format: SNAPSHOT_FORMAT,
+        }
+    }
+
+    /// The pool whose snapshot is exactly right, or why there is none.
+    fn pool_for(&self, template: &Template, shape: Shape) -> Result<Arc<Pool>, String> {
+        let identity = self.identity(template, shape);
+        let pools = lock(&self.pools);
+        if let Some(pool) = pools.get(&identity.digest()) {
+            return match pool.refusal() {
+                None => Ok(Arc::clone(pool)),
+                Some(reason) => Err(reason),
+            };
+        }
+        // Say what the nearest one differs in.
+        let nearest = pools
+            .values()
+            .filter(|pool| pool.snapshot.manifest.template == template.name)
+            .map(|pool| pool.snapshot.manifest.identity.differences(&identity))
+            .min_by_key(Vec::len);
+        Err(match nearest {
+            Some(fields) => format!("no snapshot for identity ({} differs)", fields.join(", ")),
+            None => format!("no snapshot of template {}", template.name),
+        })
+    }
+
+    /// Makes a snapshot usable. A pool of the same identity that was refused is replaced.
+    fn add_pool(self: &Arc<Self>, snapshot: Arc<Snapshot>) {
+        let digest = snapshot.manifest.identity_digest.clone();
+        let usable = self.is_usable(&snapshot.manifest.identity);
+        let pool = Arc::new(Pool::new(snapshot, if usable { self.options.waiting_vmms } else { 0 }));
+        lock(&self.pools).insert(digest, Arc::clone(&pool));
+        self.tasks.spawn(pool::fill(Arc::clone(self), pool));
+    }
+
+    /// Whether this node could restore a snapshot of `identity` for one of its templates.
+    fn is_usable(&self, identity: &Identity) -> bool {
+        let shape = Shape {
+            vcpus: identity.vcpus,
+            memory_mib: MemoryMib(identity.memory_mib),
+            disk_mib: kelvin_api::units::DiskMib(identity.disk_mib),
+        };
+        lock(&self.templates).values().any(|template| self.identity(template, shape) == *identity)
+    }
+}
+
+impl Node {
+    /// Opens the node: templates and snapshots are read, the ledger is reconciled, pools begin to fill.
+    ///
+    /// # Errors
+    /// When the data directory, the ledger or the VMM cannot be used.
+    pub async fn open(options: Options, driver: Arc<dyn Driver>) -> Result<Self, Error> {
+        let root = options.data_dir.clone();
+        let opened = tokio::task::spawn_blocking(move || {
+            let store = Store::open(&root, true)?;
+            let (templates, snapshots) = (store.templates()?, store.snapshots()?);
+            Ok::<_, Error>((store, templates, snapshots))
+        });
+        let (store, templates, snapshots) =
+            opened.await.map_err(|error| Error::Io { what: "opening the store", source: std::io::Error::other(error) })??;
+        let ledger = Ledger::open(&store.root().join("ledger.db"))?;
+        let reflink = kelvin_host::datadir::can_reflink(store.root())
+            .map_err(|source| Error::Io { what: "trying the data directory's file system", source })?;
+        let cpu = kelvin_host::cpu::CpuModel::read();
+        let keeper = Keeper { ledger, store: store.clone(), users: Arc::default(), first_user: options.first_user };
+        let inner = Arc::new(Inner {
+            capacity: Mutex::new(Capacity::new(&options)),
+            restores: Semaphore::new(options.concurrent_restores.max(1)),
+            options,
+            store,
+            driver,
+            keeper,
+            sandboxes: Mutex::default(),
+            creating: Mutex::default(),
+            pools: Mutex::default(),
+            templates: Mutex::new(templates.into_iter().map(|template| (template.name.clone(), Arc::new(template))).collect()),
+            bakes: tokio::sync::Mutex::default(),
+            requests: Mutex::default(),
+            teardowns: Mutex::default(),
+            settled: Notify::new(),
+            changes: changes::Log::default(),
+            host_cpu: format!("{} {}", cpu.name, cpu.microcode),
+            host_kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+            reflink,
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+        });
+        let (adopted, removed) = inner.reconcile().await?;
+        tracing::info!(adopted, removed, "reconciled");
+        for snapshot in snapshots {
+            inner.add_pool(Arc::new(snapshot));
+        }
+        Ok(Self { inner })
+    }
+
+    /// Creates a sandbox; see `create`.
+    ///
+    /// # Errors
+    /// Any of [`Error`]; then nothing of it is left.
+    pub async fn create(&self, request: Create) -> Result<Created, Error> {
+        let inner = Arc::clone(&self.inner);
+        // A caller that goes away must not leave a machine half-made.
+        let task = self.inner.tasks.spawn(async move { inner.create(request).await });
+        task.await.map_err(|error| Error::Io { what: "creating", source: std::io::Error::other(error) })?
+    }
+
+    fn find(&self, id: &SandboxId) -> Result<Arc<Sandbox>, Error> {
+        self.inner.sandboxes().get(id).cloned().ok_or_else(|| Error::Unknown(id.to_string()))
+    }
+
+    /// Ends a sandbox. Returns when it is no longer visible; its resources are released after that.
+    ///
+    /// # Errors
+    /// `Unknown` when it does not run.
+    pub async fn kill(&self, id: &SandboxId) -> Result<(), Error> {
+        self.find(id)?.ask(Command::Kill).await
+    }
+
+    /// Sets when the node ends a sandbox.
+    ///
+    /// # Errors
+    /// `Unknown` when it does not run.
+    pub async fn set_deadline(&self, id: &SandboxId, ends_at: jiff::Timestamp) -> Result<(), Error> {
+        self.find(id)?.ask(|done| Command::SetDeadline(ends_at, done)).await
+    }
+
+    /// The last of a sandbox's console.
+    ///
+    /// # Errors
+    /// `Unknown` when it does not run, `Vmm` when its VMM does not answer.
+    pub async fn console(&self, id: &SandboxId) -> Result<String, Error> {
+        Ok(self.find(id)?.ask(Command::Console).await??)
+    }
+
+    /// Sends an HTTP request to a sandbox's agent.
+    ///
+    /// # Errors
+    /// `Unknown` when it does not run, `Agent` when its guest does not answer.
+    pub async fn send(&self, id: &SandboxId, request: Request<Body>) -> Result<Response<Incoming>, Error> {
+        let sandbox = self.find(id)?;
+        let reconnect = async || -> Result<_, SendError> {
+            Ok(sandbox.ask(|reply| Command::Connect(Port::Http, reply)).await??)
+        };
+        sandbox
+            .agent
+            .send(request, reconnect)
+            .await
+            .map_err(|source| Error::Agent { sandbox: id.to_string(), source })
+    }
+
+    /// Every sandbox that runs.
+    pub fn live(&self) -> Vec<Live> {
+        self.inner.sandboxes().values().map(|sandbox| sandbox.live()).collect()
+    }
+
+    /// What ended after `generation`; waits until something did.
+    pub async fn changes(&self, generation: u64) -> Changes {
+        self.inner.changes.after(generation).await
+    }
+
+    /// Every template, with its usable snapshots.
+    ///
+    /// # Errors
+    /// `Store` when they cannot be read.
+    pub async fn templates(&self) -> Result<Vec<(Template, Vec<TemplateSnapshot>)>, Error> {
+        let store = self.inner.store.clone();
+        let templates = tokio::task::spawn_blocking(move || store.templates())
+            .await
+            .map_err(|error| Error::Io { what: "reading templates", source: std::io::Error::other(error) })??;
+        // Imported or replaced since the start.
+        *lock(&self.inner.templates) =
+            templates.iter().map(|template| (template.name.clone(), Arc::new(template.clone()))).collect();
+        let pools: Vec<Arc<Pool>> = lock(&self.inner.pools).values().cloned().collect();
+        Ok(templates
+            .into_iter()
+            .map(|template| {
+                let mut snapshots: Vec<TemplateSnapshot> = pools
+                    .iter()
+                    .filter(|pool| {
+                        let manifest = &pool.snapshot.manifest;
+                        let shape = pool::manifest_shape(manifest);
+                        pool.refusal().is_none() && self.inner.identity(&template, shape) == manifest.identity
+                    })
+                    .map(|pool| TemplateSnapshot {
+                        snapshot_id: pool.snapshot.manifest.id.to_string(),
+                        cpu_count: pool.snapshot.manifest.identity.vcpus,
+                        memory_mb: pool.snapshot.manifest.identity.memory_mib,
+                        waiting_vmms: pool.count(),
+                    })
+                    .collect();
+                snapshots.sort_by_key(|snapshot| (snapshot.cpu_count, snapshot.memory_mb));
+                (template, snapshots)
+            })
+            .collect())
+    }
+
+    /// Makes sure that a snapshot of `template` exists in the given shape, and sets how many VMMs wait for
+    /// it. Returns its id.
+    ///
+    /// # Errors
+    /// `Store` for an unknown template, `Shape`, `Exhausted`, `Vmm`.
+    pub async fn bake(
+        &self,
+        template: &TemplateName,
+        vcpus: Option<u32>,
+        memory_mib: Option<MemoryMib>,
+        waiting_vmms: Option<u32>,
+    ) -> Result<SnapshotId, Error> {
+        let template = self.inner.template(template).await?;
+        let shape = Shape {
+            vcpus: vcpus.unwrap_or(template.shape.vcpus),
+            memory_mib: memory_mib.unwrap_or(template.shape.memory_mib),
+            disk_mib: template.shape.disk_mib,
+        };
+        let inner = Arc::clone(&self.inner);
+        let task = self.inner.tasks.spawn(async move {
+            let snapshot = inner.bake(&template, shape).await?;
+            if let (Some(target), Ok(pool)) = (waiting_vmms, inner.pool_for(&template, shape)) {
+                pool.set_target(target);
+            }
+            Ok(snapshot.manifest.id.clone())
+        });
+        task.await.map_err(|error| Error::Io { what: "baking", source: std::io::Error::other(error) })?
+    }
+
+    /// What runs here and what is left.
+    ///
+    /// # Errors
+    /// `Ledger` when it does not answer.
+    pub async fn info(&self) -> Result<NodeInfo, Error> {
+        let inner = &self.inner;
+        let (memory_mb, memory_reserved_mb, vcpus, vcpus_reserved) = inner.capacity().figures();
+        let pools: Vec<Arc<Pool>> = lock(&inner.pools).values().cloned().collect();
+        let busy = *lock(&inner.requests) + *lock(&inner.teardowns);
+        Ok(NodeInfo {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            vmm: format!("{} {}", inner.driver.kind(), inner.driver.build()),
+            accelerator: inner.driver.accelerator().to_string(),
+            data_dir: inner.store.root().display().to_string(),
+            reflink: inner.reflink,
+            sandboxes: u32::try_from(inner.sandboxes().len()).unwrap_or(u32::MAX),
+            waiting_vmms: pools.iter().map(|pool| pool.count()).sum(),
+            settled: busy == 0 && pools.iter().all(|pool| pool.is_full()),
+            memory_mb,
+            memory_reserved_mb,
+            vcpus,
+            vcpus_reserved,
+            disk_free_mb: inner.disk_free_mib()?,
+            ledger_entries: inner.keeper.ledger.count().await?,
+        })
+    }
+
+    /// Removes what nothing needs, or says what that would be.
+    ///
+    /// # Errors
+    /// `Store` when something cannot be removed.
+    pub async fn collect(&self, dry_run: bool) -> Result<Garbage, Error> {
+        // Lineage is kept for every snapshot that a pool or a machine still maps.
+        let in_use = lock(&self.inner.pools)
+            .values()
+            .filter(|pool| pool.refusal().is_none() && self.inner.is_usable(&pool.snapshot.manifest.identity))
+            .map(|pool| pool.snapshot_id())
+            .chain(self.running_from().await?)
+            .collect();
+        let store = self.inner.store.clone();
+        let garbage = tokio::task::spawn_blocking(move || store.collect(&in_use, dry_run))
+            .await
+            .map_err(|error| Error::Io { what: "collecting garbage", source: std::io::Error::other(error) })??;
+        if !dry_run {
+            lock(&self.inner.pools).retain(|_, pool| {
+                let gone = garbage.snapshots.contains(&pool.snapshot_id().to_string());
+                if gone {
+                    pool.refuse("it was collected".to_owned());
+                }
+                !gone
+            });
+        }
+        Ok(garbage)
+    }
+
+    async fn running_from(&self) -> Result<Vec<SnapshotId>, Error> {
+        let (_, records) = self.inner.keeper.ledger.read().await?;
+        Ok(records
+            .iter()
+            .filter_map(|record| serde_json::from_str(&record.body).ok())
+            .filter_map(|record::Record::Sandbox(sandbox)| sandbox.snapshot)
+            .collect())
+    }
+
+    /// The data directory.
+    pub fn data_dir(&self) -> &Path {
+        self.inner.store.root()
+    }
+
+    /// Stops the node: creates that are under way end, waiting VMMs are released, sandboxes keep running.
+    pub async fn stop(&self) {
+        self.inner.quiet().await;
+        self.inner.stop.cancel();
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+        let pools: Vec<Arc<Pool>> = lock(&self.inner.pools).values().cloned().collect();
+        for pool in pools {
+            for ready in pool.drain() {
+                self.inner.discard(ready).await;
+            }
+        }
+    }
+}

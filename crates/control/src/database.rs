@@ -1,0 +1,289 @@
+//! `kelvin.db`: sandboxes and idempotency keys.
+
+use std::path::Path;
+
+use kelvin_api::id::{SandboxId, Token};
+use kelvin_api::node::Live;
+use kelvin_api::sandbox::{Metadata, StartPath};
+use kelvin_host::db::{Db, Error};
+use rusqlite::types::{Type, Value};
+use rusqlite::{OptionalExtension, Row, params_from_iter};
+
+const MIGRATIONS: &[&str] = &["
+    CREATE TABLE sandboxes (
+        id TEXT PRIMARY KEY,
+        state TEXT NOT NULL CHECK (state IN ('creating', 'running')),
+        template TEXT NOT NULL,
+        metadata TEXT NOT NULL,
+        access_token TEXT,
+        allow_internet INTEGER,
+        vcpus INTEGER NOT NULL DEFAULT 0,
+        memory_mib INTEGER NOT NULL DEFAULT 0,
+        disk_mib INTEGER NOT NULL DEFAULT 0,
+        start_path TEXT NOT NULL DEFAULT 'cold',
+        started_ms INTEGER NOT NULL,
+        ends_ms INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX sandboxes_by_start ON sandboxes (started_ms, id);
+    CREATE TABLE idempotency (
+        key TEXT PRIMARY KEY,
+        fingerprint TEXT NOT NULL,
+        sandbox TEXT NOT NULL,
+        reply TEXT,
+        created_ms INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX idempotency_by_sandbox ON idempotency (sandbox);
+    CREATE INDEX idempotency_by_age ON idempotency (created_ms);
+"];
+
+/// How long a key is remembered, in milliseconds: 24 hours.
+const KEY_LIFE_MS: i64 = 24 * 60 * 60 * 1000;
+
+/// One sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SandboxRow {
+    pub id: SandboxId,
+    pub template: String,
+    pub metadata: Metadata,
+    pub access_token: Option<Token>,
+    pub allow_internet: Option<bool>,
+    pub vcpus: u32,
+    pub memory_mib: u32,
+    pub disk_mib: u32,
+    pub start_path: StartPath,
+    pub started_at: jiff::Timestamp,
+    pub ends_at: jiff::Timestamp,
+}
+
+/// An idempotency key that was seen before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyRow {
+    pub fingerprint: String,
+    /// The reply; none while the create is under way.
+    pub reply: Option<String>,
+}
+
+/// What a list is narrowed by.
+#[derive(Debug, Clone, Default)]
+pub struct Filter {
+    pub metadata: Metadata,
+    pub template: Option<String>,
+    pub started_after: Option<jiff::Timestamp>,
+    pub ascending: bool,
+    /// Begin behind this sandbox.
+    pub after: Option<(i64, String)>,
+    pub limit: usize,
+}
+
+/// A cheap handle.
+#[derive(Clone)]
+pub struct Database(Db);
+
+fn time(ms: i64) -> Result<jiff::Timestamp, rusqlite::Error> {
+    jiff::Timestamp::from_millisecond(ms).map_err(|error| bad(error.into()))
+}
+
+fn bad(error: Box<dyn std::error::Error + Send + Sync>) -> rusqlite::Error {
+    rusqlite::Error::FromSqlConversionFailure(0, Type::Text, error)
+}
+
+const COLUMNS: &str = "id, template, metadata, access_token, allow_internet, vcpus, memory_mib, disk_mib, \
+                       start_path, started_ms, ends_ms";
+
+fn sandbox(row: &Row<'_>) -> Result<SandboxRow, rusqlite::Error> {
+    let (id, metadata, path): (String, String, String) = (row.get(0)?, row.get(2)?, row.get(8)?);
+    Ok(SandboxRow {
+        id: id.parse().map_err(|error: kelvin_api::id::ParseIdError| bad(error.into()))?,
+        template: row.get(1)?,
+        metadata: serde_json::from_str(&metadata).map_err(|error| bad(error.into()))?,
+        access_token: row.get::<_, Option<String>>(3)?.map(Token::from_secret),
+        allow_internet: row.get(4)?,
+        vcpus: row.get(5)?,
+        memory_mib: row.get(6)?,
+        disk_mib: row.get(7)?,
+        start_path: if path == "clone" { StartPath::Clone } else { StartPath::Cold },
+        started_at: time(row.get(9)?)?,
+        ends_at: time(row.get(10)?)?,
+    })
+}
+
+impl Database {
+    /// Opens the database at `path`.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        Ok(Self(Db::open(path, MIGRATIONS)?))
+    }
+
+    /// Records the intent to make a sandbox, and its key, in one transaction. Keys that are too old go.
+    pub async fn begin(&self, row: &SandboxRow, key: Option<(String, String)>) -> Result<(), Error> {
+        let row = row.clone();
+        let metadata = serde_json::to_string(&row.metadata).unwrap_or_default();
+        let now = jiff::Timestamp::now().as_millisecond();
+        self.0
+            .call(move |connection| {
+                let transaction = connection.transaction()?;
+                transaction
+                    .prepare_cached(
+                        "INSERT INTO sandboxes (id, state, template, metadata, access_token, allow_internet, \
+                         started_ms, ends_ms) VALUES (?1, 'creating', ?2, ?3, ?4, ?5, ?6, ?7)",
+                    )?
+                    .execute((
+                        row.id.as_str(),
+                        &row.template,
+                        metadata,
+                        row.access_token.as_ref().map(Token::expose),
+                        row.allow_internet,
+                        row.started_at.as_millisecond(),
+                        row.ends_at.as_millisecond(),
+                    ))?;
+                if let Some((key, fingerprint)) = key {
+                    transaction
+                        .prepare_cached("DELETE FROM idempotency WHERE created_ms < ?1")?
+                        .execute([now - KEY_LIFE_MS])?;
+                    transaction
+                        .prepare_cached(
+                            "INSERT INTO idempotency (key, fingerprint, sandbox, created_ms) VALUES (?1, ?2, ?3, ?4)",
+                        )?
+                        .execute((key, fingerprint, row.id.as_str(), now))?;
+                }
+                transaction.commit()
+            })
+            .await
+    }
+
+    /// What is known of an idempotency key.
+    pub async fn key(&self, key: String) -> Result<Option<KeyRow>, Error> {
+        let oldest = jiff::Timestamp::now().as_millisecond() - KEY_LIFE_MS;
+        self.0
+            .call(move |connection| {
+                connection
+                    .prepare_cached("SELECT fingerprint, reply FROM idempotency WHERE key = ?1 AND created_ms >= ?2")?
+                    .query_row((key, oldest), |row| Ok(KeyRow { fingerprint: row.get(0)?, reply: row.get(1)? }))
+                    .optional()
+            })
+            .await
+    }
+
+    /// Makes a sandbox visible, with the reply that its key gives from now on.
+    pub async fn commit(&self, live: &Live, reply: Option<String>) -> Result<(), Error> {
+        let live = live.clone();
+        self.0
+            .call(move |connection| {
+                let transaction = connection.transaction()?;
+                transaction
+                    .prepare_cached(
+                        "UPDATE sandboxes SET state = 'running', vcpus = ?2, memory_mib = ?3, disk_mib = ?4, \
+                         start_path = ?5, started_ms = ?6 WHERE id = ?1",
+                    )?
+                    .execute((
+                        live.sandbox.as_str(),
+                        live.shape.vcpus,
+                        live.shape.memory_mib.0,
+                        live.shape.disk_mib.0,
+                        live.start_path.name(),
+                        live.started_at.as_millisecond(),
+                    ))?;
+                if let Some(reply) = reply {
+                    transaction
+                        .prepare_cached("UPDATE idempotency SET reply = ?2 WHERE sandbox = ?1")?
+                        .execute((live.sandbox.as_str(), reply))?;
+                }
+                transaction.commit()
+            })
+            .await
+    }
+
+    /// Forgets a sandbox that was not made, and its key: a retry starts afresh.
+    pub async fn undo(&self, id: &SandboxId) -> Result<(), Error> {
+        let id = id.to_string();
+        self.0
+            .call(move |connection| {
+                let transaction = connection.transaction()?;
+                transaction.prepare_cached("DELETE FROM idempotency WHERE sandbox = ?1")?.execute([&id])?;
+                transaction.prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?.execute([&id])?;
+                transaction.commit()
+            })
+            .await
+    }
+
+    /// Forgets a sandbox that has ended; its key stays, and with it the reply.
+    pub async fn end(&self, id: &SandboxId) -> Result<(), Error> {
+        let id = id.to_string();
+        self.0
+            .call(move |connection| {
+                connection.prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?.execute([id]).map(drop)
+            })
+            .await
+    }
+
+    /// A sandbox that runs.
+    pub async fn get(&self, id: &SandboxId) -> Result<Option<SandboxRow>, Error> {
+        let id = id.to_string();
+        self.0
+            .call(move |connection| {
+                connection
+                    .prepare_cached(&format!("SELECT {COLUMNS} FROM sandboxes WHERE id = ?1 AND state = 'running'"))?
+                    .query_row([id], sandbox)
+                    .optional()
+            })
+            .await
+    }
+
+    /// Sets when a sandbox ends.
+    pub async fn set_deadline(&self, id: &SandboxId, ends_at: jiff::Timestamp) -> Result<(), Error> {
+        let id = id.to_string();
+        self.0
+            .call(move |connection| {
+                connection
+                    .prepare_cached("UPDATE sandboxes SET ends_ms = ?2 WHERE id = ?1")?
+                    .execute((id, ends_at.as_millisecond()))
+                    .map(drop)
+            })
+            .await
+    }
+
+    /// Sandboxes that run, by start time.
+    pub async fn list(&self, filter: Filter) -> Result<Vec<SandboxRow>, Error> {
+        self.0
+            .call(move |connection| {
+                let mut sql = format!("SELECT {COLUMNS} FROM sandboxes WHERE state = 'running'");
+                let mut values: Vec<Value> = Vec::new();
+                for (key, value) in filter.metadata {
+                    sql.push_str(" AND EXISTS (SELECT 1 FROM json_each(metadata) WHERE key = ? AND value = ?)");
+                    values.extend([Value::from(key), Value::from(value)]);
+                }
+                if let Some(template) = filter.template {
+                    sql.push_str(" AND template = ?");
+                    values.push(template.into());
+                }
+                if let Some(after) = filter.started_after {
+                    sql.push_str(" AND started_ms >= ?");
+                    values.push(after.as_millisecond().into());
+                }
+                let (compare, order) = if filter.ascending { (">", "ASC") } else { ("<", "DESC") };
+                if let Some((started, id)) = filter.after {
+                    sql.push_str(&format!(" AND (started_ms, id) {compare} (?, ?)"));
+                    values.extend([Value::from(started), Value::from(id)]);
+                }
+                sql.push_str(&format!(" ORDER BY started_ms {order}, id {order} LIMIT ?"));
+                values.push(Value::from(i64::try_from(filter.limit).unwrap_or(i64::MAX)));
+                connection.prepare(&sql)?.query_map(params_from_iter(values), sandbox)?.collect()
+            })
+            .await
+    }
+
+    /// Ids of all rows, with whether they are still being made. For start-up.
+    pub async fn all(&self) -> Result<Vec<(SandboxId, bool)>, Error> {
+        self.0
+            .call(|connection| {
+                connection
+                    .prepare("SELECT id, state = 'creating' FROM sandboxes")?
+                    .query_map([], |row| {
+                        let id: String = row.get(0)?;
+                        let id = id.parse().map_err(|error: kelvin_api::id::ParseIdError| bad(error.into()))?;
+                        Ok((id, row.get(1)?))
+                    })?
+                    .collect()
+            })
+            .await
+    }
+}

@@ -1,0 +1,41 @@
+//! Failures as HTTP replies: the one place where a kind gets a status.
+
+use axum::body::Body;
+use axum::response::{IntoResponse, Response};
+use http::{StatusCode, header};
+use kelvin_api::error::{ApiError, Failure, Kind};
+
+/// The status of a kind.
+pub fn status(kind: Kind) -> StatusCode {
+    match kind {
+        Kind::Invalid => StatusCode::BAD_REQUEST,
+        Kind::Unauthenticated => StatusCode::UNAUTHORIZED,
+        Kind::NotFound => StatusCode::NOT_FOUND,
+        Kind::Conflict => StatusCode::CONFLICT,
+        Kind::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+        Kind::Exhausted | Kind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        Kind::Timeout => StatusCode::GATEWAY_TIMEOUT,
+        Kind::Corrupt | Kind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+/// `failure` as a reply. It is logged here, once, when it is our fault.
+pub fn reply(failure: &Failure) -> Response {
+    let status = status(failure.kind);
+    if status.is_server_error() {
+        tracing::error!(code = failure.error_code, cause = failure.cause, "{}", failure.message);
+    }
+    let body = ApiError {
+        code: status.as_u16(),
+        message: failure.message.clone(),
+        error_code: Some(failure.error_code.to_owned()),
+        cause: failure.cause.clone(),
+        remediation: Some(failure.remediation.clone()),
+    };
+    let bytes = serde_json::to_vec(&body).unwrap_or_default();
+    let mut reply = (status, [(header::CONTENT_TYPE, "application/json")], Body::from(bytes)).into_response();
+    if failure.kind == Kind::Exhausted {
+        reply.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
+    }
+    reply
+}

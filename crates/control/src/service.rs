@@ -1,0 +1,485 @@
+//! What the API does: intent is recorded, the node is asked, the result is recorded.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use kelvin_api::ENVD_VERSION;
+use kelvin_api::error::{Failure, Kind, chain};
+use kelvin_api::id::{SandboxId, TemplateName, Token};
+use kelvin_api::node::{Create, Created, Live};
+use kelvin_api::phase::{Phase, Timings};
+use kelvin_api::sandbox::{
+    EnvVars, MAX_TIMEOUT_S, Metadata, NewSandbox, Sandbox, SandboxDetail, SandboxLog, SandboxLogs, SandboxState,
+};
+use kelvin_api::units::MemoryMib;
+use kelvin_host::db;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::database::{Database, Filter, SandboxRow};
+use crate::{ApiKey, Node};
+
+/// The time to live of requests that name none, in seconds. Source: E2B's OpenAPI, `NewSandbox.timeout`.
+const DEFAULT_TIMEOUT_S: u64 = 15;
+const METADATA_BYTES: usize = 64 << 10;
+const ENV_BYTES: usize = 256 << 10;
+/// How long to wait before a node that failed is asked again for its changes.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// The control plane; cheap to clone.
+#[derive(Clone)]
+pub struct Control {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    database: Database,
+    pub(crate) node: Arc<dyn Node>,
+    pub(crate) key: ApiKey,
+    /// One lock for each idempotency key that is in use: a second request waits for the first.
+    keys: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// What a create replies.
+#[derive(Debug)]
+pub(crate) struct Reply {
+    pub sandbox: Sandbox,
+    pub timings: Timings,
+}
+
+/// A page of a list.
+#[derive(Debug)]
+pub(crate) struct Page {
+    pub sandboxes: Vec<SandboxDetail>,
+    pub next: Option<String>,
+}
+
+fn database_failed(error: db::Error) -> Failure {
+    Failure::new(Kind::Internal, "database", "the database cannot be used", "check the disk of the data directory")
+        .with_cause(&error)
+}
+
+fn invalid(code: &'static str, message: impl Into<String>, remediation: impl Into<String>) -> Failure {
+    Failure::new(Kind::Invalid, code, message, remediation)
+}
+
+fn not_found(id: &str) -> Failure {
+    // The same words whether it never existed, has ended, or is no id at all.
+    Failure::new(
+        Kind::NotFound,
+        "sandbox_not_found",
+        format!("sandbox {} was not found", id.chars().take(80).collect::<String>()),
+        "`kelvin sandbox list` shows what runs",
+    )
+}
+
+pub(crate) fn parse_id(text: &str) -> Result<SandboxId, Failure> {
+    text.parse().map_err(|_| not_found(text))
+}
+
+impl Control {
+    /// Opens the control plane over `node`, with its database in `data_dir`, and brings the database to what
+    /// the node says.
+    ///
+    /// # Errors
+    /// When the database or the node cannot be used.
+    pub async fn open(data_dir: &Path, node: Arc<dyn Node>, key: ApiKey) -> Result<Self, Failure> {
+        let database = Database::open(&data_dir.join("kelvin.db")).map_err(database_failed)?;
+        let inner = Arc::new(Inner {
+            database,
+            node,
+            key,
+            keys: Mutex::default(),
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+        });
+        inner.compare().await?;
+        let follower = Arc::clone(&inner);
+        inner.tasks.spawn(async move {
+            let stop = follower.stop.clone();
+            stop.run_until_cancelled(follower.follow()).await;
+        });
+        Ok(Self { inner })
+    }
+
+    /// Ends what runs in the background; creates that are under way end first.
+    pub async fn stop(&self) {
+        self.inner.stop.cancel();
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+
+    pub(crate) async fn create(&self, body: NewSandbox, key: Option<(String, String)>) -> Result<Reply, Failure> {
+        let inner = Arc::clone(&self.inner);
+        // A client that goes away must not leave intent without a result.
+        let task = self.inner.tasks.spawn(async move { inner.create_once(body, key).await });
+        task.await.unwrap_or_else(|error| {
+            Err(Failure::new(Kind::Internal, "create_aborted", "the create was aborted", "try again").with_cause(&error))
+        })
+    }
+}
+
+impl Inner {
+    /// Brings the database to what the node has: after a start, or when the node's log was too short.
+    async fn compare(&self) -> Result<(), Failure> {
+        let live: BTreeMap<SandboxId, Live> =
+            self.node.live().await?.into_iter().map(|live| (live.sandbox.clone(), live)).collect();
+        for (id, creating) in self.database.all().await.map_err(database_failed)? {
+            match (live.get(&id), creating) {
+                (Some(live), true) => self.finish(live).await.map_err(database_failed)?,
+                (Some(_), false) => {}
+                (None, true) => self.database.undo(&id).await.map_err(database_failed)?,
+                (None, false) => self.database.end(&id).await.map_err(database_failed)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Commits a sandbox whose create the last daemon did not live to see the end of.
+    async fn finish(&self, live: &Live) -> Result<(), db::Error> {
+        self.database.commit(live, None).await?;
+        let Some(row) = self.database.get(&live.sandbox).await? else { return Ok(()) };
+        let reason = format!("{}: the server was restarted meanwhile", live.start_path.name());
+        let sandbox = reply_of(&row, live.start_path, reason, &Timings::default());
+        self.database.commit(live, serde_json::to_string(&sandbox).ok()).await
+    }
+
+    /// Follows what ends on the node.
+    async fn follow(&self) {
+        let mut generation = 0;
+        loop {
+            match self.node.changes(generation).await {
+                Ok(changes) => {
+                    generation = changes.generation;
+                    let mut result = Ok(());
+                    for id in changes.ended.keys() {
+                        result = result.and(self.database.end(id).await.map_err(database_failed));
+                    }
+                    if changes.resync {
+                        result = result.and(self.compare().await);
+                    }
+                    if let Err(error) = result {
+                        tracing::error!(error = chain(&error), "the end of a sandbox was not recorded");
+                        generation = u64::MAX;
+                        tokio::time::sleep(RETRY).await;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), "the node does not tell its changes");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    async fn create_once(&self, body: NewSandbox, key: Option<(String, String)>) -> Result<Reply, Failure> {
+        let Some((key, fingerprint)) = key else { return self.create_new(body, None).await };
+        let lock = {
+            let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(keys.entry(key.clone()).or_default())
+        };
+        let guard = lock.lock().await;
+        let result = self.create_with_key(body, &key, fingerprint).await;
+        drop(guard);
+        let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
+        // Two are this task's own and the map's.
+        if Arc::strong_count(&lock) <= 2 {
+            keys.remove(&key);
+        }
+        result
+    }
+
+    async fn create_with_key(&self, body: NewSandbox, key: &str, fingerprint: String) -> Result<Reply, Failure> {
+        let known = self.database.key(key.to_owned()).await.map_err(database_failed)?;
+        let Some(known) = known else { return self.create_new(body, Some((key.to_owned(), fingerprint))).await };
+        if known.fingerprint != fingerprint {
+            return Err(Failure::new(
+                Kind::Conflict,
+                "idempotency_key_reused",
+                "the idempotency key was used for another request",
+                "use a new key for each request; the same one only to repeat it",
+            ));
+        }
+        let reply = known.reply.and_then(|reply| serde_json::from_str(&reply).ok());
+        match reply {
+            Some(sandbox) => Ok(Reply { sandbox, timings: Timings::default() }),
+            None => Err(Failure::new(
+                Kind::Conflict,
+                "idempotency_key_in_use",
+                "a request with this idempotency key is under way",
+                "try again",
+            )),
+        }
+    }
+
+    async fn create_new(&self, body: NewSandbox, key: Option<(String, String)>) -> Result<Reply, Failure> {
+        let mut since = Instant::now();
+        let mut timings = Timings::default();
+        let (row, mut request) = prepare(body)?;
+        self.database.begin(&row, key).await.map_err(database_failed)?;
+        request.ends_at = row.ends_at;
+        timings.lap(Phase::Reserve, &mut since);
+        let created = match self.node.create(request).await {
+            Ok(created) => created,
+            Err(failure) => {
+                if let Err(error) = self.database.undo(&row.id).await {
+                    tracing::error!(sandbox = %row.id, error = chain(&error), "a failed create was not forgotten");
+                }
+                return Err(failure);
+            }
+        };
+        since = Instant::now();
+        let Created { start_path, reason, timings: on_node, shape, started_at } = created;
+        for (phase, ms) in on_node.iter() {
+            timings.add(phase, Duration::from_secs_f64(ms / 1e3));
+        }
+        let live = Live { sandbox: row.id.clone(), ends_at: row.ends_at, shape, start_path, started_at };
+        let sandbox = reply_of(&row, start_path, reason, &timings);
+        let text = serde_json::to_string(&sandbox).ok();
+        if let Err(error) = self.database.commit(&live, text).await {
+            let _ = self.node.kill(&row.id).await;
+            return Err(database_failed(error));
+        }
+        timings.lap(Phase::Commit, &mut since);
+        Ok(Reply { sandbox, timings })
+    }
+
+    /// A sandbox that runs and whose time is not over.
+    pub(crate) async fn get(&self, id: &SandboxId) -> Result<SandboxDetail, Failure> {
+        Ok(detail_of(self.row(id).await?, true))
+    }
+
+    async fn row(&self, id: &SandboxId) -> Result<SandboxRow, Failure> {
+        let row = self.database.get(id).await.map_err(database_failed)?;
+        row.filter(|row| row.ends_at > jiff::Timestamp::now()).ok_or_else(|| not_found(id.as_str()))
+    }
+
+    pub(crate) async fn kill(&self, id: &SandboxId) -> Result<(), Failure> {
+        self.row(id).await?;
+        self.node.kill(id).await?;
+        self.database.end(id).await.map_err(database_failed)
+    }
+
+    pub(crate) async fn set_timeout(&self, id: &SandboxId, seconds: u64, may_shorten: bool) -> Result<SandboxDetail, Failure> {
+        let ends_at = deadline(seconds)?;
+        let mut row = self.row(id).await?;
+        if may_shorten || ends_at > row.ends_at {
+            self.node.set_deadline(id, ends_at).await?;
+            self.database.set_deadline(id, ends_at).await.map_err(database_failed)?;
+            row.ends_at = ends_at;
+        }
+        Ok(detail_of(row, true))
+    }
+
+    pub(crate) async fn logs(&self, id: &SandboxId) -> Result<SandboxLogs, Failure> {
+        self.row(id).await?;
+        let console = self.node.console(id).await?;
+        let timestamp = jiff::Timestamp::now();
+        let logs = console
+            .lines()
+            // A console is a guest's bytes on their way to a terminal.
+            .map(|line| line.chars().filter(|c| !c.is_control() || *c == '\t').collect())
+            .map(|line| SandboxLog { timestamp, line })
+            .collect();
+        Ok(SandboxLogs { logs, log_entries: Vec::new() })
+    }
+
+    pub(crate) async fn list(&self, mut filter: Filter, token: Option<&str>) -> Result<Page, Failure> {
+        if let Some(token) = token {
+            filter.after = Some(parse_token(token)?);
+        }
+        let limit = filter.limit;
+        // One more than asked tells whether there is a next page.
+        filter.limit = limit + 1;
+        let mut rows = self.database.list(filter).await.map_err(database_failed)?;
+        let more = rows.len() > limit;
+        rows.truncate(limit);
+        let next = rows.last().filter(|_| more).map(make_token);
+        let now = jiff::Timestamp::now();
+        let sandboxes =
+            rows.into_iter().filter(|row| row.ends_at > now).map(|row| detail_of(row, false)).collect();
+        Ok(Page { sandboxes, next })
+    }
+}
+
+fn make_token(row: &SandboxRow) -> String {
+    let text = format!("{}:{}", row.started_at.as_millisecond(), row.id);
+    base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text)
+}
+
+fn parse_token(token: &str) -> Result<(i64, String), Failure> {
+    base64::engine::general_purpose::URL_SAFE_NO_PAD
+        .decode(token)
+        .ok()
+        .and_then(|bytes| String::from_utf8(bytes).ok())
+        .and_then(|text| text.split_once(':').map(|(ms, id)| (ms.to_owned(), id.to_owned())))
+        .and_then(|(ms, id)| Some((ms.parse().ok()?, id)))
+        .ok_or_else(|| invalid("invalid_token", "nextToken is not one of ours", "use the value of X-Next-Token as it came"))
+}
+
+fn deadline(seconds: u64) -> Result<jiff::Timestamp, Failure> {
+    if seconds > MAX_TIMEOUT_S {
+        return Err(invalid(
+            "invalid_timeout",
+            format!("a timeout of {seconds} s is longer than {MAX_TIMEOUT_S} s"),
+            "ask for at most 24 hours and extend it later",
+        ));
+    }
+    let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
+    jiff::Timestamp::now()
+        .checked_add(jiff::SignedDuration::from_secs(seconds))
+        .map_err(|error| invalid("invalid_timeout", error.to_string(), "ask for at most 24 hours"))
+}
+
+/// Checks a request and makes its row and what the node is asked. Every field is honoured or refused.
+fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
+    let unsupported = [
+        ("autoPause", body.auto_pause == Some(true)),
+        ("autoResume", body.auto_resume.as_ref().is_some_and(|value| value["enabled"] == true)),
+        ("network", body.network.as_ref().is_some_and(|value| !is_empty(value))),
+        ("mcp", body.mcp.as_ref().is_some_and(|value| !is_empty(value))),
+        ("iam", body.iam.as_ref().is_some_and(|value| !is_empty(value))),
+        ("volumeMounts", body.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty())),
+    ];
+    if let Some((field, _)) = unsupported.iter().find(|(_, used)| *used) {
+        return Err(invalid(
+            "unsupported_field",
+            format!("{field} is not supported by this version"),
+            "leave the field out",
+        ));
+    }
+    let template: TemplateName = body.template_id.parse().map_err(|_| unknown_template(&body.template_id))?;
+    let metadata = body.metadata.unwrap_or_default();
+    check_map("metadata", &metadata, METADATA_BYTES)?;
+    let env_vars = body.env_vars.unwrap_or_default();
+    check_map("envVars", &env_vars, ENV_BYTES)?;
+    check_env(&env_vars)?;
+    let memory_mib = match body.memory_mb.map(u32::try_from) {
+        None => None,
+        Some(Ok(memory)) => Some(MemoryMib(memory)),
+        Some(Err(_)) => return Err(invalid("invalid_shape", "memoryMB is outside every range", "ask for less memory")),
+    };
+    let ends_at = deadline(body.timeout.unwrap_or(DEFAULT_TIMEOUT_S))?;
+    let id = SandboxId::random();
+    let access_token = (body.secure != Some(false)).then(Token::random);
+    let row = SandboxRow {
+        id: id.clone(),
+        template: template.to_string(),
+        metadata,
+        access_token: access_token.clone(),
+        allow_internet: body.allow_internet_access,
+        vcpus: 0,
+        memory_mib: 0,
+        disk_mib: 0,
+        start_path: kelvin_api::sandbox::StartPath::Cold,
+        started_at: jiff::Timestamp::now(),
+        ends_at,
+    };
+    let create = Create {
+        sandbox: id,
+        template,
+        vcpus: body.cpu_count,
+        memory_mib,
+        env_vars,
+        access_token,
+        ends_at,
+        start_path: body.start_path,
+    };
+    Ok((row, create))
+}
+
+pub(crate) fn unknown_template(name: &str) -> Failure {
+    let shown: String = name.chars().take(80).collect();
+    Failure::new(
+        Kind::NotFound,
+        "template_not_found",
+        format!("no template {shown:?}"),
+        "`kelvin template list` shows what there is",
+    )
+}
+
+fn is_empty(value: &serde_json::Value) -> bool {
+    value.is_null() || value.as_object().is_some_and(serde_json::Map::is_empty)
+}
+
+fn check_map(field: &'static str, map: &Metadata, limit: usize) -> Result<(), Failure> {
+    let bytes: usize = map.iter().map(|(key, value)| key.len() + value.len()).sum();
+    if bytes <= limit {
+        return Ok(());
+    }
+    Err(invalid(
+        "too_large",
+        format!("{field} has {bytes} bytes, {limit} are allowed"),
+        "keep large values in a file inside the sandbox",
+    ))
+}
+
+fn check_env(env_vars: &EnvVars) -> Result<(), Failure> {
+    let bad = |key: &str, value: &str| {
+        key.is_empty() || key.len() > 1024 || key.contains(['=', '\0']) || value.contains('\0')
+    };
+    match env_vars.iter().find(|(key, value)| bad(key, value)) {
+        None => Ok(()),
+        Some((key, _)) => Err(invalid(
+            "invalid_env_var",
+            format!("{:?} cannot be an environment variable", key.chars().take(80).collect::<String>()),
+            "names are not empty and have no '='; neither names nor values have a NUL byte",
+        )),
+    }
+}
+
+fn reply_of(row: &SandboxRow, path: kelvin_api::sandbox::StartPath, reason: String, timings: &Timings) -> Sandbox {
+    Sandbox {
+        template_id: row.template.clone(),
+        sandbox_id: row.id.clone(),
+        alias: Some(row.template.clone()),
+        client_id: "kelvin".to_owned(),
+        envd_version: ENVD_VERSION.to_owned(),
+        envd_access_token: row.access_token.clone(),
+        domain: None,
+        start_path: Some(path),
+        start_reason: Some(reason),
+        phases: timings.iter().collect(),
+    }
+}
+
+pub(crate) fn sandbox_of(detail: &SandboxDetail) -> Sandbox {
+    Sandbox {
+        template_id: detail.template_id.clone(),
+        sandbox_id: detail.sandbox_id.clone(),
+        alias: detail.alias.clone(),
+        client_id: detail.client_id.clone(),
+        envd_version: detail.envd_version.clone(),
+        envd_access_token: detail.envd_access_token.clone(),
+        domain: detail.domain.clone(),
+        start_path: Some(detail.start_path),
+        start_reason: None,
+        phases: BTreeMap::new(),
+    }
+}
+
+fn detail_of(row: SandboxRow, with_secrets: bool) -> SandboxDetail {
+    SandboxDetail {
+        alias: Some(row.template.clone()),
+        template_id: row.template,
+        sandbox_id: row.id,
+        client_id: "kelvin".to_owned(),
+        started_at: row.started_at,
+        end_at: row.ends_at,
+        envd_version: ENVD_VERSION.to_owned(),
+        cpu_count: row.vcpus,
+        memory_mb: row.memory_mib,
+        disk_size_mb: row.disk_mib,
+        state: SandboxState::Running,
+        metadata: row.metadata,
+        start_path: row.start_path,
+        envd_access_token: row.access_token.filter(|_| with_secrets),
+        allow_internet_access: row.allow_internet,
+        domain: None,
+    }
+}

@@ -1,0 +1,87 @@
+//! The node's one HTTP/2 connection to each guest, shared by everybody who speaks to its agent.
+//!
+//! The connection exists from before a restore, so that the guest finds its host end open; the HTTP/2
+//! handshake is made by the first request. A connection that broke is made again by the next request.
+//! The guest is hostile: window sizes bound what it can make the daemon hold for each stream.
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::combinators::UnsyncBoxBody;
+use hyper::body::Incoming;
+use hyper::client::conn::http2::{Builder, SendRequest};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::net::UnixStream;
+use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Why a guest could not be reached.
+pub type SendError = Box<dyn std::error::Error + Send + Sync>;
+/// A request's body on its way to an agent.
+pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
+
+enum Link {
+    /// Connected, not a byte sent.
+    Fresh(UnixStream),
+    /// Shaken hands.
+    Open(SendRequest<Body>),
+    /// To be made again.
+    Broken,
+}
+
+/// The way to one agent.
+pub struct Agent {
+    link: Mutex<Link>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Agent {
+    /// Takes over a connection on which nothing was sent yet.
+    pub fn new(stream: UnixStream, tasks: TaskTracker, stop: CancellationToken) -> Self {
+        Self { link: Mutex::new(Link::Fresh(stream)), tasks, stop }
+    }
+
+    /// Sends `request`; `reconnect` makes a new connection when there is none.
+    ///
+    /// # Errors
+    /// When the guest does not answer, or its connection breaks.
+    pub async fn send(
+        &self,
+        request: Request<Body>,
+        reconnect: impl AsyncFnOnce() -> Result<UnixStream, SendError>,
+    ) -> Result<Response<Incoming>, SendError> {
+        let mut sender = {
+            let mut link = self.link.lock().await;
+            match std::mem::replace(&mut *link, Link::Broken) {
+                Link::Open(sender) if !sender.is_closed() => {
+                    *link = Link::Open(sender.clone());
+                    sender
+                }
+                Link::Fresh(stream) => self.shake(&mut link, stream).await?,
+                Link::Open(_) | Link::Broken => self.shake(&mut link, reconnect().await?).await?,
+            }
+        };
+        Ok(sender.send_request(request).await?)
+    }
+
+    async fn shake(&self, link: &mut Link, stream: UnixStream) -> Result<SendRequest<Body>, SendError> {
+        let (sender, connection) = Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(1 << 20)
+            .initial_connection_window_size(16 << 20)
+            .max_frame_size(64 << 10)
+            .max_header_list_size(64 << 10)
+            .max_send_buf_size(256 << 10)
+            .handshake(TokioIo::new(stream))
+            .await?;
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            if let Some(Err(error)) = stop.run_until_cancelled(connection).await {
+                tracing::debug!(%error, "an agent's connection ended");
+            }
+        });
+        *link = Link::Open(sender.clone());
+        Ok(sender)
+    }
+}

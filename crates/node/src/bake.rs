@@ -1,0 +1,201 @@
+//! Baking: boot a machine once, warm what every first command needs, freeze it as a snapshot.
+//!
+//! One bake for each identity at a time; later callers wait for the first. A failed bake leaves nothing
+//! and takes nothing away from a snapshot that works. No sandbox's data is in it: the machine was never
+//! activated.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use kelvin_api::envd::process::{ProcessClient, ProcessConfig, StartRequest, __buffa::oneof::process_event::Event};
+use kelvin_api::error::chain;
+use kelvin_api::guest::Request;
+use kelvin_api::units::Shape;
+use kelvin_store::image::Template;
+use kelvin_store::snapshot::{Draft, Snapshot};
+use kelvin_vmm::control::Control;
+use kelvin_vmm::{MachineSpec, Port, Running};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::Inner;
+use crate::agent::Agent;
+use crate::capacity::Amount;
+use crate::error::Error;
+
+/// Run before the freeze, as the default user: their pages are then in memory of every clone.
+const WARM_UP: [&str; 2] = ["true", "python3 -c 'import json, os, re, sys' || true"];
+const WARM_UP_LIMIT: Duration = Duration::from_secs(120);
+const QUIESCE_LIMIT: Duration = Duration::from_secs(60);
+
+impl Inner {
+    /// A snapshot of `template` in `shape`: the one there is, or a new one.
+    pub async fn bake(self: &Arc<Self>, template: &Template, shape: Shape) -> Result<Arc<Snapshot>, Error> {
+        self.capacity().check(shape)?;
+        let _one = self.bakes.lock().await;
+        if let Ok(pool) = self.pool_for(template, shape) {
+            return Ok(Arc::clone(&pool.snapshot));
+        }
+        if self.stop.is_cancelled() {
+            return Err(Error::Stopping);
+        }
+        let amount = Amount::machine(shape);
+        self.capacity().hold(amount)?;
+        let started = std::time::Instant::now();
+        tracing::info!(template = %template.name, memory = %shape.memory_mib, "baking");
+        let baked = self.bake_machine(template, shape).await;
+        self.capacity().release(amount);
+        let snapshot = Arc::new(baked?);
+        tracing::info!(template = %template.name, snapshot = %snapshot.manifest.id, seconds = started.elapsed().as_secs_f32(), "baked");
+        self.add_pool(Arc::clone(&snapshot));
+        Ok(snapshot)
+    }
+
+    /// Bakes in the background; a failure is logged, because nobody waits for it.
+    pub fn bake_later(self: &Arc<Self>, template: Template, shape: Shape) {
+        let inner = Arc::clone(self);
+        self.tasks.spawn(async move {
+            let stop = inner.stop.clone();
+            // Not cut short: what a bake makes is released by the bake.
+            if stop.is_cancelled() {
+                return;
+            }
+            if let Err(error) = inner.bake(&template, shape).await {
+                tracing::error!(template = %template.name, error = chain(&error), "bake failed");
+            }
+        });
+    }
+
+    async fn bake_machine(&self, template: &Template, shape: Shape) -> Result<Snapshot, Error> {
+        let home = self.keeper.build(shape, &template.guest, self.store.rootfs(&template.image)).await?;
+        let staged = self.store.stage();
+        let work = async {
+            let staged = staged.as_ref().map_err(|error| Error::Io {
+                what: "making a staging directory",
+                source: std::io::Error::other(error.to_string()),
+            })?;
+            let running = self.driver.boot(&home.spec).await?;
+            home.started(&self.keeper, running.key()).await?;
+            self.freeze(running, &home.spec, staged).await?;
+            let draft = Draft {
+                template: template.name.clone(),
+                guest: template.guest.clone(),
+                parent: None,
+                identity: self.identity(template, shape),
+                arguments: self.driver.layout(shape),
+            };
+            let (store, staged) = (self.store.clone(), staged.clone());
+            tokio::task::spawn_blocking(move || store.publish_snapshot(&staged, draft))
+                .await
+                .map_err(|error| Error::Io { what: "publishing", source: std::io::Error::other(error) })?
+                .map_err(Error::from)
+        };
+        let result = work.await;
+        if let (Err(_), Ok(staged)) = (&result, &staged)
+            && let Err(error) = crate::home::remove_directory(staged)
+        {
+            tracing::error!(%error, path = %staged.display(), "not removed, the next start does");
+        }
+        self.keeper.release_or_log(&home.spec, None).await;
+        result
+    }
+
+    /// Brings a booting machine to the instant of its snapshot and saves that to `staged`.
+    async fn freeze(&self, running: Running, spec: &MachineSpec, staged: &std::path::Path) -> Result<(), Error> {
+        let (mut control, http) = self.boot_guest(&running).await?;
+        warm_up(http, spec).await?;
+        // A fresh connection on which nothing was sent: clones find their guest waiting for its first byte.
+        let _http = running.connect(Port::Http).await?;
+        quiesce(&mut control).await?;
+        let paused = running.pause().await.map_err(|(_, error)| error)?;
+        paused.save(&staged.join("memory"), &staged.join("state")).await?;
+        let (from, to) = (spec.absolute().join("disk"), staged.join("disk"));
+        tokio::task::spawn_blocking(move || {
+            // Outstanding writes are in the file, not yet on the disk: flushed once, here.
+            std::fs::File::open(&from)?.sync_all()?;
+            kelvin_store::disk::clone_file(&from, &to)
+        })
+        .await
+        .map_err(std::io::Error::other)
+        .and_then(|result| result)
+        .map_err(|source| Error::Io { what: "saving the disk", source })?;
+        paused.kill().await?;
+        Ok(())
+    }
+}
+
+/// Flushes the guest and waits until its agent is back at the start of its HTTP port.
+async fn quiesce(control: &mut Control) -> Result<(), Error> {
+    let deadline = tokio::time::Instant::now() + QUIESCE_LIMIT;
+    while !control.call("quiesce", &Request::Quiesce, QUIESCE_LIMIT).await?.http_waiting {
+        if tokio::time::Instant::now() > deadline {
+            return Err(kelvin_vmm::Error::Deadline {
+                what: "quiescing",
+                after: QUIESCE_LIMIT,
+                detail: "the agent's HTTP port did not come to rest".to_owned(),
+            }
+            .into());
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Ok(())
+}
+
+/// Sends generated clients' requests over a guest's connection.
+#[derive(Clone)]
+struct Transport(Arc<Agent>);
+
+impl connectrpc::client::ClientTransport for Transport {
+    type ResponseBody = hyper::body::Incoming;
+    type Error = std::io::Error;
+
+    fn send(
+        &self,
+        request: http::Request<connectrpc::client::ClientBody>,
+    ) -> connectrpc::client::BoxFuture<'static, Result<http::Response<Self::ResponseBody>, Self::Error>> {
+        let agent = Arc::clone(&self.0);
+        Box::pin(async move {
+            let (parts, body) = request.into_parts();
+            let bytes = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
+            let body = Full::<Bytes>::from(bytes).map_err(|never| match never {}).boxed_unsync();
+            let gone = async || Err("the guest's connection broke".into());
+            agent.send(http::Request::from_parts(parts, body), gone).await.map_err(std::io::Error::other)
+        })
+    }
+}
+
+/// Runs [`WARM_UP`] in the guest and closes the connection.
+async fn warm_up(http: tokio::net::UnixStream, spec: &MachineSpec) -> Result<(), Error> {
+    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+    let agent = Arc::new(Agent::new(http, tasks.clone(), stop.clone()));
+    let failed = |source: Box<dyn std::error::Error + Send + Sync>| Error::Agent { sandbox: spec.vm.to_string(), source };
+    let uri = http::Uri::from_static("http://agent");
+    let client = ProcessClient::new(Transport(agent), connectrpc::client::ClientConfig::new(uri));
+    let work = async {
+        for command in WARM_UP {
+            let process = ProcessConfig {
+                cmd: "/bin/bash".to_owned(),
+                args: ["-l", "-c", command].map(str::to_owned).to_vec(),
+                ..Default::default()
+            };
+            let request = StartRequest { process: process.into(), stdin: Some(false), ..Default::default() };
+            let mut stream = client.start(request).await?;
+            while let Some(message) = stream.message().await? {
+                if let Some(Event::End(end)) = message.to_owned_message().event.into_option().and_then(|event| event.event) {
+                    tracing::debug!(command, exit_code = end.exit_code, "warmed up");
+                }
+            }
+        }
+        Ok::<_, connectrpc::ConnectError>(())
+    };
+    let result = tokio::time::timeout(WARM_UP_LIMIT, work).await;
+    stop.cancel();
+    tasks.close();
+    tasks.wait().await;
+    match result {
+        Ok(result) => result.map_err(|error| failed(error.into())),
+        Err(elapsed) => Err(failed(elapsed.into())),
+    }
+}

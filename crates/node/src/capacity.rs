@@ -1,0 +1,153 @@
+//! What the node has, what is held, and who may have more: pure, atomic, typed refusals.
+
+use kelvin_api::units::Shape;
+
+use crate::error::Error;
+use crate::options::{MIN_MEMORY, OVERHEAD, Options};
+
+/// The books of one node. Guarded by one short lock in [`crate::Node`]; nothing waits while it is held.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Capacity {
+    memory_mib: u64,
+    vcpus: u32,
+    max_vcpus_each: u32,
+    held_memory_mib: u64,
+    held_vcpus: u32,
+}
+
+/// How much a machine holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Amount {
+    memory_mib: u64,
+    vcpus: u32,
+}
+
+impl Amount {
+    /// A machine of `shape`, with its VMM.
+    pub fn machine(shape: Shape) -> Self {
+        Self { memory_mib: u64::from(shape.memory_mib.0) + u64::from(OVERHEAD.0), vcpus: shape.vcpus }
+    }
+
+    /// A VMM that waits.
+    pub fn waiting() -> Self {
+        Self { memory_mib: u64::from(OVERHEAD.0), vcpus: 0 }
+    }
+}
+
+impl Capacity {
+    /// Nothing is held.
+    pub fn new(options: &Options) -> Self {
+        Self {
+            memory_mib: u64::from(options.memory.0),
+            vcpus: options.vcpus,
+            max_vcpus_each: options.max_vcpus_each,
+            held_memory_mib: 0,
+            held_vcpus: 0,
+        }
+    }
+
+    /// Whether a machine of this shape could ever run here.
+    ///
+    /// # Errors
+    /// `Shape` with the field and its range.
+    pub fn check(&self, shape: Shape) -> Result<(), Error> {
+        let range = |field, asked: u64, min: u64, max: u64| {
+            if (min..=max).contains(&asked) { Ok(()) } else { Err(Error::Shape { field, asked, min, max }) }
+        };
+        range("cpuCount", shape.vcpus.into(), 1, self.max_vcpus_each.into())?;
+        let most = self.memory_mib.saturating_sub(OVERHEAD.0.into());
+        range("memoryMB", shape.memory_mib.0.into(), MIN_MEMORY.0.into(), most)
+    }
+
+    /// Holds `amount`.
+    ///
+    /// # Errors
+    /// `Exhausted` with what is free; then nothing is held.
+    pub fn hold(&mut self, amount: Amount) -> Result<(), Error> {
+        let free_memory = self.memory_mib.saturating_sub(self.held_memory_mib);
+        if amount.memory_mib > free_memory {
+            return Err(Error::Exhausted { resource: "memory", asked: amount.memory_mib, free: free_memory, unit: "MiB" });
+        }
+        let free_vcpus = self.vcpus.saturating_sub(self.held_vcpus);
+        if amount.vcpus > free_vcpus {
+            return Err(Error::Exhausted {
+                resource: "vCPUs",
+                asked: amount.vcpus.into(),
+                free: free_vcpus.into(),
+                unit: "",
+            });
+        }
+        self.held_memory_mib += amount.memory_mib;
+        self.held_vcpus += amount.vcpus;
+        Ok(())
+    }
+
+    /// Takes what an adopted machine has, even when the node was made smaller meanwhile.
+    pub fn take(&mut self, amount: Amount) {
+        self.held_memory_mib += amount.memory_mib;
+        self.held_vcpus += amount.vcpus;
+    }
+
+    /// Gives `amount` back.
+    pub fn release(&mut self, amount: Amount) {
+        self.held_memory_mib = self.held_memory_mib.saturating_sub(amount.memory_mib);
+        self.held_vcpus = self.held_vcpus.saturating_sub(amount.vcpus);
+    }
+
+    /// `(memory in MiB, held memory, vCPUs, held vCPUs)`.
+    pub fn figures(&self) -> (u64, u64, u32, u32) {
+        (self.memory_mib, self.held_memory_mib, self.vcpus, self.held_vcpus)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kelvin_api::units::{DiskMib, MemoryMib};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn small() -> Capacity {
+        let options = Options { memory: MemoryMib(4096), vcpus: 8, max_vcpus_each: 4, ..Options::for_host("/x".into()) };
+        Capacity::new(&options)
+    }
+
+    fn shape(vcpus: u32, memory: u32) -> Shape {
+        Shape { vcpus, memory_mib: MemoryMib(memory), disk_mib: DiskMib(1) }
+    }
+
+    #[test]
+    fn shapes_outside_the_range_are_named() {
+        let capacity = small();
+        for (vcpus, memory, field) in [(0, 256, "cpuCount"), (5, 256, "cpuCount"), (1, 0, "memoryMB"), (1, u32::MAX, "memoryMB")] {
+            let refused = capacity.check(shape(vcpus, memory));
+            assert!(matches!(refused, Err(Error::Shape { field: named, .. }) if named == field));
+        }
+        assert!(capacity.check(shape(4, 4048)).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn never_more_than_there_is_and_all_comes_back(steps in proptest::collection::vec((1_u32..4, 128_u32..2048, any::<bool>()), 0..60)) {
+            let mut capacity = small();
+            let mut held = Vec::new();
+            for (vcpus, memory, give_back) in steps {
+                let amount = Amount::machine(shape(vcpus, memory));
+                let before = capacity.clone();
+                match capacity.hold(amount) {
+                    Ok(()) => held.push(amount),
+                    Err(_) => prop_assert_eq!(&capacity, &before),
+                }
+                if give_back && let Some(amount) = held.pop() {
+                    capacity.release(amount);
+                }
+                let (memory, held_memory, vcpus, held_vcpus) = capacity.figures();
+                prop_assert!(held_memory <= memory && held_vcpus <= vcpus);
+            }
+            for amount in held {
+                capacity.release(amount);
+            }
+            prop_assert_eq!(capacity, small());
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Why the node could not do something.
+
+use kelvin_api::error::{Failure, Kind};
+
+/// An error of the node.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The shape can never be had here.
+    #[error("{field} of {asked} is outside {min} to {max}")]
+    Shape {
+        /// `cpuCount` or `memoryMB`.
+        field: &'static str,
+        /// What was asked for.
+        asked: u64,
+        /// The least.
+        min: u64,
+        /// The most.
+        max: u64,
+    },
+    /// The node has no room now.
+    #[error("the node has no room: {asked} {unit} of {resource} asked, {free} free")]
+    Exhausted {
+        /// `memory`, `vCPUs` or `disk`.
+        resource: &'static str,
+        /// How much was asked for.
+        asked: u64,
+        /// How much is free.
+        free: u64,
+        /// `MiB` or nothing.
+        unit: &'static str,
+    },
+    /// A sandbox with that id exists.
+    #[error("sandbox {0} exists already")]
+    Exists(String),
+    /// No such sandbox runs here.
+    #[error("sandbox {0} was not found")]
+    Unknown(String),
+    /// The path that was insisted on is not possible.
+    #[error("the start path {path} is not possible: {reason}")]
+    Path {
+        /// Which one.
+        path: &'static str,
+        /// Why not.
+        reason: String,
+    },
+    /// The agent does not answer HTTP.
+    #[error("the agent of sandbox {sandbox} does not answer")]
+    Agent {
+        /// Which one.
+        sandbox: String,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The node is shutting down.
+    #[error("the node is shutting down")]
+    Stopping,
+    /// A file could not be handled.
+    #[error("{what}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The ledger does not answer: without it nothing may be made.
+    #[error("the ledger cannot be written")]
+    Ledger(#[from] kelvin_host::db::Error),
+    /// The store said no.
+    #[error(transparent)]
+    Store(#[from] kelvin_store::Error),
+    /// The VMM said no.
+    #[error(transparent)]
+    Vmm(#[from] kelvin_vmm::Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        let text = error.to_string();
+        let with = |kind, code, remediation: &str| Self::new(kind, code, text.clone(), remediation).with_sources(&error);
+        match error {
+            Error::Shape { .. } => with(Kind::Invalid, "invalid_shape", "ask for a value inside the range"),
+            Error::Exhausted { .. } => {
+                with(Kind::Exhausted, "capacity_exhausted", "kill sandboxes that are not needed, ask for less, or try again later")
+            }
+            Error::Exists(_) => with(Kind::Conflict, "sandbox_exists", "use another id"),
+            Error::Unknown(_) => with(Kind::NotFound, "sandbox_not_found", "`kelvin sandbox list` shows what runs"),
+            Error::Path { .. } => {
+                with(Kind::Conflict, "start_path_impossible", "leave out startPath, or bake the template: `kelvin template bake`")
+            }
+            Error::Agent { .. } => with(Kind::Unavailable, "agent_unreachable", "kill the sandbox; `kelvin sandbox logs` shows its console"),
+            Error::Stopping => with(Kind::Unavailable, "node_stopping", "try again when the server is back"),
+            Error::Io { .. } => with(Kind::Internal, "node_io", "the server's log has the details"),
+            Error::Ledger(_) => with(Kind::Internal, "ledger", "check the disk of the data directory"),
+            Error::Store(error) => error.into(),
+            Error::Vmm(error) => error.into(),
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! The resources of one machine: user id, directory, disk, VMM; declared, made, released.
+//!
+//! ```text
+//! declare(user, directory, vmm) ─> mkdir ─> disk ─> start ─> amend(pid)
+//! release: kill ─> remove directory ─> strike         (each step safe twice, from any half-built state)
+//! ```
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kelvin_api::id::VmId;
+use kelvin_api::units::Shape;
+use kelvin_host::ledger::{Ledger, Resource};
+use kelvin_host::process::{Process, ProcessKey, find_by_argument};
+use kelvin_store::Store;
+use kelvin_store::disk::clone_file;
+use kelvin_vmm::MachineSpec;
+
+use crate::error::Error;
+
+/// User ids for VMMs: each machine has one of its own, the lowest that is free.
+#[derive(Debug, Default)]
+pub struct Users(Mutex<BTreeSet<u32>>);
+
+impl Users {
+    fn take(&self, first: Option<u32>) -> Option<u32> {
+        let mut used = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = (first?..).find(|id| !used.contains(id))?;
+        used.insert(id);
+        Some(id)
+    }
+
+    /// Marks the id of an adopted machine as used.
+    pub fn claim(&self, id: u32) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
+    }
+
+    fn give_back(&self, id: Option<u32>) {
+        if let Some(id) = id {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        }
+    }
+}
+
+/// What making and releasing needs.
+#[derive(Clone)]
+pub struct Keeper {
+    /// Where everything is declared.
+    pub ledger: Ledger,
+    /// Where directories are.
+    pub store: Store,
+    /// Who is used.
+    pub users: Arc<Users>,
+    /// See `Options::first_user`.
+    pub first_user: Option<u32>,
+}
+
+/// The resources of one machine.
+#[derive(Debug)]
+pub struct Home {
+    /// For the driver.
+    pub spec: MachineSpec,
+    /// The ledger's entry of the VMM.
+    vmm_entry: i64,
+}
+
+impl Home {
+    /// Notes which process the VMM is.
+    ///
+    /// # Errors
+    /// As the ledger gives them.
+    pub async fn started(&self, keeper: &Keeper, key: ProcessKey) -> Result<(), Error> {
+        let resource = Resource::Vmm { marker: self.spec.marker(), key: Some(key) };
+        Ok(keeper.ledger.amend(self.vmm_entry, &resource).await?)
+    }
+}
+
+impl Keeper {
+    /// Declares and makes the directory of a new machine, with `disk` cloned from `parent`.
+    ///
+    /// # Errors
+    /// As the ledger and the file system give them; then nothing is left.
+    pub async fn build(&self, shape: Shape, guest: &str, parent: PathBuf) -> Result<Home, Error> {
+        let user = self.users.take(self.first_user);
+        let spec = MachineSpec {
+            vm: VmId::random(),
+            data_dir: self.store.root().to_owned(),
+            user,
+            shape,
+            guest: Path::new("guests").join(guest),
+        };
+        let mut resources: Vec<Resource> = user.map(|uid| Resource::User { uid }).into_iter().collect();
+        resources.push(Resource::Directory { path: spec.absolute() });
+        resources.push(Resource::Vmm { marker: spec.marker(), key: None });
+        let declared = self.ledger.declare(&spec.vm, &resources).await;
+        let vmm_entry = match declared.map(|ids| ids.last().copied()) {
+            Ok(Some(id)) => id,
+            Ok(None) => 0,
+            Err(error) => {
+                self.users.give_back(user);
+                return Err(error.into());
+            }
+        };
+        let directory = spec.absolute();
+        let home = Home { spec, vmm_entry };
+        let made = tokio::task::spawn_blocking(move || make_directory(&directory, user, &parent)).await;
+        match made.unwrap_or_else(|error| Err(io::Error::other(error))) {
+            Ok(()) => Ok(home),
+            Err(source) => {
+                self.release_or_log(&home.spec, None).await;
+                Err(Error::Io { what: "making the machine's directory", source })
+            }
+        }
+    }
+
+    /// Releases everything of a machine, in reverse order. What is gone already is fine.
+    ///
+    /// # Errors
+    /// The first step that failed; the ledger keeps the machine, and the next start tries again.
+    pub async fn release(&self, spec: &MachineSpec, key: Option<ProcessKey>) -> Result<(), Error> {
+        let keys = match key {
+            Some(key) => vec![key],
+            // The start was announced, but its pid never noted.
+            None => {
+                let marker = spec.marker();
+                tokio::task::spawn_blocking(move || find_by_argument(&marker)).await.unwrap_or_default()
+            }
+        };
+        for key in keys {
+            match Process::adopt(key) {
+                Ok(process) => {
+                    process.kill().map_err(|source| Error::Io { what: "killing a VMM", source })?;
+                    process.ended().await;
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => return Err(Error::Io { what: "finding a VMM", source }),
+            }
+        }
+        let directory = spec.absolute();
+        let removed = tokio::task::spawn_blocking(move || remove_directory(&directory)).await;
+        removed
+            .unwrap_or_else(|error| Err(io::Error::other(error)))
+            .map_err(|source| Error::Io { what: "removing a machine's directory", source })?;
+        self.ledger.strike_all(&spec.vm).await?;
+        self.users.give_back(spec.user);
+        Ok(())
+    }
+
+    /// [`Keeper::release`] for where nobody can be told: what failed is logged and stays in the ledger.
+    pub async fn release_or_log(&self, spec: &MachineSpec, key: Option<ProcessKey>) {
+        if let Err(error) = self.release(spec, key).await {
+            tracing::error!(vm = %spec.vm, error = kelvin_api::error::chain(&error), "not released, the next start tries again");
+        }
+    }
+}
+
+fn make_directory(directory: &Path, user: Option<u32>, parent: &Path) -> io::Result<()> {
+    use std::os::unix::fs::{DirBuilderExt, chown};
+    std::fs::DirBuilder::new().mode(0o700).create(directory)?;
+    clone_file(parent, &directory.join("disk"))?;
+    if user.is_some() {
+        chown(directory.join("disk"), user, user)?;
+        chown(directory, user, user)?;
+    }
+    Ok(())
+}
+
+/// Removes `directory`; gone already is fine.
+pub fn remove_directory(directory: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}

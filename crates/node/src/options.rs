@@ -1,0 +1,68 @@
+//! Settings of a node, checked before it starts.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use kelvin_api::phase::Phase;
+use kelvin_api::units::MemoryMib;
+use kelvin_host::accel::Accelerator;
+
+/// Everything a node can be told.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The data directory.
+    pub data_dir: PathBuf,
+    /// How guest instructions are run.
+    pub accelerator: Accelerator,
+    /// Memory for machines, overhead included.
+    pub memory: MemoryMib,
+    /// vCPUs that may be given out, more than there are processors: most machines wait most of the time.
+    pub vcpus: u32,
+    /// The most vCPUs of one machine.
+    pub max_vcpus_each: u32,
+    /// Free space on the data directory's file system below which nothing is created.
+    pub disk_floor_mib: u64,
+    /// VMMs that wait for each baked shape.
+    pub waiting_vmms: u32,
+    /// Restores that run at one time: each is bound to a processor, so more of them only finish later.
+    pub concurrent_restores: usize,
+    /// From the start of a kernel to the agent's first answer.
+    pub boot_deadline: Duration,
+    /// For the agent's reply to an activation.
+    pub activate_deadline: Duration,
+    /// The first of the user ids that VMMs drop to; `None` keeps the daemon's user.
+    pub first_user: Option<u32>,
+    /// Whether a cold create is followed by a bake of what was missing.
+    pub auto_bake: bool,
+    /// For tests: the daemon kills itself when a create enters this phase.
+    pub crash_at: Option<Phase>,
+}
+
+/// Memory that a VMM needs beside its guest's.
+pub const OVERHEAD: MemoryMib = MemoryMib(48);
+/// The least memory of a machine: below it the kernel does not boot with its modules.
+pub const MIN_MEMORY: MemoryMib = MemoryMib(128);
+
+impl Options {
+    /// Defaults for this host: 85 % of its memory, eight vCPUs for each processor.
+    pub fn for_host(data_dir: PathBuf) -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let count = u32::try_from(processors).unwrap_or(u32::MAX);
+        let total_mib = rustix::system::sysinfo().totalram >> 20;
+        Self {
+            data_dir,
+            accelerator: kelvin_host::accel::detect().accelerator,
+            memory: MemoryMib(u32::try_from(total_mib * 85 / 100).unwrap_or(u32::MAX)),
+            vcpus: count.saturating_mul(32),
+            max_vcpus_each: count,
+            disk_floor_mib: 1024,
+            waiting_vmms: 8,
+            concurrent_restores: processors,
+            boot_deadline: Duration::from_secs(90),
+            activate_deadline: Duration::from_secs(15),
+            first_user: rustix::process::geteuid().is_root().then_some(1_795_162_112),
+            auto_bake: true,
+            crash_at: None,
+        }
+    }
+}
