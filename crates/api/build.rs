@@ -9,7 +9,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for file in &files {
         println!("cargo:rerun-if-changed={}", file.display());
     }
-    let set = protox::Compiler::new([&root])?.include_imports(true).include_source_info(true).open_files(&files)?.encode_file_descriptor_set();
+    let set = protox::Compiler::new([&root])?
+        .include_imports(true)
+        .include_source_info(true)
+        .open_files(&files)?
+        .encode_file_descriptor_set();
     let path = PathBuf::from(env::var("OUT_DIR")?).join("envd.binpb");
     fs::write(&path, set)?;
     connectrpc_build::Config::new()

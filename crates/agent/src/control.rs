@@ -27,7 +27,11 @@ struct IdentityFile {
 
 impl IdentityFile {
     fn create(name: &str) -> io::Result<Self> {
-        let file = File::options().create(true).truncate(true).write(true).open(format!("{RUN}/{name}"))?;
+        let file = File::options()
+            .create(true)
+            .truncate(true)
+            .write(true)
+            .open(format!("{RUN}/{name}"))?;
         Ok(Self { file, length: 0 })
     }
 
@@ -103,8 +107,8 @@ impl Control {
     fn read_frame(&self, frame: &mut Vec<u8>) -> io::Result<()> {
         let mut length = [0; 4];
         (&self.port).read_exact(&mut length)?;
-        let length = guest::frame_length(length)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        let length =
+            guest::frame_length(length).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         frame.clear();
         frame.resize(length, 0);
         (&self.port).read_exact(frame)
@@ -113,9 +117,10 @@ impl Control {
     fn answer(&mut self, request: Request, started: Instant) -> Reply {
         let result = match request {
             Request::Ping => Ok(()),
-            Request::Activate(_) if !self.problems.is_empty() => {
-                Err(io::Error::other(format!("the machine did not start whole: {}", self.problems)))
-            }
+            Request::Activate(_) if !self.problems.is_empty() => Err(io::Error::other(format!(
+                "the machine did not start whole: {}",
+                self.problems
+            ))),
             Request::Activate(activation) => self.activate(activation),
             Request::Quiesce => {
                 rustix::fs::sync();
@@ -138,10 +143,17 @@ impl Control {
         // The clock first: it was read by the host just before the frame was sent.
         let seconds = i64::try_from(activation.wall_clock_ns / 1_000_000_000).map_err(io::Error::other)?;
         let nanos = i64::try_from(activation.wall_clock_ns % 1_000_000_000).map_err(io::Error::other)?;
-        rustix::time::clock_settime(ClockId::Realtime, Timespec { tv_sec: seconds, tv_nsec: nanos })?;
+        rustix::time::clock_settime(
+            ClockId::Realtime,
+            Timespec {
+                tv_sec: seconds,
+                tv_nsec: nanos,
+            },
+        )?;
         reseed(&self.random, &activation.entropy)?;
         rustix::system::sethostname(activation.hostname.as_bytes())?;
-        self.hostname.set(format!("{}\n", activation.hostname).as_bytes())?;
+        self.hostname
+            .set(format!("{}\n", activation.hostname).as_bytes())?;
         self.machine_id
             .set(format!("{:032x}\n", u128::from_be_bytes(activation.machine_id)).as_bytes())?;
         self.hosts.set(
@@ -159,7 +171,10 @@ impl Control {
             ("E2B_TEMPLATE_ID", activation.template.as_str()),
             ("KELVIN_SANDBOX_ID", activation.sandbox_id.as_str()),
         ] {
-            settings.env_vars.entry(key.to_owned()).or_insert_with(|| value.to_owned());
+            settings
+                .env_vars
+                .entry(key.to_owned())
+                .or_insert_with(|| value.to_owned());
         }
         settings.access_token = activation.access_token;
         Ok(())
@@ -179,12 +194,20 @@ fn reseed(random: &File, entropy: &[u8; 64]) -> io::Result<()> {
         buf_size: libc::c_int,
         buf: [u8; 64],
     }
-    let info = PoolInfo { entropy_count: 512, buf_size: 64, buf: *entropy };
+    let info = PoolInfo {
+        entropy_count: 512,
+        buf_size: 64,
+        buf: *entropy,
+    };
     // SAFETY: `info` has the layout of `rand_pool_info` with its 64 bytes behind it and outlives the
     // call; the second request takes no argument.
     let done = unsafe {
         libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &info) == 0
             && libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) == 0
     };
-    if done { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if done {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }

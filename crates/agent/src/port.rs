@@ -37,7 +37,10 @@ pub fn open(name: &str, nonblocking: bool) -> io::Result<File> {
                 .open(std::path::Path::new("/dev").join(entry.file_name()));
         }
     }
-    Err(io::Error::new(io::ErrorKind::NotFound, format!("no virtio port {name}")))
+    Err(io::Error::new(
+        io::ErrorKind::NotFound,
+        format!("no virtio port {name}"),
+    ))
 }
 
 /// Waits until the host has connected to `port`, and gives the stream of that connection.
@@ -47,7 +50,13 @@ pub fn open(name: &str, nonblocking: bool) -> io::Result<File> {
 pub async fn accept(port: &File, state: &Arc<State>) -> io::Result<PortStream> {
     loop {
         let mut fds = [PollFd::new(port, PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+        poll(
+            &mut fds,
+            Some(&Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            }),
+        )?;
         if !fds[0].revents().contains(PollFlags::HUP) {
             break;
         }
@@ -59,7 +68,11 @@ pub async fn accept(port: &File, state: &Arc<State>) -> io::Result<PortStream> {
     #[allow(unsafe_code)]
     let fd = unsafe { AsyncFd::register(OwnedFd::from(port.try_clone()?)) }?;
     state.http_waiting.store(true, Ordering::Release);
-    Ok(PortStream { fd, state: Arc::clone(state), ended: false })
+    Ok(PortStream {
+        fd,
+        state: Arc::clone(state),
+        ended: false,
+    })
 }
 
 /// One connection of the host.
@@ -76,7 +89,11 @@ impl Drop for PortStream {
 }
 
 impl AsyncRead for PortStream {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         if self.ended {
             return Poll::Ready(Ok(()));
         }
@@ -109,8 +126,7 @@ impl AsyncWrite for PortStream {
         }
         loop {
             let mut guard = ready!(self.fd.poll_write_ready(cx))?;
-            let result =
-                guard.try_io(|fd| rustix::io::write(fd.get_ref(), bytes).map_err(io::Error::from));
+            let result = guard.try_io(|fd| rustix::io::write(fd.get_ref(), bytes).map_err(io::Error::from));
             if let Ok(result) = result {
                 return Poll::Ready(result);
             }

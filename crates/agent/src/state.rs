@@ -56,7 +56,10 @@ impl State {
     /// The text that clients look for when the image has no such user.
     pub fn user(&self, name: Option<&str>) -> Result<User, String> {
         let default = self.settings().default_user.clone();
-        let name = name.filter(|name| !name.is_empty()).or(default.as_deref()).unwrap_or(DEFAULT_USER);
+        let name = name
+            .filter(|name| !name.is_empty())
+            .or(default.as_deref())
+            .unwrap_or(DEFAULT_USER);
         User::find(name).ok_or_else(|| format!("invalid username: '{name}'"))
     }
 

@@ -1,0 +1,65 @@
+//! Benchmarks: what a client sees, and the bare VMM beside it in the same run.
+//!
+//! Every figure in `SPEC.md` comes from here. Absolute times depend on the machine; ratios against the
+//! bare sequence of the same run are what is promised.
+
+pub mod bare;
+pub mod create;
+
+use serde::Serialize;
+
+/// Percentiles, by nearest rank.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Percentiles {
+    /// Half are faster.
+    pub p50: f64,
+    /// 95 of 100 are faster.
+    pub p95: f64,
+    /// 99 of 100 are faster.
+    pub p99: f64,
+}
+
+impl Percentiles {
+    /// Of `values`; `None` when there are none.
+    pub fn of(values: &[f64]) -> Option<Self> {
+        let mut sorted = values.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let last = sorted.len().checked_sub(1)?;
+        let rank = |percent: usize| {
+            let index = (sorted.len() * percent).div_ceil(100).saturating_sub(1).min(last);
+            (sorted[index] * 1000.0).round() / 1000.0
+        };
+        Some(Self {
+            p50: rank(50),
+            p95: rank(95),
+            p99: rank(99),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_values_that_were_measured() {
+        let values: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!(
+            Percentiles::of(&values),
+            Some(Percentiles {
+                p50: 50.0,
+                p95: 95.0,
+                p99: 99.0
+            })
+        );
+        assert_eq!(
+            Percentiles::of(&[3.0]),
+            Some(Percentiles {
+                p50: 3.0,
+                p95: 3.0,
+                p99: 3.0
+            })
+        );
+        assert_eq!(Percentiles::of(&[]), None);
+    }
+}

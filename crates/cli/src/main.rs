@@ -1,1 +1,81 @@
-fn main(){}
+//! `kelvin`: the server and its command line.
+//!
+//! Exit codes: that of the command for `run` and `sandbox exec` (124 when its deadline passed, 128 + n
+//! when signal n ended it); otherwise 0, 1 for a failure, 2 for wrong usage.
+
+mod args;
+mod config;
+mod doctor;
+mod exec;
+mod output;
+mod sandbox;
+mod serve;
+mod setup;
+mod template;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use args::{BenchCommand, Cli, Command};
+use output::Failed;
+
+async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
+    let Cli {
+        connection,
+        output,
+        command,
+    } = cli;
+    let client = || config::client(&connection);
+    match command {
+        Command::Serve(args) => serve::run(args).await.map(|()| ExitCode::SUCCESS),
+        Command::Run(args) => exec::run(&client()?, args).await,
+        Command::Sandbox { command } => sandbox::dispatch(&client()?, output, command).await,
+        Command::Template { command } => template::dispatch(&connection, output, command).await,
+        Command::Node => {
+            output::print(output, &client()?.node().await?, output::node_table);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Gc { dry_run } => {
+            output::print(output, &client()?.collect(dry_run).await?, output::garbage_table);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Doctor(args) => doctor::run(&connection, output, &args).await,
+        Command::Setup(args) => setup::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bench {
+            command: BenchCommand::Create(args),
+        } => {
+            let report = kelvin_bench::create::run(&client()?, &args)
+                .await
+                .map_err(|error| Failed::other(&error))?;
+            output::print(output, &report, |report| report.table());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "kelvin", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    // A reader that goes away (`kelvin ... | head`) ends this program like any other.
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("kelvin: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(dispatch(cli));
+    // A read of standard input cannot be cancelled: do not wait for it.
+    runtime.shutdown_background();
+    match result {
+        Ok(code) => code,
+        Err(failed) => {
+            failed.print();
+            ExitCode::FAILURE
+        }
+    }
+}

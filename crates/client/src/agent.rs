@@ -35,8 +35,14 @@ impl ClientTransport for Transport {
     type ResponseBody = Incoming;
     type Error = hyper_util::client::legacy::Error;
 
-    fn send(&self, request: Request<ClientBody>) -> BoxFuture<'static, Result<Response<Incoming>, Self::Error>> {
-        Box::pin(self.0.request(request.map(|body| body.map_err(std::io::Error::other).boxed_unsync())))
+    fn send(
+        &self,
+        request: Request<ClientBody>,
+    ) -> BoxFuture<'static, Result<Response<Incoming>, Self::Error>> {
+        Box::pin(
+            self.0
+                .request(request.map(|body| body.map_err(std::io::Error::other).boxed_unsync())),
+        )
     }
 }
 
@@ -94,12 +100,16 @@ impl Process {
     pub async fn next(&mut self) -> Result<Option<Told>, Error> {
         loop {
             let event: Option<ProcessEvent> = match &mut self.0 {
-                Stream::Start(stream) => {
-                    stream.message().await.map_err(failed)?.map(|message| message.to_owned_message().event.into_option().unwrap_or_default())
-                }
-                Stream::Connect(stream) => {
-                    stream.message().await.map_err(failed)?.map(|message| message.to_owned_message().event.into_option().unwrap_or_default())
-                }
+                Stream::Start(stream) => stream
+                    .message()
+                    .await
+                    .map_err(failed)?
+                    .map(|message| message.to_owned_message().event.into_option().unwrap_or_default()),
+                Stream::Connect(stream) => stream
+                    .message()
+                    .await
+                    .map_err(failed)?
+                    .map(|message| message.to_owned_message().event.into_option().unwrap_or_default()),
             };
             let Some(event) = event else { return Ok(None) };
             match event.event {
@@ -110,7 +120,10 @@ impl Process {
                     None => {}
                 },
                 Some(Event::End(end)) => {
-                    return Ok(Some(Told::Ended { exit_code: end.exit_code, status: end.status }));
+                    return Ok(Some(Told::Ended {
+                        exit_code: end.exit_code,
+                        status: end.status,
+                    }));
                 }
                 Some(Event::Keepalive(_)) | None => {}
             }
@@ -137,9 +150,20 @@ impl Client {
     ///
     /// # Errors
     /// `Url` when the server's URL cannot be used.
-    pub fn agent(&self, sandbox: &SandboxId, token: Option<Token>, user: Option<String>) -> Result<Agent, Error> {
-        let bad = |reason: String| Error::Url { url: self.base.clone(), reason };
-        let uri: Uri = self.base.parse().map_err(|error: http::uri::InvalidUri| bad(error.to_string()))?;
+    pub fn agent(
+        &self,
+        sandbox: &SandboxId,
+        token: Option<Token>,
+        user: Option<String>,
+    ) -> Result<Agent, Error> {
+        let bad = |reason: String| Error::Url {
+            url: self.base.clone(),
+            reason,
+        };
+        let uri: Uri = self
+            .base
+            .parse()
+            .map_err(|error: http::uri::InvalidUri| bad(error.to_string()))?;
         let mut config = ClientConfig::new(uri)
             .with_default_header(SANDBOX_HEADER, sandbox.as_str())
             .with_default_header(PORT_HEADER, AGENT_PORT.to_string());
@@ -151,12 +175,21 @@ impl Client {
             config = config.with_default_header("authorization", format!("Basic {pair}"));
         }
         let processes = ProcessClient::new(Transport(self.http.clone()), config);
-        Ok(Agent { client: self.clone(), sandbox: sandbox.clone(), token, user, processes })
+        Ok(Agent {
+            client: self.clone(),
+            sandbox: sandbox.clone(),
+            token,
+            user,
+            processes,
+        })
     }
 }
 
 fn by_pid(pid: u32) -> ProcessSelector {
-    ProcessSelector { selector: Some(Selector::Pid(pid)), ..Default::default() }
+    ProcessSelector {
+        selector: Some(Selector::Pid(pid)),
+        ..Default::default()
+    }
 }
 
 impl Agent {
@@ -172,12 +205,20 @@ impl Agent {
             cwd: command.cwd.clone(),
             ..Default::default()
         };
-        let request = StartRequest { process: process.into(), stdin: Some(command.stdin), ..Default::default() };
+        let request = StartRequest {
+            process: process.into(),
+            stdin: Some(command.stdin),
+            ..Default::default()
+        };
         let mut options = CallOptions::default();
         if let Some(deadline) = command.deadline {
             options = options.with_timeout(deadline);
         }
-        let stream = self.processes.start_with_options(request, options).await.map_err(failed)?;
+        let stream = self
+            .processes
+            .start_with_options(request, options)
+            .await
+            .map_err(failed)?;
         Ok(Process(Stream::Start(stream)))
     }
 
@@ -186,8 +227,13 @@ impl Agent {
     /// # Errors
     /// `Agent` with `not_found` when there is none.
     pub async fn attach(&self, pid: u32) -> Result<Process, Error> {
-        let request = ConnectRequest { process: by_pid(pid).into(), ..Default::default() };
-        Ok(Process(Stream::Connect(self.processes.connect(request).await.map_err(failed)?)))
+        let request = ConnectRequest {
+            process: by_pid(pid).into(),
+            ..Default::default()
+        };
+        Ok(Process(Stream::Connect(
+            self.processes.connect(request).await.map_err(failed)?,
+        )))
     }
 
     /// The processes that were started through the agent.
@@ -195,7 +241,13 @@ impl Agent {
     /// # Errors
     /// `Agent`.
     pub async fn processes(&self) -> Result<Vec<ProcessInfo>, Error> {
-        Ok(self.processes.list(ListRequest::default()).await.map_err(failed)?.into_owned().processes)
+        Ok(self
+            .processes
+            .list(ListRequest::default())
+            .await
+            .map_err(failed)?
+            .into_owned()
+            .processes)
     }
 
     /// Writes to a process's standard input.
@@ -203,8 +255,15 @@ impl Agent {
     /// # Errors
     /// `Agent` when it has none.
     pub async fn feed(&self, pid: u32, bytes: Vec<u8>) -> Result<(), Error> {
-        let input = ProcessInput { input: Some(Input::Stdin(bytes)), ..Default::default() };
-        let request = SendInputRequest { process: by_pid(pid).into(), input: input.into(), ..Default::default() };
+        let input = ProcessInput {
+            input: Some(Input::Stdin(bytes)),
+            ..Default::default()
+        };
+        let request = SendInputRequest {
+            process: by_pid(pid).into(),
+            input: input.into(),
+            ..Default::default()
+        };
         self.processes.send_input(request).await.map_err(failed).map(drop)
     }
 
@@ -213,8 +272,15 @@ impl Agent {
     /// # Errors
     /// `Agent` when there is no such process.
     pub async fn end_input(&self, pid: u32) -> Result<(), Error> {
-        let request = CloseStdinRequest { process: by_pid(pid).into(), ..Default::default() };
-        self.processes.close_stdin(request).await.map_err(failed).map(drop)
+        let request = CloseStdinRequest {
+            process: by_pid(pid).into(),
+            ..Default::default()
+        };
+        self.processes
+            .close_stdin(request)
+            .await
+            .map_err(failed)
+            .map(drop)
     }
 
     /// Sends SIGTERM, or SIGKILL, to a process and its group.
@@ -222,9 +288,21 @@ impl Agent {
     /// # Errors
     /// `Agent` when there is no such process.
     pub async fn signal(&self, pid: u32, kill: bool) -> Result<(), Error> {
-        let signal = if kill { Signal::SIGNAL_SIGKILL } else { Signal::SIGNAL_SIGTERM };
-        let request = SendSignalRequest { process: by_pid(pid).into(), signal: signal.into(), ..Default::default() };
-        self.processes.send_signal(request).await.map_err(failed).map(drop)
+        let signal = if kill {
+            Signal::SIGNAL_SIGKILL
+        } else {
+            Signal::SIGNAL_SIGTERM
+        };
+        let request = SendSignalRequest {
+            process: by_pid(pid).into(),
+            signal: signal.into(),
+            ..Default::default()
+        };
+        self.processes
+            .send_signal(request)
+            .await
+            .map_err(failed)
+            .map(drop)
     }
 
     /// Starts a process, waits for its end and returns exit code, standard output and standard error, of
@@ -250,7 +328,13 @@ impl Agent {
     ///
     /// # Errors
     /// `Unreachable`, or `Refused` with the agent's reason.
-    pub async fn send(&self, method: Method, path: &str, kind: &str, body: Body) -> Result<Response<Incoming>, Error> {
+    pub async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        kind: &str,
+        body: Body,
+    ) -> Result<Response<Incoming>, Error> {
         let mut builder = Request::builder()
             .method(method)
             .uri(format!("{}{path}", self.client.base))
@@ -268,7 +352,10 @@ impl Agent {
             return Ok(response);
         }
         let status = response.status();
-        let bytes = http_body_util::Limited::new(response.into_body(), 1 << 20).collect().await.map_err(Error::Reply)?;
+        let bytes = http_body_util::Limited::new(response.into_body(), 1 << 20)
+            .collect()
+            .await
+            .map_err(Error::Reply)?;
         let message = serde_json::from_slice::<serde_json::Value>(&bytes.to_bytes())
             .ok()
             .and_then(|body| body["message"].as_str().map(str::to_owned))
@@ -302,12 +389,24 @@ impl Agent {
         target: &mut (impl AsyncWrite + Unpin),
         mut progress: impl FnMut(u64, Option<u64>),
     ) -> Result<u64, Error> {
-        let local = |source| Error::Local { what: "writing the download".to_owned(), source };
-        let response = self.send(Method::GET, &self.files(path), "", whole(Bytes::new())).await?;
-        let size = response.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        let local = |source| Error::Local {
+            what: "writing the download".to_owned(),
+            source,
+        };
+        let response = self
+            .send(Method::GET, &self.files(path), "", whole(Bytes::new()))
+            .await?;
+        let size = response
+            .headers()
+            .get(header::CONTENT_LENGTH)
+            .and_then(|value| value.to_str().ok()?.parse().ok());
         let mut body = BodyStream::new(response.into_body());
         let mut done = 0;
-        while let Some(frame) = body.try_next().await.map_err(|error| Error::Reply(error.into()))? {
+        while let Some(frame) = body
+            .try_next()
+            .await
+            .map_err(|error| Error::Reply(error.into()))?
+        {
             if let Ok(data) = frame.into_data() {
                 target.write_all(&data).await.map_err(local)?;
                 done += data.len() as u64;
@@ -341,6 +440,11 @@ impl Agent {
             Ok(Some((Frame::data(Bytes::from(buffer)), (source, progress, done))))
         });
         let body = StreamBody::new(chunks).boxed_unsync();
-        self.send(Method::POST, &self.files(path), "application/octet-stream", body).await.map(drop)
+        self.send(Method::POST, &self.files(path), "application/octet-stream", body)
+            .await
+            .map(drop)
     }
 }
+
+/// The code of an error that means that a deadline has passed.
+pub const DEADLINE_EXCEEDED: connectrpc::ErrorCode = connectrpc::ErrorCode::DeadlineExceeded;

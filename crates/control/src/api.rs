@@ -47,10 +47,21 @@ impl IntoResponse for Failed {
 
 fn json(status: StatusCode, body: &impl Serialize) -> Response {
     match serde_json::to_vec(body) {
-        Ok(bytes) => (status, [(header::CONTENT_TYPE, "application/json")], Body::from(bytes)).into_response(),
-        Err(error) => {
-            reply(&Failure::new(Kind::Internal, "encoding", "the reply cannot be written", "report this").with_cause(&error))
-        }
+        Ok(bytes) => (
+            status,
+            [(header::CONTENT_TYPE, "application/json")],
+            Body::from(bytes),
+        )
+            .into_response(),
+        Err(error) => reply(
+            &Failure::new(
+                Kind::Internal,
+                "encoding",
+                "the reply cannot be written",
+                "report this",
+            )
+            .with_cause(&error),
+        ),
     }
 }
 
@@ -90,12 +101,22 @@ async fn authenticate(State(control): State<Control>, request: Request, next: Ne
 
 async fn nowhere(request: Request) -> Response {
     let text = format!("there is no {} {}", request.method(), request.uri().path());
-    reply(&Failure::new(Kind::NotFound, "no_route", text, "SPEC.md lists the routes"))
+    reply(&Failure::new(
+        Kind::NotFound,
+        "no_route",
+        text,
+        "SPEC.md lists the routes",
+    ))
 }
 
 async fn wrong_method(request: Request) -> Response {
     let text = format!("{} is not allowed on {}", request.method(), request.uri().path());
-    let mut response = reply(&Failure::new(Kind::Invalid, "method_not_allowed", text, "SPEC.md lists the routes"));
+    let mut response = reply(&Failure::new(
+        Kind::Invalid,
+        "method_not_allowed",
+        text,
+        "SPEC.md lists the routes",
+    ));
     *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
     response
 }
@@ -112,7 +133,10 @@ async fn read(request: Request) -> Result<Bytes, Failure> {
     match Limited::new(request.into_body(), MAX_BODY).collect().await {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) if error.is::<LengthLimitError>() => Err(too_large()),
-        Err(error) => Err(Failure::new(Kind::Invalid, "body_cut", "the body ended early", "send it again").with_cause(&*error)),
+        Err(error) => Err(
+            Failure::new(Kind::Invalid, "body_cut", "the body ended early", "send it again")
+                .with_cause(&*error),
+        ),
     }
 }
 
@@ -125,8 +149,17 @@ fn parse<T: DeserializeOwned + Default>(bytes: &Bytes) -> Result<T, Failure> {
 
 fn parse_required<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Failure> {
     serde_json::from_slice(bytes).map_err(|error| {
-        let code = if error.is_data() { "invalid_request" } else { "malformed_json" };
-        Failure::new(Kind::Invalid, code, format!("the body is not what is expected here: {error}"), "SPEC.md lists the fields of each route")
+        let code = if error.is_data() {
+            "invalid_request"
+        } else {
+            "malformed_json"
+        };
+        Failure::new(
+            Kind::Invalid,
+            code,
+            format!("the body is not what is expected here: {error}"),
+            "SPEC.md lists the fields of each route",
+        )
     })
 }
 
@@ -145,7 +178,9 @@ async fn create(State(control): State<Control>, request: Request) -> Outcome {
 }
 
 fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Failure> {
-    let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
+    let Some(value) = headers.get("idempotency-key") else {
+        return Ok(None);
+    };
     match value.to_str() {
         Ok(key) if !key.is_empty() && key.len() <= 255 => Ok(Some(key.to_owned())),
         _ => Err(Failure::new(
@@ -171,7 +206,9 @@ struct ListQuery {
 
 fn metadata_filter(text: &str) -> Metadata {
     let decode = |part: &str| {
-        percent_encoding::percent_decode_str(&part.replace('+', " ")).decode_utf8_lossy().into_owned()
+        percent_encoding::percent_decode_str(&part.replace('+', " "))
+            .decode_utf8_lossy()
+            .into_owned()
     };
     text.split('&')
         .filter(|pair| !pair.is_empty())
@@ -184,7 +221,12 @@ impl ListQuery {
     fn filter(&self) -> Result<Filter, Failure> {
         let invalid = |field: &str, text: &str, remedy: &str| {
             let shown: String = text.chars().take(80).collect();
-            Failure::new(Kind::Invalid, "invalid_query", format!("{field}={shown:?} is not allowed"), remedy)
+            Failure::new(
+                Kind::Invalid,
+                "invalid_query",
+                format!("{field}={shown:?} is not allowed"),
+                remedy,
+            )
         };
         let limit = match &self.limit {
             None => PAGE,
@@ -201,7 +243,10 @@ impl ListQuery {
         };
         let started_after = match &self.started_after {
             None => None,
-            Some(text) => Some(text.parse().map_err(|_| invalid("startedAfter", text, "an RFC 3339 time"))?),
+            Some(text) => Some(
+                text.parse()
+                    .map_err(|_| invalid("startedAfter", text, "an RFC 3339 time"))?,
+            ),
         };
         Ok(Filter {
             metadata: self.metadata.as_deref().map(metadata_filter).unwrap_or_default(),
@@ -215,7 +260,9 @@ impl ListQuery {
 
     /// Whether the wanted states have a sandbox that runs among them.
     fn wants_running(&self) -> Result<bool, Failure> {
-        let Some(states) = &self.state else { return Ok(true) };
+        let Some(states) = &self.state else {
+            return Ok(true);
+        };
         for state in states.split(',') {
             if state != "running" && state != "paused" {
                 return Err(Failure::new(
@@ -268,14 +315,20 @@ struct Refresh {
 async fn refresh(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
     let id = parse_id(&id)?;
     let body: Refresh = parse(&read(request).await?)?;
-    control.inner.set_timeout(&id, body.duration.unwrap_or(60).min(MAX_TIMEOUT_S), false).await?;
+    control
+        .inner
+        .set_timeout(&id, body.duration.unwrap_or(60).min(MAX_TIMEOUT_S), false)
+        .await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 async fn connect(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
     let id = parse_id(&id)?;
     let body: ConnectSandbox = parse(&read(request).await?)?;
-    let detail = control.inner.set_timeout(&id, body.timeout.unwrap_or(CONNECT_TIMEOUT_S), false).await?;
+    let detail = control
+        .inner
+        .set_timeout(&id, body.timeout.unwrap_or(CONNECT_TIMEOUT_S), false)
+        .await?;
     Ok(json(StatusCode::OK, &sandbox_of(&detail)))
 }
 
@@ -289,7 +342,10 @@ async fn templates(State(control): State<Control>) -> Outcome {
 
 async fn template(State(control): State<Control>, Path(name): Path<String>) -> Outcome {
     let templates = control.inner.node.templates().await?;
-    let found = templates.iter().find(|template| template.template_id == name).ok_or_else(|| unknown_template(&name))?;
+    let found = templates
+        .iter()
+        .find(|template| template.template_id == name)
+        .ok_or_else(|| unknown_template(&name))?;
     Ok(json(StatusCode::OK, found))
 }
 
@@ -297,7 +353,10 @@ async fn bake(State(control): State<Control>, Path(name): Path<String>, request:
     let body: BakeTemplate = parse(&read(request).await?)?;
     let template = name.parse().map_err(|_| unknown_template(&name))?;
     let snapshot = control.inner.node.bake(&template, body).await?;
-    Ok(json(StatusCode::OK, &serde_json::json!({ "snapshotID": snapshot })))
+    Ok(json(
+        StatusCode::OK,
+        &serde_json::json!({ "snapshotID": snapshot }),
+    ))
 }
 
 async fn node(State(control): State<Control>) -> Outcome {

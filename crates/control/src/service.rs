@@ -12,7 +12,8 @@ use kelvin_api::id::{SandboxId, TemplateName, Token};
 use kelvin_api::node::{Create, Created, Live};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{
-    EnvVars, MAX_TIMEOUT_S, Metadata, NewSandbox, Sandbox, SandboxDetail, SandboxLog, SandboxLogs, SandboxState,
+    EnvVars, MAX_TIMEOUT_S, Metadata, NewSandbox, Sandbox, SandboxDetail, SandboxLog, SandboxLogs,
+    SandboxState,
 };
 use kelvin_api::units::MemoryMib;
 use kelvin_host::db;
@@ -60,8 +61,13 @@ pub(crate) struct Page {
 }
 
 fn database_failed(error: db::Error) -> Failure {
-    Failure::new(Kind::Internal, "database", "the database cannot be used", "check the disk of the data directory")
-        .with_cause(&error)
+    Failure::new(
+        Kind::Internal,
+        "database",
+        "the database cannot be used",
+        "check the disk of the data directory",
+    )
+    .with_cause(&error)
 }
 
 fn invalid(code: &'static str, message: impl Into<String>, remediation: impl Into<String>) -> Failure {
@@ -73,7 +79,10 @@ fn not_found(id: &str) -> Failure {
     Failure::new(
         Kind::NotFound,
         "sandbox_not_found",
-        format!("sandbox {} was not found", id.chars().take(80).collect::<String>()),
+        format!(
+            "sandbox {} was not found",
+            id.chars().take(80).collect::<String>()
+        ),
         "`kelvin sandbox list` shows what runs",
     )
 }
@@ -114,12 +123,25 @@ impl Control {
         self.inner.tasks.wait().await;
     }
 
-    pub(crate) async fn create(&self, body: NewSandbox, key: Option<(String, String)>) -> Result<Reply, Failure> {
+    pub(crate) async fn create(
+        &self,
+        body: NewSandbox,
+        key: Option<(String, String)>,
+    ) -> Result<Reply, Failure> {
         let inner = Arc::clone(&self.inner);
         // A client that goes away must not leave intent without a result.
-        let task = self.inner.tasks.spawn(async move { inner.create_once(body, key).await });
+        let task = self
+            .inner
+            .tasks
+            .spawn(async move { inner.create_once(body, key).await });
         task.await.unwrap_or_else(|error| {
-            Err(Failure::new(Kind::Internal, "create_aborted", "the create was aborted", "try again").with_cause(&error))
+            Err(Failure::new(
+                Kind::Internal,
+                "create_aborted",
+                "the create was aborted",
+                "try again",
+            )
+            .with_cause(&error))
         })
     }
 }
@@ -127,8 +149,13 @@ impl Control {
 impl Inner {
     /// Brings the database to what the node has: after a start, or when the node's log was too short.
     async fn compare(&self) -> Result<(), Failure> {
-        let live: BTreeMap<SandboxId, Live> =
-            self.node.live().await?.into_iter().map(|live| (live.sandbox.clone(), live)).collect();
+        let live: BTreeMap<SandboxId, Live> = self
+            .node
+            .live()
+            .await?
+            .into_iter()
+            .map(|live| (live.sandbox.clone(), live))
+            .collect();
         for (id, creating) in self.database.all().await.map_err(database_failed)? {
             match (live.get(&id), creating) {
                 (Some(live), true) => self.finish(live).await.map_err(database_failed)?,
@@ -143,10 +170,14 @@ impl Inner {
     /// Commits a sandbox whose create the last daemon did not live to see the end of.
     async fn finish(&self, live: &Live) -> Result<(), db::Error> {
         self.database.commit(live, None).await?;
-        let Some(row) = self.database.get(&live.sandbox).await? else { return Ok(()) };
+        let Some(row) = self.database.get(&live.sandbox).await? else {
+            return Ok(());
+        };
         let reason = format!("{}: the server was restarted meanwhile", live.start_path.name());
         let sandbox = reply_of(&row, live.start_path, reason, &Timings::default());
-        self.database.commit(live, serde_json::to_string(&sandbox).ok()).await
+        self.database
+            .commit(live, serde_json::to_string(&sandbox).ok())
+            .await
     }
 
     /// Follows what ends on the node.
@@ -178,7 +209,9 @@ impl Inner {
     }
 
     async fn create_once(&self, body: NewSandbox, key: Option<(String, String)>) -> Result<Reply, Failure> {
-        let Some((key, fingerprint)) = key else { return self.create_new(body, None).await };
+        let Some((key, fingerprint)) = key else {
+            return self.create_new(body, None).await;
+        };
         let lock = {
             let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(keys.entry(key.clone()).or_default())
@@ -194,9 +227,16 @@ impl Inner {
         result
     }
 
-    async fn create_with_key(&self, body: NewSandbox, key: &str, fingerprint: String) -> Result<Reply, Failure> {
+    async fn create_with_key(
+        &self,
+        body: NewSandbox,
+        key: &str,
+        fingerprint: String,
+    ) -> Result<Reply, Failure> {
         let known = self.database.key(key.to_owned()).await.map_err(database_failed)?;
-        let Some(known) = known else { return self.create_new(body, Some((key.to_owned(), fingerprint))).await };
+        let Some(known) = known else {
+            return self.create_new(body, Some((key.to_owned(), fingerprint))).await;
+        };
         if known.fingerprint != fingerprint {
             return Err(Failure::new(
                 Kind::Conflict,
@@ -207,7 +247,10 @@ impl Inner {
         }
         let reply = known.reply.and_then(|reply| serde_json::from_str(&reply).ok());
         match reply {
-            Some(sandbox) => Ok(Reply { sandbox, timings: Timings::default() }),
+            Some(sandbox) => Ok(Reply {
+                sandbox,
+                timings: Timings::default(),
+            }),
             None => Err(Failure::new(
                 Kind::Conflict,
                 "idempotency_key_in_use",
@@ -234,11 +277,23 @@ impl Inner {
             }
         };
         since = Instant::now();
-        let Created { start_path, reason, timings: on_node, shape, started_at } = created;
+        let Created {
+            start_path,
+            reason,
+            timings: on_node,
+            shape,
+            started_at,
+        } = created;
         for (phase, ms) in on_node.iter() {
             timings.add(phase, Duration::from_secs_f64(ms / 1e3));
         }
-        let live = Live { sandbox: row.id.clone(), ends_at: row.ends_at, shape, start_path, started_at };
+        let live = Live {
+            sandbox: row.id.clone(),
+            ends_at: row.ends_at,
+            shape,
+            start_path,
+            started_at,
+        };
         let sandbox = reply_of(&row, start_path, reason, &timings);
         let text = serde_json::to_string(&sandbox).ok();
         if let Err(error) = self.database.commit(&live, text).await {
@@ -256,7 +311,8 @@ impl Inner {
 
     async fn row(&self, id: &SandboxId) -> Result<SandboxRow, Failure> {
         let row = self.database.get(id).await.map_err(database_failed)?;
-        row.filter(|row| row.ends_at > jiff::Timestamp::now()).ok_or_else(|| not_found(id.as_str()))
+        row.filter(|row| row.ends_at > jiff::Timestamp::now())
+            .ok_or_else(|| not_found(id.as_str()))
     }
 
     pub(crate) async fn kill(&self, id: &SandboxId) -> Result<(), Failure> {
@@ -265,12 +321,20 @@ impl Inner {
         self.database.end(id).await.map_err(database_failed)
     }
 
-    pub(crate) async fn set_timeout(&self, id: &SandboxId, seconds: u64, may_shorten: bool) -> Result<SandboxDetail, Failure> {
+    pub(crate) async fn set_timeout(
+        &self,
+        id: &SandboxId,
+        seconds: u64,
+        may_shorten: bool,
+    ) -> Result<SandboxDetail, Failure> {
         let ends_at = deadline(seconds)?;
         let mut row = self.row(id).await?;
         if may_shorten || ends_at > row.ends_at {
             self.node.set_deadline(id, ends_at).await?;
-            self.database.set_deadline(id, ends_at).await.map_err(database_failed)?;
+            self.database
+                .set_deadline(id, ends_at)
+                .await
+                .map_err(database_failed)?;
             row.ends_at = ends_at;
         }
         Ok(detail_of(row, true))
@@ -286,7 +350,10 @@ impl Inner {
             .map(|line| line.chars().filter(|c| !c.is_control() || *c == '\t').collect())
             .map(|line| SandboxLog { timestamp, line })
             .collect();
-        Ok(SandboxLogs { logs, log_entries: Vec::new() })
+        Ok(SandboxLogs {
+            logs,
+            log_entries: Vec::new(),
+        })
     }
 
     pub(crate) async fn list(&self, mut filter: Filter, token: Option<&str>) -> Result<Page, Failure> {
@@ -301,8 +368,11 @@ impl Inner {
         rows.truncate(limit);
         let next = rows.last().filter(|_| more).map(make_token);
         let now = jiff::Timestamp::now();
-        let sandboxes =
-            rows.into_iter().filter(|row| row.ends_at > now).map(|row| detail_of(row, false)).collect();
+        let sandboxes = rows
+            .into_iter()
+            .filter(|row| row.ends_at > now)
+            .map(|row| detail_of(row, false))
+            .collect();
         Ok(Page { sandboxes, next })
     }
 }
@@ -317,9 +387,18 @@ fn parse_token(token: &str) -> Result<(i64, String), Failure> {
         .decode(token)
         .ok()
         .and_then(|bytes| String::from_utf8(bytes).ok())
-        .and_then(|text| text.split_once(':').map(|(ms, id)| (ms.to_owned(), id.to_owned())))
+        .and_then(|text| {
+            text.split_once(':')
+                .map(|(ms, id)| (ms.to_owned(), id.to_owned()))
+        })
         .and_then(|(ms, id)| Some((ms.parse().ok()?, id)))
-        .ok_or_else(|| invalid("invalid_token", "nextToken is not one of ours", "use the value of X-Next-Token as it came"))
+        .ok_or_else(|| {
+            invalid(
+                "invalid_token",
+                "nextToken is not one of ours",
+                "use the value of X-Next-Token as it came",
+            )
+        })
 }
 
 fn deadline(seconds: u64) -> Result<jiff::Timestamp, Failure> {
@@ -340,11 +419,24 @@ fn deadline(seconds: u64) -> Result<jiff::Timestamp, Failure> {
 fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
     let unsupported = [
         ("autoPause", body.auto_pause == Some(true)),
-        ("autoResume", body.auto_resume.as_ref().is_some_and(|value| value["enabled"] == true)),
-        ("network", body.network.as_ref().is_some_and(|value| !is_empty(value))),
+        (
+            "autoResume",
+            body.auto_resume
+                .as_ref()
+                .is_some_and(|value| value["enabled"] == true),
+        ),
+        (
+            "network",
+            body.network.as_ref().is_some_and(|value| !is_empty(value)),
+        ),
         ("mcp", body.mcp.as_ref().is_some_and(|value| !is_empty(value))),
         ("iam", body.iam.as_ref().is_some_and(|value| !is_empty(value))),
-        ("volumeMounts", body.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty())),
+        (
+            "volumeMounts",
+            body.volume_mounts
+                .as_ref()
+                .is_some_and(|mounts| !mounts.is_empty()),
+        ),
     ];
     if let Some((field, _)) = unsupported.iter().find(|(_, used)| *used) {
         return Err(invalid(
@@ -353,7 +445,10 @@ fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
             "leave the field out",
         ));
     }
-    let template: TemplateName = body.template_id.parse().map_err(|_| unknown_template(&body.template_id))?;
+    let template: TemplateName = body
+        .template_id
+        .parse()
+        .map_err(|_| unknown_template(&body.template_id))?;
     let metadata = body.metadata.unwrap_or_default();
     check_map("metadata", &metadata, METADATA_BYTES)?;
     let env_vars = body.env_vars.unwrap_or_default();
@@ -362,7 +457,13 @@ fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
     let memory_mib = match body.memory_mb.map(u32::try_from) {
         None => None,
         Some(Ok(memory)) => Some(MemoryMib(memory)),
-        Some(Err(_)) => return Err(invalid("invalid_shape", "memoryMB is outside every range", "ask for less memory")),
+        Some(Err(_)) => {
+            return Err(invalid(
+                "invalid_shape",
+                "memoryMB is outside every range",
+                "ask for less memory",
+            ));
+        }
     };
     let ends_at = deadline(body.timeout.unwrap_or(DEFAULT_TIMEOUT_S))?;
     let id = SandboxId::random();
@@ -427,13 +528,21 @@ fn check_env(env_vars: &EnvVars) -> Result<(), Failure> {
         None => Ok(()),
         Some((key, _)) => Err(invalid(
             "invalid_env_var",
-            format!("{:?} cannot be an environment variable", key.chars().take(80).collect::<String>()),
+            format!(
+                "{:?} cannot be an environment variable",
+                key.chars().take(80).collect::<String>()
+            ),
             "names are not empty and have no '='; neither names nor values have a NUL byte",
         )),
     }
 }
 
-fn reply_of(row: &SandboxRow, path: kelvin_api::sandbox::StartPath, reason: String, timings: &Timings) -> Sandbox {
+fn reply_of(
+    row: &SandboxRow,
+    path: kelvin_api::sandbox::StartPath,
+    reason: String,
+    timings: &Timings,
+) -> Sandbox {
     Sandbox {
         template_id: row.template.clone(),
         sandbox_id: row.id.clone(),

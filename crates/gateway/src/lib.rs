@@ -31,11 +31,22 @@ pub trait Agents: Send + Sync + 'static {
     ///
     /// # Errors
     /// Of kind `NotFound` when it does not run, `Unavailable` when its agent does not answer.
-    async fn send(&self, sandbox: &SandboxId, request: Request<Inbound>) -> Result<Response<Outbound>, Failure>;
+    async fn send(
+        &self,
+        sandbox: &SandboxId,
+        request: Request<Inbound>,
+    ) -> Result<Response<Outbound>, Failure>;
 }
 
 /// Paths of the agent that only the platform may call. Source: `x-internal` in envd's OpenAPI.
-const INTERNAL: [&str; 6] = ["/init", "/freeze", "/unfreeze", "/collapse", "/fsfreeze", "/fsthaw"];
+const INTERNAL: [&str; 6] = [
+    "/init",
+    "/freeze",
+    "/unfreeze",
+    "/collapse",
+    "/fsfreeze",
+    "/fsthaw",
+];
 
 /// Headers that belong to one connection. Source: RFC 9110, 7.6.1.
 const HOP_BY_HOP: [HeaderName; 8] = [
@@ -68,20 +79,32 @@ impl Gateway {
 
     /// Forwards one request.
     pub async fn forward(&self, request: Request<Body>) -> Response {
-        let shown = request.headers().get(SANDBOX_HEADER).and_then(|id| id.to_str().ok()).unwrap_or_default();
+        let shown = request
+            .headers()
+            .get(SANDBOX_HEADER)
+            .and_then(|id| id.to_str().ok())
+            .unwrap_or_default();
         let shown: String = shown.chars().take(80).collect();
         let port = match request.headers().get(PORT_HEADER) {
             None => Some(AGENT_PORT),
             Some(port) => port.to_str().ok().and_then(|port| port.parse().ok()),
         };
-        let Ok(id) = shown.parse::<SandboxId>() else { return not_found(&shown) };
+        let Ok(id) = shown.parse::<SandboxId>() else {
+            return not_found(&shown);
+        };
         match port {
             Some(AGENT_PORT) => {}
             Some(port) => {
                 let text = format!("The sandbox has no network: port {port} cannot be reached");
                 return error(StatusCode::BAD_GATEWAY, &shown, &text);
             }
-            None => return error(StatusCode::BAD_REQUEST, &shown, "The port is not a number from 1 to 65535"),
+            None => {
+                return error(
+                    StatusCode::BAD_REQUEST,
+                    &shown,
+                    "The port is not a number from 1 to 65535",
+                );
+            }
         }
         if INTERNAL.contains(&request.uri().path()) {
             return error(StatusCode::FORBIDDEN, &shown, "This path belongs to the platform");
@@ -99,8 +122,17 @@ impl Gateway {
             }
             Err(failure) if failure.kind == Kind::NotFound => not_found(&shown),
             Err(failure) => {
-                tracing::warn!(sandbox = shown, error = chain(&failure), cause = failure.cause, "the agent was not reached");
-                error(StatusCode::BAD_GATEWAY, &shown, "The sandbox is running but its agent does not answer")
+                tracing::warn!(
+                    sandbox = shown,
+                    error = chain(&failure),
+                    cause = failure.cause,
+                    "the agent was not reached"
+                );
+                error(
+                    StatusCode::BAD_GATEWAY,
+                    &shown,
+                    "The sandbox is running but its agent does not answer",
+                )
             }
         }
     }
@@ -109,13 +141,20 @@ impl Gateway {
 fn rewrite(request: Request<Body>) -> Result<Request<Inbound>, http::Error> {
     let (mut parts, body) = request.into_parts();
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
-    parts.uri = Uri::builder().scheme("http").authority("agent").path_and_query(path).build()?;
+    parts.uri = Uri::builder()
+        .scheme("http")
+        .authority("agent")
+        .path_and_query(path)
+        .build()?;
     parts.version = Version::HTTP_2;
     strip(&mut parts.headers);
     parts.headers.remove(header::HOST);
     parts.headers.remove(header::EXPECT);
     parts.extensions.clear();
-    Ok(Request::from_parts(parts, body.map_err(io::Error::other).boxed_unsync()))
+    Ok(Request::from_parts(
+        parts,
+        body.map_err(io::Error::other).boxed_unsync(),
+    ))
 }
 
 fn strip(headers: &mut HeaderMap) {
@@ -134,7 +173,12 @@ fn strip(headers: &mut HeaderMap) {
 /// The body that E2B's clients recognise. Source: `../shared/specs/e2b.md`.
 fn error(status: StatusCode, sandbox: &str, message: &str) -> Response {
     let body = serde_json::json!({ "sandboxId": sandbox, "message": message, "code": status.as_u16() });
-    (status, [(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response()
+    (
+        status,
+        [(header::CONTENT_TYPE, "application/json")],
+        body.to_string(),
+    )
+        .into_response()
 }
 
 fn not_found(sandbox: &str) -> Response {

@@ -48,7 +48,9 @@ impl Db {
     /// As SQLite gives them; `Version` when the file is newer.
     pub fn open(path: &Path, migrations: &'static [&'static str]) -> Result<Self, Error> {
         let mut connection = Connection::open(path)?;
-        if let Err(error) = std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600)) {
+        if let Err(error) =
+            std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))
+        {
             tracing::warn!(%error, path = %path.display(), "cannot restrict the database's mode");
         }
         connection.busy_timeout(Duration::from_secs(5))?;
@@ -59,7 +61,12 @@ impl Db {
         let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
         let known = i64::try_from(migrations.len()).unwrap_or(i64::MAX);
         let done = usize::try_from(version).unwrap_or(usize::MAX);
-        let Some(missing) = migrations.get(done..) else { return Err(Error::Version { found: version, known }) };
+        let Some(missing) = migrations.get(done..) else {
+            return Err(Error::Version {
+                found: version,
+                known,
+            });
+        };
         let transaction = connection.transaction()?;
         for sql in missing {
             transaction.execute_batch(sql)?;
@@ -127,12 +134,28 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.db");
         let db = Db::open(&path, &["CREATE TABLE t (x INTEGER)"]).unwrap();
-        db.call(|c| c.execute("INSERT INTO t VALUES (1)", [])).await.unwrap();
+        db.call(|c| c.execute("INSERT INTO t VALUES (1)", []))
+            .await
+            .unwrap();
         drop(db);
-        let db = Db::open(&path, &["CREATE TABLE t (x INTEGER)", "ALTER TABLE t ADD y INTEGER"]).unwrap();
-        let count: i64 = db.call(|c| c.query_row("SELECT count(y IS NULL) FROM t", [], |r| r.get(0))).await.unwrap();
+        let db = Db::open(
+            &path,
+            &["CREATE TABLE t (x INTEGER)", "ALTER TABLE t ADD y INTEGER"],
+        )
+        .unwrap();
+        let count: i64 = db
+            .call(|c| c.query_row("SELECT count(y IS NULL) FROM t", [], |r| r.get(0)))
+            .await
+            .unwrap();
         assert_eq!(count, 1);
-        assert!(matches!(Db::open(&path, &[]), Err(Error::Version { found: 2, known: 0 })));
-        assert!(db.call(|c| c.execute("INSERT INTO nothing VALUES (1)", [])).await.is_err());
+        assert!(matches!(
+            Db::open(&path, &[]),
+            Err(Error::Version { found: 2, known: 0 })
+        ));
+        assert!(
+            db.call(|c| c.execute("INSERT INTO nothing VALUES (1)", []))
+                .await
+                .is_err()
+        );
     }
 }

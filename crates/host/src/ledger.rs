@@ -92,7 +92,9 @@ impl Ledger {
     /// # Errors
     /// As the database gives them.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        Ok(Self { db: Db::open(path, MIGRATIONS)? })
+        Ok(Self {
+            db: Db::open(path, MIGRATIONS)?,
+        })
     }
 
     /// Announces resources, in the order in which they will be made; one transaction.
@@ -141,7 +143,10 @@ impl Ledger {
     pub async fn strike(&self, id: i64) -> Result<(), Error> {
         self.db
             .call(move |connection| {
-                connection.prepare_cached("DELETE FROM resources WHERE id = ?1")?.execute([id]).map(drop)
+                connection
+                    .prepare_cached("DELETE FROM resources WHERE id = ?1")?
+                    .execute([id])
+                    .map(drop)
             })
             .await
     }
@@ -155,8 +160,12 @@ impl Ledger {
         self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
-                transaction.prepare_cached("DELETE FROM resources WHERE owner = ?1")?.execute([&owner])?;
-                transaction.prepare_cached("DELETE FROM records WHERE owner = ?1")?.execute([&owner])?;
+                transaction
+                    .prepare_cached("DELETE FROM resources WHERE owner = ?1")?
+                    .execute([&owner])?;
+                transaction
+                    .prepare_cached("DELETE FROM records WHERE owner = ?1")?
+                    .execute([&owner])?;
                 transaction.commit()
             })
             .await
@@ -189,7 +198,9 @@ impl Ledger {
         self.db
             .call(move |connection| {
                 connection
-                    .query_row("SELECT body FROM records WHERE owner = ?1", [owner], |row| row.get(0))
+                    .query_row("SELECT body FROM records WHERE owner = ?1", [owner], |row| {
+                        row.get(0)
+                    })
                     .optional()
             })
             .await
@@ -212,7 +223,8 @@ impl Ledger {
                         Ok(Entry {
                             id: row.get(0)?,
                             owner: owner.parse().map_err(|error| bad(format!("{error}")))?,
-                            resource: serde_json::from_str(&resource).map_err(|error| bad(error.to_string()))?,
+                            resource: serde_json::from_str(&resource)
+                                .map_err(|error| bad(error.to_string()))?,
                         })
                     })?
                     .collect::<Result<_, _>>()?;
@@ -220,7 +232,10 @@ impl Ledger {
                     .prepare("SELECT owner, body FROM records")?
                     .query_map([], |row| {
                         let owner: String = row.get(0)?;
-                        Ok(Record { owner: owner.parse().map_err(|error| bad(format!("{error}")))?, body: row.get(1)? })
+                        Ok(Record {
+                            owner: owner.parse().map_err(|error| bad(format!("{error}")))?,
+                            body: row.get(1)?,
+                        })
                     })?
                     .collect::<Result<_, _>>()?;
                 Ok((entries, records))
@@ -233,7 +248,9 @@ impl Ledger {
     /// # Errors
     /// As the database gives them.
     pub async fn count(&self) -> Result<u32, Error> {
-        self.db.call(|connection| connection.query_row("SELECT count(*) FROM resources", [], |row| row.get(0))).await
+        self.db
+            .call(|connection| connection.query_row("SELECT count(*) FROM resources", [], |row| row.get(0)))
+            .await
     }
 }
 
@@ -247,12 +264,27 @@ mod tests {
         let path = dir.path().join("ledger.db");
         let vm = VmId::random();
         let directory = Resource::Directory { path: "/x".into() };
-        let vmm = Resource::Vmm { marker: "m".into(), key: None };
+        let vmm = Resource::Vmm {
+            marker: "m".into(),
+            key: None,
+        };
         {
             let ledger = Ledger::open(&path).unwrap();
             let ids = ledger.declare(&vm, &[directory.clone(), vmm]).await.unwrap();
-            let key = Some(ProcessKey { pid: 7, start_time: 9 });
-            ledger.amend(ids[1], &Resource::Vmm { marker: "m".into(), key }).await.unwrap();
+            let key = Some(ProcessKey {
+                pid: 7,
+                start_time: 9,
+            });
+            ledger
+                .amend(
+                    ids[1],
+                    &Resource::Vmm {
+                        marker: "m".into(),
+                        key,
+                    },
+                )
+                .await
+                .unwrap();
             ledger.put_record(&vm, "{}".into()).await.unwrap();
         }
         let ledger = Ledger::open(&path).unwrap();
@@ -260,7 +292,13 @@ mod tests {
         assert_eq!(entries.len(), 2);
         assert_eq!(entries[0].resource, directory);
         assert!(matches!(entries[1].resource, Resource::Vmm { key: Some(_), .. }));
-        assert_eq!(records, [Record { owner: vm.clone(), body: "{}".into() }]);
+        assert_eq!(
+            records,
+            [Record {
+                owner: vm.clone(),
+                body: "{}".into()
+            }]
+        );
         ledger.strike(entries[0].id).await.unwrap();
         ledger.strike(entries[0].id).await.unwrap();
         ledger.strike_all(&vm).await.unwrap();

@@ -76,19 +76,37 @@ pub enum Error {
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let text = error.to_string();
-        let with = |kind, code, remediation: &str| Self::new(kind, code, text.clone(), remediation).with_sources(&error);
+        let with = |kind, code, remediation: &str| {
+            Self::new(kind, code, text.clone(), remediation).with_sources(&error)
+        };
         match error {
             Error::Shape { .. } => with(Kind::Invalid, "invalid_shape", "ask for a value inside the range"),
-            Error::Exhausted { .. } => {
-                with(Kind::Exhausted, "capacity_exhausted", "kill sandboxes that are not needed, ask for less, or try again later")
-            }
+            Error::Exhausted { .. } => with(
+                Kind::Exhausted,
+                "capacity_exhausted",
+                "kill sandboxes that are not needed, ask for less, or try again later",
+            ),
             Error::Exists(_) => with(Kind::Conflict, "sandbox_exists", "use another id"),
-            Error::Unknown(_) => with(Kind::NotFound, "sandbox_not_found", "`kelvin sandbox list` shows what runs"),
-            Error::Path { .. } => {
-                with(Kind::Conflict, "start_path_impossible", "leave out startPath, or bake the template: `kelvin template bake`")
-            }
-            Error::Agent { .. } => with(Kind::Unavailable, "agent_unreachable", "kill the sandbox; `kelvin sandbox logs` shows its console"),
-            Error::Stopping => with(Kind::Unavailable, "node_stopping", "try again when the server is back"),
+            Error::Unknown(_) => with(
+                Kind::NotFound,
+                "sandbox_not_found",
+                "`kelvin sandbox list` shows what runs",
+            ),
+            Error::Path { .. } => with(
+                Kind::Conflict,
+                "start_path_impossible",
+                "leave out startPath, or bake the template: `kelvin template bake`",
+            ),
+            Error::Agent { .. } => with(
+                Kind::Unavailable,
+                "agent_unreachable",
+                "kill the sandbox; `kelvin sandbox logs` shows its console",
+            ),
+            Error::Stopping => with(
+                Kind::Unavailable,
+                "node_stopping",
+                "try again when the server is back",
+            ),
             Error::Io { .. } => with(Kind::Internal, "node_io", "the server's log has the details"),
             Error::Ledger(_) => with(Kind::Internal, "ledger", "check the disk of the data directory"),
             Error::Store(error) => error.into(),

@@ -67,7 +67,8 @@ impl Inner {
                     }
                     Err(error) => {
                         tracing::warn!(sandbox = %record.sandbox, error = chain(&error), "not adopted");
-                        self.changes.add(record.sandbox.clone(), "it did not survive the restart");
+                        self.changes
+                            .add(record.sandbox.clone(), "it did not survive the restart");
                     }
                 }
             }
@@ -94,14 +95,24 @@ impl Inner {
         }
     }
 
-    async fn adopt(self: &Arc<Self>, spec: &MachineSpec, key: ProcessKey, record: SandboxRecord) -> Result<(), Error> {
+    async fn adopt(
+        self: &Arc<Self>,
+        spec: &MachineSpec,
+        key: ProcessKey,
+        record: SandboxRecord,
+    ) -> Result<(), Error> {
         let running = self.driver.adopt(spec, key).await?;
         let mut control = Control::new(running.connect(Port::Control).await?);
         control.call("ping", &Request::Ping, ANSWER).await?;
         let http = running.connect(Port::Http).await?;
         self.capacity().take(Amount::machine(record.shape));
         tracing::info!(sandbox = %record.sandbox, pid = key.pid, "adopted");
-        self.own(Machine { spec: spec.clone(), running, http, record });
+        self.own(Machine {
+            spec: spec.clone(),
+            running,
+            http,
+            record,
+        });
         Ok(())
     }
 }

@@ -60,12 +60,16 @@ impl Store {
             }
             needed.extend(parents);
         }
-        let (kept, garbage): (Vec<_>, Vec<_>) =
-            snapshots.iter().partition(|snapshot| needed.contains(&snapshot.manifest.id));
+        let (kept, garbage): (Vec<_>, Vec<_>) = snapshots
+            .iter()
+            .partition(|snapshot| needed.contains(&snapshot.manifest.id));
         let images: BTreeSet<&str> = templates
             .iter()
             .map(|template| template.image.as_str())
-            .chain(kept.iter().map(|snapshot| snapshot.manifest.identity.image.as_str()))
+            .chain(
+                kept.iter()
+                    .map(|snapshot| snapshot.manifest.identity.image.as_str()),
+            )
             .collect();
         let guests: BTreeSet<&str> = templates
             .iter()
@@ -79,14 +83,19 @@ impl Store {
                 .collect())
         };
         let found = Garbage {
-            snapshots: garbage.iter().map(|snapshot| snapshot.manifest.id.to_string()).collect(),
+            snapshots: garbage
+                .iter()
+                .map(|snapshot| snapshot.manifest.id.to_string())
+                .collect(),
             images: unneeded("images", &images)?,
             guests: unneeded("guests", &guests)?,
         };
         if !dry_run {
-            for (kind, list) in
-                [("snapshots", &found.snapshots), ("images", &found.images), ("guests", &found.guests)]
-            {
+            for (kind, list) in [
+                ("snapshots", &found.snapshots),
+                ("images", &found.images),
+                ("guests", &found.guests),
+            ] {
                 for name in list {
                     let path = self.root.join(kind).join(name);
                     fs::remove_dir_all(&path).map_err(io_error("removing", &path))?;
@@ -102,15 +111,24 @@ impl Store {
     /// `InUse` with the dependents' names; `Io`.
     pub fn remove_snapshot(&self, id: &SnapshotId, users: &[String]) -> Result<(), Error> {
         let mut dependents = users.to_vec();
-        dependents.extend(self.snapshots()?.iter().filter(|snapshot| descends(snapshot, id)).map(|snapshot| {
-            format!("snapshot {}", snapshot.manifest.id)
-        }));
+        dependents.extend(
+            self.snapshots()?
+                .iter()
+                .filter(|snapshot| descends(snapshot, id))
+                .map(|snapshot| format!("snapshot {}", snapshot.manifest.id)),
+        );
         if !dependents.is_empty() {
-            return Err(Error::InUse { kind: "snapshot", name: id.to_string(), dependents });
+            return Err(Error::InUse {
+                kind: "snapshot",
+                name: id.to_string(),
+                dependents,
+            });
         }
         let path = self.root.join("snapshots").join(id.as_str());
         match fs::remove_dir_all(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io_error("removing", &path)(error)),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(io_error("removing", &path)(error))
+            }
             _ => Ok(()),
         }
     }
@@ -133,7 +151,9 @@ mod tests {
         let child = publish_example(&store, Some(parent.clone()), "i").manifest.id;
         let stray = publish_example(&store, None, "i").manifest.id;
         let error = store.remove_snapshot(&parent, &[]).unwrap_err();
-        assert!(matches!(&error, Error::InUse { dependents, .. } if *dependents == [format!("snapshot {child}")]));
+        assert!(
+            matches!(&error, Error::InUse { dependents, .. } if *dependents == [format!("snapshot {child}")])
+        );
         let error = store.remove_snapshot(&child, &["sandbox s1".into()]).unwrap_err();
         assert!(error.to_string().contains("sandbox s1"));
         let in_use = BTreeSet::from([child.clone()]);

@@ -108,7 +108,11 @@ impl Seal {
             let path = directory.join(name);
             FileSeal::of(&path).map_err(io_error("reading", &path))
         };
-        Ok(Self { memory: one("memory")?, state: one("state")?, disk: one("disk")? })
+        Ok(Self {
+            memory: one("memory")?,
+            state: one("state")?,
+            disk: one("disk")?,
+        })
     }
 
     fn file(&self, name: &str) -> &FileSeal {
@@ -162,7 +166,8 @@ impl Snapshot {
                 file: name,
                 difference,
             };
-            let now = FileSeal::of(&self.file(name)).map_err(|error| refuse(format!("it cannot be read: {error}")))?;
+            let now = FileSeal::of(&self.file(name))
+                .map_err(|error| refuse(format!("it cannot be read: {error}")))?;
             if let Some(difference) = self.seal.file(name).difference(&now) {
                 return Err(refuse(difference.to_owned()));
             }
@@ -175,9 +180,11 @@ impl Snapshot {
     /// # Errors
     /// `Seal` with the file's name and the chunk that differs; `Io` when a file cannot be read.
     pub fn verify(&self) -> Result<(), Error> {
-        for (name, digest) in
-            [("memory", &self.manifest.memory), ("state", &self.manifest.state), ("disk", &self.manifest.disk)]
-        {
+        for (name, digest) in [
+            ("memory", &self.manifest.memory),
+            ("state", &self.manifest.state),
+            ("disk", &self.manifest.disk),
+        ] {
             let path = self.file(name);
             let now = digest_file(&path).map_err(io_error("reading", &path))?;
             if now != *digest {
@@ -186,7 +193,11 @@ impl Snapshot {
                     Some(index) => format!("chunk {index} has another content"),
                     None => format!("it has {} bytes instead of {}", now.bytes, digest.bytes),
                 };
-                return Err(Error::Seal { snapshot: self.manifest.id.to_string(), file: name, difference });
+                return Err(Error::Seal {
+                    snapshot: self.manifest.id.to_string(),
+                    file: name,
+                    difference,
+                });
             }
         }
         Ok(())
@@ -207,7 +218,9 @@ impl Store {
         let digest = |name: &str| {
             let path = staged.join(name);
             // Synced first: reflinking a file with dirty pages flushes it, once for each clone.
-            fs::File::open(&path).and_then(|file| file.sync_all()).map_err(io_error("syncing", &path))?;
+            fs::File::open(&path)
+                .and_then(|file| file.sync_all())
+                .map_err(io_error("syncing", &path))?;
             digest_file(&path).map_err(io_error("hashing", &path))
         };
         let manifest = Manifest {
@@ -228,14 +241,19 @@ impl Store {
             std::os::unix::fs::chown(&path, Some(rustix::process::geteuid().as_raw()), None)
                 .map_err(io_error("owning", &path))?;
             // VMMs of any user map it; nobody writes it again.
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o444)).map_err(io_error("sealing", &path))?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o444))
+                .map_err(io_error("sealing", &path))?;
         }
         let seal = Seal::of(staged)?;
         write_json(&staged.join("manifest.json"), &manifest)?;
         write_json(&staged.join("seal.json"), &seal)?;
         let directory = self.snapshot_path(&manifest.id);
         publish(staged, &directory)?;
-        Ok(Snapshot { manifest, directory, seal })
+        Ok(Snapshot {
+            manifest,
+            directory,
+            seal,
+        })
     }
 
     /// Opens a published snapshot. When its files are on another device than at the sealing and nothing
@@ -246,7 +264,10 @@ impl Store {
     pub fn snapshot(&self, id: &SnapshotId) -> Result<Snapshot, Error> {
         let directory = self.snapshot_path(id);
         if !directory.exists() {
-            return Err(Error::Missing { kind: "snapshot", name: id.to_string() });
+            return Err(Error::Missing {
+                kind: "snapshot",
+                name: id.to_string(),
+            });
         }
         let mut snapshot = Snapshot {
             manifest: read_json(&directory.join("manifest.json"))?,
@@ -338,10 +359,16 @@ mod tests {
                     _ => {}
                 }
                 let error = snapshot.check_seal().unwrap_err();
-                assert!(matches!(&error, Error::Seal { file, .. } if *file == name), "{damage}: {error}");
+                assert!(
+                    matches!(&error, Error::Seal { file, .. } if *file == name),
+                    "{damage}: {error}"
+                );
                 if damage == "bit" || damage == "cut" {
                     let error = snapshot.verify().unwrap_err();
-                    assert!(matches!(&error, Error::Seal { file, .. } if *file == name), "{damage}: {error}");
+                    assert!(
+                        matches!(&error, Error::Seal { file, .. } if *file == name),
+                        "{damage}: {error}"
+                    );
                 }
             }
         }
@@ -358,13 +385,23 @@ mod tests {
             file.device += 1;
         }
         write_json(&path, &seal).unwrap();
-        store.snapshot(&snapshot.manifest.id).unwrap().check_seal().unwrap();
+        store
+            .snapshot(&snapshot.manifest.id)
+            .unwrap()
+            .check_seal()
+            .unwrap();
         // The same with one byte changed is not.
         write_json(&path, &seal).unwrap();
         let memory = snapshot.file("memory");
         fs::set_permissions(&memory, fs::Permissions::from_mode(0o644)).unwrap();
         fs::write(&memory, "other").unwrap();
-        assert!(store.snapshot(&snapshot.manifest.id).unwrap().check_seal().is_err());
+        assert!(
+            store
+                .snapshot(&snapshot.manifest.id)
+                .unwrap()
+                .check_seal()
+                .is_err()
+        );
     }
 
     #[test]

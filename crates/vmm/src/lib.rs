@@ -108,8 +108,13 @@ impl From<Error> for Failure {
             Error::Deadline { .. } => "vmm_deadline",
             Error::Agent { .. } | Error::Malformed(_) => "agent_failed",
         };
-        Self::new(error.kind(), code, error.to_string(), "`kelvin doctor` checks the VMM; the server's log has the details")
-            .with_sources(&error)
+        Self::new(
+            error.kind(),
+            code,
+            error.to_string(),
+            "`kelvin doctor` checks the VMM; the server's log has the details",
+        )
+        .with_sources(&error)
     }
 }
 

@@ -1,1 +1,82 @@
-use crate::Result; pub fn check()->Result<()>{Ok(())}
+//! Dependencies between the crates point down only: an edge that is not in this table fails the build.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use crate::{Result, root, say};
+
+/// Who may use whom. The picture is in ARCHITECTURE.md; tests may use more.
+const ALLOWED: &[(&str, &[&str])] = &[
+    ("api", &[]),
+    ("host", &["api"]),
+    ("store", &["api"]),
+    ("vmm", &["host", "api"]),
+    ("agent", &["api"]),
+    ("node", &["vmm", "store", "host", "api"]),
+    // `host` for its one SQLite thread; never `node`.
+    ("control", &["store", "host", "api"]),
+    ("gateway", &["api"]),
+    ("client", &["api"]),
+    ("bench", &["client", "api"]),
+    ("e2e", &["client", "api"]),
+    (
+        "cli",
+        &[
+            "gateway", "control", "node", "client", "bench", "vmm", "store", "host", "api",
+        ],
+    ),
+    ("xtask", &[]),
+];
+
+/// Names after `kelvin-` in the `[dependencies]` of a manifest.
+fn edges(manifest: &str) -> BTreeSet<String> {
+    let mut inside = false;
+    let mut found = BTreeSet::new();
+    for line in manifest.lines() {
+        if line.starts_with('[') {
+            inside = line == "[dependencies]";
+        } else if inside && let Some(rest) = line.strip_prefix("kelvin-") {
+            found.insert(rest.split(['.', ' ', '=']).next().unwrap_or_default().to_owned());
+        }
+    }
+    found
+}
+
+/// Checks every crate.
+pub fn check() -> Result<()> {
+    let mut wrong = Vec::new();
+    let mut crates = 0;
+    for entry in fs::read_dir(root().join("crates"))? {
+        let path = entry?.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
+            continue;
+        };
+        let manifest = fs::read_to_string(path.join("Cargo.toml"))?;
+        let Some((_, allowed)) = ALLOWED.iter().find(|(known, _)| *known == name) else {
+            wrong.push(format!("{name} is not in the table of crates/xtask/src/deps.rs"));
+            continue;
+        };
+        crates += 1;
+        for used in edges(&manifest) {
+            if !allowed.contains(&used.as_str()) {
+                wrong.push(format!("{name} must not depend on {used}"));
+            }
+        }
+    }
+    if wrong.is_empty() {
+        say(&format!("{crates} crates, every dependency points down"));
+        return Ok(());
+    }
+    Err(wrong.join("\n").into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_plain_dependencies_count() {
+        let manifest = "[dependencies]\nkelvin-api.workspace = true\nserde = \"1\"\n\n[dev-dependencies]\nkelvin-store.workspace = true\n";
+        assert_eq!(edges(manifest), BTreeSet::from(["api".to_owned()]));
+    }
+}

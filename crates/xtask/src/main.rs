@@ -40,13 +40,22 @@ pub fn cache() -> PathBuf {
 
 /// Runs `command`, its output going where ours goes.
 pub fn run(command: &mut Command) -> Result<()> {
-    let status = command.status().map_err(|error| format!("{command:?}: {error}"))?;
-    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
+    let status = command
+        .status()
+        .map_err(|error| format!("{command:?}: {error}"))?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("{command:?}: {status}").into())
+    }
 }
 
 /// Runs `command` and returns what it printed; its errors go where ours go.
 pub fn output(command: &mut Command) -> Result<String> {
-    let output = command.stderr(std::process::Stdio::inherit()).output().map_err(|error| format!("{command:?}: {error}"))?;
+    let output = command
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .map_err(|error| format!("{command:?}: {error}"))?;
     if output.status.success() {
         Ok(String::from_utf8(output.stdout)?)
     } else {
@@ -93,7 +102,11 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match dispatch(&arguments) {
         Ok(()) => {
-            say(&format!("{} done in {:.1} s", arguments.join(" "), started.elapsed().as_secs_f64()));
+            say(&format!(
+                "{} done in {:.1} s",
+                arguments.join(" "),
+                started.elapsed().as_secs_f64()
+            ));
             ExitCode::SUCCESS
         }
         Err(error) => {

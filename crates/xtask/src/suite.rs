@@ -1,1 +1,166 @@
-use crate::Result; pub fn run(_:&[String])->Result<()>{Ok(())}
+//! `cargo xtask test`: everything, in the order in which it is cheap to fail.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use crate::server::{self, Built, kelvin};
+use crate::{Result, cache, cargo, deps, docs, run as run_command, say};
+
+/// The version of cargo-deny that the suite runs.
+const DENY: &str = "0.20.2";
+
+fn step(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let started = Instant::now();
+    say(&format!("== {name}"));
+    work().map_err(|error| format!("{name}: {error}"))?;
+    say(&format!(
+        "== {name}: ok, {:.1} s",
+        started.elapsed().as_secs_f64()
+    ));
+    Ok(())
+}
+
+fn cargo_step(arguments: &[&str]) -> Result<()> {
+    run_command(cargo().args(arguments))
+}
+
+/// Licences and sources. The advisory database is on a host that this project does not reach: said, not
+/// passed over.
+fn deny() -> Result<()> {
+    let binary = cache().join("tools/bin/cargo-deny");
+    if !binary.exists() {
+        say("installing cargo-deny (once)");
+        let mut install = cargo();
+        install
+            .args(["install", "cargo-deny", "--locked", "--version", DENY, "--root"])
+            .arg(cache().join("tools"));
+        run_command(&mut install)?;
+    }
+    println!("skipped: cargo deny advisories (the advisory database is in no package registry)");
+    run_command(Command::new(binary).current_dir(crate::root()).args([
+        "--offline",
+        "check",
+        "bans",
+        "licenses",
+        "sources",
+    ]))
+}
+
+/// A file system that can clone files, with the guest on it, for the servers of the tests.
+struct Ground {
+    binary: PathBuf,
+    directory: PathBuf,
+}
+
+impl Ground {
+    fn make(built: &Built) -> Result<Self> {
+        let directory = cache().join("e2e");
+        let ground = Self {
+            binary: built.binary.clone(),
+            directory,
+        };
+        run_command(
+            kelvin(&ground.binary)
+                .args(["setup", "--size-gib", "48", "--data-dir"])
+                .arg(&ground.directory)
+                .stdout(Stdio::null()),
+        )?;
+        // What a run that was killed has left.
+        for entry in fs::read_dir(&ground.directory)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                fs::remove_dir_all(&path)?;
+            }
+        }
+        // Once onto the same file system: every server's import is a reflink then.
+        let guest = ground.directory.join("guest");
+        fs::create_dir_all(&guest)?;
+        for (from, to) in [
+            (&built.guest.kernel, "vmlinuz"),
+            (&built.guest.initrd, "initrd"),
+            (&built.guest.rootfs, "rootfs.ext4"),
+        ] {
+            run_command(
+                Command::new("cp")
+                    .args(["--sparse=always", "--reflink=auto"])
+                    .arg(from)
+                    .arg(guest.join(to)),
+            )?;
+        }
+        Ok(ground)
+    }
+
+    fn clear(&self) -> Result<()> {
+        let left = leftovers(&self.directory);
+        run_command(
+            kelvin(&self.binary)
+                .args(["setup", "--unmount", "--data-dir"])
+                .arg(&self.directory)
+                .stdout(Stdio::null()),
+        )?;
+        if left.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("the tests have left behind: {}", left.join(", ")).into())
+        }
+    }
+}
+
+/// Processes that work in `directory`, and directories of servers.
+fn leftovers(directory: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let is_process = name
+            .to_str()
+            .is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+        if is_process && fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(directory)) {
+            found.push(format!("process {}", name.to_string_lossy()));
+        }
+    }
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        if entry.path().is_dir() && entry.file_name() != "guest" {
+            found.push(entry.path().display().to_string());
+        }
+    }
+    found
+}
+
+fn end_to_end(built: &Built, filter: &[String]) -> Result<()> {
+    let ground = Ground::make(built)?;
+    let mut tests = cargo();
+    tests
+        .args(["test", "--release", "--package", "kelvin-e2e", "--no-fail-fast"])
+        .arg("--")
+        // Two processors: tests that measure would measure each other.
+        .args(["--test-threads=1", "--nocapture"])
+        .args(filter)
+        .env("KELVIN_E2E_BINARY", &built.binary)
+        .env("KELVIN_E2E_DIR", &ground.directory);
+    let result = run_command(&mut tests);
+    let cleared = ground.clear();
+    result.and(cleared)
+}
+
+/// Everything; with arguments only the end-to-end tests whose names contain one of them.
+pub fn run(filter: &[String]) -> Result<()> {
+    if !filter.is_empty() {
+        let built = server::prepare()?;
+        return step("end to end", || end_to_end(&built, filter));
+    }
+    step("format", || cargo_step(&["fmt", "--all", "--check"]))?;
+    step("dependencies", deps::check)?;
+    step("documents", docs::check)?;
+    crate::packages::ensure()?;
+    step("lints", || {
+        cargo_step(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])
+    })?;
+    step("licences", deny)?;
+    let built = server::prepare()?;
+    step("unit tests and driver conformance", || {
+        cargo_step(&["test", "--release", "--workspace", "--exclude", "kelvin-e2e"])
+    })?;
+    step("end to end", || end_to_end(&built, &[]))
+}

@@ -80,7 +80,9 @@ pub fn save_memory(pid: i32, from: &Path, to: &Path, private: bool) -> io::Resul
     pagemap.read_exact_at(&mut entries, mapping.start / PAGE * 8)?;
     let own = |page: u64| {
         let at = usize::try_from(page * 8).unwrap_or(usize::MAX);
-        let Some(bytes) = entries.get(at..at + 8) else { return false };
+        let Some(bytes) = entries.get(at..at + 8) else {
+            return false;
+        };
         let entry = u64::from_ne_bytes(bytes.try_into().unwrap_or_default());
         entry & SWAPPED != 0 || (entry & PRESENT != 0 && entry & FILE == 0)
     };
@@ -94,7 +96,10 @@ pub fn save_memory(pid: i32, from: &Path, to: &Path, private: bool) -> io::Resul
         while page < pages && page - first < RUN && own(page) {
             page += 1;
         }
-        buffer.resize(usize::try_from((page - first) * PAGE).map_err(io::Error::other)?, 0);
+        buffer.resize(
+            usize::try_from((page - first) * PAGE).map_err(io::Error::other)?,
+            0,
+        );
         memory.read_exact_at(&mut buffer, mapping.start + first * PAGE)?;
         target.write_all_at(&buffer, first * PAGE)?;
         copied += page - first;

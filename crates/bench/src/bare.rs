@@ -1,0 +1,238 @@
+//! The bare sequence: what a restore costs with nothing but the VMM in the way.
+//!
+//! A VMM is spawned on the spot with the arguments of the bake, the disk is cloned, device state loaded,
+//! vCPUs started, the agent activated: the sequence of `../shared/prototypes/qemu_clone.py` with this
+//! platform's machine. It is the floor that creates are measured against, so it takes every shortcut that
+//! a program may take: blocking calls, no ledger, no checks, no user of its own.
+
+use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use kelvin_api::guest::{Activation, Reply, Request, frame_length};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde_json::{Value, json};
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// Between two looks, as in the prototype.
+const GAP: Duration = Duration::from_micros(200);
+
+/// Why there is no figure.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file or socket failed.
+    #[error("{what}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// QEMU or the agent said no.
+    #[error("{0}")]
+    Refused(String),
+}
+
+fn at(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Io { what, source }
+}
+
+/// A snapshot to restore.
+#[derive(Debug)]
+pub struct Bare {
+    data_dir: PathBuf,
+    snapshot: PathBuf,
+    arguments: Vec<String>,
+}
+
+impl Bare {
+    /// Reads the manifest of `snapshot` below `data_dir`.
+    ///
+    /// # Errors
+    /// When it cannot be read: the bench has to run where the server runs.
+    pub fn open(data_dir: &Path, snapshot: &str) -> Result<Self, Error> {
+        let directory = Path::new("snapshots").join(snapshot);
+        let text = std::fs::read(data_dir.join(&directory).join("manifest.json"))
+            .map_err(at("reading the manifest"))?;
+        let manifest: Value =
+            serde_json::from_slice(&text).map_err(|error| Error::Refused(error.to_string()))?;
+        let guest = format!("guests/{}", manifest["guest"].as_str().unwrap_or_default());
+        let memory = directory.join("memory");
+        let arguments = manifest["arguments"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .map(|argument| {
+                argument
+                    .replace("{guest}", &guest)
+                    .replace("{memory}", &memory.to_string_lossy())
+            })
+            .collect();
+        Ok(Self {
+            data_dir: data_dir.to_owned(),
+            snapshot: data_dir.join(directory),
+            arguments,
+        })
+    }
+
+    /// One restore, from nothing to the agent's reply; milliseconds. Nothing is left of it.
+    ///
+    /// # Errors
+    /// The step that failed.
+    pub fn restore(&self) -> Result<f64, Error> {
+        let name = format!("staging/bare-{}", std::process::id());
+        let directory = self.data_dir.join(&name);
+        let _ = std::fs::remove_dir_all(&directory);
+        std::fs::create_dir(&directory).map_err(at("making a directory"))?;
+        let mut child = None;
+        let result = self.sequence(&name, &directory, &mut child);
+        if let Some(mut child) = child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let _ = std::fs::remove_dir_all(&directory);
+        result
+    }
+
+    fn sequence(&self, name: &str, directory: &Path, child: &mut Option<Child>) -> Result<f64, Error> {
+        let started = Instant::now();
+        let source = std::fs::File::open(self.snapshot.join("disk")).map_err(at("opening the disk"))?;
+        let disk = std::fs::File::create(directory.join("disk")).map_err(at("making the disk"))?;
+        if rustix::fs::ioctl_ficlone(&disk, &source).is_err() {
+            std::fs::copy(self.snapshot.join("disk"), directory.join("disk"))
+                .map_err(at("copying the disk"))?;
+        }
+        let spawned = Command::new("qemu-system-x86_64")
+            .args(
+                self.arguments
+                    .iter()
+                    .map(|argument| argument.replace("{vm}", name)),
+            )
+            .args(["-S", "-incoming", "defer"])
+            .current_dir(&self.data_dir)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(at("starting QEMU"))?;
+        *child = Some(spawned);
+        let mut qmp = Qmp::open(connect(&directory.join("qmp.sock"))?)?;
+        let mut control = connect(&directory.join("control.sock"))?;
+        let _http = connect(&directory.join("http.sock"))?;
+        qmp.load(&self.snapshot.join("state"))?;
+        qmp.call("cont", &json!({}), None)?;
+        activate(&mut control)?;
+        Ok(started.elapsed().as_secs_f64() * 1e3)
+    }
+}
+
+fn connect(path: &Path) -> Result<UnixStream, Error> {
+    let started = Instant::now();
+    loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => {
+                stream
+                    .set_read_timeout(Some(LIMIT))
+                    .map_err(at("setting a time limit"))?;
+                return Ok(stream);
+            }
+            Err(error) if started.elapsed() > LIMIT => return Err(at("connecting to QEMU")(error)),
+            Err(_) => std::thread::sleep(GAP),
+        }
+    }
+}
+
+struct Qmp(BufReader<UnixStream>);
+
+impl Qmp {
+    fn open(stream: UnixStream) -> Result<Self, Error> {
+        let mut qmp = Self(BufReader::new(stream));
+        qmp.line()?;
+        qmp.call("qmp_capabilities", &json!({}), None)?;
+        Ok(qmp)
+    }
+
+    fn line(&mut self) -> Result<Value, Error> {
+        let mut line = String::new();
+        self.0.read_line(&mut line).map_err(at("reading from QEMU"))?;
+        serde_json::from_str(&line).map_err(|error| Error::Refused(format!("QEMU said {line:?}: {error}")))
+    }
+
+    fn call(&mut self, command: &str, arguments: &Value, fd: Option<&std::fs::File>) -> Result<Value, Error> {
+        let line = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
+        let stream = self.0.get_mut();
+        match fd {
+            Some(fd) => {
+                let fds = [fd.as_fd()];
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut control = SendAncillaryBuffer::new(&mut space);
+                control.push(SendAncillaryMessage::ScmRights(&fds));
+                sendmsg(
+                    &*stream,
+                    &[IoSlice::new(line.as_bytes())],
+                    &mut control,
+                    SendFlags::empty(),
+                )
+                .map_err(|error| at("writing to QEMU")(error.into()))?;
+            }
+            None => stream.write_all(line.as_bytes()).map_err(at("writing to QEMU"))?,
+        }
+        loop {
+            let mut reply = self.line()?;
+            if reply.get("return").is_some() {
+                return Ok(reply["return"].take());
+            }
+            if let Some(error) = reply.get("error") {
+                return Err(Error::Refused(format!("{command}: {error}")));
+            }
+        }
+    }
+
+    fn load(&mut self, state: &Path) -> Result<(), Error> {
+        let file = std::fs::File::open(state).map_err(at("opening the device state"))?;
+        self.call("getfd", &json!({ "fdname": "state" }), Some(&file))?;
+        self.call("migrate-incoming", &json!({ "uri": "fd:state" }), None)?;
+        loop {
+            match self.call("query-migrate", &json!({}), None)?["status"].as_str() {
+                Some("completed") => return Ok(()),
+                Some("failed") => return Err(Error::Refused("QEMU failed to load the state".to_owned())),
+                _ => std::thread::sleep(GAP),
+            }
+        }
+    }
+}
+
+fn activate(control: &mut UnixStream) -> Result<(), Error> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let request = Request::Activate(Activation {
+        sandbox_id: "bareaaaaaaaaaaaaaaaa".to_owned(),
+        template: "base".to_owned(),
+        hostname: "bareaaaaaaaaaaaaaaaa".to_owned(),
+        machine_id: [1; 16],
+        entropy: [2; 64],
+        wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+        access_token: "bareaaaaaaaaaaaaaaaaaaaaaaaaaaaa".to_owned(),
+        env_vars: std::collections::BTreeMap::new(),
+    });
+    let refused = |error: kelvin_api::guest::Error| Error::Refused(error.to_string());
+    control
+        .write_all(&request.encode(1).map_err(refused)?)
+        .map_err(at("writing to the agent"))?;
+    let mut length = [0; 4];
+    control
+        .read_exact(&mut length)
+        .map_err(at("reading from the agent"))?;
+    let mut frame = vec![0; frame_length(length).map_err(refused)?];
+    control
+        .read_exact(&mut frame)
+        .map_err(at("reading from the agent"))?;
+    match Reply::decode(&frame).map_err(refused)? {
+        (1, Reply::Done { .. }) => Ok(()),
+        (id, reply) => Err(Error::Refused(format!("the agent replied {reply:?} to {id}"))),
+    }
+}

@@ -1,0 +1,359 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use kelvin_host::accel::Accelerator;
+
+/// Ready Linux machines in milliseconds: microVMs that are restored, not booted.
+#[derive(Debug, Parser)]
+#[command(name = "kelvin", version, propagate_version = true)]
+pub struct Cli {
+    #[command(flatten)]
+    pub connection: Connection,
+    /// How to print results.
+    #[arg(long, short, global = true, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Where the server is. Flags first, then the environment (KELVIN_API_URL, KELVIN_API_KEY, E2B_API_URL,
+/// E2B_API_KEY), then ~/.config/kelvin/config.toml.
+#[derive(Debug, Args)]
+pub struct Connection {
+    /// URL of the server [default: http://127.0.0.1:7400].
+    #[arg(long, global = true, value_name = "URL")]
+    pub api_url: Option<String>,
+    /// API key. Other users of this machine can see it: prefer the environment or --api-key-file.
+    #[arg(long, global = true, value_name = "KEY")]
+    pub api_key: Option<String>,
+    /// File that holds the API key.
+    #[arg(long, global = true, value_name = "FILE", conflicts_with = "api_key")]
+    pub api_key_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Table,
+    /// For programs; stable.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a command in a fresh sandbox, which is gone afterwards.
+    Run(RunArgs),
+    /// Create, list and use sandboxes.
+    #[command(alias = "sb")]
+    Sandbox {
+        #[command(subcommand)]
+        command: SandboxCommand,
+    },
+    /// List, import and bake templates.
+    Template {
+        #[command(subcommand)]
+        command: TemplateCommand,
+    },
+    /// Run the server.
+    Serve(ServeArgs),
+    /// Show what runs on the node and what is left.
+    Node,
+    /// Remove snapshots, images and guests that nothing needs.
+    Gc {
+        /// Only say what would be removed.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Check every prerequisite and say how to get what is missing.
+    Doctor(DoctorArgs),
+    /// Make a data directory whose file system can clone files.
+    Setup(SetupArgs),
+    /// Measure.
+    Bench {
+        #[command(subcommand)]
+        command: BenchCommand,
+    },
+    /// Print a completion script.
+    Completion {
+        /// For which shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct MachineArgs {
+    /// Template of the sandbox.
+    #[arg(long, short, default_value = "base")]
+    pub template: String,
+    /// Memory in MiB, instead of the template's.
+    #[arg(long)]
+    pub memory_mib: Option<u64>,
+    /// vCPUs, instead of the template's.
+    #[arg(long)]
+    pub cpus: Option<u32>,
+    /// Insist on a start path.
+    #[arg(long, value_enum)]
+    pub path: Option<PathArg>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum PathArg {
+    /// Boot.
+    Cold,
+    /// Restore a snapshot.
+    Clone,
+}
+
+impl From<PathArg> for kelvin_api::sandbox::StartPath {
+    fn from(path: PathArg) -> Self {
+        match path {
+            PathArg::Cold => Self::Cold,
+            PathArg::Clone => Self::Clone,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct ProcessArgs {
+    /// User to run as [default: user].
+    #[arg(long, short)]
+    pub user: Option<String>,
+    /// Working directory, instead of the user's home.
+    #[arg(long, short = 'w')]
+    pub cwd: Option<String>,
+    /// Environment variable; may be repeated.
+    #[arg(long, short, value_name = "NAME=VALUE", value_parser = pair)]
+    pub env: Vec<(String, String)>,
+    /// Feed standard input to the command.
+    #[arg(long, short)]
+    pub interactive: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub machine: MachineArgs,
+    #[command(flatten)]
+    pub process: ProcessArgs,
+    /// Seconds until the command is ended and the exit code is 124.
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_000))]
+    pub timeout: u64,
+    /// Print how long each phase of the create took, on standard error.
+    #[arg(long)]
+    pub timing: bool,
+    /// The command and its arguments.
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub command: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SandboxCommand {
+    /// Create a sandbox and print its id.
+    Create {
+        #[command(flatten)]
+        machine: MachineArgs,
+        /// Seconds until it is killed.
+        #[arg(long, default_value_t = 300)]
+        timeout: u64,
+        /// Label; may be repeated.
+        #[arg(long, short, value_name = "KEY=VALUE", value_parser = pair)]
+        metadata: Vec<(String, String)>,
+        /// Environment variable of all its processes; may be repeated.
+        #[arg(long, short, value_name = "NAME=VALUE", value_parser = pair)]
+        env: Vec<(String, String)>,
+        /// Repeating a create with the same key gives the same sandbox.
+        #[arg(long, value_name = "KEY")]
+        idempotency_key: Option<String>,
+    },
+    /// List the sandboxes that run.
+    #[command(alias = "ls")]
+    List {
+        /// Only those with this label; may be repeated.
+        #[arg(long, short, value_name = "KEY=VALUE", value_parser = pair)]
+        metadata: Vec<(String, String)>,
+    },
+    /// Show one sandbox.
+    Info {
+        /// Its id.
+        id: String,
+    },
+    /// Run a command in a sandbox, or attach to one that runs.
+    Exec {
+        /// Its id.
+        id: String,
+        #[command(flatten)]
+        process: ProcessArgs,
+        /// Seconds until the command is ended and the exit code is 124.
+        #[arg(long)]
+        timeout: Option<u64>,
+        /// Start it, print its process id and leave it running.
+        #[arg(long, short)]
+        detach: bool,
+        /// Attach to the process with this id instead of starting one.
+        #[arg(long, value_name = "PID", conflicts_with_all = ["detach", "command"])]
+        attach: Option<u32>,
+        /// The command and its arguments.
+        #[arg(last = true, value_name = "CMD", required_unless_present = "attach")]
+        command: Vec<String>,
+    },
+    /// List the processes that were started in a sandbox.
+    Ps {
+        /// Its id.
+        id: String,
+    },
+    /// Kill sandboxes.
+    #[command(alias = "rm")]
+    Kill {
+        /// Their ids.
+        #[arg(required_unless_present = "all", conflicts_with = "all")]
+        ids: Vec<String>,
+        /// All of them.
+        #[arg(long)]
+        all: bool,
+    },
+    /// Set how long a sandbox may live, from now.
+    Timeout {
+        /// Its id.
+        id: String,
+        /// Seconds.
+        seconds: u64,
+    },
+    /// Print the end of a sandbox's console.
+    Logs {
+        /// Its id.
+        id: String,
+    },
+    /// Copy a file into or out of a sandbox: `cp FILE ID:PATH` or `cp ID:PATH FILE` (`-` is the standard
+    /// input or output).
+    Cp {
+        /// From.
+        source: String,
+        /// To.
+        target: String,
+        /// User whom paths and files belong to [default: user].
+        #[arg(long, short)]
+        user: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TemplateCommand {
+    /// List the templates.
+    #[command(alias = "ls")]
+    List,
+    /// Make sure that a template has a snapshot, so that its sandboxes are cloned.
+    Bake {
+        /// Its name.
+        name: String,
+        /// Memory in MiB, instead of the template's.
+        #[arg(long)]
+        memory_mib: Option<u64>,
+        /// vCPUs, instead of the template's.
+        #[arg(long)]
+        cpus: Option<u32>,
+        /// VMMs to keep waiting for this shape.
+        #[arg(long)]
+        waiting: Option<u32>,
+    },
+    /// Make a template of a root file system, a kernel and an initial RAM disk, in a data directory.
+    Import {
+        /// Its name.
+        name: String,
+        /// Root file system, ext4.
+        #[arg(long)]
+        rootfs: PathBuf,
+        /// Kernel.
+        #[arg(long)]
+        kernel: PathBuf,
+        /// Initial RAM disk with the agent.
+        #[arg(long)]
+        initrd: PathBuf,
+        /// vCPUs of its machines.
+        #[arg(long, default_value_t = 1)]
+        cpus: u32,
+        /// Memory of its machines, in MiB.
+        #[arg(long, default_value_t = 512)]
+        memory_mib: u32,
+        /// Data directory of the server.
+        #[arg(long, env = "KELVIN_DATA_DIR")]
+        data_dir: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Address to listen on.
+    #[arg(long, default_value = "127.0.0.1:7400")]
+    pub listen: SocketAddr,
+    /// Data directory [default: /var/lib/kelvin for root, ~/.local/share/kelvin otherwise].
+    #[arg(long, env = "KELVIN_DATA_DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Force an accelerator: kvm or tcg.
+    #[arg(long)]
+    pub accel: Option<Accelerator>,
+    /// Memory for machines in MiB [default: 85 % of this host's].
+    #[arg(long)]
+    pub memory_mib: Option<u32>,
+    /// vCPUs to give out [default: 32 for each processor].
+    #[arg(long)]
+    pub vcpus: Option<u32>,
+    /// VMMs to keep waiting for each baked shape.
+    #[arg(long, default_value_t = 8)]
+    pub waiting_vmms: u32,
+    /// Restores at one time [default: one for each processor].
+    #[arg(long)]
+    pub concurrent_restores: Option<usize>,
+    /// Do not bake what a cold create found missing.
+    #[arg(long)]
+    pub no_auto_bake: bool,
+    /// For tests: kill the server when a create enters this phase.
+    #[arg(long, hide = true)]
+    pub crash_at: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Data directory to look at.
+    #[arg(long, env = "KELVIN_DATA_DIR")]
+    pub data_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct SetupArgs {
+    /// Data directory to make.
+    #[arg(long, env = "KELVIN_DATA_DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Size of the file system, when one has to be made; it takes only what is written.
+    #[arg(long, default_value_t = 64)]
+    pub size_gib: u64,
+    /// Unmount it instead. Files stay.
+    #[arg(long)]
+    pub unmount: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Create to ready, and create to the end of the first command.
+    Create(kelvin_bench::create::Args),
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("{text:?} is not NAME=VALUE")),
+    }
+}
+
+/// The data directory of `given`, or the default one.
+pub fn data_dir(given: Option<&PathBuf>) -> PathBuf {
+    match (given, std::env::var_os("HOME")) {
+        (Some(given), _) => given.clone(),
+        (None, Some(home)) if !rustix::process::geteuid().is_root() => {
+            PathBuf::from(home).join(".local/share/kelvin")
+        }
+        (None, _) => PathBuf::from("/var/lib/kelvin"),
+    }
+}

@@ -1,0 +1,213 @@
+//! `kelvin doctor`: every prerequisite, whether it is there, and how to get it.
+
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use kelvin_host::{accel, datadir};
+use serde::Serialize;
+
+use crate::args::{Connection, DoctorArgs, Output, data_dir};
+use crate::config;
+use crate::output::{Failed, print, table};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Verdict {
+    /// It is there.
+    Ok,
+    /// It works without, worse.
+    Warning,
+    /// It does not work.
+    Failed,
+}
+
+#[derive(Debug, Serialize)]
+struct Check {
+    name: &'static str,
+    verdict: Verdict,
+    found: String,
+    remedy: Option<String>,
+}
+
+fn check(name: &'static str, verdict: Verdict, found: impl Into<String>, remedy: &str) -> Check {
+    let remedy = (verdict != Verdict::Ok).then(|| remedy.to_owned());
+    Check {
+        name,
+        verdict,
+        found: found.into(),
+        remedy,
+    }
+}
+
+fn program(name: &'static str, package: &str, missing: Verdict) -> Check {
+    match Command::new(name).arg("--version").output() {
+        Ok(output) => {
+            let text = String::from_utf8_lossy(if output.stdout.is_empty() {
+                &output.stderr
+            } else {
+                &output.stdout
+            })
+            .into_owned();
+            check(
+                name,
+                Verdict::Ok,
+                text.lines().next().unwrap_or_default().to_owned(),
+                "",
+            )
+        }
+        Err(error) => check(
+            name,
+            missing,
+            error.to_string(),
+            &format!("apt-get install {package}"),
+        ),
+    }
+}
+
+fn data_directory(directory: &Path) -> Vec<Check> {
+    if !directory.is_dir() {
+        let remedy = format!("kelvin setup --data-dir {}", directory.display());
+        return vec![check(
+            "data directory",
+            Verdict::Warning,
+            format!("{} does not exist", directory.display()),
+            &remedy,
+        )];
+    }
+    let mut checks = match datadir::can_reflink(directory) {
+        Ok(true) => vec![check(
+            "data directory",
+            Verdict::Ok,
+            format!("{} can clone files", directory.display()),
+            "",
+        )],
+        Ok(false) => vec![check(
+            "data directory",
+            Verdict::Warning,
+            format!("{} cannot clone files: every disk is copied", directory.display()),
+            "stop the server, move the directory away and run `kelvin setup`",
+        )],
+        Err(error) => vec![check(
+            "data directory",
+            Verdict::Failed,
+            format!("{}: {error}", directory.display()),
+            "make it writable, or run as its owner",
+        )],
+    };
+    if let Ok(space) = rustix::fs::statvfs(directory) {
+        let free = (space.f_bavail * space.f_frsize) >> 20;
+        let verdict = if free < 4096 {
+            Verdict::Warning
+        } else {
+            Verdict::Ok
+        };
+        checks.push(check(
+            "free disk",
+            verdict,
+            format!("{free} MiB"),
+            "free some space; `kelvin gc` removes what nothing needs",
+        ));
+    }
+    checks
+}
+
+fn host() -> Vec<Check> {
+    let found = accel::detect();
+    let verdict = if found.accelerator == accel::Accelerator::Kvm {
+        Verdict::Ok
+    } else {
+        Verdict::Warning
+    };
+    let root = rustix::process::geteuid().is_root();
+    let memory = rustix::system::sysinfo().totalram >> 20;
+    vec![
+        check(
+            "accelerator",
+            verdict,
+            format!("{}: {}", found.accelerator, found.reason),
+            "use a host with hardware virtualisation; emulation works, about 10 times slower",
+        ),
+        check(
+            "privileges",
+            if root { Verdict::Ok } else { Verdict::Warning },
+            if root {
+                "root: every VMM gets a user of its own"
+            } else {
+                "not root: VMMs run as you"
+            },
+            "run the server as root, so that VMMs are separated from each other",
+        ),
+        check(
+            "memory",
+            if memory < 2048 {
+                Verdict::Warning
+            } else {
+                Verdict::Ok
+            },
+            format!("{memory} MiB"),
+            "2 GiB or more",
+        ),
+        program("qemu-system-x86_64", "qemu-system-x86", Verdict::Failed),
+        program("setsid", "util-linux", Verdict::Failed),
+        program("setpriv", "util-linux", Verdict::Failed),
+        program("mkfs.xfs", "xfsprogs", Verdict::Warning),
+    ]
+}
+
+async fn server(connection: &Connection) -> Check {
+    let client = match config::client(connection) {
+        Ok(client) => client,
+        Err(_) => {
+            return check(
+                "server",
+                Verdict::Warning,
+                "no API key",
+                "start one with `kelvin serve`; set KELVIN_API_KEY",
+            );
+        }
+    };
+    match client.node().await {
+        Ok(node) => check(
+            "server",
+            Verdict::Ok,
+            format!("{} answers, version {}", client.url(), node.version),
+            "",
+        ),
+        Err(error) => check(
+            "server",
+            Verdict::Warning,
+            kelvin_api::error::chain(&error),
+            "start one with `kelvin serve`",
+        ),
+    }
+}
+
+/// Prints all checks; the exit code is 1 when one has failed.
+pub async fn run(connection: &Connection, output: Output, args: &DoctorArgs) -> Result<ExitCode, Failed> {
+    let mut checks = host();
+    checks.extend(data_directory(&data_dir(args.data_dir.as_ref())));
+    checks.push(server(connection).await);
+    print(output, &checks, |checks| {
+        let mut table = table(&["check", "verdict", "found", "remedy"]);
+        for check in checks {
+            let verdict = match check.verdict {
+                Verdict::Ok => "ok",
+                Verdict::Warning => "warning",
+                Verdict::Failed => "FAILED",
+            };
+            table.add_row([
+                check.name,
+                verdict,
+                &check.found,
+                check.remedy.as_deref().unwrap_or_default(),
+            ]);
+        }
+        table
+    });
+    let failed = checks.iter().any(|check| check.verdict == Verdict::Failed);
+    Ok(if failed {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}

@@ -1,0 +1,291 @@
+//! What people and programs see: tables, JSON, errors, progress.
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Write};
+
+use comfy_table::{ContentArrangement, Table, presets};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use kelvin_api::error::chain;
+use kelvin_api::phase::Phase;
+use kelvin_api::sandbox::{NodeInfo, SandboxDetail, Template};
+use kelvin_client::Error;
+use serde::Serialize;
+
+use crate::args::Output;
+
+/// An error with what can be done about it.
+#[derive(Debug)]
+pub struct Failed {
+    message: String,
+    remediation: Option<String>,
+}
+
+impl Failed {
+    /// With a remedy.
+    pub fn new(message: String, remediation: &str) -> Self {
+        Self {
+            message,
+            remediation: Some(remediation.to_owned()),
+        }
+    }
+
+    /// Without one.
+    pub fn other(error: &dyn std::error::Error) -> Self {
+        Self {
+            message: chain(error),
+            remediation: None,
+        }
+    }
+
+    /// Prints it on standard error.
+    pub fn print(&self) {
+        let (red, dim, reset) = if colour() {
+            ("\x1b[31m", "\x1b[2m", "\x1b[0m")
+        } else {
+            ("", "", "")
+        };
+        let mut stderr = std::io::stderr().lock();
+        let _ = writeln!(stderr, "{red}error{reset}: {}", self.message);
+        if let Some(remediation) = &self.remediation {
+            let _ = writeln!(stderr, "{dim}  try{reset}: {remediation}");
+        }
+    }
+}
+
+fn colour() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) && std::io::stderr().is_terminal()
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        let remediation = match &error {
+            Error::Refused(refused) => refused.remediation.clone(),
+            Error::Unreachable { .. } => {
+                Some("start it with `kelvin serve`, or name another with --api-url".to_owned())
+            }
+            _ => None,
+        };
+        Self {
+            message: chain(&error),
+            remediation,
+        }
+    }
+}
+
+/// Prints `value` as JSON, or as the table that `table` makes of it.
+pub fn print<T: Serialize>(output: Output, value: &T, table: impl FnOnce(&T) -> Table) {
+    let text = match output {
+        Output::Json => serde_json::to_string_pretty(value).unwrap_or_default(),
+        Output::Table => table(value).to_string(),
+    };
+    line(&text);
+}
+
+/// Prints one line; a reader that has gone away is no error.
+pub fn line(text: &str) {
+    let _ = writeln!(std::io::stdout().lock(), "{text}");
+}
+
+/// An empty table with headings.
+pub fn table(headings: &[&str]) -> Table {
+    let mut table = Table::new();
+    table
+        .load_style(presets::NOTHING)
+        .set_content_arrangement(ContentArrangement::Disabled);
+    if !headings.is_empty() {
+        table.set_header(headings.iter().map(|heading| heading.to_uppercase()));
+    }
+    table
+}
+
+fn pairs(rows: Vec<(&str, String)>) -> Table {
+    let mut table = table(&[]);
+    for (name, value) in rows {
+        table.add_row([name.to_owned(), value]);
+    }
+    table
+}
+
+fn ago(time: jiff::Timestamp) -> String {
+    let seconds = jiff::Timestamp::now().duration_since(time).as_secs();
+    let text = |seconds: i64| match seconds {
+        0..120 => format!("{seconds}s"),
+        120..7200 => format!("{}m", seconds / 60),
+        _ => format!("{}h", seconds / 3600),
+    };
+    if seconds < 0 {
+        format!("in {}", text(-seconds))
+    } else {
+        format!("{} ago", text(seconds))
+    }
+}
+
+fn labels(metadata: &BTreeMap<String, String>) -> String {
+    metadata
+        .iter()
+        .map(|(key, value)| format!("{key}={value}"))
+        .collect::<Vec<_>>()
+        .join(",")
+}
+
+/// Sandboxes.
+pub fn sandbox_table(sandboxes: &Vec<SandboxDetail>) -> Table {
+    let mut table = table(&[
+        "id", "template", "state", "cpu", "memory", "start", "started", "ends", "metadata",
+    ]);
+    for sandbox in sandboxes {
+        table.add_row([
+            sandbox.sandbox_id.to_string(),
+            sandbox.template_id.clone(),
+            "running".to_owned(),
+            sandbox.cpu_count.to_string(),
+            format!("{} MiB", sandbox.memory_mb),
+            sandbox.start_path.name().to_owned(),
+            ago(sandbox.started_at),
+            ago(sandbox.end_at),
+            labels(&sandbox.metadata),
+        ]);
+    }
+    table
+}
+
+/// One sandbox.
+pub fn detail_table(sandbox: &SandboxDetail) -> Table {
+    pairs(vec![
+        ("id", sandbox.sandbox_id.to_string()),
+        ("template", sandbox.template_id.clone()),
+        ("state", "running".to_owned()),
+        ("cpus", sandbox.cpu_count.to_string()),
+        ("memory", format!("{} MiB", sandbox.memory_mb)),
+        ("disk", format!("{} MiB", sandbox.disk_size_mb)),
+        ("start path", sandbox.start_path.name().to_owned()),
+        (
+            "started",
+            format!("{} ({})", sandbox.started_at, ago(sandbox.started_at)),
+        ),
+        ("ends", format!("{} ({})", sandbox.end_at, ago(sandbox.end_at))),
+        ("metadata", labels(&sandbox.metadata)),
+    ])
+}
+
+/// Templates.
+pub fn template_table(templates: &Vec<Template>) -> Table {
+    let mut table = table(&["name", "cpu", "memory", "disk", "snapshots (waiting VMMs)"]);
+    for template in templates {
+        let snapshots: Vec<String> = template
+            .snapshots
+            .iter()
+            .map(|snapshot| {
+                format!(
+                    "{} cpu {} MiB ({})",
+                    snapshot.cpu_count, snapshot.memory_mb, snapshot.waiting_vmms
+                )
+            })
+            .collect();
+        table.add_row([
+            template.template_id.clone(),
+            template.cpu_count.to_string(),
+            format!("{} MiB", template.memory_mb),
+            format!("{} MiB", template.disk_size_mb),
+            if snapshots.is_empty() {
+                "none: creates are cold".to_owned()
+            } else {
+                snapshots.join(", ")
+            },
+        ]);
+    }
+    table
+}
+
+/// The node.
+pub fn node_table(node: &NodeInfo) -> Table {
+    pairs(vec![
+        ("version", node.version.clone()),
+        ("vmm", node.vmm.clone()),
+        ("accelerator", node.accelerator.clone()),
+        ("data directory", node.data_dir.clone()),
+        (
+            "reflink",
+            if node.reflink {
+                "yes"
+            } else {
+                "no: every disk is copied"
+            }
+            .to_owned(),
+        ),
+        ("sandboxes", node.sandboxes.to_string()),
+        ("waiting VMMs", node.waiting_vmms.to_string()),
+        (
+            "memory",
+            format!("{} of {} MiB reserved", node.memory_reserved_mb, node.memory_mb),
+        ),
+        (
+            "vCPUs",
+            format!("{} of {} reserved", node.vcpus_reserved, node.vcpus),
+        ),
+        ("disk", format!("{} MiB free", node.disk_free_mb)),
+        ("ledger", format!("{} entries", node.ledger_entries)),
+        ("settled", if node.settled { "yes" } else { "no" }.to_owned()),
+    ])
+}
+
+/// What a collection removed.
+pub fn garbage_table(garbage: &serde_json::Value) -> Table {
+    let mut table = table(&["kind", "name"]);
+    for kind in ["snapshots", "images", "guests"] {
+        for name in garbage[kind].as_array().into_iter().flatten() {
+            table.add_row([kind.to_owned(), name.as_str().unwrap_or_default().to_owned()]);
+        }
+    }
+    table
+}
+
+/// How long each phase took, as bars, on standard error.
+pub fn waterfall(title: &str, phases: &BTreeMap<Phase, f64>) {
+    const WIDTH: f64 = 48.0;
+    let total: f64 = phases.values().sum();
+    let mut stderr = std::io::stderr().lock();
+    let _ = writeln!(stderr, "{title}: {total:.1} ms on the server");
+    let mut start = 0.0;
+    for (phase, ms) in phases {
+        let column = |ms: f64| (ms / total.max(f64::MIN_POSITIVE) * WIDTH).round().max(0.0) as usize;
+        let (from, length) = (column(start), column(*ms).max(1));
+        let _ = writeln!(
+            stderr,
+            "  {:<9}{ms:>9.2} ms  {}{}",
+            phase.name(),
+            " ".repeat(from),
+            "#".repeat(length)
+        );
+        start += ms;
+    }
+}
+
+/// A progress bar on standard error; nothing when that is no terminal.
+pub fn progress(what: &str, bytes: Option<u64>) -> ProgressBar {
+    let target = if std::io::stderr().is_terminal() {
+        ProgressDrawTarget::stderr()
+    } else {
+        ProgressDrawTarget::hidden()
+    };
+    let bar = ProgressBar::with_draw_target(bytes, target).with_message(what.to_owned());
+    let template = if bytes.is_some() {
+        "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}"
+    } else {
+        "{spinner} {msg} {bytes} {elapsed}"
+    };
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// A spinner for work of unknown length.
+pub fn spinner(what: &str) -> ProgressBar {
+    let bar = progress(what, None);
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {elapsed}") {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(std::time::Duration::from_millis(120));
+    bar
+}

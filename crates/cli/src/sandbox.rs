@@ -1,0 +1,243 @@
+//! `kelvin sandbox …`.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use kelvin_api::envd::process::ProcessInfo;
+use kelvin_api::id::SandboxId;
+use kelvin_client::agent::{Agent, Told};
+use kelvin_client::{Client, Error};
+use serde::Serialize;
+
+use crate::args::{Output, SandboxCommand};
+use crate::exec::{command, deadline_code, follow, new_sandbox};
+use crate::output::{Failed, detail_table, line, print, progress, sandbox_table, table};
+
+async fn agent(client: &Client, id: &str, user: Option<String>) -> Result<Agent, Error> {
+    let detail = client.sandbox(id).await?;
+    client.agent(&detail.sandbox_id, detail.envd_access_token, user)
+}
+
+fn parse(id: &str) -> Result<SandboxId, Failed> {
+    id.parse().map_err(|error: kelvin_api::id::ParseIdError| {
+        Failed::new(error.to_string(), "`kelvin sandbox list` shows the ids")
+    })
+}
+
+/// Runs one of the commands.
+pub async fn dispatch(client: &Client, output: Output, command: SandboxCommand) -> Result<ExitCode, Failed> {
+    match command {
+        SandboxCommand::Create {
+            machine,
+            timeout,
+            metadata,
+            env,
+            idempotency_key,
+        } => {
+            let mut body = new_sandbox(&machine, timeout);
+            body.metadata = Some(metadata.into_iter().collect())
+                .filter(|map: &std::collections::BTreeMap<_, _>| !map.is_empty());
+            body.env_vars = Some(env.into_iter().collect())
+                .filter(|map: &std::collections::BTreeMap<_, _>| !map.is_empty());
+            let created = client.create(&body, idempotency_key.as_deref()).await?;
+            match output {
+                Output::Json => print(output, &created.sandbox, |_| table(&[])),
+                // Only the id: `id=$(kelvin sandbox create)`.
+                Output::Table => line(created.sandbox.sandbox_id.as_str()),
+            }
+        }
+        SandboxCommand::List { metadata } => print(output, &client.list_all(&metadata).await?, sandbox_table),
+        SandboxCommand::Info { id } => {
+            let mut detail = client.sandbox(&id).await?;
+            // For programs that speak to the agent, not for the screen.
+            detail.envd_access_token = detail.envd_access_token.filter(|_| output == Output::Json);
+            print(output, &detail, detail_table);
+        }
+        SandboxCommand::Exec {
+            id,
+            process,
+            timeout,
+            detach,
+            attach,
+            command: words,
+        } => {
+            return exec(client, &id, &process, timeout, detach, attach, &words).await;
+        }
+        SandboxCommand::Ps { id } => {
+            let rows: Vec<Ps> = agent(client, &id, None)
+                .await?
+                .processes()
+                .await?
+                .into_iter()
+                .map(Ps::from)
+                .collect();
+            print(output, &rows, ps_table);
+        }
+        SandboxCommand::Kill { ids, all } => return kill(client, ids, all).await,
+        SandboxCommand::Timeout { id, seconds } => client.set_timeout(&parse(&id)?, seconds).await?,
+        SandboxCommand::Logs { id } => {
+            let logs = client.logs(&id).await?;
+            match output {
+                Output::Json => print(output, &logs, |_| table(&[])),
+                Output::Table => logs.logs.iter().for_each(|log| line(&log.line)),
+            }
+        }
+        SandboxCommand::Cp { source, target, user } => copy(client, &source, &target, user).await?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn exec(
+    client: &Client,
+    id: &str,
+    process: &crate::args::ProcessArgs,
+    timeout: Option<u64>,
+    detach: bool,
+    attach: Option<u32>,
+    words: &[String],
+) -> Result<ExitCode, Failed> {
+    let agent = agent(client, id, process.user.clone()).await?;
+    let deadline = timeout.map(Duration::from_secs);
+    let running = async {
+        let mut started = match attach {
+            Some(pid) => agent.attach(pid).await?,
+            None => agent.start(&command(process, words, deadline)).await?,
+        };
+        if detach {
+            if let Some(Told::Started { pid }) = started.next().await? {
+                line(&pid.to_string());
+            }
+            return Ok(ExitCode::SUCCESS);
+        }
+        follow(&agent, started, process.interactive, deadline).await
+    };
+    tokio::select! {
+        result = running => Ok(result.or_else(deadline_code)?),
+        // The process goes on: it can be attached to.
+        _ = tokio::signal::ctrl_c() => Ok(ExitCode::from(130)),
+    }
+}
+
+async fn kill(client: &Client, ids: Vec<String>, all: bool) -> Result<ExitCode, Failed> {
+    let ids = if all {
+        client
+            .list_all(&[])
+            .await?
+            .into_iter()
+            .map(|sandbox| sandbox.sandbox_id)
+            .collect()
+    } else {
+        ids.iter().map(|id| parse(id)).collect::<Result<Vec<_>, _>>()?
+    };
+    let mut code = ExitCode::SUCCESS;
+    for id in ids {
+        match client.kill(&id).await {
+            Ok(()) => line(id.as_str()),
+            // Ended by itself between the list and here.
+            Err(Error::Refused(refused)) if all && refused.code == 404 => {}
+            Err(error) => {
+                Failed::from(error).print();
+                code = ExitCode::FAILURE;
+            }
+        }
+    }
+    Ok(code)
+}
+
+#[derive(Debug, Serialize)]
+struct Ps {
+    pid: u32,
+    command: String,
+    cwd: Option<String>,
+    tag: Option<String>,
+}
+
+impl From<ProcessInfo> for Ps {
+    fn from(info: ProcessInfo) -> Self {
+        let config = info.config.into_option().unwrap_or_default();
+        let words: Vec<String> = std::iter::once(config.cmd).chain(config.args).collect();
+        Self {
+            pid: info.pid,
+            command: words.join(" "),
+            cwd: config.cwd,
+            tag: info.tag,
+        }
+    }
+}
+
+fn ps_table(rows: &Vec<Ps>) -> comfy_table::Table {
+    let mut table = table(&["pid", "command"]);
+    for row in rows {
+        table.add_row([row.pid.to_string(), row.command.clone()]);
+    }
+    table
+}
+
+/// `ID:PATH`, when it is one.
+fn remote(text: &str) -> Option<(&str, &str)> {
+    text.split_once(':')
+        .filter(|(id, path)| id.parse::<SandboxId>().is_ok() && !path.is_empty())
+}
+
+async fn copy(client: &Client, source: &str, target: &str, user: Option<String>) -> Result<(), Failed> {
+    let local = |what: String| move |source| Failed::from(Error::Local { what, source });
+    match (remote(source), remote(target)) {
+        (Some((id, path)), None) => {
+            let agent = agent(client, id, user).await?;
+            let bar = progress(path, None);
+            let told = bar.clone();
+            let report = move |done, size: Option<u64>| {
+                if let Some(size) = size {
+                    told.set_length(size);
+                }
+                told.set_position(done);
+            };
+            if target == "-" {
+                agent.download(path, &mut tokio::io::stdout(), report).await?;
+            } else {
+                // Under another name first: an interrupted copy is not taken for the file.
+                let part = format!("{target}.part");
+                let mut file = tokio::fs::File::create(&part)
+                    .await
+                    .map_err(local(format!("making {part}")))?;
+                let result = agent.download(path, &mut file, report).await;
+                if result.is_err() {
+                    let _ = tokio::fs::remove_file(&part).await;
+                }
+                result?;
+                tokio::fs::rename(&part, target)
+                    .await
+                    .map_err(local(format!("naming {target}")))?;
+            }
+            bar.finish_and_clear();
+        }
+        (None, Some((id, path))) => {
+            let agent = agent(client, id, user).await?;
+            if source == "-" {
+                agent.upload(path, tokio::io::stdin(), |_| {}).await?;
+            } else {
+                let file = tokio::fs::File::open(source)
+                    .await
+                    .map_err(local(format!("opening {source}")))?;
+                let size = file
+                    .metadata()
+                    .await
+                    .map_err(local(format!("reading {source}")))?
+                    .len();
+                let bar = progress(source, Some(size));
+                let told = bar.clone();
+                agent
+                    .upload(path, file, move |done| told.set_position(done))
+                    .await?;
+                bar.finish_and_clear();
+            }
+        }
+        _ => {
+            return Err(Failed::new(
+                "one of the two has to be in a sandbox".to_owned(),
+                "cp FILE ID:PATH, or cp ID:PATH FILE",
+            ));
+        }
+    }
+    Ok(())
+}

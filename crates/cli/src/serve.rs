@@ -1,0 +1,288 @@
+//! `kelvin serve`: control plane, node and gateway in one process, on one listener.
+//!
+//! One server owns a data directory, by a lock on `run/lock` that the kernel drops with the process.
+//! SIGTERM and SIGINT: requests under way end, waiting VMMs are released, sandboxes keep running and are
+//! adopted by the next start.
+
+use std::convert::Infallible;
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use axum::body::Body;
+use axum::response::Response;
+use axum::serve::ListenerExt;
+use http::Request;
+use http_body_util::BodyExt;
+use kelvin_api::ENVD_VERSION;
+use kelvin_api::error::{Failure, Kind};
+use kelvin_api::id::{SandboxId, TemplateName};
+use kelvin_api::node::{Changes, Create, Created, Live};
+use kelvin_api::phase::Phase;
+use kelvin_api::sandbox::{BakeTemplate, NodeInfo, Template};
+use kelvin_api::units::MemoryMib;
+use kelvin_control::{ApiKey, Control};
+use kelvin_gateway::{Agents, Gateway, Inbound, Outbound};
+use kelvin_node::Node;
+use kelvin_node::options::Options;
+use kelvin_vmm::qemu::Qemu;
+use tower::service_fn;
+use tracing_subscriber::EnvFilter;
+
+use crate::args::{ServeArgs, data_dir};
+use crate::output::Failed;
+
+/// Joins the node to what control plane and gateway ask of one.
+struct Local(Node);
+
+#[async_trait]
+impl kelvin_control::Node for Local {
+    async fn create(&self, request: Create) -> Result<Created, Failure> {
+        Ok(self.0.create(request).await?)
+    }
+
+    async fn kill(&self, id: &SandboxId) -> Result<(), Failure> {
+        Ok(self.0.kill(id).await?)
+    }
+
+    async fn set_deadline(&self, id: &SandboxId, ends_at: jiff::Timestamp) -> Result<(), Failure> {
+        Ok(self.0.set_deadline(id, ends_at).await?)
+    }
+
+    async fn console(&self, id: &SandboxId) -> Result<String, Failure> {
+        Ok(self.0.console(id).await?)
+    }
+
+    async fn live(&self) -> Result<Vec<Live>, Failure> {
+        Ok(self.0.live())
+    }
+
+    async fn changes(&self, generation: u64) -> Result<Changes, Failure> {
+        Ok(self.0.changes(generation).await)
+    }
+
+    async fn templates(&self) -> Result<Vec<Template>, Failure> {
+        let templates = self.0.templates().await?;
+        Ok(templates
+            .into_iter()
+            .map(|(template, snapshots)| Template {
+                template_id: template.name.to_string(),
+                build_id: template.image.clone(),
+                cpu_count: template.shape.vcpus,
+                memory_mb: template.shape.memory_mib.0,
+                disk_size_mb: template.shape.disk_mib.0,
+                public: false,
+                aliases: vec![template.name.to_string()],
+                names: vec![template.name.to_string()],
+                envd_version: ENVD_VERSION.to_owned(),
+                build_status: "ready".to_owned(),
+                snapshots,
+            })
+            .collect())
+    }
+
+    async fn bake(&self, template: &TemplateName, request: BakeTemplate) -> Result<String, Failure> {
+        let memory = match request.memory_mb.map(u32::try_from) {
+            None => None,
+            Some(Ok(memory)) => Some(MemoryMib(memory)),
+            Some(Err(_)) => {
+                return Err(Failure::new(
+                    Kind::Invalid,
+                    "invalid_shape",
+                    "memoryMB is outside every range",
+                    "ask for less memory",
+                ));
+            }
+        };
+        Ok(self
+            .0
+            .bake(template, request.cpu_count, memory, request.waiting_vmms)
+            .await?
+            .to_string())
+    }
+
+    async fn info(&self) -> Result<NodeInfo, Failure> {
+        Ok(self.0.info().await?)
+    }
+
+    async fn collect(&self, dry_run: bool) -> Result<serde_json::Value, Failure> {
+        let garbage = self.0.collect(dry_run).await?;
+        serde_json::to_value(garbage).map_err(|error| {
+            Failure::new(
+                Kind::Internal,
+                "encoding",
+                "the result cannot be written",
+                "report this",
+            )
+            .with_cause(&error)
+        })
+    }
+}
+
+#[async_trait]
+impl Agents for Local {
+    async fn send(
+        &self,
+        sandbox: &SandboxId,
+        request: Request<Inbound>,
+    ) -> Result<Response<Outbound>, Failure> {
+        let response = self.0.send(sandbox, request).await?;
+        Ok(response.map(|body| body.map_err(std::io::Error::other).boxed_unsync()))
+    }
+}
+
+fn options(args: &ServeArgs) -> Result<Options, Failed> {
+    let mut options = Options::for_host(data_dir(args.data_dir.as_ref()));
+    if let Some(accelerator) = args.accel {
+        options.accelerator = accelerator;
+    }
+    if let Some(memory) = args.memory_mib {
+        options.memory = MemoryMib(memory);
+    }
+    options.vcpus = args.vcpus.unwrap_or(options.vcpus);
+    options.waiting_vmms = args.waiting_vmms;
+    options.concurrent_restores = args.concurrent_restores.unwrap_or(options.concurrent_restores);
+    options.auto_bake = !args.no_auto_bake;
+    if let Some(name) = &args.crash_at {
+        let phase = Phase::ALL.into_iter().find(|phase| phase.name() == name);
+        options.crash_at =
+            Some(phase.ok_or_else(|| Failed::new(format!("no phase {name:?}"), "see SPEC.md"))?);
+    }
+    Ok(options)
+}
+
+/// Takes the data directory for this process alone.
+fn lock(data_dir: &Path) -> Result<std::fs::File, Failed> {
+    let failed = |error: std::io::Error| {
+        Failed::new(
+            format!("{}: {error}", data_dir.display()),
+            "name a directory that can be written with --data-dir",
+        )
+    };
+    std::fs::create_dir_all(data_dir.join("run")).map_err(failed)?;
+    let file = std::fs::File::create(data_dir.join("run/lock")).map_err(failed)?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        Failed::new(
+            format!("another server uses {}", data_dir.display()),
+            "stop it, or name another directory with --data-dir",
+        )
+    })?;
+    Ok(file)
+}
+
+fn start_log() {
+    let filter = EnvFilter::try_from_env("KELVIN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let colour = std::io::IsTerminal::is_terminal(&std::io::stderr())
+        && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(colour)
+        .with_target(false)
+        .init();
+}
+
+/// Runs the server until a signal.
+pub async fn run(args: ServeArgs) -> Result<(), Failed> {
+    start_log();
+    let options = options(&args)?;
+    let data_dir = options.data_dir.clone();
+    let lock = lock(&data_dir)?;
+    // Bound before anything is made: a port that is taken must cost nothing.
+    let listener = tokio::net::TcpListener::bind(args.listen)
+        .await
+        .map_err(|error| {
+            Failed::new(
+                format!("{}: {error}", args.listen),
+                "name another address with --listen",
+            )
+        })?;
+    let address = listener.local_addr().map_err(|error| Failed::other(&error))?;
+    let absolute = data_dir.canonicalize().map_err(|error| Failed::other(&error))?;
+    let driver = tokio::task::spawn_blocking(move || {
+        Qemu::open(&absolute, options.accelerator).map(|driver| (driver, options))
+    })
+    .await
+    .map_err(|error| Failed::other(&error))?;
+    let (driver, options) = driver.map_err(|error| Failed::other(&error))?;
+    let node = Node::open(options, Arc::new(driver))
+        .await
+        .map_err(|error| Failed::other(&error))?;
+    let key_path = node.data_dir().join("api-key");
+    let key = ApiKey::open(&key_path).map_err(|error| Failed::other(&error))?;
+    let local = Arc::new(Local(node.clone()));
+    let control = Control::open(
+        node.data_dir(),
+        Arc::clone(&local) as Arc<dyn kelvin_control::Node>,
+        key,
+    )
+    .await
+    .map_err(|error| Failed::other(&error))?;
+    let gateway = Gateway::new(local);
+    let info = node.info().await.map_err(|error| Failed::other(&error))?;
+    if !info.reflink {
+        tracing::warn!(
+            "the data directory cannot clone files: every disk is COPIED; `kelvin setup` makes one that can"
+        );
+    }
+    tracing::info!(url = %format!("http://{address}"), data_dir = %data_dir.display(), vmm = info.vmm,
+        accelerator = info.accelerator, api_key = %key_path.display(), "ready");
+    announce(&data_dir, &address.to_string())?;
+    let router = control.router();
+    let service = service_fn(move |request: Request<Body>| {
+        let (router, gateway) = (router.clone(), gateway.clone());
+        async move {
+            if Gateway::wants(request.headers()) {
+                return Ok(gateway.forward(request).await);
+            }
+            let reply: Result<Response, Infallible> = tower::ServiceExt::oneshot(router, request).await;
+            reply
+        }
+    });
+    let listener = listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY");
+        }
+    });
+    let stopping = async {
+        wait_for_signal().await;
+        tracing::info!("stopping; sandboxes keep running");
+    };
+    tokio::select! {
+        served = async { axum::serve(listener, tower::make::Shared::new(service)).await } => served.map_err(|error| Failed::other(&error))?,
+        () = stopping => {}
+    }
+    control.stop().await;
+    node.stop().await;
+    let _ = std::fs::remove_file(data_dir.join("run/server.json"));
+    drop(lock);
+    Ok(())
+}
+
+/// Tells scripts where the server is, once it answers.
+fn announce(data_dir: &Path, address: &str) -> Result<(), Failed> {
+    let write = || -> std::io::Result<()> {
+        let path = data_dir.join("run/server.json");
+        let fresh = path.with_extension("new");
+        let body = serde_json::json!({ "pid": std::process::id(), "url": format!("http://{address}") });
+        std::fs::write(&fresh, body.to_string())?;
+        std::fs::rename(fresh, path)
+    };
+    write().map_err(|error| Failed::other(&error))
+}
+
+async fn wait_for_signal() {
+    use tokio::signal::unix::{SignalKind, signal};
+    match signal(SignalKind::terminate()) {
+        Ok(mut terminate) => {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = tokio::signal::ctrl_c() => {}
+            }
+        }
+        Err(error) => {
+            tracing::error!(%error, "SIGTERM cannot be waited for");
+            let _ = tokio::signal::ctrl_c().await;
+        }
+    }
+}
