@@ -12,8 +12,5 @@ fn main() {
         .arg(Path::new(&out).join("ro_ram.so"))
         .arg(source)
         .status();
-    assert!(
-        matches!(status, Ok(status) if status.success()),
-        "cc {source}: {status:?}"
-    );
+    assert!(matches!(status, Ok(status) if status.success()), "cc {source}: {status:?}");
 }

@@ -6,7 +6,6 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -19,30 +18,67 @@ use crate::state::State;
 /// Files that hold the machine's identity; `/etc` has links to them, so that activation writes memory
 /// and not the disk.
 const RUN: &str = "/run/kelvin";
+/// `/etc/hosts` up to the machine's own name.
+const HOSTS: &[u8] = b"127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 ";
 
+/// A file in memory, mapped before the snapshot: to write it is to copy bytes, with no system call and no
+/// kernel code that an emulator would have to translate first (6 to 13 ms for one `write`, measured).
 struct IdentityFile {
     file: File,
+    bytes: *mut u8,
     length: usize,
 }
 
+// SAFETY: the mapping belongs to this struct alone and lives as long as the process.
+#[allow(unsafe_code)]
+unsafe impl Send for IdentityFile {}
+
+/// Room for each identity file, in bytes: one page.
+const ROOM: usize = 4096;
+
 impl IdentityFile {
-    fn create(name: &str) -> io::Result<Self> {
-        let file = File::options()
-            .create(true)
-            .truncate(true)
-            .write(true)
-            .open(format!("{RUN}/{name}"))?;
-        Ok(Self { file, length: 0 })
+    /// Makes the file with `length` bytes of space in it: what a usual content has.
+    #[allow(unsafe_code)]
+    fn create(name: &str, length: usize) -> io::Result<Self> {
+        use rustix::mm::{MapFlags, ProtFlags, mmap};
+        let path = format!("{RUN}/{name}");
+        let file = File::options().create(true).truncate(true).read(true).write(true).open(path)?;
+        file.set_len(length as u64)?;
+        // SAFETY: a new mapping at an address of the kernel's choice; the file has a page behind it as long
+        // as its length is not zero, which `set` keeps.
+        let bytes = unsafe {
+            mmap(std::ptr::null_mut(), ROOM, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0)?
+        };
+        let mut made = Self { file, bytes: bytes.cast(), length };
+        // Touched now: the page is there, writable, before the snapshot.
+        made.set(&vec![b'\n'; length])?;
+        Ok(made)
     }
 
+    /// Replaces the content. Only a length that differs from the last one costs a system call.
+    #[allow(unsafe_code)]
     fn set(&mut self, content: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(content, 0)?;
-        if self.length > content.len() {
-            self.file.set_len(content.len() as u64)?;
+        if content.is_empty() || content.len() > ROOM {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "an identity file has 1 to 4096 bytes"));
         }
-        self.length = content.len();
+        if content.len() != self.length {
+            self.file.set_len(content.len() as u64)?;
+            self.length = content.len();
+        }
+        // SAFETY: the mapping has `ROOM` bytes, which `content` fits into, and its page exists because the
+        // file is not empty; nobody else in this process reads or writes it.
+        unsafe { std::ptr::copy_nonoverlapping(content.as_ptr(), self.bytes, content.len()) };
         Ok(())
     }
+}
+
+fn hex(bytes: [u8; 16]) -> [u8; 33] {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let mut text = [b'\n'; 33];
+    for (pair, byte) in text.chunks_exact_mut(2).zip(bytes) {
+        pair.copy_from_slice(&[DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
+    }
+    text
 }
 
 /// Serves the control port until the machine ends.
@@ -68,9 +104,9 @@ impl Control {
             state,
             port,
             random: File::options().read(true).write(true).open("/dev/urandom")?,
-            hostname: IdentityFile::create("hostname")?,
-            machine_id: IdentityFile::create("machine-id")?,
-            hosts: IdentityFile::create("hosts")?,
+            hostname: IdentityFile::create("hostname", 21)?,
+            machine_id: IdentityFile::create("machine-id", 33)?,
+            hosts: IdentityFile::create("hosts", HOSTS.len() + 21)?,
             problems: std::env::var(crate::init::PROBLEMS).unwrap_or_default(),
         })
     }
@@ -117,10 +153,9 @@ impl Control {
     fn answer(&mut self, request: Request, started: Instant) -> Reply {
         let result = match request {
             Request::Ping => Ok(()),
-            Request::Activate(_) if !self.problems.is_empty() => Err(io::Error::other(format!(
-                "the machine did not start whole: {}",
-                self.problems
-            ))),
+            Request::Activate(_) if !self.problems.is_empty() => {
+                Err(io::Error::other(format!("the machine did not start whole: {}", self.problems)))
+            }
             Request::Activate(activation) => self.activate(activation),
             Request::Quiesce => {
                 rustix::fs::sync();
@@ -143,39 +178,17 @@ impl Control {
         // The clock first: it was read by the host just before the frame was sent.
         let seconds = i64::try_from(activation.wall_clock_ns / 1_000_000_000).map_err(io::Error::other)?;
         let nanos = i64::try_from(activation.wall_clock_ns % 1_000_000_000).map_err(io::Error::other)?;
-        rustix::time::clock_settime(
-            ClockId::Realtime,
-            Timespec {
-                tv_sec: seconds,
-                tv_nsec: nanos,
-            },
-        )?;
+        rustix::time::clock_settime(ClockId::Realtime, Timespec { tv_sec: seconds, tv_nsec: nanos })?;
         reseed(&self.random, &activation.entropy)?;
         rustix::system::sethostname(activation.hostname.as_bytes())?;
-        self.hostname
-            .set(format!("{}\n", activation.hostname).as_bytes())?;
-        self.machine_id
-            .set(format!("{:032x}\n", u128::from_be_bytes(activation.machine_id)).as_bytes())?;
-        self.hosts.set(
-            format!(
-                "127.0.0.1 localhost\n127.0.1.1 {}\n::1 localhost ip6-localhost ip6-loopback\n",
-                activation.hostname
-            )
-            .as_bytes(),
-        )?;
+        let line = [activation.hostname.as_bytes(), b"\n"].concat();
+        self.hostname.set(&line)?;
+        self.machine_id.set(&hex(activation.machine_id))?;
+        self.hosts.set(&[HOSTS, &line].concat())?;
         let mut settings = self.state.settings();
+        settings.sandbox_id = activation.sandbox_id;
+        settings.template = activation.template;
         settings.env_vars = activation.env_vars;
-        for (key, value) in [
-            ("E2B_SANDBOX", "true"),
-            ("E2B_SANDBOX_ID", activation.sandbox_id.as_str()),
-            ("E2B_TEMPLATE_ID", activation.template.as_str()),
-            ("KELVIN_SANDBOX_ID", activation.sandbox_id.as_str()),
-        ] {
-            settings
-                .env_vars
-                .entry(key.to_owned())
-                .or_insert_with(|| value.to_owned());
-        }
         settings.access_token = activation.access_token;
         Ok(())
     }
@@ -194,20 +207,24 @@ fn reseed(random: &File, entropy: &[u8; 64]) -> io::Result<()> {
         buf_size: libc::c_int,
         buf: [u8; 64],
     }
-    let info = PoolInfo {
-        entropy_count: 512,
-        buf_size: 64,
-        buf: *entropy,
-    };
+    let info = PoolInfo { entropy_count: 512, buf_size: 64, buf: *entropy };
     // SAFETY: `info` has the layout of `rand_pool_info` with its 64 bytes behind it and outlives the
     // call; the second request takes no argument.
     let done = unsafe {
         libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &info) == 0
             && libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) == 0
     };
-    if done {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
+    if done { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_id_is_a_line_of_hexadecimal() {
+        let mut bytes = [0; 16];
+        (bytes[0], bytes[15]) = (0xab, 0x01);
+        assert_eq!(&hex(bytes), b"ab000000000000000000000000000001\n");
     }
 }

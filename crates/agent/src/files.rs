@@ -33,40 +33,27 @@ fn target(state: &Arc<State>, request: &Request<Incoming>) -> Result<Target, Res
         .user(parameters.get("username").map(String::as_str))
         .map_err(|text| error(StatusCode::UNAUTHORIZED, &text))?;
     match parameters.get("path").filter(|path| !path.is_empty()) {
-        Some(path) if !path.contains('\0') => Ok(Target {
-            path: clean(&user.resolve(path)),
-            user,
-        }),
+        Some(path) if !path.contains('\0') => Ok(Target { path: clean(&user.resolve(path)), user }),
         Some(_) => Err(error(StatusCode::BAD_REQUEST, "the path has a NUL byte")),
-        None => Err(error(
-            StatusCode::BAD_REQUEST,
-            "the query parameter 'path' is missing",
-        )),
+        None => Err(error(StatusCode::BAD_REQUEST, "the query parameter 'path' is missing")),
     }
 }
 
 fn failed(path: &std::path::Path, problem: &io::Error) -> Response<Body> {
     match problem.kind() {
-        io::ErrorKind::NotFound => error(
-            StatusCode::NOT_FOUND,
-            &format!("path '{}' does not exist", path.display()),
-        ),
-        io::ErrorKind::IsADirectory => error(
-            StatusCode::BAD_REQUEST,
-            &format!("path '{}' is a directory", path.display()),
-        ),
-        io::ErrorKind::NotADirectory => error(
-            StatusCode::BAD_REQUEST,
-            &format!("a parent of '{}' is not a directory", path.display()),
-        ),
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => error(
-            StatusCode::INSUFFICIENT_STORAGE,
-            "not enough disk space available",
-        ),
-        _ => error(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            &format!("'{}': {problem}", path.display()),
-        ),
+        io::ErrorKind::NotFound => {
+            error(StatusCode::NOT_FOUND, &format!("path '{}' does not exist", path.display()))
+        }
+        io::ErrorKind::IsADirectory => {
+            error(StatusCode::BAD_REQUEST, &format!("path '{}' is a directory", path.display()))
+        }
+        io::ErrorKind::NotADirectory => {
+            error(StatusCode::BAD_REQUEST, &format!("a parent of '{}' is not a directory", path.display()))
+        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            error(StatusCode::INSUFFICIENT_STORAGE, "not enough disk space available")
+        }
+        _ => error(StatusCode::INTERNAL_SERVER_ERROR, &format!("'{}': {problem}", path.display())),
     }
 }
 
@@ -79,21 +66,13 @@ pub async fn download(state: &Arc<State>, request: &Request<Incoming>) -> Respon
     let opened = async {
         let file = tokio::fs::File::open(&path).await?;
         let found = file.metadata().await?;
-        if found.is_dir() {
-            Err(io::ErrorKind::IsADirectory.into())
-        } else {
-            Ok((file, found.len()))
-        }
+        if found.is_dir() { Err(io::ErrorKind::IsADirectory.into()) } else { Ok((file, found.len())) }
     };
     let (mut file, size) = match opened.await {
         Ok(opened) => opened,
         Err(problem) => return failed(&path, &problem),
     };
-    let name = path
-        .file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .replace(['"', '\\', '\r', '\n'], "_");
+    let name = path.file_name().unwrap_or_default().to_string_lossy().replace(['"', '\\', '\r', '\n'], "_");
     let mut reply = Response::builder()
         .header(CONTENT_TYPE, "application/octet-stream")
         .header("accept-ranges", "bytes")
@@ -101,10 +80,9 @@ pub async fn download(state: &Arc<State>, request: &Request<Incoming>) -> Respon
     let (start, length) = match range(request.headers(), size) {
         Wanted::All => (0, size),
         Wanted::Part(start, length) => {
-            reply = reply.status(StatusCode::PARTIAL_CONTENT).header(
-                CONTENT_RANGE,
-                format!("bytes {start}-{}/{size}", start + length - 1),
-            );
+            reply = reply
+                .status(StatusCode::PARTIAL_CONTENT)
+                .header(CONTENT_RANGE, format!("bytes {start}-{}/{size}", start + length - 1));
             (start, length)
         }
         Wanted::Nothing => {
@@ -126,10 +104,7 @@ pub async fn download(state: &Arc<State>, request: &Request<Incoming>) -> Respon
             0 => Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
             count => {
                 buffer.truncate(count);
-                Ok(Some((
-                    Frame::data(Bytes::from(buffer)),
-                    (file, left - count as u64),
-                )))
+                Ok(Some((Frame::data(Bytes::from(buffer)), (file, left - count as u64))))
             }
         }
     });
@@ -176,11 +151,7 @@ pub async fn upload(state: &Arc<State>, request: Request<Incoming>) -> Response<
         Ok(target) => target,
         Err(reply) => return reply,
     };
-    let kind = request
-        .headers()
-        .get(CONTENT_TYPE)
-        .and_then(|kind| kind.to_str().ok())
-        .unwrap_or_default();
+    let kind = request.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     if !kind.starts_with("application/octet-stream") || request.headers().contains_key("content-encoding") {
         return error(
             StatusCode::UNSUPPORTED_MEDIA_TYPE,

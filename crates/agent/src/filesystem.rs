@@ -60,17 +60,9 @@ pub fn clean(path: &Path) -> PathBuf {
 pub fn entry(path: &Path) -> io::Result<EntryInfo> {
     let own = std::fs::symlink_metadata(path)?;
     let link = own.is_symlink();
-    let target = if link {
-        std::fs::canonicalize(path).ok()
-    } else {
-        None
-    };
+    let target = if link { std::fs::canonicalize(path).ok() } else { None };
     // A link shows its target's type; a dangling one shows itself.
-    let seen = if link {
-        std::fs::metadata(path).unwrap_or(own)
-    } else {
-        own
-    };
+    let seen = if link { std::fs::metadata(path).unwrap_or(own) } else { own };
     let kind = if seen.is_dir() {
         FileType::FILE_TYPE_DIRECTORY
     } else if seen.is_file() {
@@ -82,11 +74,7 @@ pub fn entry(path: &Path) -> io::Result<EntryInfo> {
     };
     let mode = seen.permissions().mode() & 0o7777;
     Ok(EntryInfo {
-        name: path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned(),
+        name: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         r#type: kind.into(),
         path: path.to_string_lossy().into_owned(),
         size: i64::try_from(seen.len()).unwrap_or(i64::MAX),
@@ -115,13 +103,8 @@ fn permissions(directory: bool, link: bool, mode: u32) -> String {
     } else {
         '-'
     };
-    let bits = (0..9).rev().map(|bit| {
-        if mode >> bit & 1 == 1 {
-            ['x', 'w', 'r'][(bit % 3) as usize]
-        } else {
-            '-'
-        }
-    });
+    let bits =
+        (0..9).rev().map(|bit| if mode >> bit & 1 == 1 { ['x', 'w', 'r'][(bit % 3) as usize] } else { '-' });
     std::iter::once(kind).chain(bits).collect()
 }
 
@@ -163,9 +146,7 @@ fn list(path: &Path, depth: u32, entries: &mut Vec<EntryInfo>) -> Result<(), Con
         // Gone between the two calls: then it is not listed.
         let Ok(found) = entry(&name) else { continue };
         if entries.len() >= MAX_ENTRIES {
-            return Err(ConnectError::resource_exhausted(format!(
-                "more than {MAX_ENTRIES} entries"
-            )));
+            return Err(ConnectError::resource_exhausted(format!("more than {MAX_ENTRIES} entries")));
         }
         let descend =
             depth > 1 && !found.is_symlink && found.r#type.to_i32() == FileType::FILE_TYPE_DIRECTORY as i32;
@@ -194,10 +175,7 @@ impl Filesystem for Files {
     ) -> ServiceResult<StatResponse> {
         let (_, path) = self.path(&ctx, request.path)?;
         let entry = entry(&path).map_err(|error| failed(&path, &error))?;
-        Response::ok(StatResponse {
-            entry: entry.into(),
-            ..Default::default()
-        })
+        Response::ok(StatResponse { entry: entry.into(), ..Default::default() })
     }
 
     async fn list_dir(
@@ -215,10 +193,7 @@ impl Filesystem for Files {
         }
         let mut entries = Vec::new();
         list(&path, request.depth.max(1), &mut entries)?;
-        Response::ok(ListDirResponse {
-            entries,
-            ..Default::default()
-        })
+        Response::ok(ListDirResponse { entries, ..Default::default() })
     }
 
     async fn make_dir(
@@ -228,17 +203,11 @@ impl Filesystem for Files {
     ) -> ServiceResult<MakeDirResponse> {
         let (user, path) = self.path(&ctx, request.path)?;
         if path.exists() {
-            return Err(ConnectError::already_exists(format!(
-                "path '{}' exists already",
-                path.display()
-            )));
+            return Err(ConnectError::already_exists(format!("path '{}' exists already", path.display())));
         }
         make_dirs(&path, &user).map_err(|error| failed(&path, &error))?;
         let entry = entry(&path).map_err(|error| failed(&path, &error))?;
-        Response::ok(MakeDirResponse {
-            entry: entry.into(),
-            ..Default::default()
-        })
+        Response::ok(MakeDirResponse { entry: entry.into(), ..Default::default() })
     }
 
     async fn r#move(
@@ -253,10 +222,7 @@ impl Filesystem for Files {
         }
         std::fs::rename(&source, &destination).map_err(|error| failed(&source, &error))?;
         let entry = entry(&destination).map_err(|error| failed(&destination, &error))?;
-        Response::ok(MoveResponse {
-            entry: entry.into(),
-            ..Default::default()
-        })
+        Response::ok(MoveResponse { entry: entry.into(), ..Default::default() })
     }
 
     async fn remove(

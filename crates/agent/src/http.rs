@@ -47,13 +47,9 @@ pub fn run() -> io::Result<()> {
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     let state = Arc::new(State::default());
     let control = Control::open(Arc::clone(&state), port::open(guest::CONTROL_PORT, false)?)?;
-    std::thread::Builder::new()
-        .name("control".to_owned())
-        .spawn(move || control.run())?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .max_blocking_threads(4)
-        .build()?;
+    std::thread::Builder::new().name("control".to_owned()).spawn(move || control.run())?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
     runtime.block_on(serve(state, port::open(guest::HTTP_PORT, true)?))
 }
 
@@ -103,7 +99,7 @@ impl Agent {
                 Ok(metrics) => json(StatusCode::OK, &metrics),
                 Err(problem) => error(StatusCode::INTERNAL_SERVER_ERROR, &problem.to_string()),
             },
-            (&Method::GET, "/envs") => json(StatusCode::OK, &self.state.settings().env_vars),
+            (&Method::GET, "/envs") => json(StatusCode::OK, &self.state.settings().environment()),
             (&Method::POST, "/init") => self.init(request).await,
             (&Method::GET, "/files") => files::download(&self.state, &request).await,
             (&Method::POST, "/files") => files::upload(&self.state, request).await,
@@ -161,22 +157,11 @@ struct Init {
 
 fn set_clock(text: &str) -> Result<(), String> {
     use rustix::time::{ClockId, Timespec, clock_settime};
-    let time: SystemTime = text
-        .parse::<jiff::Timestamp>()
-        .map_err(|error| error.to_string())?
-        .into();
-    let since = time
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_err(|error| error.to_string())?;
+    let time: SystemTime = text.parse::<jiff::Timestamp>().map_err(|error| error.to_string())?.into();
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).map_err(|error| error.to_string())?;
     let seconds = i64::try_from(since.as_secs()).map_err(|error| error.to_string())?;
-    clock_settime(
-        ClockId::Realtime,
-        Timespec {
-            tv_sec: seconds,
-            tv_nsec: i64::from(since.subsec_nanos()),
-        },
-    )
-    .map_err(|error| error.to_string())
+    clock_settime(ClockId::Realtime, Timespec { tv_sec: seconds, tv_nsec: i64::from(since.subsec_nanos()) })
+        .map_err(|error| error.to_string())
 }
 
 fn unauthorized(headers: &HeaderMap) -> Response<Body> {
@@ -196,11 +181,7 @@ fn unauthorized(headers: &HeaderMap) -> Response<Body> {
 
 /// A reply without a body.
 pub fn empty(status: StatusCode) -> Response<Body> {
-    let mut reply = Response::new(
-        Full::default()
-            .map_err(|never: Infallible| match never {})
-            .boxed_unsync(),
-    );
+    let mut reply = Response::new(Full::default().map_err(|never: Infallible| match never {}).boxed_unsync());
     *reply.status_mut() = status;
     reply
 }
@@ -210,33 +191,24 @@ pub fn json(status: StatusCode, body: &impl Serialize) -> Response<Body> {
     let Ok(bytes) = serde_json::to_vec(body) else {
         return empty(StatusCode::INTERNAL_SERVER_ERROR);
     };
-    let mut reply = Response::new(
-        Full::from(bytes)
-            .map_err(|never: Infallible| match never {})
-            .boxed_unsync(),
-    );
+    let mut reply =
+        Response::new(Full::from(bytes).map_err(|never: Infallible| match never {}).boxed_unsync());
     *reply.status_mut() = status;
-    reply.headers_mut().insert(
-        http::header::CONTENT_TYPE,
-        http::HeaderValue::from_static("application/json"),
-    );
+    reply
+        .headers_mut()
+        .insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
     reply
 }
 
 /// envd's error body.
 pub fn error(status: StatusCode, message: &str) -> Response<Body> {
-    json(
-        status,
-        &serde_json::json!({ "code": status.as_u16(), "message": message }),
-    )
+    json(status, &serde_json::json!({ "code": status.as_u16(), "message": message }))
 }
 
 /// The parameters of a query string, decoded; of a name that stands twice, the last.
 pub fn query(uri: &Uri) -> HashMap<String, String> {
     let decode = |text: &str| {
-        percent_encoding::percent_decode_str(&text.replace('+', " "))
-            .decode_utf8_lossy()
-            .into_owned()
+        percent_encoding::percent_decode_str(&text.replace('+', " ")).decode_utf8_lossy().into_owned()
     };
     uri.query()
         .unwrap_or_default()

@@ -31,34 +31,22 @@ pub fn run() -> ! {
             problems.push(text);
         }
     };
-    for (source, target, kind) in [
-        ("proc", "/proc", "proc"),
-        ("sysfs", "/sys", "sysfs"),
-        ("devtmpfs", "/dev", "devtmpfs"),
-    ] {
+    for (source, target, kind) in
+        [("proc", "/proc", "proc"), ("sysfs", "/sys", "sysfs"), ("devtmpfs", "/dev", "devtmpfs")]
+    {
         step(target, mount_at(source, target, kind, MountFlags::empty()));
     }
     step("modules", load_modules());
     step("root disk", enter_root());
     let quiet = MountFlags::NOSUID | MountFlags::NODEV;
-    step(
-        "/dev/pts",
-        mount_at("devpts", "/dev/pts", "devpts", MountFlags::NOSUID),
-    );
+    step("/dev/pts", mount_at("devpts", "/dev/pts", "devpts", MountFlags::NOSUID));
     step("/dev/shm", mount_at("tmpfs", "/dev/shm", "tmpfs", quiet));
     step("/run", mount_at("tmpfs", "/run", "tmpfs", quiet));
-    step(
-        "/sys/fs/cgroup",
-        mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", quiet),
-    );
+    step("/sys/fs/cgroup", mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", quiet));
     step("/run/lock", std::fs::create_dir_all("/run/lock"));
     step("loopback", loopback_up());
-    for (link, target) in [
-        ("fd", "/proc/self/fd"),
-        ("stdin", "fd/0"),
-        ("stdout", "fd/1"),
-        ("stderr", "fd/2"),
-    ] {
+    for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
+    {
         let _ = std::os::unix::fs::symlink(target, format!("/dev/{link}"));
     }
     let problems = problems.join("; ");
@@ -68,10 +56,7 @@ pub fn run() -> ! {
             let started = Command::new("/proc/self/exe")
                 .arg("agent")
                 .env_clear()
-                .env(
-                    "PATH",
-                    "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-                )
+                .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
                 .env(PROBLEMS, &problems)
                 .spawn();
             match started {
@@ -116,10 +101,7 @@ fn load_modules() -> io::Result<()> {
             && error != rustix::io::Errno::EXIST
             && first_error.is_ok()
         {
-            first_error = Err(io::Error::new(
-                io::Error::from(error).kind(),
-                format!("{name}: {error}"),
-            ));
+            first_error = Err(io::Error::new(io::Error::from(error).kind(), format!("{name}: {error}")));
         }
     }
     first_error
@@ -130,10 +112,7 @@ fn enter_root() -> io::Result<()> {
     let deadline = Instant::now() + ROOT_DEADLINE;
     while !Path::new(ROOT_DEVICE).exists() {
         if Instant::now() > deadline {
-            return Err(io::Error::new(
-                io::ErrorKind::TimedOut,
-                format!("{ROOT_DEVICE} did not appear"),
-            ));
+            return Err(io::Error::new(io::ErrorKind::TimedOut, format!("{ROOT_DEVICE} did not appear")));
         }
         std::thread::sleep(Duration::from_millis(1));
     }

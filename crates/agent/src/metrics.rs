@@ -39,10 +39,7 @@ impl CpuMeter {
             .filter_map(|field| field.parse().ok())
             .collect();
         // user, nice, system, irq, softirq, steal: all but idle and iowait.
-        let busy: u64 = [0, 1, 2, 5, 6, 7]
-            .iter()
-            .filter_map(|index| fields.get(*index))
-            .sum();
+        let busy: u64 = [0, 1, 2, 5, 6, 7].iter().filter_map(|index| fields.get(*index)).sum();
         let all: u64 = fields.iter().take(8).sum();
         let now = Instant::now();
         let mut last = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -73,9 +70,7 @@ pub fn read(meter: &CpuMeter) -> io::Result<Metrics> {
     let used = total.saturating_sub(kib("MemAvailable") << 10);
     let disk = rustix::fs::statvfs("/")?;
     Ok(Metrics {
-        ts: SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs()),
+        ts: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         cpu_count: std::thread::available_parallelism().map_or(1, usize::from),
         cpu_used_pct: meter.percent()?,
         mem_total: total,

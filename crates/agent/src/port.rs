@@ -37,10 +37,7 @@ pub fn open(name: &str, nonblocking: bool) -> io::Result<File> {
                 .open(std::path::Path::new("/dev").join(entry.file_name()));
         }
     }
-    Err(io::Error::new(
-        io::ErrorKind::NotFound,
-        format!("no virtio port {name}"),
-    ))
+    Err(io::Error::new(io::ErrorKind::NotFound, format!("no virtio port {name}")))
 }
 
 /// Waits until the host has connected to `port`, and gives the stream of that connection.
@@ -50,13 +47,7 @@ pub fn open(name: &str, nonblocking: bool) -> io::Result<File> {
 pub async fn accept(port: &File, state: &Arc<State>) -> io::Result<PortStream> {
     loop {
         let mut fds = [PollFd::new(port, PollFlags::IN)];
-        poll(
-            &mut fds,
-            Some(&Timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            }),
-        )?;
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
         if !fds[0].revents().contains(PollFlags::HUP) {
             break;
         }
@@ -68,11 +59,7 @@ pub async fn accept(port: &File, state: &Arc<State>) -> io::Result<PortStream> {
     #[allow(unsafe_code)]
     let fd = unsafe { AsyncFd::register(OwnedFd::from(port.try_clone()?)) }?;
     state.http_waiting.store(true, Ordering::Release);
-    Ok(PortStream {
-        fd,
-        state: Arc::clone(state),
-        ended: false,
-    })
+    Ok(PortStream { fd, state: Arc::clone(state), ended: false })
 }
 
 /// One connection of the host.

@@ -56,12 +56,7 @@ const MAX_PROCESSES: usize = 4096;
 enum Chunk {
     Stdout(Vec<u8>),
     Stderr(Vec<u8>),
-    End {
-        exit_code: i32,
-        exited: bool,
-        status: String,
-        error: Option<String>,
-    },
+    End { exit_code: i32, exited: bool, status: String, error: Option<String> },
 }
 
 impl Chunk {
@@ -76,12 +71,7 @@ impl Chunk {
         let event = match self {
             Self::Stdout(bytes) => data(Output::Stdout(bytes)),
             Self::Stderr(bytes) => data(Output::Stderr(bytes)),
-            Self::End {
-                exit_code,
-                exited,
-                status,
-                error,
-            } => Event::End(Box::new(process_event::EndEvent {
+            Self::End { exit_code, exited, status, error } => Event::End(Box::new(process_event::EndEvent {
                 exit_code,
                 exited,
                 status,
@@ -89,18 +79,12 @@ impl Chunk {
                 ..Default::default()
             })),
         };
-        ProcessEvent {
-            event: Some(event),
-            ..Default::default()
-        }
+        ProcessEvent { event: Some(event), ..Default::default() }
     }
 }
 
 fn data(output: Output) -> Event {
-    Event::Data(Box::new(process_event::DataEvent {
-        output: Some(output),
-        ..Default::default()
-    }))
+    Event::Data(Box::new(process_event::DataEvent { output: Some(output), ..Default::default() }))
 }
 
 #[derive(Debug, Default)]
@@ -177,10 +161,7 @@ struct Entry {
 
 impl Entry {
     fn signal(&self, signal: Signal) -> io::Result<()> {
-        let pid = i32::try_from(self.pid)
-            .ok()
-            .and_then(Pid::from_raw)
-            .ok_or(io::ErrorKind::NotFound)?;
+        let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::NotFound)?;
         kill_process_group(pid, signal).map_err(io::Error::from)
     }
 }
@@ -195,10 +176,7 @@ pub struct Processes {
 
 impl Processes {
     pub fn new(state: Arc<State>) -> Self {
-        Self {
-            state,
-            table: Table::default(),
-        }
+        Self { state, table: Table::default() }
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<u32, Arc<Entry>>> {
@@ -217,9 +195,7 @@ impl Processes {
                 .find(|entry| entry.tag.as_ref() == Some(tag))
                 .cloned()
                 .ok_or_else(|| ConnectError::not_found(format!("process with tag {tag} not found"))),
-            None => Err(ConnectError::invalid_argument(
-                "the selector needs a pid or a tag",
-            )),
+            None => Err(ConnectError::invalid_argument("the selector needs a pid or a tag")),
         }
     }
 
@@ -230,33 +206,23 @@ impl Processes {
         deadline: Option<std::time::Instant>,
     ) -> Result<Arc<Entry>, ConnectError> {
         if request.pty.is_set() {
-            return Err(ConnectError::unimplemented(
-                "PTYs come with a later version of the agent",
-            ));
+            return Err(ConnectError::unimplemented("PTYs come with a later version of the agent"));
         }
         if self.table().len() >= MAX_PROCESSES {
-            return Err(ConnectError::resource_exhausted(format!(
-                "{MAX_PROCESSES} processes run already"
-            )));
+            return Err(ConnectError::resource_exhausted(format!("{MAX_PROCESSES} processes run already")));
         }
         let config = request.process.into_option().unwrap_or_default();
         if config.cmd.is_empty() {
             return Err(ConnectError::invalid_argument("process.cmd is empty"));
         }
         let settings = self.state.settings().clone();
-        let cwd = match (
-            config.cwd.as_deref().filter(|cwd| !cwd.is_empty()),
-            &settings.default_workdir,
-        ) {
+        let cwd = match (config.cwd.as_deref().filter(|cwd| !cwd.is_empty()), &settings.default_workdir) {
             (Some(cwd), _) => user.resolve(cwd),
             (None, Some(workdir)) => user.resolve(workdir),
             (None, None) => user.home.clone(),
         };
         if !cwd.is_dir() {
-            return Err(ConnectError::invalid_argument(format!(
-                "cwd '{}' does not exist",
-                cwd.display()
-            )));
+            return Err(ConnectError::invalid_argument(format!("cwd '{}' does not exist", cwd.display())));
         }
         let internal = |error: io::Error| ConnectError::internal(format!("making pipes: {error}"));
         let (stdout, stdout_child) = output_pipe().map_err(internal)?;
@@ -265,10 +231,7 @@ impl Processes {
             let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
                 .map_err(|error| internal(error.into()))?;
             nonblocking(&writer).map_err(internal)?;
-            (
-                Some(pipe::Sender::from_owned_fd(writer).map_err(internal)?),
-                Stdio::from(reader),
-            )
+            (Some(pipe::Sender::from_owned_fd(writer).map_err(internal)?), Stdio::from(reader))
         } else {
             (None, Stdio::null())
         };
@@ -277,16 +240,13 @@ impl Processes {
             .args(&config.args)
             .current_dir(&cwd)
             .env_clear()
-            .env(
-                "PATH",
-                "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-            )
+            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
             .env("LANG", "C.UTF-8")
             .env("HOME", &user.home)
             .env("USER", &user.name)
             .env("LOGNAME", &user.name)
             .env("SHELL", &user.shell)
-            .envs(&settings.env_vars)
+            .envs(settings.environment())
             .envs(config.envs.iter())
             .stdin(stdin_child)
             .stdout(stdout_child)
@@ -301,9 +261,7 @@ impl Processes {
         })?;
         // The child has its ends now; while these stay open here, no pipe ever ends.
         drop(command);
-        let pid = child
-            .id()
-            .ok_or_else(|| ConnectError::internal("the process has no pid"))?;
+        let pid = child.id().ok_or_else(|| ConnectError::internal("the process has no pid"))?;
         let (ended, _) = watch::channel(false);
         let entry = Arc::new(Entry {
             pid,
@@ -318,12 +276,7 @@ impl Processes {
             tokio::spawn(end_at(deadline.into(), Arc::clone(&entry)));
         }
         let (exited, exited_receiver) = watch::channel(false);
-        let out = tokio::spawn(pump(
-            stdout,
-            Chunk::Stdout,
-            Arc::clone(&entry),
-            exited_receiver.clone(),
-        ));
+        let out = tokio::spawn(pump(stdout, Chunk::Stdout, Arc::clone(&entry), exited_receiver.clone()));
         let err = tokio::spawn(pump(stderr, Chunk::Stderr, Arc::clone(&entry), exited_receiver));
         let table = Arc::clone(&self.table);
         let supervised = Arc::clone(&entry);
@@ -337,10 +290,7 @@ impl Processes {
             let _ = tokio::time::timeout(UNSEEN_END, supervised.hub.collected()).await;
             let mut table = table.lock().unwrap_or_else(PoisonError::into_inner);
             // The pid may have been given to another process meanwhile.
-            if table
-                .get(&supervised.pid)
-                .is_some_and(|known| Arc::ptr_eq(known, &supervised))
-            {
+            if table.get(&supervised.pid).is_some_and(|known| Arc::ptr_eq(known, &supervised)) {
                 table.remove(&supervised.pid);
             }
         });
@@ -356,10 +306,7 @@ fn output_pipe() -> io::Result<(pipe::Receiver, Stdio)> {
 
 fn nonblocking(fd: &OwnedFd) -> io::Result<()> {
     let flags = rustix::fs::fcntl_getfl(fd.as_fd())?;
-    Ok(rustix::fs::fcntl_setfl(
-        fd.as_fd(),
-        flags | rustix::fs::OFlags::NONBLOCK,
-    )?)
+    Ok(rustix::fs::fcntl_setfl(fd.as_fd(), flags | rustix::fs::OFlags::NONBLOCK)?)
 }
 
 /// Makes the child lead a session of its own and drop to `user`.
@@ -371,19 +318,12 @@ fn become_user(command: &mut tokio::process::Command, user: &User) {
     unsafe {
         command.pre_exec(move || {
             let check = |result: libc::c_int| {
-                if result < 0 {
-                    Err(io::Error::last_os_error())
-                } else {
-                    Ok(())
-                }
+                if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
             };
             check(libc::setsid())?;
             libc::umask(0o022);
             // The agent is spared by the OOM killer; what it starts is not.
-            let score = libc::open(
-                c"/proc/self/oom_score_adj".as_ptr(),
-                libc::O_WRONLY | libc::O_CLOEXEC,
-            );
+            let score = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
             if score >= 0 {
                 libc::write(score, c"0".as_ptr().cast(), 1);
                 libc::close(score);
@@ -434,12 +374,7 @@ fn end_of(status: io::Result<ExitStatus>) -> Chunk {
             (None, signal) => {
                 let number = signal.unwrap_or(0);
                 let text = format!("signal: {number}");
-                Chunk::End {
-                    exit_code: -1,
-                    exited: false,
-                    status: text.clone(),
-                    error: Some(text),
-                }
+                Chunk::End { exit_code: -1, exited: false, status: text.clone(), error: Some(text) }
             }
         },
         Err(error) => Chunk::End {
@@ -497,13 +432,7 @@ fn events(
             Ok(None) => None,
             Err(_elapsed) => {
                 let event = Event::Keepalive(Box::default());
-                Some((
-                    ProcessEvent {
-                        event: Some(event),
-                        ..Default::default()
-                    },
-                    (receiver, false),
-                ))
+                Some((ProcessEvent { event: Some(event), ..Default::default() }, (receiver, false)))
             }
         }
     });
@@ -511,12 +440,7 @@ fn events(
 }
 
 fn keepalive(ctx: &RequestContext) -> Option<Duration> {
-    let seconds: u64 = ctx
-        .header("keepalive-ping-interval")?
-        .to_str()
-        .ok()?
-        .parse()
-        .ok()?;
+    let seconds: u64 = ctx.header("keepalive-ping-interval")?.to_str().ok()?.parse().ok()?;
     (seconds > 0).then(|| Duration::from_secs(seconds))
 }
 
@@ -524,9 +448,8 @@ async fn feed(entry: &Entry, input: ProcessInput) -> Result<(), ConnectError> {
     match input.input {
         Some(Input::Stdin(bytes)) => {
             let mut stdin = entry.stdin.lock().await;
-            let pipe = stdin
-                .as_mut()
-                .ok_or_else(|| ConnectError::failed_precondition("stdin is not open"))?;
+            let pipe =
+                stdin.as_mut().ok_or_else(|| ConnectError::failed_precondition("stdin is not open"))?;
             pipe.write_all(&bytes)
                 .await
                 .map_err(|error| ConnectError::failed_precondition(format!("writing to stdin: {error}")))
@@ -555,10 +478,7 @@ impl Process for Processes {
             })
             .collect();
         processes.sort_by_key(|process| process.pid);
-        Response::ok(ListResponse {
-            processes,
-            ..Default::default()
-        })
+        Response::ok(ListResponse { processes, ..Default::default() })
     }
 
     async fn start(
@@ -568,12 +488,10 @@ impl Process for Processes {
     ) -> ServiceResult<ServiceStream<StartResponse>> {
         let user = self.state.user_of(ctx.headers())?;
         let entry = self.spawn(request.to_owned_message(), &user, ctx.deadline())?;
-        Response::stream_ok(events(&entry, keepalive(&ctx)).map(|event| {
-            Ok(StartResponse {
-                event: event.into(),
-                ..Default::default()
-            })
-        }))
+        Response::stream_ok(
+            events(&entry, keepalive(&ctx))
+                .map(|event| Ok(StartResponse { event: event.into(), ..Default::default() })),
+        )
     }
 
     async fn connect(
@@ -582,12 +500,10 @@ impl Process for Processes {
         request: ServiceRequest<'_, ConnectRequest>,
     ) -> ServiceResult<ServiceStream<ConnectResponse>> {
         let entry = self.find(&request.to_owned_message().process)?;
-        Response::stream_ok(events(&entry, keepalive(&ctx)).map(|event| {
-            Ok(ConnectResponse {
-                event: event.into(),
-                ..Default::default()
-            })
-        }))
+        Response::stream_ok(
+            events(&entry, keepalive(&ctx))
+                .map(|event| Ok(ConnectResponse { event: event.into(), ..Default::default() })),
+        )
     }
 
     async fn update(
@@ -642,17 +558,12 @@ impl Process for Processes {
             9 => Signal::KILL,
             15 => Signal::TERM,
             other => {
-                return Err(ConnectError::invalid_argument(format!(
-                    "signal {other} is not supported"
-                )));
+                return Err(ConnectError::invalid_argument(format!("signal {other} is not supported")));
             }
         };
         match entry.signal(signal) {
             Ok(()) => Response::ok(SendSignalResponse::default()),
-            Err(error) => Err(ConnectError::not_found(format!(
-                "signalling {}: {error}",
-                entry.pid
-            ))),
+            Err(error) => Err(ConnectError::not_found(format!("signalling {}: {error}", entry.pid))),
         }
     }
 

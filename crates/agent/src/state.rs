@@ -17,6 +17,10 @@ const DEFAULT_USER: &str = "user";
 /// Settings of the sandbox. Written by the control thread and by `/init`.
 #[derive(Debug, Clone, Default)]
 pub struct Settings {
+    /// The sandbox, for its processes' environment.
+    pub sandbox_id: String,
+    /// Its template, for the same.
+    pub template: String,
     /// What callers must show; empty asks for none.
     pub access_token: String,
     /// Environment of every new process.
@@ -25,6 +29,23 @@ pub struct Settings {
     pub default_user: Option<String>,
     /// The working directory of processes that name none, when it is not the home directory.
     pub default_workdir: Option<String>,
+}
+
+impl Settings {
+    /// The environment of a new process: what the platform says, then what the sandbox's owner says.
+    pub fn environment(&self) -> EnvVars {
+        let mut all: EnvVars = [
+            ("E2B_SANDBOX", "true"),
+            ("E2B_SANDBOX_ID", &self.sandbox_id),
+            ("E2B_TEMPLATE_ID", &self.template),
+            ("KELVIN_SANDBOX_ID", &self.sandbox_id),
+        ]
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect();
+        all.extend(self.env_vars.clone());
+        all
+    }
 }
 
 /// Shared between the control thread and the HTTP side.
@@ -56,10 +77,7 @@ impl State {
     /// The text that clients look for when the image has no such user.
     pub fn user(&self, name: Option<&str>) -> Result<User, String> {
         let default = self.settings().default_user.clone();
-        let name = name
-            .filter(|name| !name.is_empty())
-            .or(default.as_deref())
-            .unwrap_or(DEFAULT_USER);
+        let name = name.filter(|name| !name.is_empty()).or(default.as_deref()).unwrap_or(DEFAULT_USER);
         User::find(name).ok_or_else(|| format!("invalid username: '{name}'"))
     }
 

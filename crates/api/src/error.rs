@@ -73,13 +73,7 @@ impl Failure {
         message: impl Into<String>,
         remediation: impl Into<String>,
     ) -> Self {
-        Self {
-            kind,
-            error_code,
-            message: message.into(),
-            cause: None,
-            remediation: remediation.into(),
-        }
+        Self { kind, error_code, message: message.into(), cause: None, remediation: remediation.into() }
     }
 
     /// The same with the sources of `error`, whose own text is the message, as the cause.

@@ -78,9 +78,7 @@ pub struct Activation {
 
 impl std::fmt::Debug for Activation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Activation")
-            .field("sandbox_id", &self.sandbox_id)
-            .finish_non_exhaustive()
+        f.debug_struct("Activation").field("sandbox_id", &self.sandbox_id).finish_non_exhaustive()
     }
 }
 
@@ -130,11 +128,7 @@ impl Writer {
         if length > MAX_FRAME {
             return Err(Error::Length(length));
         }
-        self.0[..4].copy_from_slice(
-            &u32::try_from(length)
-                .map_err(|_| Error::Length(length))?
-                .to_le_bytes(),
-        );
+        self.0[..4].copy_from_slice(&u32::try_from(length).map_err(|_| Error::Length(length))?.to_le_bytes());
         Ok(self.0)
     }
 }
@@ -157,9 +151,7 @@ impl<'a> Reader<'a> {
     }
 
     fn string(&mut self, length: usize) -> Result<String, Error> {
-        std::str::from_utf8(self.take(length)?)
-            .map(str::to_owned)
-            .map_err(|_| Error::Text)
+        std::str::from_utf8(self.take(length)?).map(str::to_owned).map_err(|_| Error::Text)
     }
 
     fn text(&mut self) -> Result<String, Error> {
@@ -173,11 +165,7 @@ impl<'a> Reader<'a> {
     }
 
     fn end(self) -> Result<(), Error> {
-        if self.0.is_empty() {
-            Ok(())
-        } else {
-            Err(Error::Trailing(self.0.len()))
-        }
+        if self.0.is_empty() { Ok(()) } else { Err(Error::Trailing(self.0.len())) }
     }
 }
 
@@ -187,11 +175,7 @@ impl<'a> Reader<'a> {
 /// `Length` when they are more than [`MAX_FRAME`] or fewer than a header has.
 pub fn frame_length(field: [u8; 4]) -> Result<usize, Error> {
     let length = usize::try_from(u32::from_le_bytes(field)).map_err(|_| Error::Length(usize::MAX))?;
-    if (5..=MAX_FRAME).contains(&length) {
-        Ok(length)
-    } else {
-        Err(Error::Length(length))
-    }
+    if (5..=MAX_FRAME).contains(&length) { Ok(length) } else { Err(Error::Length(length)) }
 }
 
 impl Request {
@@ -206,17 +190,12 @@ impl Request {
             Self::Activate(activation) => activation,
         };
         let mut writer = Writer::frame(request_id, 1);
-        writer
-            .0
-            .extend_from_slice(&activation.wall_clock_ns.to_le_bytes());
+        writer.0.extend_from_slice(&activation.wall_clock_ns.to_le_bytes());
         writer.0.extend_from_slice(&activation.machine_id);
         writer.0.extend_from_slice(&activation.entropy);
-        for text in [
-            &activation.sandbox_id,
-            &activation.template,
-            &activation.hostname,
-            &activation.access_token,
-        ] {
+        for text in
+            [&activation.sandbox_id, &activation.template, &activation.hostname, &activation.access_token]
+        {
             writer.text(text)?;
         }
         let count =
@@ -278,11 +257,7 @@ impl Reply {
     /// `Length` when the message is over its limit.
     pub fn encode(&self, request_id: u32) -> Result<Vec<u8>, Error> {
         match self {
-            Self::Done {
-                wall_clock_ns,
-                worked_us,
-                http_waiting,
-            } => {
+            Self::Done { wall_clock_ns, worked_us, http_waiting } => {
                 let mut writer = Writer::frame(request_id, 0);
                 writer.0.extend_from_slice(&wall_clock_ns.to_le_bytes());
                 writer.0.extend_from_slice(&worked_us.to_le_bytes());
@@ -360,10 +335,7 @@ mod tests {
 
     #[test]
     fn limits_hold_before_anything_is_allocated() {
-        assert_eq!(
-            frame_length(u32::MAX.to_le_bytes()),
-            Err(Error::Length(u32::MAX as usize))
-        );
+        assert_eq!(frame_length(u32::MAX.to_le_bytes()), Err(Error::Length(u32::MAX as usize)));
         assert_eq!(frame_length([4, 0, 0, 0]), Err(Error::Length(4)));
         let reply = Reply::Failed("x".repeat(70_000));
         assert_eq!(reply.encode(1), Err(Error::Length(70_000)));

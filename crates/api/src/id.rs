@@ -22,10 +22,7 @@ fn random(length: usize) -> String {
     let bytes = &mut bytes[..length.min(64)];
     // The kernel's generator is up long before any of our code runs; a failure here means a broken host.
     getrandom::fill(bytes).expect("the kernel gives random bytes");
-    bytes
-        .iter()
-        .map(|byte| char::from(ALPHABET[usize::from(byte & 31)]))
-        .collect()
+    bytes.iter().map(|byte| char::from(ALPHABET[usize::from(byte & 31)])).collect()
 }
 
 macro_rules! id {
@@ -124,12 +121,7 @@ impl FromStr for TemplateName {
     type Err = ParseIdError;
 
     fn from_str(text: &str) -> Result<Self, ParseIdError> {
-        let fail = |reason| {
-            Err(ParseIdError {
-                kind: "template",
-                reason,
-            })
-        };
+        let fail = |reason| Err(ParseIdError { kind: "template", reason });
         match text.bytes().next() {
             None => fail("it is empty"),
             Some(first) if !(first.is_ascii_lowercase() || first.is_ascii_digit()) => {

@@ -83,9 +83,7 @@ impl Timings {
 
     /// Phases with their durations in milliseconds, in path order.
     pub fn iter(&self) -> impl Iterator<Item = (Phase, f64)> {
-        Phase::ALL
-            .into_iter()
-            .filter_map(|phase| self.0.iter().find(|(known, _)| *known == phase).copied())
+        Phase::ALL.into_iter().filter_map(|phase| self.0.iter().find(|(known, _)| *known == phase).copied())
     }
 
     /// The value of a `Server-Timing` header. Source: W3C Server Timing, `server-timing-param`.

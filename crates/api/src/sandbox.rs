@@ -157,11 +157,7 @@ pub struct SandboxDetail {
     /// In a detail, not in a list.
     #[serde(rename = "envdAccessToken", default, skip_serializing_if = "Option::is_none")]
     pub envd_access_token: Option<Token>,
-    #[serde(
-        rename = "allowInternetAccess",
-        default,
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(rename = "allowInternetAccess", default, skip_serializing_if = "Option::is_none")]
     pub allow_internet_access: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,

@@ -68,16 +68,10 @@ impl Bare {
             .flatten()
             .filter_map(Value::as_str)
             .map(|argument| {
-                argument
-                    .replace("{guest}", &guest)
-                    .replace("{memory}", &memory.to_string_lossy())
+                argument.replace("{guest}", &guest).replace("{memory}", &memory.to_string_lossy())
             })
             .collect();
-        Ok(Self {
-            data_dir: data_dir.to_owned(),
-            snapshot: data_dir.join(directory),
-            arguments,
-        })
+        Ok(Self { data_dir: data_dir.to_owned(), snapshot: data_dir.join(directory), arguments })
     }
 
     /// One restore, from nothing to the agent's reply; milliseconds. Nothing is left of it.
@@ -108,11 +102,7 @@ impl Bare {
                 .map_err(at("copying the disk"))?;
         }
         let spawned = Command::new("qemu-system-x86_64")
-            .args(
-                self.arguments
-                    .iter()
-                    .map(|argument| argument.replace("{vm}", name)),
-            )
+            .args(self.arguments.iter().map(|argument| argument.replace("{vm}", name)))
             .args(["-S", "-incoming", "defer"])
             .current_dir(&self.data_dir)
             .stdin(Stdio::null())
@@ -136,9 +126,7 @@ fn connect(path: &Path) -> Result<UnixStream, Error> {
     loop {
         match UnixStream::connect(path) {
             Ok(stream) => {
-                stream
-                    .set_read_timeout(Some(LIMIT))
-                    .map_err(at("setting a time limit"))?;
+                stream.set_read_timeout(Some(LIMIT)).map_err(at("setting a time limit"))?;
                 return Ok(stream);
             }
             Err(error) if started.elapsed() > LIMIT => return Err(at("connecting to QEMU")(error)),
@@ -172,13 +160,8 @@ impl Qmp {
                 let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
                 let mut control = SendAncillaryBuffer::new(&mut space);
                 control.push(SendAncillaryMessage::ScmRights(&fds));
-                sendmsg(
-                    &*stream,
-                    &[IoSlice::new(line.as_bytes())],
-                    &mut control,
-                    SendFlags::empty(),
-                )
-                .map_err(|error| at("writing to QEMU")(error.into()))?;
+                sendmsg(&*stream, &[IoSlice::new(line.as_bytes())], &mut control, SendFlags::empty())
+                    .map_err(|error| at("writing to QEMU")(error.into()))?;
             }
             None => stream.write_all(line.as_bytes()).map_err(at("writing to QEMU"))?,
         }
@@ -220,17 +203,11 @@ fn activate(control: &mut UnixStream) -> Result<(), Error> {
         env_vars: std::collections::BTreeMap::new(),
     });
     let refused = |error: kelvin_api::guest::Error| Error::Refused(error.to_string());
-    control
-        .write_all(&request.encode(1).map_err(refused)?)
-        .map_err(at("writing to the agent"))?;
+    control.write_all(&request.encode(1).map_err(refused)?).map_err(at("writing to the agent"))?;
     let mut length = [0; 4];
-    control
-        .read_exact(&mut length)
-        .map_err(at("reading from the agent"))?;
+    control.read_exact(&mut length).map_err(at("reading from the agent"))?;
     let mut frame = vec![0; frame_length(length).map_err(refused)?];
-    control
-        .read_exact(&mut frame)
-        .map_err(at("reading from the agent"))?;
+    control.read_exact(&mut frame).map_err(at("reading from the agent"))?;
     match Reply::decode(&frame).map_err(refused)? {
         (1, Reply::Done { .. }) => Ok(()),
         (id, reply) => Err(Error::Refused(format!("the agent replied {reply:?} to {id}"))),

@@ -141,10 +141,7 @@ pub async fn run(client: &Client, args: &Args) -> Result<Report, Error> {
     let node = client.node().await?;
     let mut bare = None;
     if args.path == Path::Clone {
-        let request = BakeTemplate {
-            memory_mb: args.memory_mib,
-            ..BakeTemplate::default()
-        };
+        let request = BakeTemplate { memory_mb: args.memory_mib, ..BakeTemplate::default() };
         let snapshot = client.bake(&args.template, &request).await?;
         if args.baseline {
             bare = Some(Bare::open(node.data_dir.as_ref(), &snapshot)?);
@@ -178,11 +175,7 @@ pub async fn run(client: &Client, args: &Args) -> Result<Report, Error> {
             firsts.push(first?);
         }
     }
-    let none = Percentiles {
-        p50: 0.0,
-        p95: 0.0,
-        p99: 0.0,
-    };
+    let none = Percentiles { p50: 0.0, p95: 0.0, p99: 0.0 };
     let create_ms = Percentiles::of(&creates).unwrap_or(none);
     let baseline_ms = Percentiles::of(&bares);
     Ok(Report {
@@ -252,16 +245,9 @@ async fn create(client: Client, args: Args) -> Result<(Sandbox, f64), Error> {
 async fn first_command(client: Client, sandbox: Sandbox, created_ms: f64) -> Result<f64, Error> {
     let agent = client.agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), None)?;
     let started = Instant::now();
-    let command = Command {
-        program: "true".to_owned(),
-        ..Command::default()
-    };
+    let command = Command { program: "true".to_owned(), ..Command::default() };
     let (code, ..) = agent.run(&command, 0).await?;
     let took = created_ms + ms(started);
     client.kill(&sandbox.sandbox_id).await?;
-    if code == 0 {
-        Ok(took)
-    } else {
-        Err(Error::Command(code))
-    }
+    if code == 0 { Ok(took) } else { Err(Error::Command(code)) }
 }

@@ -29,11 +29,7 @@ impl Percentiles {
             let index = (sorted.len() * percent).div_ceil(100).saturating_sub(1).min(last);
             (sorted[index] * 1000.0).round() / 1000.0
         };
-        Some(Self {
-            p50: rank(50),
-            p95: rank(95),
-            p99: rank(99),
-        })
+        Some(Self { p50: rank(50), p95: rank(95), p99: rank(99) })
     }
 }
 
@@ -44,22 +40,8 @@ mod tests {
     #[test]
     fn percentiles_are_values_that_were_measured() {
         let values: Vec<f64> = (1..=100).map(f64::from).collect();
-        assert_eq!(
-            Percentiles::of(&values),
-            Some(Percentiles {
-                p50: 50.0,
-                p95: 95.0,
-                p99: 99.0
-            })
-        );
-        assert_eq!(
-            Percentiles::of(&[3.0]),
-            Some(Percentiles {
-                p50: 3.0,
-                p95: 3.0,
-                p99: 3.0
-            })
-        );
+        assert_eq!(Percentiles::of(&values), Some(Percentiles { p50: 50.0, p95: 95.0, p99: 99.0 }));
+        assert_eq!(Percentiles::of(&[3.0]), Some(Percentiles { p50: 3.0, p95: 3.0, p99: 3.0 }));
         assert_eq!(Percentiles::of(&[]), None);
     }
 }

@@ -38,28 +38,18 @@ fn read_file() -> Result<File, Failed> {
             )
         }),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(File::default()),
-        Err(error) => Err(Failed::new(
-            format!("{}: {error}", path.display()),
-            "make it readable",
-        )),
+        Err(error) => Err(Failed::new(format!("{}: {error}", path.display()), "make it readable")),
     }
 }
 
 fn variable(names: [&str; 2]) -> Option<String> {
-    names
-        .into_iter()
-        .find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+    names.into_iter().find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
 }
 
 fn read_key(path: &Path) -> Result<String, Failed> {
-    std::fs::read_to_string(path)
-        .map(|text| text.trim().to_owned())
-        .map_err(|error| {
-            Failed::new(
-                format!("{}: {error}", path.display()),
-                "name a file that holds the API key",
-            )
-        })
+    std::fs::read_to_string(path).map(|text| text.trim().to_owned()).map_err(|error| {
+        Failed::new(format!("{}: {error}", path.display()), "name a file that holds the API key")
+    })
 }
 
 /// The client that `connection` and the environment describe.

@@ -31,12 +31,7 @@ struct Check {
 
 fn check(name: &'static str, verdict: Verdict, found: impl Into<String>, remedy: &str) -> Check {
     let remedy = (verdict != Verdict::Ok).then(|| remedy.to_owned());
-    Check {
-        name,
-        verdict,
-        found: found.into(),
-        remedy,
-    }
+    Check { name, verdict, found: found.into(), remedy }
 }
 
 fn program(name: &'static str, package: &str, missing: Verdict) -> Check {
@@ -48,19 +43,9 @@ fn program(name: &'static str, package: &str, missing: Verdict) -> Check {
                 &output.stdout
             })
             .into_owned();
-            check(
-                name,
-                Verdict::Ok,
-                text.lines().next().unwrap_or_default().to_owned(),
-                "",
-            )
+            check(name, Verdict::Ok, text.lines().next().unwrap_or_default().to_owned(), "")
         }
-        Err(error) => check(
-            name,
-            missing,
-            error.to_string(),
-            &format!("apt-get install {package}"),
-        ),
+        Err(error) => check(name, missing, error.to_string(), &format!("apt-get install {package}")),
     }
 }
 
@@ -75,12 +60,9 @@ fn data_directory(directory: &Path) -> Vec<Check> {
         )];
     }
     let mut checks = match datadir::can_reflink(directory) {
-        Ok(true) => vec![check(
-            "data directory",
-            Verdict::Ok,
-            format!("{} can clone files", directory.display()),
-            "",
-        )],
+        Ok(true) => {
+            vec![check("data directory", Verdict::Ok, format!("{} can clone files", directory.display()), "")]
+        }
         Ok(false) => vec![check(
             "data directory",
             Verdict::Warning,
@@ -96,11 +78,7 @@ fn data_directory(directory: &Path) -> Vec<Check> {
     };
     if let Ok(space) = rustix::fs::statvfs(directory) {
         let free = (space.f_bavail * space.f_frsize) >> 20;
-        let verdict = if free < 4096 {
-            Verdict::Warning
-        } else {
-            Verdict::Ok
-        };
+        let verdict = if free < 4096 { Verdict::Warning } else { Verdict::Ok };
         checks.push(check(
             "free disk",
             verdict,
@@ -113,11 +91,7 @@ fn data_directory(directory: &Path) -> Vec<Check> {
 
 fn host() -> Vec<Check> {
     let found = accel::detect();
-    let verdict = if found.accelerator == accel::Accelerator::Kvm {
-        Verdict::Ok
-    } else {
-        Verdict::Warning
-    };
+    let verdict = if found.accelerator == accel::Accelerator::Kvm { Verdict::Ok } else { Verdict::Warning };
     let root = rustix::process::geteuid().is_root();
     let memory = rustix::system::sysinfo().totalram >> 20;
     vec![
@@ -130,20 +104,12 @@ fn host() -> Vec<Check> {
         check(
             "privileges",
             if root { Verdict::Ok } else { Verdict::Warning },
-            if root {
-                "root: every VMM gets a user of its own"
-            } else {
-                "not root: VMMs run as you"
-            },
+            if root { "root: every VMM gets a user of its own" } else { "not root: VMMs run as you" },
             "run the server as root, so that VMMs are separated from each other",
         ),
         check(
             "memory",
-            if memory < 2048 {
-                Verdict::Warning
-            } else {
-                Verdict::Ok
-            },
+            if memory < 2048 { Verdict::Warning } else { Verdict::Ok },
             format!("{memory} MiB"),
             "2 GiB or more",
         ),
@@ -167,12 +133,9 @@ async fn server(connection: &Connection) -> Check {
         }
     };
     match client.node().await {
-        Ok(node) => check(
-            "server",
-            Verdict::Ok,
-            format!("{} answers, version {}", client.url(), node.version),
-            "",
-        ),
+        Ok(node) => {
+            check("server", Verdict::Ok, format!("{} answers, version {}", client.url(), node.version), "")
+        }
         Err(error) => check(
             "server",
             Verdict::Warning,
@@ -195,19 +158,10 @@ pub async fn run(connection: &Connection, output: Output, args: &DoctorArgs) -> 
                 Verdict::Warning => "warning",
                 Verdict::Failed => "FAILED",
             };
-            table.add_row([
-                check.name,
-                verdict,
-                &check.found,
-                check.remedy.as_deref().unwrap_or_default(),
-            ]);
+            table.add_row([check.name, verdict, &check.found, check.remedy.as_deref().unwrap_or_default()]);
         }
         table
     });
     let failed = checks.iter().any(|check| check.verdict == Verdict::Failed);
-    Ok(if failed {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
-    })
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }

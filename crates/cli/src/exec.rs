@@ -47,21 +47,13 @@ pub fn command(process: &ProcessArgs, words: &[String], deadline: Option<Duratio
 
 /// `kelvin run`.
 pub async fn run(client: &Client, args: RunArgs) -> Result<ExitCode, Failed> {
-    let created = client
-        .create(&new_sandbox(&args.machine, args.timeout + MARGIN_S), None)
-        .await?;
+    let created = client.create(&new_sandbox(&args.machine, args.timeout + MARGIN_S), None).await?;
     let sandbox = created.sandbox;
     if args.timing {
-        waterfall(
-            sandbox.start_reason.as_deref().unwrap_or_default(),
-            &sandbox.phases,
-        );
+        waterfall(sandbox.start_reason.as_deref().unwrap_or_default(), &sandbox.phases);
     }
-    let agent = client.agent(
-        &sandbox.sandbox_id,
-        sandbox.envd_access_token.clone(),
-        args.process.user.clone(),
-    )?;
+    let agent =
+        client.agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), args.process.user.clone())?;
     let deadline = Duration::from_secs(args.timeout);
     let command = command(&args.process, &args.command, Some(deadline));
     let result = tokio::select! {
@@ -94,10 +86,7 @@ pub async fn follow(
     interactive: bool,
     deadline: Option<Duration>,
 ) -> Result<ExitCode, Error> {
-    let local = |source| Error::Local {
-        what: "writing the output".to_owned(),
-        source,
-    };
+    let local = |source| Error::Local { what: "writing the output".to_owned(), source };
     let (mut stdout, mut stderr) = (tokio::io::stdout(), tokio::io::stderr());
     let mut feeder = None;
     let late = async {
@@ -137,9 +126,7 @@ pub async fn follow(
 }
 
 fn exit_code_of(exit_code: i32, status: &str) -> ExitCode {
-    let signal = status
-        .strip_prefix("signal: ")
-        .and_then(|number| number.parse::<u8>().ok());
+    let signal = status.strip_prefix("signal: ").and_then(|number| number.parse::<u8>().ok());
     match (signal, u8::try_from(exit_code)) {
         (Some(signal), _) => ExitCode::from(signal.saturating_add(128)),
         (None, Ok(code)) => ExitCode::from(code),

@@ -21,11 +21,7 @@ use args::{BenchCommand, Cli, Command};
 use output::Failed;
 
 async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
-    let Cli {
-        connection,
-        output,
-        command,
-    } = cli;
+    let Cli { connection, output, command } = cli;
     let client = || config::client(&connection);
     match command {
         Command::Serve(args) => serve::run(args).await.map(|()| ExitCode::SUCCESS),
@@ -42,12 +38,9 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
         }
         Command::Doctor(args) => doctor::run(&connection, output, &args).await,
         Command::Setup(args) => setup::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Bench {
-            command: BenchCommand::Create(args),
-        } => {
-            let report = kelvin_bench::create::run(&client()?, &args)
-                .await
-                .map_err(|error| Failed::other(&error))?;
+        Command::Bench { command: BenchCommand::Create(args) } => {
+            let report =
+                kelvin_bench::create::run(&client()?, &args).await.map_err(|error| Failed::other(&error))?;
             output::print(output, &report, |report| report.table());
             Ok(ExitCode::SUCCESS)
         }

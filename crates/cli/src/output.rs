@@ -23,27 +23,17 @@ pub struct Failed {
 impl Failed {
     /// With a remedy.
     pub fn new(message: String, remediation: &str) -> Self {
-        Self {
-            message,
-            remediation: Some(remediation.to_owned()),
-        }
+        Self { message, remediation: Some(remediation.to_owned()) }
     }
 
     /// Without one.
     pub fn other(error: &dyn std::error::Error) -> Self {
-        Self {
-            message: chain(error),
-            remediation: None,
-        }
+        Self { message: chain(error), remediation: None }
     }
 
     /// Prints it on standard error.
     pub fn print(&self) {
-        let (red, dim, reset) = if colour() {
-            ("\x1b[31m", "\x1b[2m", "\x1b[0m")
-        } else {
-            ("", "", "")
-        };
+        let (red, dim, reset) = if colour() { ("\x1b[31m", "\x1b[2m", "\x1b[0m") } else { ("", "", "") };
         let mut stderr = std::io::stderr().lock();
         let _ = writeln!(stderr, "{red}error{reset}: {}", self.message);
         if let Some(remediation) = &self.remediation {
@@ -65,10 +55,7 @@ impl From<Error> for Failed {
             }
             _ => None,
         };
-        Self {
-            message: chain(&error),
-            remediation,
-        }
+        Self { message: chain(&error), remediation }
     }
 }
 
@@ -89,9 +76,7 @@ pub fn line(text: &str) {
 /// An empty table with headings.
 pub fn table(headings: &[&str]) -> Table {
     let mut table = Table::new();
-    table
-        .load_style(presets::NOTHING)
-        .set_content_arrangement(ContentArrangement::Disabled);
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     if !headings.is_empty() {
         table.set_header(headings.iter().map(|heading| heading.to_uppercase()));
     }
@@ -113,26 +98,17 @@ fn ago(time: jiff::Timestamp) -> String {
         120..7200 => format!("{}m", seconds / 60),
         _ => format!("{}h", seconds / 3600),
     };
-    if seconds < 0 {
-        format!("in {}", text(-seconds))
-    } else {
-        format!("{} ago", text(seconds))
-    }
+    if seconds < 0 { format!("in {}", text(-seconds)) } else { format!("{} ago", text(seconds)) }
 }
 
 fn labels(metadata: &BTreeMap<String, String>) -> String {
-    metadata
-        .iter()
-        .map(|(key, value)| format!("{key}={value}"))
-        .collect::<Vec<_>>()
-        .join(",")
+    metadata.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
 }
 
 /// Sandboxes.
 pub fn sandbox_table(sandboxes: &Vec<SandboxDetail>) -> Table {
-    let mut table = table(&[
-        "id", "template", "state", "cpu", "memory", "start", "started", "ends", "metadata",
-    ]);
+    let mut table =
+        table(&["id", "template", "state", "cpu", "memory", "start", "started", "ends", "metadata"]);
     for sandbox in sandboxes {
         table.add_row([
             sandbox.sandbox_id.to_string(),
@@ -159,10 +135,7 @@ pub fn detail_table(sandbox: &SandboxDetail) -> Table {
         ("memory", format!("{} MiB", sandbox.memory_mb)),
         ("disk", format!("{} MiB", sandbox.disk_size_mb)),
         ("start path", sandbox.start_path.name().to_owned()),
-        (
-            "started",
-            format!("{} ({})", sandbox.started_at, ago(sandbox.started_at)),
-        ),
+        ("started", format!("{} ({})", sandbox.started_at, ago(sandbox.started_at))),
         ("ends", format!("{} ({})", sandbox.end_at, ago(sandbox.end_at))),
         ("metadata", labels(&sandbox.metadata)),
     ])
@@ -176,10 +149,7 @@ pub fn template_table(templates: &Vec<Template>) -> Table {
             .snapshots
             .iter()
             .map(|snapshot| {
-                format!(
-                    "{} cpu {} MiB ({})",
-                    snapshot.cpu_count, snapshot.memory_mb, snapshot.waiting_vmms
-                )
+                format!("{} cpu {} MiB ({})", snapshot.cpu_count, snapshot.memory_mb, snapshot.waiting_vmms)
             })
             .collect();
         table.add_row([
@@ -187,11 +157,7 @@ pub fn template_table(templates: &Vec<Template>) -> Table {
             template.cpu_count.to_string(),
             format!("{} MiB", template.memory_mb),
             format!("{} MiB", template.disk_size_mb),
-            if snapshots.is_empty() {
-                "none: creates are cold".to_owned()
-            } else {
-                snapshots.join(", ")
-            },
+            if snapshots.is_empty() { "none: creates are cold".to_owned() } else { snapshots.join(", ") },
         ]);
     }
     table
@@ -204,25 +170,11 @@ pub fn node_table(node: &NodeInfo) -> Table {
         ("vmm", node.vmm.clone()),
         ("accelerator", node.accelerator.clone()),
         ("data directory", node.data_dir.clone()),
-        (
-            "reflink",
-            if node.reflink {
-                "yes"
-            } else {
-                "no: every disk is copied"
-            }
-            .to_owned(),
-        ),
+        ("reflink", if node.reflink { "yes" } else { "no: every disk is copied" }.to_owned()),
         ("sandboxes", node.sandboxes.to_string()),
         ("waiting VMMs", node.waiting_vmms.to_string()),
-        (
-            "memory",
-            format!("{} of {} MiB reserved", node.memory_reserved_mb, node.memory_mb),
-        ),
-        (
-            "vCPUs",
-            format!("{} of {} reserved", node.vcpus_reserved, node.vcpus),
-        ),
+        ("memory", format!("{} of {} MiB reserved", node.memory_reserved_mb, node.memory_mb)),
+        ("vCPUs", format!("{} of {} reserved", node.vcpus_reserved, node.vcpus)),
         ("disk", format!("{} MiB free", node.disk_free_mb)),
         ("ledger", format!("{} entries", node.ledger_entries)),
         ("settled", if node.settled { "yes" } else { "no" }.to_owned()),
@@ -250,13 +202,8 @@ pub fn waterfall(title: &str, phases: &BTreeMap<Phase, f64>) {
     for (phase, ms) in phases {
         let column = |ms: f64| (ms / total.max(f64::MIN_POSITIVE) * WIDTH).round().max(0.0) as usize;
         let (from, length) = (column(start), column(*ms).max(1));
-        let _ = writeln!(
-            stderr,
-            "  {:<9}{ms:>9.2} ms  {}{}",
-            phase.name(),
-            " ".repeat(from),
-            "#".repeat(length)
-        );
+        let _ =
+            writeln!(stderr, "  {:<9}{ms:>9.2} ms  {}{}", phase.name(), " ".repeat(from), "#".repeat(length));
         start += ms;
     }
 }

@@ -27,13 +27,7 @@ fn parse(id: &str) -> Result<SandboxId, Failed> {
 /// Runs one of the commands.
 pub async fn dispatch(client: &Client, output: Output, command: SandboxCommand) -> Result<ExitCode, Failed> {
     match command {
-        SandboxCommand::Create {
-            machine,
-            timeout,
-            metadata,
-            env,
-            idempotency_key,
-        } => {
+        SandboxCommand::Create { machine, timeout, metadata, env, idempotency_key } => {
             let mut body = new_sandbox(&machine, timeout);
             body.metadata = Some(metadata.into_iter().collect())
                 .filter(|map: &std::collections::BTreeMap<_, _>| !map.is_empty());
@@ -53,24 +47,12 @@ pub async fn dispatch(client: &Client, output: Output, command: SandboxCommand) 
             detail.envd_access_token = detail.envd_access_token.filter(|_| output == Output::Json);
             print(output, &detail, detail_table);
         }
-        SandboxCommand::Exec {
-            id,
-            process,
-            timeout,
-            detach,
-            attach,
-            command: words,
-        } => {
+        SandboxCommand::Exec { id, process, timeout, detach, attach, command: words } => {
             return exec(client, &id, &process, timeout, detach, attach, &words).await;
         }
         SandboxCommand::Ps { id } => {
-            let rows: Vec<Ps> = agent(client, &id, None)
-                .await?
-                .processes()
-                .await?
-                .into_iter()
-                .map(Ps::from)
-                .collect();
+            let rows: Vec<Ps> =
+                agent(client, &id, None).await?.processes().await?.into_iter().map(Ps::from).collect();
             print(output, &rows, ps_table);
         }
         SandboxCommand::Kill { ids, all } => return kill(client, ids, all).await,
@@ -120,12 +102,7 @@ async fn exec(
 
 async fn kill(client: &Client, ids: Vec<String>, all: bool) -> Result<ExitCode, Failed> {
     let ids = if all {
-        client
-            .list_all(&[])
-            .await?
-            .into_iter()
-            .map(|sandbox| sandbox.sandbox_id)
-            .collect()
+        client.list_all(&[]).await?.into_iter().map(|sandbox| sandbox.sandbox_id).collect()
     } else {
         ids.iter().map(|id| parse(id)).collect::<Result<Vec<_>, _>>()?
     };
@@ -156,12 +133,7 @@ impl From<ProcessInfo> for Ps {
     fn from(info: ProcessInfo) -> Self {
         let config = info.config.into_option().unwrap_or_default();
         let words: Vec<String> = std::iter::once(config.cmd).chain(config.args).collect();
-        Self {
-            pid: info.pid,
-            command: words.join(" "),
-            cwd: config.cwd,
-            tag: info.tag,
-        }
+        Self { pid: info.pid, command: words.join(" "), cwd: config.cwd, tag: info.tag }
     }
 }
 
@@ -175,8 +147,7 @@ fn ps_table(rows: &Vec<Ps>) -> comfy_table::Table {
 
 /// `ID:PATH`, when it is one.
 fn remote(text: &str) -> Option<(&str, &str)> {
-    text.split_once(':')
-        .filter(|(id, path)| id.parse::<SandboxId>().is_ok() && !path.is_empty())
+    text.split_once(':').filter(|(id, path)| id.parse::<SandboxId>().is_ok() && !path.is_empty())
 }
 
 async fn copy(client: &Client, source: &str, target: &str, user: Option<String>) -> Result<(), Failed> {
@@ -197,17 +168,14 @@ async fn copy(client: &Client, source: &str, target: &str, user: Option<String>)
             } else {
                 // Under another name first: an interrupted copy is not taken for the file.
                 let part = format!("{target}.part");
-                let mut file = tokio::fs::File::create(&part)
-                    .await
-                    .map_err(local(format!("making {part}")))?;
+                let mut file =
+                    tokio::fs::File::create(&part).await.map_err(local(format!("making {part}")))?;
                 let result = agent.download(path, &mut file, report).await;
                 if result.is_err() {
                     let _ = tokio::fs::remove_file(&part).await;
                 }
                 result?;
-                tokio::fs::rename(&part, target)
-                    .await
-                    .map_err(local(format!("naming {target}")))?;
+                tokio::fs::rename(&part, target).await.map_err(local(format!("naming {target}")))?;
             }
             bar.finish_and_clear();
         }
@@ -216,19 +184,11 @@ async fn copy(client: &Client, source: &str, target: &str, user: Option<String>)
             if source == "-" {
                 agent.upload(path, tokio::io::stdin(), |_| {}).await?;
             } else {
-                let file = tokio::fs::File::open(source)
-                    .await
-                    .map_err(local(format!("opening {source}")))?;
-                let size = file
-                    .metadata()
-                    .await
-                    .map_err(local(format!("reading {source}")))?
-                    .len();
+                let file = tokio::fs::File::open(source).await.map_err(local(format!("opening {source}")))?;
+                let size = file.metadata().await.map_err(local(format!("reading {source}")))?.len();
                 let bar = progress(source, Some(size));
                 let told = bar.clone();
-                agent
-                    .upload(path, file, move |done| told.set_position(done))
-                    .await?;
+                agent.upload(path, file, move |done| told.set_position(done)).await?;
                 bar.finish_and_clear();
             }
         }

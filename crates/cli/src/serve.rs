@@ -94,11 +94,7 @@ impl kelvin_control::Node for Local {
                 ));
             }
         };
-        Ok(self
-            .0
-            .bake(template, request.cpu_count, memory, request.waiting_vmms)
-            .await?
-            .to_string())
+        Ok(self.0.bake(template, request.cpu_count, memory, request.waiting_vmms).await?.to_string())
     }
 
     async fn info(&self) -> Result<NodeInfo, Failure> {
@@ -108,13 +104,8 @@ impl kelvin_control::Node for Local {
     async fn collect(&self, dry_run: bool) -> Result<serde_json::Value, Failure> {
         let garbage = self.0.collect(dry_run).await?;
         serde_json::to_value(garbage).map_err(|error| {
-            Failure::new(
-                Kind::Internal,
-                "encoding",
-                "the result cannot be written",
-                "report this",
-            )
-            .with_cause(&error)
+            Failure::new(Kind::Internal, "encoding", "the result cannot be written", "report this")
+                .with_cause(&error)
         })
     }
 }
@@ -189,14 +180,9 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     let data_dir = options.data_dir.clone();
     let lock = lock(&data_dir)?;
     // Bound before anything is made: a port that is taken must cost nothing.
-    let listener = tokio::net::TcpListener::bind(args.listen)
-        .await
-        .map_err(|error| {
-            Failed::new(
-                format!("{}: {error}", args.listen),
-                "name another address with --listen",
-            )
-        })?;
+    let listener = tokio::net::TcpListener::bind(args.listen).await.map_err(|error| {
+        Failed::new(format!("{}: {error}", args.listen), "name another address with --listen")
+    })?;
     let address = listener.local_addr().map_err(|error| Failed::other(&error))?;
     let absolute = data_dir.canonicalize().map_err(|error| Failed::other(&error))?;
     let driver = tokio::task::spawn_blocking(move || {
@@ -205,19 +191,13 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     .await
     .map_err(|error| Failed::other(&error))?;
     let (driver, options) = driver.map_err(|error| Failed::other(&error))?;
-    let node = Node::open(options, Arc::new(driver))
-        .await
-        .map_err(|error| Failed::other(&error))?;
+    let node = Node::open(options, Arc::new(driver)).await.map_err(|error| Failed::other(&error))?;
     let key_path = node.data_dir().join("api-key");
     let key = ApiKey::open(&key_path).map_err(|error| Failed::other(&error))?;
     let local = Arc::new(Local(node.clone()));
-    let control = Control::open(
-        node.data_dir(),
-        Arc::clone(&local) as Arc<dyn kelvin_control::Node>,
-        key,
-    )
-    .await
-    .map_err(|error| Failed::other(&error))?;
+    let control = Control::open(node.data_dir(), Arc::clone(&local) as Arc<dyn kelvin_control::Node>, key)
+        .await
+        .map_err(|error| Failed::other(&error))?;
     let gateway = Gateway::new(local);
     let info = node.info().await.map_err(|error| Failed::other(&error))?;
     if !info.reflink {

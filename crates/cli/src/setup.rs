@@ -20,10 +20,7 @@ pub fn run(args: &SetupArgs) -> Result<(), Failed> {
         return Ok(());
     }
     if directory.is_dir() && datadir::can_reflink(&directory).unwrap_or(false) {
-        line(&format!(
-            "{} can clone files already: nothing to do",
-            directory.display()
-        ));
+        line(&format!("{} can clone files already: nothing to do", directory.display()));
         return Ok(());
     }
     datadir::mount_loop(&directory, args.size_gib << 30).map_err(failed)?;

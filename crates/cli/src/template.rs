@@ -18,37 +18,18 @@ pub async fn dispatch(
     command: TemplateCommand,
 ) -> Result<ExitCode, Failed> {
     match command {
-        TemplateCommand::List => print(
-            output,
-            &config::client(connection)?.templates().await?,
-            template_table,
-        ),
-        TemplateCommand::Bake {
-            name,
-            memory_mib,
-            cpus,
-            waiting,
-        } => {
+        TemplateCommand::List => {
+            print(output, &config::client(connection)?.templates().await?, template_table)
+        }
+        TemplateCommand::Bake { name, memory_mib, cpus, waiting } => {
             let client = config::client(connection)?;
             let bar = spinner(&format!("baking {name}"));
-            let request = BakeTemplate {
-                cpu_count: cpus,
-                memory_mb: memory_mib,
-                waiting_vmms: waiting,
-            };
+            let request = BakeTemplate { cpu_count: cpus, memory_mb: memory_mib, waiting_vmms: waiting };
             let baked = client.bake(&name, &request).await;
             bar.finish_and_clear();
             line(&baked?);
         }
-        TemplateCommand::Import {
-            name,
-            rootfs,
-            kernel,
-            initrd,
-            cpus,
-            memory_mib,
-            data_dir: directory,
-        } => {
+        TemplateCommand::Import { name, rootfs, kernel, initrd, cpus, memory_mib, data_dir: directory } => {
             let name = name.parse().map_err(|error: kelvin_api::id::ParseIdError| {
                 Failed::new(error.to_string(), "choose another name")
             })?;
@@ -67,16 +48,11 @@ pub async fn dispatch(
             })
             .await;
             bar.finish_and_clear();
-            let template = imported
-                .map_err(|error| Failed::other(&error))?
-                .map_err(|error| {
-                    let failure = kelvin_api::error::Failure::from(error);
-                    let cause = failure
-                        .cause
-                        .map(|cause| format!(": {cause}"))
-                        .unwrap_or_default();
-                    Failed::new(format!("{}{cause}", failure.message), &failure.remediation)
-                })?;
+            let template = imported.map_err(|error| Failed::other(&error))?.map_err(|error| {
+                let failure = kelvin_api::error::Failure::from(error);
+                let cause = failure.cause.map(|cause| format!(": {cause}")).unwrap_or_default();
+                Failed::new(format!("{}{cause}", failure.message), &failure.remediation)
+            })?;
             line(&template.image);
         }
     }

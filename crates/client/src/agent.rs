@@ -39,10 +39,7 @@ impl ClientTransport for Transport {
         &self,
         request: Request<ClientBody>,
     ) -> BoxFuture<'static, Result<Response<Incoming>, Self::Error>> {
-        Box::pin(
-            self.0
-                .request(request.map(|body| body.map_err(std::io::Error::other).boxed_unsync())),
-        )
+        Box::pin(self.0.request(request.map(|body| body.map_err(std::io::Error::other).boxed_unsync())))
     }
 }
 
@@ -120,10 +117,7 @@ impl Process {
                     None => {}
                 },
                 Some(Event::End(end)) => {
-                    return Ok(Some(Told::Ended {
-                        exit_code: end.exit_code,
-                        status: end.status,
-                    }));
+                    return Ok(Some(Told::Ended { exit_code: end.exit_code, status: end.status }));
                 }
                 Some(Event::Keepalive(_)) | None => {}
             }
@@ -156,14 +150,8 @@ impl Client {
         token: Option<Token>,
         user: Option<String>,
     ) -> Result<Agent, Error> {
-        let bad = |reason: String| Error::Url {
-            url: self.base.clone(),
-            reason,
-        };
-        let uri: Uri = self
-            .base
-            .parse()
-            .map_err(|error: http::uri::InvalidUri| bad(error.to_string()))?;
+        let bad = |reason: String| Error::Url { url: self.base.clone(), reason };
+        let uri: Uri = self.base.parse().map_err(|error: http::uri::InvalidUri| bad(error.to_string()))?;
         let mut config = ClientConfig::new(uri)
             .with_default_header(SANDBOX_HEADER, sandbox.as_str())
             .with_default_header(PORT_HEADER, AGENT_PORT.to_string());
@@ -175,21 +163,12 @@ impl Client {
             config = config.with_default_header("authorization", format!("Basic {pair}"));
         }
         let processes = ProcessClient::new(Transport(self.http.clone()), config);
-        Ok(Agent {
-            client: self.clone(),
-            sandbox: sandbox.clone(),
-            token,
-            user,
-            processes,
-        })
+        Ok(Agent { client: self.clone(), sandbox: sandbox.clone(), token, user, processes })
     }
 }
 
 fn by_pid(pid: u32) -> ProcessSelector {
-    ProcessSelector {
-        selector: Some(Selector::Pid(pid)),
-        ..Default::default()
-    }
+    ProcessSelector { selector: Some(Selector::Pid(pid)), ..Default::default() }
 }
 
 impl Agent {
@@ -205,20 +184,13 @@ impl Agent {
             cwd: command.cwd.clone(),
             ..Default::default()
         };
-        let request = StartRequest {
-            process: process.into(),
-            stdin: Some(command.stdin),
-            ..Default::default()
-        };
+        let request =
+            StartRequest { process: process.into(), stdin: Some(command.stdin), ..Default::default() };
         let mut options = CallOptions::default();
         if let Some(deadline) = command.deadline {
             options = options.with_timeout(deadline);
         }
-        let stream = self
-            .processes
-            .start_with_options(request, options)
-            .await
-            .map_err(failed)?;
+        let stream = self.processes.start_with_options(request, options).await.map_err(failed)?;
         Ok(Process(Stream::Start(stream)))
     }
 
@@ -227,13 +199,8 @@ impl Agent {
     /// # Errors
     /// `Agent` with `not_found` when there is none.
     pub async fn attach(&self, pid: u32) -> Result<Process, Error> {
-        let request = ConnectRequest {
-            process: by_pid(pid).into(),
-            ..Default::default()
-        };
-        Ok(Process(Stream::Connect(
-            self.processes.connect(request).await.map_err(failed)?,
-        )))
+        let request = ConnectRequest { process: by_pid(pid).into(), ..Default::default() };
+        Ok(Process(Stream::Connect(self.processes.connect(request).await.map_err(failed)?)))
     }
 
     /// The processes that were started through the agent.
@@ -241,13 +208,7 @@ impl Agent {
     /// # Errors
     /// `Agent`.
     pub async fn processes(&self) -> Result<Vec<ProcessInfo>, Error> {
-        Ok(self
-            .processes
-            .list(ListRequest::default())
-            .await
-            .map_err(failed)?
-            .into_owned()
-            .processes)
+        Ok(self.processes.list(ListRequest::default()).await.map_err(failed)?.into_owned().processes)
     }
 
     /// Writes to a process's standard input.
@@ -255,15 +216,9 @@ impl Agent {
     /// # Errors
     /// `Agent` when it has none.
     pub async fn feed(&self, pid: u32, bytes: Vec<u8>) -> Result<(), Error> {
-        let input = ProcessInput {
-            input: Some(Input::Stdin(bytes)),
-            ..Default::default()
-        };
-        let request = SendInputRequest {
-            process: by_pid(pid).into(),
-            input: input.into(),
-            ..Default::default()
-        };
+        let input = ProcessInput { input: Some(Input::Stdin(bytes)), ..Default::default() };
+        let request =
+            SendInputRequest { process: by_pid(pid).into(), input: input.into(), ..Default::default() };
         self.processes.send_input(request).await.map_err(failed).map(drop)
     }
 
@@ -272,15 +227,8 @@ impl Agent {
     /// # Errors
     /// `Agent` when there is no such process.
     pub async fn end_input(&self, pid: u32) -> Result<(), Error> {
-        let request = CloseStdinRequest {
-            process: by_pid(pid).into(),
-            ..Default::default()
-        };
-        self.processes
-            .close_stdin(request)
-            .await
-            .map_err(failed)
-            .map(drop)
+        let request = CloseStdinRequest { process: by_pid(pid).into(), ..Default::default() };
+        self.processes.close_stdin(request).await.map_err(failed).map(drop)
     }
 
     /// Sends SIGTERM, or SIGKILL, to a process and its group.
@@ -288,21 +236,10 @@ impl Agent {
     /// # Errors
     /// `Agent` when there is no such process.
     pub async fn signal(&self, pid: u32, kill: bool) -> Result<(), Error> {
-        let signal = if kill {
-            Signal::SIGNAL_SIGKILL
-        } else {
-            Signal::SIGNAL_SIGTERM
-        };
-        let request = SendSignalRequest {
-            process: by_pid(pid).into(),
-            signal: signal.into(),
-            ..Default::default()
-        };
-        self.processes
-            .send_signal(request)
-            .await
-            .map_err(failed)
-            .map(drop)
+        let signal = if kill { Signal::SIGNAL_SIGKILL } else { Signal::SIGNAL_SIGTERM };
+        let request =
+            SendSignalRequest { process: by_pid(pid).into(), signal: signal.into(), ..Default::default() };
+        self.processes.send_signal(request).await.map_err(failed).map(drop)
     }
 
     /// Starts a process, waits for its end and returns exit code, standard output and standard error, of
@@ -389,24 +326,15 @@ impl Agent {
         target: &mut (impl AsyncWrite + Unpin),
         mut progress: impl FnMut(u64, Option<u64>),
     ) -> Result<u64, Error> {
-        let local = |source| Error::Local {
-            what: "writing the download".to_owned(),
-            source,
-        };
-        let response = self
-            .send(Method::GET, &self.files(path), "", whole(Bytes::new()))
-            .await?;
+        let local = |source| Error::Local { what: "writing the download".to_owned(), source };
+        let response = self.send(Method::GET, &self.files(path), "", whole(Bytes::new())).await?;
         let size = response
             .headers()
             .get(header::CONTENT_LENGTH)
             .and_then(|value| value.to_str().ok()?.parse().ok());
         let mut body = BodyStream::new(response.into_body());
         let mut done = 0;
-        while let Some(frame) = body
-            .try_next()
-            .await
-            .map_err(|error| Error::Reply(error.into()))?
-        {
+        while let Some(frame) = body.try_next().await.map_err(|error| Error::Reply(error.into()))? {
             if let Ok(data) = frame.into_data() {
                 target.write_all(&data).await.map_err(local)?;
                 done += data.len() as u64;
@@ -440,9 +368,7 @@ impl Agent {
             Ok(Some((Frame::data(Bytes::from(buffer)), (source, progress, done))))
         });
         let body = StreamBody::new(chunks).boxed_unsync();
-        self.send(Method::POST, &self.files(path), "application/octet-stream", body)
-            .await
-            .map(drop)
+        self.send(Method::POST, &self.files(path), "application/octet-stream", body).await.map(drop)
     }
 }
 

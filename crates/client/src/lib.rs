@@ -76,9 +76,7 @@ type Http = hyper_util::client::legacy::Client<HttpConnector, Body>;
 
 /// A body that is known whole.
 pub fn whole(bytes: impl Into<Bytes>) -> Body {
-    Full::new(bytes.into())
-        .map_err(|never| match never {})
-        .boxed_unsync()
+    Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
 }
 
 /// A create and what its headers say.
@@ -113,10 +111,7 @@ impl Client {
     /// # Errors
     /// `Url` when it is not an http URL.
     pub fn new(url: &str, key: Token) -> Result<Self, Error> {
-        let bad = |reason: &str| Error::Url {
-            url: url.to_owned(),
-            reason: reason.to_owned(),
-        };
+        let bad = |reason: &str| Error::Url { url: url.to_owned(), reason: reason.to_owned() };
         let uri: Uri = url.parse().map_err(|_| bad("it does not parse"))?;
         match uri.scheme_str() {
             Some("http") => {}
@@ -132,11 +127,7 @@ impl Client {
         let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .build(connector);
-        Ok(Self {
-            base: url.trim_end_matches('/').to_owned(),
-            key,
-            http,
-        })
+        Ok(Self { base: url.trim_end_matches('/').to_owned(), key, http })
     }
 
     /// The server's URL.
@@ -148,10 +139,7 @@ impl Client {
         self.http
             .request(request)
             .await
-            .map_err(|source| Error::Unreachable {
-                url: self.base.clone(),
-                source: source.into(),
-            })
+            .map_err(|source| Error::Unreachable { url: self.base.clone(), source: source.into() })
     }
 
     fn request(&self, method: Method, path: &str) -> http::request::Builder {
@@ -179,27 +167,19 @@ impl Client {
             }
             None => Vec::new(),
         };
-        let request = builder
-            .body(whole(bytes))
-            .map_err(|error| Error::Reply(error.into()))?;
+        let request = builder.body(whole(bytes)).map_err(|error| Error::Reply(error.into()))?;
         let (parts, body) = self.send(request).await?.into_parts();
-        let bytes = Limited::new(body, MAX_REPLY)
-            .collect()
-            .await
-            .map_err(Error::Reply)?
-            .to_bytes();
+        let bytes = Limited::new(body, MAX_REPLY).collect().await.map_err(Error::Reply)?.to_bytes();
         if parts.status.is_success() {
             return Ok((parts.status, parts.headers, bytes));
         }
-        Err(Error::Refused(serde_json::from_slice(&bytes).unwrap_or_else(
-            |_| ApiError {
-                code: parts.status.as_u16(),
-                message: format!("the server replied {}", parts.status),
-                error_code: None,
-                cause: None,
-                remediation: None,
-            },
-        )))
+        Err(Error::Refused(serde_json::from_slice(&bytes).unwrap_or_else(|_| ApiError {
+            code: parts.status.as_u16(),
+            message: format!("the server replied {}", parts.status),
+            error_code: None,
+            cause: None,
+            remediation: None,
+        })))
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
@@ -211,22 +191,12 @@ impl Client {
     /// # Errors
     /// Any of [`Error`].
     pub async fn create(&self, body: &NewSandbox, idempotency_key: Option<&str>) -> Result<Created, Error> {
-        let headers: Vec<(&str, &str)> = idempotency_key
-            .map(|key| ("idempotency-key", key))
-            .into_iter()
-            .collect();
-        let (_, headers, bytes) = self
-            .call(Method::POST, "/v2/sandboxes", &headers, Some(body))
-            .await?;
-        let server_timing = headers
-            .get("server-timing")
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or_default()
-            .to_owned();
-        Ok(Created {
-            sandbox: decode(&bytes)?,
-            server_timing,
-        })
+        let headers: Vec<(&str, &str)> =
+            idempotency_key.map(|key| ("idempotency-key", key)).into_iter().collect();
+        let (_, headers, bytes) = self.call(Method::POST, "/v2/sandboxes", &headers, Some(body)).await?;
+        let server_timing =
+            headers.get("server-timing").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+        Ok(Created { sandbox: decode(&bytes)?, server_timing })
     }
 
     /// One page of the sandboxes that run, newest first, narrowed by `metadata`.
@@ -246,30 +216,17 @@ impl Client {
             let pairs: Vec<String> = metadata
                 .iter()
                 .map(|(key, value)| {
-                    format!(
-                        "{}={}",
-                        encode(key, NON_ALPHANUMERIC),
-                        encode(value, NON_ALPHANUMERIC)
-                    )
+                    format!("{}={}", encode(key, NON_ALPHANUMERIC), encode(value, NON_ALPHANUMERIC))
                 })
                 .collect();
-            path.push_str(&format!(
-                "&metadata={}",
-                encode(&pairs.join("&"), NON_ALPHANUMERIC)
-            ));
+            path.push_str(&format!("&metadata={}", encode(&pairs.join("&"), NON_ALPHANUMERIC)));
         }
         if let Some(next) = next {
             path.push_str(&format!("&nextToken={}", encode(next, NON_ALPHANUMERIC)));
         }
         let (_, headers, bytes) = self.call::<()>(Method::GET, &path, &[], None).await?;
-        let next = headers
-            .get("x-next-token")
-            .and_then(|value| value.to_str().ok())
-            .map(str::to_owned);
-        Ok(Page {
-            sandboxes: decode(&bytes)?,
-            next,
-        })
+        let next = headers.get("x-next-token").and_then(|value| value.to_str().ok()).map(str::to_owned);
+        Ok(Page { sandboxes: decode(&bytes)?, next })
     }
 
     /// Every sandbox that runs, page by page.
@@ -299,9 +256,7 @@ impl Client {
     /// # Errors
     /// Any of [`Error`].
     pub async fn kill(&self, id: &SandboxId) -> Result<(), Error> {
-        self.call::<()>(Method::DELETE, &format!("/sandboxes/{id}"), &[], None)
-            .await
-            .map(drop)
+        self.call::<()>(Method::DELETE, &format!("/sandboxes/{id}"), &[], None).await.map(drop)
     }
 
     /// Sets the time to live, in seconds from now.
@@ -310,14 +265,7 @@ impl Client {
     /// Any of [`Error`].
     pub async fn set_timeout(&self, id: &SandboxId, seconds: u64) -> Result<(), Error> {
         let body = SetTimeout { timeout: seconds };
-        self.call(
-            Method::POST,
-            &format!("/sandboxes/{id}/timeout"),
-            &[],
-            Some(&body),
-        )
-        .await
-        .map(drop)
+        self.call(Method::POST, &format!("/sandboxes/{id}/timeout"), &[], Some(&body)).await.map(drop)
     }
 
     /// The last of a sandbox's console.
@@ -359,12 +307,7 @@ impl Client {
     /// # Errors
     /// Any of [`Error`].
     pub async fn collect(&self, dry_run: bool) -> Result<serde_json::Value, Error> {
-        decode(
-            &self
-                .call::<()>(Method::POST, &format!("/gc?dryRun={dry_run}"), &[], None)
-                .await?
-                .2,
-        )
+        decode(&self.call::<()>(Method::POST, &format!("/gc?dryRun={dry_run}"), &[], None).await?.2)
     }
 }
 

@@ -47,20 +47,12 @@ impl IntoResponse for Failed {
 
 fn json(status: StatusCode, body: &impl Serialize) -> Response {
     match serde_json::to_vec(body) {
-        Ok(bytes) => (
-            status,
-            [(header::CONTENT_TYPE, "application/json")],
-            Body::from(bytes),
-        )
-            .into_response(),
+        Ok(bytes) => {
+            (status, [(header::CONTENT_TYPE, "application/json")], Body::from(bytes)).into_response()
+        }
         Err(error) => reply(
-            &Failure::new(
-                Kind::Internal,
-                "encoding",
-                "the reply cannot be written",
-                "report this",
-            )
-            .with_cause(&error),
+            &Failure::new(Kind::Internal, "encoding", "the reply cannot be written", "report this")
+                .with_cause(&error),
         ),
     }
 }
@@ -101,22 +93,13 @@ async fn authenticate(State(control): State<Control>, request: Request, next: Ne
 
 async fn nowhere(request: Request) -> Response {
     let text = format!("there is no {} {}", request.method(), request.uri().path());
-    reply(&Failure::new(
-        Kind::NotFound,
-        "no_route",
-        text,
-        "SPEC.md lists the routes",
-    ))
+    reply(&Failure::new(Kind::NotFound, "no_route", text, "SPEC.md lists the routes"))
 }
 
 async fn wrong_method(request: Request) -> Response {
     let text = format!("{} is not allowed on {}", request.method(), request.uri().path());
-    let mut response = reply(&Failure::new(
-        Kind::Invalid,
-        "method_not_allowed",
-        text,
-        "SPEC.md lists the routes",
-    ));
+    let mut response =
+        reply(&Failure::new(Kind::Invalid, "method_not_allowed", text, "SPEC.md lists the routes"));
     *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
     response
 }
@@ -133,10 +116,8 @@ async fn read(request: Request) -> Result<Bytes, Failure> {
     match Limited::new(request.into_body(), MAX_BODY).collect().await {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) if error.is::<LengthLimitError>() => Err(too_large()),
-        Err(error) => Err(
-            Failure::new(Kind::Invalid, "body_cut", "the body ended early", "send it again")
-                .with_cause(&*error),
-        ),
+        Err(error) => Err(Failure::new(Kind::Invalid, "body_cut", "the body ended early", "send it again")
+            .with_cause(&*error)),
     }
 }
 
@@ -149,11 +130,7 @@ fn parse<T: DeserializeOwned + Default>(bytes: &Bytes) -> Result<T, Failure> {
 
 fn parse_required<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Failure> {
     serde_json::from_slice(bytes).map_err(|error| {
-        let code = if error.is_data() {
-            "invalid_request"
-        } else {
-            "malformed_json"
-        };
+        let code = if error.is_data() { "invalid_request" } else { "malformed_json" };
         Failure::new(
             Kind::Invalid,
             code,
@@ -206,9 +183,7 @@ struct ListQuery {
 
 fn metadata_filter(text: &str) -> Metadata {
     let decode = |part: &str| {
-        percent_encoding::percent_decode_str(&part.replace('+', " "))
-            .decode_utf8_lossy()
-            .into_owned()
+        percent_encoding::percent_decode_str(&part.replace('+', " ")).decode_utf8_lossy().into_owned()
     };
     text.split('&')
         .filter(|pair| !pair.is_empty())
@@ -221,12 +196,7 @@ impl ListQuery {
     fn filter(&self) -> Result<Filter, Failure> {
         let invalid = |field: &str, text: &str, remedy: &str| {
             let shown: String = text.chars().take(80).collect();
-            Failure::new(
-                Kind::Invalid,
-                "invalid_query",
-                format!("{field}={shown:?} is not allowed"),
-                remedy,
-            )
+            Failure::new(Kind::Invalid, "invalid_query", format!("{field}={shown:?} is not allowed"), remedy)
         };
         let limit = match &self.limit {
             None => PAGE,
@@ -243,10 +213,7 @@ impl ListQuery {
         };
         let started_after = match &self.started_after {
             None => None,
-            Some(text) => Some(
-                text.parse()
-                    .map_err(|_| invalid("startedAfter", text, "an RFC 3339 time"))?,
-            ),
+            Some(text) => Some(text.parse().map_err(|_| invalid("startedAfter", text, "an RFC 3339 time"))?),
         };
         Ok(Filter {
             metadata: self.metadata.as_deref().map(metadata_filter).unwrap_or_default(),
@@ -315,20 +282,14 @@ struct Refresh {
 async fn refresh(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
     let id = parse_id(&id)?;
     let body: Refresh = parse(&read(request).await?)?;
-    control
-        .inner
-        .set_timeout(&id, body.duration.unwrap_or(60).min(MAX_TIMEOUT_S), false)
-        .await?;
+    control.inner.set_timeout(&id, body.duration.unwrap_or(60).min(MAX_TIMEOUT_S), false).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 async fn connect(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
     let id = parse_id(&id)?;
     let body: ConnectSandbox = parse(&read(request).await?)?;
-    let detail = control
-        .inner
-        .set_timeout(&id, body.timeout.unwrap_or(CONNECT_TIMEOUT_S), false)
-        .await?;
+    let detail = control.inner.set_timeout(&id, body.timeout.unwrap_or(CONNECT_TIMEOUT_S), false).await?;
     Ok(json(StatusCode::OK, &sandbox_of(&detail)))
 }
 
@@ -353,10 +314,7 @@ async fn bake(State(control): State<Control>, Path(name): Path<String>, request:
     let body: BakeTemplate = parse(&read(request).await?)?;
     let template = name.parse().map_err(|_| unknown_template(&name))?;
     let snapshot = control.inner.node.bake(&template, body).await?;
-    Ok(json(
-        StatusCode::OK,
-        &serde_json::json!({ "snapshotID": snapshot }),
-    ))
+    Ok(json(StatusCode::OK, &serde_json::json!({ "snapshotID": snapshot })))
 }
 
 async fn node(State(control): State<Control>) -> Outcome {

@@ -47,11 +47,8 @@ impl ApiKey {
                 // Whole or not there: a half-written key would lock everybody out.
                 let fresh = path.with_extension("new");
                 let _ = std::fs::remove_file(&fresh);
-                let mut file = std::fs::File::options()
-                    .write(true)
-                    .create_new(true)
-                    .mode(0o600)
-                    .open(&fresh)?;
+                let mut file =
+                    std::fs::File::options().write(true).create_new(true).mode(0o600).open(&fresh)?;
                 writeln!(file, "{key}")?;
                 file.sync_all()?;
                 std::fs::rename(&fresh, path)?;
@@ -66,29 +63,18 @@ impl ApiKey {
     /// # Errors
     /// `Unauthenticated`; it does not say whether a key was close.
     pub fn check(&self, headers: &HeaderMap) -> Result<(), Failure> {
-        let shown = headers
-            .get("x-api-key")
-            .map(http::HeaderValue::as_bytes)
-            .or_else(|| {
-                headers
-                    .get("authorization")
-                    .and_then(|value| value.as_bytes().strip_prefix(b"Bearer "))
-            });
+        let shown = headers.get("x-api-key").map(http::HeaderValue::as_bytes).or_else(|| {
+            headers.get("authorization").and_then(|value| value.as_bytes().strip_prefix(b"Bearer "))
+        });
         let remedy = "send the key in the header X-API-KEY; the server keeps it in <data-dir>/api-key";
         match shown {
             Some(key) if same_secret(key, self.0.expose().as_bytes()) => Ok(()),
-            Some(_) => Err(Failure::new(
-                Kind::Unauthenticated,
-                "wrong_api_key",
-                "the API key is not known",
-                remedy,
-            )),
-            None => Err(Failure::new(
-                Kind::Unauthenticated,
-                "no_api_key",
-                "the request has no API key",
-                remedy,
-            )),
+            Some(_) => {
+                Err(Failure::new(Kind::Unauthenticated, "wrong_api_key", "the API key is not known", remedy))
+            }
+            None => {
+                Err(Failure::new(Kind::Unauthenticated, "no_api_key", "the request has no API key", remedy))
+            }
         }
     }
 }
@@ -104,19 +90,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api-key");
         let key = ApiKey::open(&path).unwrap();
-        assert_eq!(
-            std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
-            0o600
-        );
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         let text = std::fs::read_to_string(&path).unwrap();
         let mut headers = HeaderMap::new();
         assert_eq!(key.check(&headers).unwrap_err().error_code, "no_api_key");
         headers.insert("x-api-key", text.trim().parse().unwrap());
         ApiKey::open(&path).unwrap().check(&headers).unwrap();
-        headers.insert(
-            "x-api-key",
-            "e2b_0000000000000000000000000000000000000000".parse().unwrap(),
-        );
+        headers.insert("x-api-key", "e2b_0000000000000000000000000000000000000000".parse().unwrap());
         assert_eq!(key.check(&headers).unwrap_err().error_code, "wrong_api_key");
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
         assert!(ApiKey::open(&path).is_err());

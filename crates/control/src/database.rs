@@ -93,9 +93,7 @@ const COLUMNS: &str = "id, template, metadata, access_token, allow_internet, vcp
 fn sandbox(row: &Row<'_>) -> Result<SandboxRow, rusqlite::Error> {
     let (id, metadata, path): (String, String, String) = (row.get(0)?, row.get(2)?, row.get(8)?);
     Ok(SandboxRow {
-        id: id
-            .parse()
-            .map_err(|error: kelvin_api::id::ParseIdError| bad(error.into()))?,
+        id: id.parse().map_err(|error: kelvin_api::id::ParseIdError| bad(error.into()))?,
         template: row.get(1)?,
         metadata: serde_json::from_str(&metadata).map_err(|error| bad(error.into()))?,
         access_token: row.get::<_, Option<String>>(3)?.map(Token::from_secret),
@@ -103,11 +101,7 @@ fn sandbox(row: &Row<'_>) -> Result<SandboxRow, rusqlite::Error> {
         vcpus: row.get(5)?,
         memory_mib: row.get(6)?,
         disk_mib: row.get(7)?,
-        start_path: if path == "clone" {
-            StartPath::Clone
-        } else {
-            StartPath::Cold
-        },
+        start_path: if path == "clone" { StartPath::Clone } else { StartPath::Cold },
         started_at: time(row.get(9)?)?,
         ends_at: time(row.get(10)?)?,
     })
@@ -166,10 +160,7 @@ impl Database {
                         "SELECT fingerprint, reply FROM idempotency WHERE key = ?1 AND created_ms >= ?2",
                     )?
                     .query_row((key, oldest), |row| {
-                        Ok(KeyRow {
-                            fingerprint: row.get(0)?,
-                            reply: row.get(1)?,
-                        })
+                        Ok(KeyRow { fingerprint: row.get(0)?, reply: row.get(1)? })
                     })
                     .optional()
             })
@@ -211,12 +202,8 @@ impl Database {
         self.0
             .call(move |connection| {
                 let transaction = connection.transaction()?;
-                transaction
-                    .prepare_cached("DELETE FROM idempotency WHERE sandbox = ?1")?
-                    .execute([&id])?;
-                transaction
-                    .prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?
-                    .execute([&id])?;
+                transaction.prepare_cached("DELETE FROM idempotency WHERE sandbox = ?1")?.execute([&id])?;
+                transaction.prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?.execute([&id])?;
                 transaction.commit()
             })
             .await
@@ -227,10 +214,7 @@ impl Database {
         let id = id.to_string();
         self.0
             .call(move |connection| {
-                connection
-                    .prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?
-                    .execute([id])
-                    .map(drop)
+                connection.prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?.execute([id]).map(drop)
             })
             .await
     }
@@ -283,21 +267,14 @@ impl Database {
                     sql.push_str(" AND started_ms >= ?");
                     values.push(after.as_millisecond().into());
                 }
-                let (compare, order) = if filter.ascending {
-                    (">", "ASC")
-                } else {
-                    ("<", "DESC")
-                };
+                let (compare, order) = if filter.ascending { (">", "ASC") } else { ("<", "DESC") };
                 if let Some((started, id)) = filter.after {
                     sql.push_str(&format!(" AND (started_ms, id) {compare} (?, ?)"));
                     values.extend([Value::from(started), Value::from(id)]);
                 }
                 sql.push_str(&format!(" ORDER BY started_ms {order}, id {order} LIMIT ?"));
                 values.push(Value::from(i64::try_from(filter.limit).unwrap_or(i64::MAX)));
-                connection
-                    .prepare(&sql)?
-                    .query_map(params_from_iter(values), sandbox)?
-                    .collect()
+                connection.prepare(&sql)?.query_map(params_from_iter(values), sandbox)?.collect()
             })
             .await
     }
@@ -310,9 +287,8 @@ impl Database {
                     .prepare("SELECT id, state = 'creating' FROM sandboxes")?
                     .query_map([], |row| {
                         let id: String = row.get(0)?;
-                        let id = id
-                            .parse()
-                            .map_err(|error: kelvin_api::id::ParseIdError| bad(error.into()))?;
+                        let id =
+                            id.parse().map_err(|error: kelvin_api::id::ParseIdError| bad(error.into()))?;
                         Ok((id, row.get(1)?))
                     })?
                     .collect()

@@ -23,12 +23,7 @@ pub fn status(kind: Kind) -> StatusCode {
 pub fn reply(failure: &Failure) -> Response {
     let status = status(failure.kind);
     if status.is_server_error() {
-        tracing::error!(
-            code = failure.error_code,
-            cause = failure.cause,
-            "{}",
-            failure.message
-        );
+        tracing::error!(code = failure.error_code, cause = failure.cause, "{}", failure.message);
     }
     let body = ApiError {
         code: status.as_u16(),
@@ -38,16 +33,9 @@ pub fn reply(failure: &Failure) -> Response {
         remediation: Some(failure.remediation.clone()),
     };
     let bytes = serde_json::to_vec(&body).unwrap_or_default();
-    let mut reply = (
-        status,
-        [(header::CONTENT_TYPE, "application/json")],
-        Body::from(bytes),
-    )
-        .into_response();
+    let mut reply = (status, [(header::CONTENT_TYPE, "application/json")], Body::from(bytes)).into_response();
     if failure.kind == Kind::Exhausted {
-        reply
-            .headers_mut()
-            .insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
+        reply.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
     }
     reply
 }

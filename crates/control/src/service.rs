@@ -79,10 +79,7 @@ fn not_found(id: &str) -> Failure {
     Failure::new(
         Kind::NotFound,
         "sandbox_not_found",
-        format!(
-            "sandbox {} was not found",
-            id.chars().take(80).collect::<String>()
-        ),
+        format!("sandbox {} was not found", id.chars().take(80).collect::<String>()),
         "`kelvin sandbox list` shows what runs",
     )
 }
@@ -130,18 +127,10 @@ impl Control {
     ) -> Result<Reply, Failure> {
         let inner = Arc::clone(&self.inner);
         // A client that goes away must not leave intent without a result.
-        let task = self
-            .inner
-            .tasks
-            .spawn(async move { inner.create_once(body, key).await });
+        let task = self.inner.tasks.spawn(async move { inner.create_once(body, key).await });
         task.await.unwrap_or_else(|error| {
-            Err(Failure::new(
-                Kind::Internal,
-                "create_aborted",
-                "the create was aborted",
-                "try again",
-            )
-            .with_cause(&error))
+            Err(Failure::new(Kind::Internal, "create_aborted", "the create was aborted", "try again")
+                .with_cause(&error))
         })
     }
 }
@@ -149,13 +138,8 @@ impl Control {
 impl Inner {
     /// Brings the database to what the node has: after a start, or when the node's log was too short.
     async fn compare(&self) -> Result<(), Failure> {
-        let live: BTreeMap<SandboxId, Live> = self
-            .node
-            .live()
-            .await?
-            .into_iter()
-            .map(|live| (live.sandbox.clone(), live))
-            .collect();
+        let live: BTreeMap<SandboxId, Live> =
+            self.node.live().await?.into_iter().map(|live| (live.sandbox.clone(), live)).collect();
         for (id, creating) in self.database.all().await.map_err(database_failed)? {
             match (live.get(&id), creating) {
                 (Some(live), true) => self.finish(live).await.map_err(database_failed)?,
@@ -175,9 +159,7 @@ impl Inner {
         };
         let reason = format!("{}: the server was restarted meanwhile", live.start_path.name());
         let sandbox = reply_of(&row, live.start_path, reason, &Timings::default());
-        self.database
-            .commit(live, serde_json::to_string(&sandbox).ok())
-            .await
+        self.database.commit(live, serde_json::to_string(&sandbox).ok()).await
     }
 
     /// Follows what ends on the node.
@@ -247,10 +229,7 @@ impl Inner {
         }
         let reply = known.reply.and_then(|reply| serde_json::from_str(&reply).ok());
         match reply {
-            Some(sandbox) => Ok(Reply {
-                sandbox,
-                timings: Timings::default(),
-            }),
+            Some(sandbox) => Ok(Reply { sandbox, timings: Timings::default() }),
             None => Err(Failure::new(
                 Kind::Conflict,
                 "idempotency_key_in_use",
@@ -277,23 +256,11 @@ impl Inner {
             }
         };
         since = Instant::now();
-        let Created {
-            start_path,
-            reason,
-            timings: on_node,
-            shape,
-            started_at,
-        } = created;
+        let Created { start_path, reason, timings: on_node, shape, started_at } = created;
         for (phase, ms) in on_node.iter() {
             timings.add(phase, Duration::from_secs_f64(ms / 1e3));
         }
-        let live = Live {
-            sandbox: row.id.clone(),
-            ends_at: row.ends_at,
-            shape,
-            start_path,
-            started_at,
-        };
+        let live = Live { sandbox: row.id.clone(), ends_at: row.ends_at, shape, start_path, started_at };
         let sandbox = reply_of(&row, start_path, reason, &timings);
         let text = serde_json::to_string(&sandbox).ok();
         if let Err(error) = self.database.commit(&live, text).await {
@@ -311,8 +278,7 @@ impl Inner {
 
     async fn row(&self, id: &SandboxId) -> Result<SandboxRow, Failure> {
         let row = self.database.get(id).await.map_err(database_failed)?;
-        row.filter(|row| row.ends_at > jiff::Timestamp::now())
-            .ok_or_else(|| not_found(id.as_str()))
+        row.filter(|row| row.ends_at > jiff::Timestamp::now()).ok_or_else(|| not_found(id.as_str()))
     }
 
     pub(crate) async fn kill(&self, id: &SandboxId) -> Result<(), Failure> {
@@ -331,10 +297,7 @@ impl Inner {
         let mut row = self.row(id).await?;
         if may_shorten || ends_at > row.ends_at {
             self.node.set_deadline(id, ends_at).await?;
-            self.database
-                .set_deadline(id, ends_at)
-                .await
-                .map_err(database_failed)?;
+            self.database.set_deadline(id, ends_at).await.map_err(database_failed)?;
             row.ends_at = ends_at;
         }
         Ok(detail_of(row, true))
@@ -350,10 +313,7 @@ impl Inner {
             .map(|line| line.chars().filter(|c| !c.is_control() || *c == '\t').collect())
             .map(|line| SandboxLog { timestamp, line })
             .collect();
-        Ok(SandboxLogs {
-            logs,
-            log_entries: Vec::new(),
-        })
+        Ok(SandboxLogs { logs, log_entries: Vec::new() })
     }
 
     pub(crate) async fn list(&self, mut filter: Filter, token: Option<&str>) -> Result<Page, Failure> {
@@ -368,11 +328,8 @@ impl Inner {
         rows.truncate(limit);
         let next = rows.last().filter(|_| more).map(make_token);
         let now = jiff::Timestamp::now();
-        let sandboxes = rows
-            .into_iter()
-            .filter(|row| row.ends_at > now)
-            .map(|row| detail_of(row, false))
-            .collect();
+        let sandboxes =
+            rows.into_iter().filter(|row| row.ends_at > now).map(|row| detail_of(row, false)).collect();
         Ok(Page { sandboxes, next })
     }
 }
@@ -387,10 +344,7 @@ fn parse_token(token: &str) -> Result<(i64, String), Failure> {
         .decode(token)
         .ok()
         .and_then(|bytes| String::from_utf8(bytes).ok())
-        .and_then(|text| {
-            text.split_once(':')
-                .map(|(ms, id)| (ms.to_owned(), id.to_owned()))
-        })
+        .and_then(|text| text.split_once(':').map(|(ms, id)| (ms.to_owned(), id.to_owned())))
         .and_then(|(ms, id)| Some((ms.parse().ok()?, id)))
         .ok_or_else(|| {
             invalid(
@@ -419,24 +373,11 @@ fn deadline(seconds: u64) -> Result<jiff::Timestamp, Failure> {
 fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
     let unsupported = [
         ("autoPause", body.auto_pause == Some(true)),
-        (
-            "autoResume",
-            body.auto_resume
-                .as_ref()
-                .is_some_and(|value| value["enabled"] == true),
-        ),
-        (
-            "network",
-            body.network.as_ref().is_some_and(|value| !is_empty(value)),
-        ),
+        ("autoResume", body.auto_resume.as_ref().is_some_and(|value| value["enabled"] == true)),
+        ("network", body.network.as_ref().is_some_and(|value| !is_empty(value))),
         ("mcp", body.mcp.as_ref().is_some_and(|value| !is_empty(value))),
         ("iam", body.iam.as_ref().is_some_and(|value| !is_empty(value))),
-        (
-            "volumeMounts",
-            body.volume_mounts
-                .as_ref()
-                .is_some_and(|mounts| !mounts.is_empty()),
-        ),
+        ("volumeMounts", body.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty())),
     ];
     if let Some((field, _)) = unsupported.iter().find(|(_, used)| *used) {
         return Err(invalid(
@@ -445,10 +386,7 @@ fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
             "leave the field out",
         ));
     }
-    let template: TemplateName = body
-        .template_id
-        .parse()
-        .map_err(|_| unknown_template(&body.template_id))?;
+    let template: TemplateName = body.template_id.parse().map_err(|_| unknown_template(&body.template_id))?;
     let metadata = body.metadata.unwrap_or_default();
     check_map("metadata", &metadata, METADATA_BYTES)?;
     let env_vars = body.env_vars.unwrap_or_default();
@@ -458,11 +396,7 @@ fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
         None => None,
         Some(Ok(memory)) => Some(MemoryMib(memory)),
         Some(Err(_)) => {
-            return Err(invalid(
-                "invalid_shape",
-                "memoryMB is outside every range",
-                "ask for less memory",
-            ));
+            return Err(invalid("invalid_shape", "memoryMB is outside every range", "ask for less memory"));
         }
     };
     let ends_at = deadline(body.timeout.unwrap_or(DEFAULT_TIMEOUT_S))?;
@@ -528,10 +462,7 @@ fn check_env(env_vars: &EnvVars) -> Result<(), Failure> {
         None => Ok(()),
         Some((key, _)) => Err(invalid(
             "invalid_env_var",
-            format!(
-                "{:?} cannot be an environment variable",
-                key.chars().take(80).collect::<String>()
-            ),
+            format!("{:?} cannot be an environment variable", key.chars().take(80).collect::<String>()),
             "names are not empty and have no '='; neither names nor values have a NUL byte",
         )),
     }

@@ -39,14 +39,7 @@ pub trait Agents: Send + Sync + 'static {
 }
 
 /// Paths of the agent that only the platform may call. Source: `x-internal` in envd's OpenAPI.
-const INTERNAL: [&str; 6] = [
-    "/init",
-    "/freeze",
-    "/unfreeze",
-    "/collapse",
-    "/fsfreeze",
-    "/fsthaw",
-];
+const INTERNAL: [&str; 6] = ["/init", "/freeze", "/unfreeze", "/collapse", "/fsfreeze", "/fsthaw"];
 
 /// Headers that belong to one connection. Source: RFC 9110, 7.6.1.
 const HOP_BY_HOP: [HeaderName; 8] = [
@@ -79,11 +72,7 @@ impl Gateway {
 
     /// Forwards one request.
     pub async fn forward(&self, request: Request<Body>) -> Response {
-        let shown = request
-            .headers()
-            .get(SANDBOX_HEADER)
-            .and_then(|id| id.to_str().ok())
-            .unwrap_or_default();
+        let shown = request.headers().get(SANDBOX_HEADER).and_then(|id| id.to_str().ok()).unwrap_or_default();
         let shown: String = shown.chars().take(80).collect();
         let port = match request.headers().get(PORT_HEADER) {
             None => Some(AGENT_PORT),
@@ -99,11 +88,7 @@ impl Gateway {
                 return error(StatusCode::BAD_GATEWAY, &shown, &text);
             }
             None => {
-                return error(
-                    StatusCode::BAD_REQUEST,
-                    &shown,
-                    "The port is not a number from 1 to 65535",
-                );
+                return error(StatusCode::BAD_REQUEST, &shown, "The port is not a number from 1 to 65535");
             }
         }
         if INTERNAL.contains(&request.uri().path()) {
@@ -128,11 +113,7 @@ impl Gateway {
                     cause = failure.cause,
                     "the agent was not reached"
                 );
-                error(
-                    StatusCode::BAD_GATEWAY,
-                    &shown,
-                    "The sandbox is running but its agent does not answer",
-                )
+                error(StatusCode::BAD_GATEWAY, &shown, "The sandbox is running but its agent does not answer")
             }
         }
     }
@@ -141,20 +122,13 @@ impl Gateway {
 fn rewrite(request: Request<Body>) -> Result<Request<Inbound>, http::Error> {
     let (mut parts, body) = request.into_parts();
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
-    parts.uri = Uri::builder()
-        .scheme("http")
-        .authority("agent")
-        .path_and_query(path)
-        .build()?;
+    parts.uri = Uri::builder().scheme("http").authority("agent").path_and_query(path).build()?;
     parts.version = Version::HTTP_2;
     strip(&mut parts.headers);
     parts.headers.remove(header::HOST);
     parts.headers.remove(header::EXPECT);
     parts.extensions.clear();
-    Ok(Request::from_parts(
-        parts,
-        body.map_err(io::Error::other).boxed_unsync(),
-    ))
+    Ok(Request::from_parts(parts, body.map_err(io::Error::other).boxed_unsync()))
 }
 
 fn strip(headers: &mut HeaderMap) {
@@ -173,12 +147,7 @@ fn strip(headers: &mut HeaderMap) {
 /// The body that E2B's clients recognise. Source: `../shared/specs/e2b.md`.
 fn error(status: StatusCode, sandbox: &str, message: &str) -> Response {
     let body = serde_json::json!({ "sandboxId": sandbox, "message": message, "code": status.as_u16() });
-    (
-        status,
-        [(header::CONTENT_TYPE, "application/json")],
-        body.to_string(),
-    )
-        .into_response()
+    (status, [(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response()
 }
 
 fn not_found(sandbox: &str) -> Response {

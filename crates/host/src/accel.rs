@@ -52,31 +52,19 @@ pub struct Finding {
 /// Looks at this host.
 pub fn detect() -> Finding {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let opens = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .map_err(|error| error.to_string());
+    let opens =
+        std::fs::File::options().read(true).write(true).open("/dev/kvm").map_err(|error| error.to_string());
     decide(&cpuinfo, opens.map(drop))
 }
 
 fn decide(cpuinfo: &str, kvm_opens: Result<(), String>) -> Finding {
-    let flags = cpuinfo
-        .lines()
-        .find(|line| line.starts_with("flags"))
-        .unwrap_or_default();
-    let flag = ["vmx", "svm"]
-        .into_iter()
-        .find(|flag| flags.split_whitespace().any(|word| word == *flag));
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    let flag = ["vmx", "svm"].into_iter().find(|flag| flags.split_whitespace().any(|word| word == *flag));
     let (accelerator, reason) = match (flag, kvm_opens) {
-        (Some(flag), Ok(())) => (
-            Accelerator::Kvm,
-            format!("the processor has {flag} and /dev/kvm opens"),
-        ),
-        (Some(flag), Err(error)) => (
-            Accelerator::Tcg,
-            format!("the processor has {flag}, but /dev/kvm does not open: {error}"),
-        ),
+        (Some(flag), Ok(())) => (Accelerator::Kvm, format!("the processor has {flag} and /dev/kvm opens")),
+        (Some(flag), Err(error)) => {
+            (Accelerator::Tcg, format!("the processor has {flag}, but /dev/kvm does not open: {error}"))
+        }
         (None, Ok(())) => (
             Accelerator::Tcg,
             "/dev/kvm opens, but the processor shows neither vmx nor svm: it cannot run an unmodified guest"
@@ -97,14 +85,8 @@ mod tests {
     #[test]
     fn an_open_device_alone_is_not_kvm() {
         assert_eq!(decide("flags\t: fpu sse\n", Ok(())).accelerator, Accelerator::Tcg);
-        assert_eq!(
-            decide("flags\t: fpu vmx_other\n", Ok(())).accelerator,
-            Accelerator::Tcg
-        );
+        assert_eq!(decide("flags\t: fpu vmx_other\n", Ok(())).accelerator, Accelerator::Tcg);
         assert_eq!(decide("flags\t: fpu vmx\n", Ok(())).accelerator, Accelerator::Kvm);
-        assert_eq!(
-            decide("flags\t: fpu svm\n", Err("denied".into())).accelerator,
-            Accelerator::Tcg
-        );
+        assert_eq!(decide("flags\t: fpu svm\n", Err("denied".into())).accelerator, Accelerator::Tcg);
     }
 }

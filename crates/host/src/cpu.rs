@@ -26,10 +26,7 @@ impl CpuModel {
                 .map(|(_, value)| value.trim().to_owned())
                 .unwrap_or_default()
         };
-        Self {
-            name: field("model name"),
-            microcode: field("microcode"),
-        }
+        Self { name: field("model name"), microcode: field("microcode") }
     }
 }
 
@@ -79,9 +76,6 @@ mod tests {
         assert!((500_000..10_000_000).contains(&first), "{first} kHz");
         assert_eq!(tsc_khz(&file).unwrap(), first);
         std::fs::write(&file, "1000\n").unwrap();
-        assert!(
-            tsc_khz(&file).unwrap() > 500_000,
-            "a rate that no longer holds is replaced"
-        );
+        assert!(tsc_khz(&file).unwrap() > 500_000, "a rate that no longer holds is replaced");
     }
 }

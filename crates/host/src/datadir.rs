@@ -66,13 +66,8 @@ pub fn is_mount_point(directory: &Path) -> bool {
     let Ok(own) = std::fs::metadata(directory) else {
         return false;
     };
-    let parent = directory
-        .canonicalize()
-        .ok()
-        .and_then(|path| path.parent().map(Path::to_owned));
-    parent
-        .and_then(|parent| std::fs::metadata(parent).ok())
-        .is_some_and(|parent| parent.dev() != own.dev())
+    let parent = directory.canonicalize().ok().and_then(|path| path.parent().map(Path::to_owned));
+    parent.and_then(|parent| std::fs::metadata(parent).ok()).is_some_and(|parent| parent.dev() != own.dev())
 }
 
 /// The file that holds the file system of `directory`: beside it, with `.xfs` after its name.
@@ -83,20 +78,14 @@ pub fn backing_file(directory: &Path) -> PathBuf {
 }
 
 fn program(name: &'static str, command: &mut Command) -> Result<String, Error> {
-    let output = command.output().map_err(|source| Error::Io {
-        what: "starting",
-        path: name.into(),
-        source,
-    })?;
+    let output =
+        command.output().map_err(|source| Error::Io { what: "starting", path: name.into(), source })?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let mut text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     text.truncate(text.floor_char_boundary(500));
-    Err(Error::Program {
-        program: name,
-        output: text,
-    })
+    Err(Error::Program { program: name, output: text })
 }
 
 /// Mounts an XFS with reflink on `directory`, from [`backing_file`], which is made with `bytes` (sparse)
@@ -115,21 +104,10 @@ pub fn mount_loop(directory: &Path, bytes: u64) -> Result<(), Error> {
         let fresh = image.with_extension("xfs.new");
         let file = std::fs::File::create(&fresh).map_err(io_error("making", &fresh))?;
         file.set_len(bytes).map_err(io_error("sizing", &fresh))?;
-        program(
-            "mkfs.xfs",
-            Command::new("mkfs.xfs")
-                .args(["-q", "-f", "-m", "reflink=1"])
-                .arg(&fresh),
-        )?;
+        program("mkfs.xfs", Command::new("mkfs.xfs").args(["-q", "-f", "-m", "reflink=1"]).arg(&fresh))?;
         std::fs::rename(&fresh, &image).map_err(io_error("naming", &image))?;
     }
-    program(
-        "mount",
-        Command::new("mount")
-            .args(["-o", "loop,noatime"])
-            .arg(&image)
-            .arg(directory),
-    )?;
+    program("mount", Command::new("mount").args(["-o", "loop,noatime"]).arg(&image).arg(directory))?;
     Ok(())
 }
 

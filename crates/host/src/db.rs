@@ -62,10 +62,7 @@ impl Db {
         let known = i64::try_from(migrations.len()).unwrap_or(i64::MAX);
         let done = usize::try_from(version).unwrap_or(usize::MAX);
         let Some(missing) = migrations.get(done..) else {
-            return Err(Error::Version {
-                found: version,
-                known,
-            });
+            return Err(Error::Version { found: version, known });
         };
         let transaction = connection.transaction()?;
         for sql in missing {
@@ -134,28 +131,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.db");
         let db = Db::open(&path, &["CREATE TABLE t (x INTEGER)"]).unwrap();
-        db.call(|c| c.execute("INSERT INTO t VALUES (1)", []))
-            .await
-            .unwrap();
+        db.call(|c| c.execute("INSERT INTO t VALUES (1)", [])).await.unwrap();
         drop(db);
-        let db = Db::open(
-            &path,
-            &["CREATE TABLE t (x INTEGER)", "ALTER TABLE t ADD y INTEGER"],
-        )
-        .unwrap();
-        let count: i64 = db
-            .call(|c| c.query_row("SELECT count(y IS NULL) FROM t", [], |r| r.get(0)))
-            .await
-            .unwrap();
+        let db = Db::open(&path, &["CREATE TABLE t (x INTEGER)", "ALTER TABLE t ADD y INTEGER"]).unwrap();
+        let count: i64 =
+            db.call(|c| c.query_row("SELECT count(y IS NULL) FROM t", [], |r| r.get(0))).await.unwrap();
         assert_eq!(count, 1);
-        assert!(matches!(
-            Db::open(&path, &[]),
-            Err(Error::Version { found: 2, known: 0 })
-        ));
-        assert!(
-            db.call(|c| c.execute("INSERT INTO nothing VALUES (1)", []))
-                .await
-                .is_err()
-        );
+        assert!(matches!(Db::open(&path, &[]), Err(Error::Version { found: 2, known: 0 })));
+        assert!(db.call(|c| c.execute("INSERT INTO nothing VALUES (1)", [])).await.is_err());
     }
 }

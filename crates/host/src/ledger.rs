@@ -92,9 +92,7 @@ impl Ledger {
     /// # Errors
     /// As the database gives them.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        Ok(Self {
-            db: Db::open(path, MIGRATIONS)?,
-        })
+        Ok(Self { db: Db::open(path, MIGRATIONS)? })
     }
 
     /// Announces resources, in the order in which they will be made; one transaction.
@@ -143,10 +141,7 @@ impl Ledger {
     pub async fn strike(&self, id: i64) -> Result<(), Error> {
         self.db
             .call(move |connection| {
-                connection
-                    .prepare_cached("DELETE FROM resources WHERE id = ?1")?
-                    .execute([id])
-                    .map(drop)
+                connection.prepare_cached("DELETE FROM resources WHERE id = ?1")?.execute([id]).map(drop)
             })
             .await
     }
@@ -160,12 +155,8 @@ impl Ledger {
         self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
-                transaction
-                    .prepare_cached("DELETE FROM resources WHERE owner = ?1")?
-                    .execute([&owner])?;
-                transaction
-                    .prepare_cached("DELETE FROM records WHERE owner = ?1")?
-                    .execute([&owner])?;
+                transaction.prepare_cached("DELETE FROM resources WHERE owner = ?1")?.execute([&owner])?;
+                transaction.prepare_cached("DELETE FROM records WHERE owner = ?1")?.execute([&owner])?;
                 transaction.commit()
             })
             .await
@@ -198,9 +189,7 @@ impl Ledger {
         self.db
             .call(move |connection| {
                 connection
-                    .query_row("SELECT body FROM records WHERE owner = ?1", [owner], |row| {
-                        row.get(0)
-                    })
+                    .query_row("SELECT body FROM records WHERE owner = ?1", [owner], |row| row.get(0))
                     .optional()
             })
             .await
@@ -264,27 +253,12 @@ mod tests {
         let path = dir.path().join("ledger.db");
         let vm = VmId::random();
         let directory = Resource::Directory { path: "/x".into() };
-        let vmm = Resource::Vmm {
-            marker: "m".into(),
-            key: None,
-        };
+        let vmm = Resource::Vmm { marker: "m".into(), key: None };
         {
             let ledger = Ledger::open(&path).unwrap();
             let ids = ledger.declare(&vm, &[directory.clone(), vmm]).await.unwrap();
-            let key = Some(ProcessKey {
-                pid: 7,
-                start_time: 9,
-            });
-            ledger
-                .amend(
-                    ids[1],
-                    &Resource::Vmm {
-                        marker: "m".into(),
-                        key,
-                    },
-                )
-                .await
-                .unwrap();
+            let key = Some(ProcessKey { pid: 7, start_time: 9 });
+            ledger.amend(ids[1], &Resource::Vmm { marker: "m".into(), key }).await.unwrap();
             ledger.put_record(&vm, "{}".into()).await.unwrap();
         }
         let ledger = Ledger::open(&path).unwrap();
@@ -292,13 +266,7 @@ mod tests {
         assert_eq!(entries.len(), 2);
         assert_eq!(entries[0].resource, directory);
         assert!(matches!(entries[1].resource, Resource::Vmm { key: Some(_), .. }));
-        assert_eq!(
-            records,
-            [Record {
-                owner: vm.clone(),
-                body: "{}".into()
-            }]
-        );
+        assert_eq!(records, [Record { owner: vm.clone(), body: "{}".into() }]);
         ledger.strike(entries[0].id).await.unwrap();
         ledger.strike(entries[0].id).await.unwrap();
         ledger.strike_all(&vm).await.unwrap();

@@ -55,36 +55,26 @@ impl Process {
     pub fn spawn(spawn: &Spawn) -> io::Result<(Self, ChildStderr)> {
         let mut command = Command::new("setsid");
         if let Some(id) = spawn.user {
-            command
-                .arg("setpriv")
-                .arg(format!("--reuid={id}"))
-                .arg(format!("--regid={id}"))
-                .args([
-                    "--clear-groups",
-                    "--no-new-privs",
-                    "--inh-caps=-all",
-                    "--bounding-set=-all",
-                    "--",
-                ]);
+            command.arg("setpriv").arg(format!("--reuid={id}")).arg(format!("--regid={id}")).args([
+                "--clear-groups",
+                "--no-new-privs",
+                "--inh-caps=-all",
+                "--bounding-set=-all",
+                "--",
+            ]);
         }
         let mut child = command
             .arg(&spawn.program)
             .args(&spawn.args)
             .env_clear()
-            .env(
-                "PATH",
-                std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()),
-            )
+            .env("PATH", std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()))
             .envs(spawn.env.iter().map(|(name, value)| (name, value)))
             .current_dir(&spawn.cwd)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()?;
-        let stderr = child
-            .stderr
-            .take()
-            .ok_or_else(|| io::Error::other("no pipe for stderr"))?;
+        let stderr = child.stderr.take().ok_or_else(|| io::Error::other("no pipe for stderr"))?;
         let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
         // The child cannot be reaped by anyone else, so its pid is still its own here.
         let process = Self::open(pid)?;
@@ -95,10 +85,7 @@ impl Process {
     fn open(pid: i32) -> io::Result<Self> {
         let raw = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
         let pidfd = pidfd_open(raw, PidfdFlags::NONBLOCK)?;
-        let key = ProcessKey {
-            pid,
-            start_time: start_time(pid)?,
-        };
+        let key = ProcessKey { pid, start_time: start_time(pid)? };
         // SAFETY: the descriptor is owned by the `AsyncFd` and stays the same until it is dropped.
         let pidfd = unsafe { AsyncFd::register(pidfd) }?;
         Ok(Self { key, pidfd })
@@ -143,16 +130,7 @@ impl Process {
     pub fn is_over(&self) -> bool {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let mut fds = [PollFd::new(self.pidfd.get_ref(), PollFlags::IN)];
-        matches!(
-            poll(
-                &mut fds,
-                Some(&Timespec {
-                    tv_sec: 0,
-                    tv_nsec: 0
-                })
-            ),
-            Ok(1..)
-        )
+        matches!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1..))
     }
 
     /// Waits until it has ended, and reaps it when it is a child of this daemon.
@@ -187,17 +165,10 @@ pub fn find_by_argument(marker: &str) -> Vec<ProcessKey> {
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
         .filter(|pid| {
-            std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| {
-                line.split(|byte| *byte == 0)
-                    .any(|argument| argument == marker.as_bytes())
-            })
+            std::fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| line.split(|byte| *byte == 0).any(|argument| argument == marker.as_bytes()))
         })
-        .filter_map(|pid| {
-            Some(ProcessKey {
-                pid,
-                start_time: start_time(pid).ok()?,
-            })
-        })
+        .filter_map(|pid| Some(ProcessKey { pid, start_time: start_time(pid).ok()? }))
         .collect()
 }
 
@@ -217,10 +188,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_process_is_found_killed_and_never_mistaken() {
-        let spawn = Spawn {
-            args: vec!["-c".into(), "sleep 60; :".into(), "marker-a1".into()],
-            ..sleeper("")
-        };
+        let spawn =
+            Spawn { args: vec!["-c".into(), "sleep 60; :".into(), "marker-a1".into()], ..sleeper("") };
         let (process, _stderr) = Process::spawn(&spawn).unwrap();
         let key = process.key();
         while find_by_argument("marker-a1").is_empty() {
@@ -228,10 +197,7 @@ mod tests {
         }
         assert_eq!(find_by_argument("marker-a1"), [key]);
         assert!(Process::adopt(key).is_ok());
-        let other = ProcessKey {
-            start_time: key.start_time + 1,
-            ..key
-        };
+        let other = ProcessKey { start_time: key.start_time + 1, ..key };
         assert_eq!(Process::adopt(other).unwrap_err().kind(), io::ErrorKind::NotFound);
         let session = rustix::process::getsid(Pid::from_raw(key.pid)).unwrap();
         assert_eq!(session.as_raw_nonzero().get(), key.pid, "leads its own session");

@@ -39,11 +39,7 @@ pub struct Agent {
 impl Agent {
     /// Takes over a connection on which nothing was sent yet.
     pub fn new(stream: UnixStream, tasks: TaskTracker, stop: CancellationToken) -> Self {
-        Self {
-            link: Mutex::new(Link::Fresh(stream)),
-            tasks,
-            stop,
-        }
+        Self { link: Mutex::new(Link::Fresh(stream)), tasks, stop }
     }
 
     /// Sends `request`; `reconnect` makes a new connection when there is none.

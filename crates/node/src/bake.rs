@@ -71,10 +71,7 @@ impl Inner {
     }
 
     async fn bake_machine(&self, template: &Template, shape: Shape) -> Result<Snapshot, Error> {
-        let home = self
-            .keeper
-            .build(shape, &template.guest, self.store.rootfs(&template.image))
-            .await?;
+        let home = self.keeper.build(shape, &template.guest, self.store.rootfs(&template.image)).await?;
         let staged = self.store.stage();
         let work = async {
             let staged = staged.as_ref().map_err(|error| Error::Io {
@@ -94,10 +91,7 @@ impl Inner {
             let (store, staged) = (self.store.clone(), staged.clone());
             tokio::task::spawn_blocking(move || store.publish_snapshot(&staged, draft))
                 .await
-                .map_err(|error| Error::Io {
-                    what: "publishing",
-                    source: std::io::Error::other(error),
-                })?
+                .map_err(|error| Error::Io { what: "publishing", source: std::io::Error::other(error) })?
                 .map_err(Error::from)
         };
         let result = work.await;
@@ -133,10 +127,7 @@ impl Inner {
         .await
         .map_err(std::io::Error::other)
         .and_then(|result| result)
-        .map_err(|source| Error::Io {
-            what: "saving the disk",
-            source,
-        })?;
+        .map_err(|source| Error::Io { what: "saving the disk", source })?;
         paused.kill().await?;
         Ok(())
     }
@@ -145,11 +136,7 @@ impl Inner {
 /// Flushes the guest and waits until its agent is back at the start of its HTTP port.
 async fn quiesce(control: &mut Control) -> Result<(), Error> {
     let deadline = tokio::time::Instant::now() + QUIESCE_LIMIT;
-    while !control
-        .call("quiesce", &Request::Quiesce, QUIESCE_LIMIT)
-        .await?
-        .http_waiting
-    {
+    while !control.call("quiesce", &Request::Quiesce, QUIESCE_LIMIT).await?.http_waiting {
         if tokio::time::Instant::now() > deadline {
             return Err(kelvin_vmm::Error::Deadline {
                 what: "quiescing",
@@ -179,14 +166,9 @@ impl connectrpc::client::ClientTransport for Transport {
         Box::pin(async move {
             let (parts, body) = request.into_parts();
             let bytes = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
-            let body = Full::<Bytes>::from(bytes)
-                .map_err(|never| match never {})
-                .boxed_unsync();
+            let body = Full::<Bytes>::from(bytes).map_err(|never| match never {}).boxed_unsync();
             let gone = async || Err("the guest's connection broke".into());
-            agent
-                .send(http::Request::from_parts(parts, body), gone)
-                .await
-                .map_err(std::io::Error::other)
+            agent.send(http::Request::from_parts(parts, body), gone).await.map_err(std::io::Error::other)
         })
     }
 }
@@ -208,18 +190,11 @@ async fn warm_up(http: tokio::net::UnixStream, spec: &MachineSpec) -> Result<(),
                 args: ["-l", "-c", command].map(str::to_owned).to_vec(),
                 ..Default::default()
             };
-            let request = StartRequest {
-                process: process.into(),
-                stdin: Some(false),
-                ..Default::default()
-            };
+            let request = StartRequest { process: process.into(), stdin: Some(false), ..Default::default() };
             let mut stream = client.start(request).await?;
             while let Some(message) = stream.message().await? {
-                if let Some(Event::End(end)) = message
-                    .to_owned_message()
-                    .event
-                    .into_option()
-                    .and_then(|event| event.event)
+                if let Some(Event::End(end)) =
+                    message.to_owned_message().event.into_option().and_then(|event| event.event)
                 {
                     tracing::debug!(command, exit_code = end.exit_code, "warmed up");
                 }

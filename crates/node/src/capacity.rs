@@ -25,18 +25,12 @@ pub struct Amount {
 impl Amount {
     /// A machine of `shape`, with its VMM.
     pub fn machine(shape: Shape) -> Self {
-        Self {
-            memory_mib: u64::from(shape.memory_mib.0) + u64::from(OVERHEAD.0),
-            vcpus: shape.vcpus,
-        }
+        Self { memory_mib: u64::from(shape.memory_mib.0) + u64::from(OVERHEAD.0), vcpus: shape.vcpus }
     }
 
     /// A VMM that waits.
     pub fn waiting() -> Self {
-        Self {
-            memory_mib: u64::from(OVERHEAD.0),
-            vcpus: 0,
-        }
+        Self { memory_mib: u64::from(OVERHEAD.0), vcpus: 0 }
     }
 }
 
@@ -58,16 +52,7 @@ impl Capacity {
     /// `Shape` with the field and its range.
     pub fn check(&self, shape: Shape) -> Result<(), Error> {
         let range = |field, asked: u64, min: u64, max: u64| {
-            if (min..=max).contains(&asked) {
-                Ok(())
-            } else {
-                Err(Error::Shape {
-                    field,
-                    asked,
-                    min,
-                    max,
-                })
-            }
+            if (min..=max).contains(&asked) { Ok(()) } else { Err(Error::Shape { field, asked, min, max }) }
         };
         range("cpuCount", shape.vcpus.into(), 1, self.max_vcpus_each.into())?;
         let most = self.memory_mib.saturating_sub(OVERHEAD.0.into());
@@ -138,22 +123,15 @@ mod tests {
     }
 
     fn shape(vcpus: u32, memory: u32) -> Shape {
-        Shape {
-            vcpus,
-            memory_mib: MemoryMib(memory),
-            disk_mib: DiskMib(1),
-        }
+        Shape { vcpus, memory_mib: MemoryMib(memory), disk_mib: DiskMib(1) }
     }
 
     #[test]
     fn shapes_outside_the_range_are_named() {
         let capacity = small();
-        for (vcpus, memory, field) in [
-            (0, 256, "cpuCount"),
-            (5, 256, "cpuCount"),
-            (1, 0, "memoryMB"),
-            (1, u32::MAX, "memoryMB"),
-        ] {
+        for (vcpus, memory, field) in
+            [(0, 256, "cpuCount"), (5, 256, "cpuCount"), (1, 0, "memoryMB"), (1, u32::MAX, "memoryMB")]
+        {
             let refused = capacity.check(shape(vcpus, memory));
             assert!(matches!(refused, Err(Error::Shape { field: named, .. }) if named == field));
         }

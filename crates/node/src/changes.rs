@@ -44,10 +44,7 @@ impl Log {
 
     fn since(&self, generation: u64) -> Changes {
         let state = self.state();
-        let oldest = state
-            .ended
-            .front()
-            .map_or(state.newest + 1, |(generation, ..)| *generation);
+        let oldest = state.ended.front().map_or(state.newest + 1, |(generation, ..)| *generation);
         Changes {
             generation: state.newest,
             // Nothing was seen yet, or something was dropped that was not seen.
@@ -96,11 +93,7 @@ mod tests {
         assert!(log.after(u64::MAX).await.resync);
         let waiting = log.after(KEPT as u64 + 6);
         tokio::pin!(waiting);
-        assert!(
-            tokio::time::timeout(std::time::Duration::from_millis(20), &mut waiting)
-                .await
-                .is_err()
-        );
+        assert!(tokio::time::timeout(std::time::Duration::from_millis(20), &mut waiting).await.is_err());
         log.add(id, "again");
         assert_eq!(waiting.await.ended.len(), 1);
     }

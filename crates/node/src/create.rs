@@ -157,10 +157,7 @@ impl Attempt<'_> {
             Err(reason) => reason,
         };
         if insisted == Some(StartPath::Clone) {
-            return Err(Error::Path {
-                path: "clone",
-                reason,
-            });
+            return Err(Error::Path { path: "clone", reason });
         }
         tracing::warn!(sandbox = %self.request.sandbox, reason, "no clone");
         let started = self.cold().await?;
@@ -182,11 +179,7 @@ impl Attempt<'_> {
             .map_err(|_| "the node is shutting down".to_owned())?;
         self.lap(Phase::Queue);
         let span = self.begin(Phase::Vmm);
-        let (ready, reason) = self
-            .claim(pool)
-            .instrument(span)
-            .await
-            .map_err(|error| chain(&error))?;
+        let (ready, reason) = self.claim(pool).instrument(span).await.map_err(|error| chain(&error))?;
         self.lap(Phase::Vmm);
         let started = self.restore(pool, ready).await;
         drop(permit);
@@ -211,20 +204,12 @@ impl Attempt<'_> {
                 self.inner.capacity().release(Amount::waiting());
                 Ok((ready, "clone: a VMM waited".to_owned()))
             }
-            None => Ok((
-                self.inner.prepare(pool).await?,
-                "clone: no VMM waited, one was started".to_owned(),
-            )),
+            None => Ok((self.inner.prepare(pool).await?, "clone: no VMM waited, one was started".to_owned())),
         }
     }
 
     async fn restore(&mut self, pool: &Arc<Pool>, ready: Ready) -> Result<Started, Error> {
-        let Ready {
-            home,
-            waiting,
-            mut control,
-            http,
-        } = ready;
+        let Ready { home, waiting, mut control, http } = ready;
         let key = waiting.key();
         let mut record = self.record(StartPath::Clone);
         record.snapshot = Some(pool.snapshot_id());
@@ -234,30 +219,18 @@ impl Attempt<'_> {
                 // Memory over another disk, or a file that was touched, must not get further than this.
                 pool.snapshot.check_seal()?;
                 self.inner.remember(&home.spec, &record).await?;
-                waiting
-                    .load(&pool.snapshot.file("state"))
-                    .await
-                    .map_err(|(_, error)| Error::from(error))
+                waiting.load(&pool.snapshot.file("state")).await.map_err(|(_, error)| Error::from(error))
             };
             let paused = paused.instrument(span).await?;
             self.lap(Phase::Load);
             let span = self.begin(Phase::Resume);
-            let running = paused
-                .resume()
-                .instrument(span)
-                .await
-                .map_err(|(_, error)| error)?;
+            let running = paused.resume().instrument(span).await.map_err(|(_, error)| error)?;
             self.lap(Phase::Resume);
             self.activate(&mut control).await?;
             Ok::<_, Error>(running)
         };
         match work.await {
-            Ok(running) => Ok(Started {
-                spec: home.spec,
-                running,
-                http,
-                record,
-            }),
+            Ok(running) => Ok(Started { spec: home.spec, running, http, record }),
             Err(error) => {
                 self.inner.keeper.release_or_log(&home.spec, Some(key)).await;
                 Err(error)
@@ -268,12 +241,7 @@ impl Attempt<'_> {
     async fn cold(&mut self) -> Result<Started, Error> {
         let span = self.begin(Phase::Disk);
         let rootfs = self.inner.store.rootfs(&self.template.image);
-        let home = self
-            .inner
-            .keeper
-            .build(self.shape, &self.template.guest, rootfs)
-            .instrument(span)
-            .await?;
+        let home = self.inner.keeper.build(self.shape, &self.template.guest, rootfs).instrument(span).await?;
         self.lap(Phase::Disk);
         let record = self.record(StartPath::Cold);
         let work = async {
@@ -293,12 +261,7 @@ impl Attempt<'_> {
             Ok::<_, Error>((running, http))
         };
         match work.await {
-            Ok((running, http)) => Ok(Started {
-                spec: home.spec,
-                running,
-                http,
-                record,
-            }),
+            Ok((running, http)) => Ok(Started { spec: home.spec, running, http, record }),
             Err(error) => {
                 self.inner.keeper.release_or_log(&home.spec, None).await;
                 Err(error)
@@ -310,22 +273,14 @@ impl Attempt<'_> {
         let span = self.begin(Phase::Activate);
         let activation = activation(self.request)?;
         let limit = self.inner.options.activate_deadline;
-        let done = control
-            .call("activation", &Request::Activate(activation), limit)
-            .instrument(span)
-            .await?;
+        let done = control.call("activation", &Request::Activate(activation), limit).instrument(span).await?;
         self.lap(Phase::Activate);
         tracing::debug!(worked = ?done.worked, "the agent was activated");
         Ok(())
     }
 
     async fn commit(&self, started: Started) -> Result<Committed, Error> {
-        let Started {
-            spec,
-            running,
-            http,
-            mut record,
-        } = started;
+        let Started { spec, running, http, mut record } = started;
         if let Some(state) = next(record.state, Event::Ready) {
             record.state = state;
         }
@@ -334,12 +289,7 @@ impl Attempt<'_> {
             self.inner.keeper.release_or_log(&spec, Some(running.key())).await;
             return Err(error);
         }
-        self.inner.own(Machine {
-            spec,
-            running,
-            http,
-            record: record.clone(),
-        });
+        self.inner.own(Machine { spec, running, http, record: record.clone() });
         Ok(Committed { record })
     }
 
@@ -365,9 +315,7 @@ fn activation(request: &Create) -> Result<Activation, Error> {
         source: std::io::Error::other(error.to_string()),
     })?;
     let (machine_id, entropy) = random.split_at(16);
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or(Duration::ZERO);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
     Ok(Activation {
         sandbox_id: request.sandbox.to_string(),
         template: request.template.to_string(),

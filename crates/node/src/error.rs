@@ -87,11 +87,9 @@ impl From<Error> for Failure {
                 "kill sandboxes that are not needed, ask for less, or try again later",
             ),
             Error::Exists(_) => with(Kind::Conflict, "sandbox_exists", "use another id"),
-            Error::Unknown(_) => with(
-                Kind::NotFound,
-                "sandbox_not_found",
-                "`kelvin sandbox list` shows what runs",
-            ),
+            Error::Unknown(_) => {
+                with(Kind::NotFound, "sandbox_not_found", "`kelvin sandbox list` shows what runs")
+            }
             Error::Path { .. } => with(
                 Kind::Conflict,
                 "start_path_impossible",
@@ -102,11 +100,7 @@ impl From<Error> for Failure {
                 "agent_unreachable",
                 "kill the sandbox; `kelvin sandbox logs` shows its console",
             ),
-            Error::Stopping => with(
-                Kind::Unavailable,
-                "node_stopping",
-                "try again when the server is back",
-            ),
+            Error::Stopping => with(Kind::Unavailable, "node_stopping", "try again when the server is back"),
             Error::Io { .. } => with(Kind::Internal, "node_io", "the server's log has the details"),
             Error::Ledger(_) => with(Kind::Internal, "ledger", "check the disk of the data directory"),
             Error::Store(error) => error.into(),

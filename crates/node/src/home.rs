@@ -72,10 +72,7 @@ impl Home {
     /// # Errors
     /// As the ledger gives them.
     pub async fn started(&self, keeper: &Keeper, key: ProcessKey) -> Result<(), Error> {
-        let resource = Resource::Vmm {
-            marker: self.spec.marker(),
-            key: Some(key),
-        };
+        let resource = Resource::Vmm { marker: self.spec.marker(), key: Some(key) };
         Ok(keeper.ledger.amend(self.vmm_entry, &resource).await?)
     }
 }
@@ -95,13 +92,8 @@ impl Keeper {
             guest: Path::new("guests").join(guest),
         };
         let mut resources: Vec<Resource> = user.map(|uid| Resource::User { uid }).into_iter().collect();
-        resources.push(Resource::Directory {
-            path: spec.absolute(),
-        });
-        resources.push(Resource::Vmm {
-            marker: spec.marker(),
-            key: None,
-        });
+        resources.push(Resource::Directory { path: spec.absolute() });
+        resources.push(Resource::Vmm { marker: spec.marker(), key: None });
         let declared = self.ledger.declare(&spec.vm, &resources).await;
         let vmm_entry = match declared.map(|ids| ids.last().copied()) {
             Ok(Some(id)) => id,
@@ -118,10 +110,7 @@ impl Keeper {
             Ok(()) => Ok(home),
             Err(source) => {
                 self.release_or_log(&home.spec, None).await;
-                Err(Error::Io {
-                    what: "making the machine's directory",
-                    source,
-                })
+                Err(Error::Io { what: "making the machine's directory", source })
             }
         }
     }
@@ -136,26 +125,18 @@ impl Keeper {
             // The start was announced, but its pid never noted.
             None => {
                 let marker = spec.marker();
-                tokio::task::spawn_blocking(move || find_by_argument(&marker))
-                    .await
-                    .unwrap_or_default()
+                tokio::task::spawn_blocking(move || find_by_argument(&marker)).await.unwrap_or_default()
             }
         };
         for key in keys {
             match Process::adopt(key) {
                 Ok(process) => {
-                    process.kill().map_err(|source| Error::Io {
-                        what: "killing a VMM",
-                        source,
-                    })?;
+                    process.kill().map_err(|source| Error::Io { what: "killing a VMM", source })?;
                     process.ended().await;
                 }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(source) => {
-                    return Err(Error::Io {
-                        what: "finding a VMM",
-                        source,
-                    });
+                    return Err(Error::Io { what: "finding a VMM", source });
                 }
             }
         }
@@ -163,10 +144,7 @@ impl Keeper {
         let removed = tokio::task::spawn_blocking(move || remove_directory(&directory)).await;
         removed
             .unwrap_or_else(|error| Err(io::Error::other(error)))
-            .map_err(|source| Error::Io {
-                what: "removing a machine's directory",
-                source,
-            })?;
+            .map_err(|source| Error::Io { what: "removing a machine's directory", source })?;
         self.ledger.strike_all(&spec.vm).await?;
         self.users.give_back(spec.user);
         Ok(())

@@ -144,10 +144,8 @@ impl Inner {
     }
 
     fn disk_free_mib(&self) -> Result<u64, Error> {
-        let found = rustix::fs::statvfs(self.store.root()).map_err(|error| Error::Io {
-            what: "asking for free space",
-            source: error.into(),
-        })?;
+        let found = rustix::fs::statvfs(self.store.root())
+            .map_err(|error| Error::Io { what: "asking for free space", source: error.into() })?;
         Ok(found.f_bavail * found.f_frsize >> 20)
     }
 
@@ -157,11 +155,9 @@ impl Inner {
             return Ok(Arc::clone(template));
         }
         let (store, wanted) = (self.store.clone(), name.clone());
-        let template = tokio::task::spawn_blocking(move || store.template(&wanted))
-            .await
-            .map_err(|error| Error::Io {
-                what: "reading a template",
-                source: std::io::Error::other(error),
+        let template =
+            tokio::task::spawn_blocking(move || store.template(&wanted)).await.map_err(|error| {
+                Error::Io { what: "reading a template", source: std::io::Error::other(error) }
             })??;
         let template = Arc::new(template);
         lock(&self.templates).insert(name.clone(), Arc::clone(&template));
@@ -213,10 +209,7 @@ impl Inner {
     fn add_pool(self: &Arc<Self>, snapshot: Arc<Snapshot>) {
         let digest = snapshot.manifest.identity_digest.clone();
         let usable = self.is_usable(&snapshot.manifest.identity);
-        let pool = Arc::new(Pool::new(
-            snapshot,
-            if usable { self.options.waiting_vmms } else { 0 },
-        ));
+        let pool = Arc::new(Pool::new(snapshot, if usable { self.options.waiting_vmms } else { 0 }));
         lock(&self.pools).insert(digest, Arc::clone(&pool));
         self.tasks.spawn(pool::fill(Arc::clone(self), pool));
     }
@@ -228,9 +221,7 @@ impl Inner {
             memory_mib: MemoryMib(identity.memory_mib),
             disk_mib: kelvin_api::units::DiskMib(identity.disk_mib),
         };
-        lock(&self.templates)
-            .values()
-            .any(|template| self.identity(template, shape) == *identity)
+        lock(&self.templates).values().any(|template| self.identity(template, shape) == *identity)
     }
 }
 
@@ -251,17 +242,11 @@ impl Node {
             source: std::io::Error::other(error),
         })??;
         let ledger = Ledger::open(&store.root().join("ledger.db"))?;
-        let reflink = kelvin_host::datadir::can_reflink(store.root()).map_err(|source| Error::Io {
-            what: "trying the data directory's file system",
-            source,
-        })?;
+        let reflink = kelvin_host::datadir::can_reflink(store.root())
+            .map_err(|source| Error::Io { what: "trying the data directory's file system", source })?;
         let cpu = kelvin_host::cpu::CpuModel::read();
-        let keeper = Keeper {
-            ledger,
-            store: store.clone(),
-            users: Arc::default(),
-            first_user: options.first_user,
-        };
+        let keeper =
+            Keeper { ledger, store: store.clone(), users: Arc::default(), first_user: options.first_user };
         let inner = Arc::new(Inner {
             capacity: Mutex::new(Capacity::new(&options)),
             restores: Semaphore::new(options.concurrent_restores.max(1)),
@@ -273,10 +258,7 @@ impl Node {
             creating: Mutex::default(),
             pools: Mutex::default(),
             templates: Mutex::new(
-                templates
-                    .into_iter()
-                    .map(|template| (template.name.clone(), Arc::new(template)))
-                    .collect(),
+                templates.into_iter().map(|template| (template.name.clone(), Arc::new(template))).collect(),
             ),
             bakes: tokio::sync::Mutex::default(),
             requests: Mutex::default(),
@@ -305,18 +287,11 @@ impl Node {
         let inner = Arc::clone(&self.inner);
         // A caller that goes away must not leave a machine half-made.
         let task = self.inner.tasks.spawn(async move { inner.create(request).await });
-        task.await.map_err(|error| Error::Io {
-            what: "creating",
-            source: std::io::Error::other(error),
-        })?
+        task.await.map_err(|error| Error::Io { what: "creating", source: std::io::Error::other(error) })?
     }
 
     fn find(&self, id: &SandboxId) -> Result<Arc<Sandbox>, Error> {
-        self.inner
-            .sandboxes()
-            .get(id)
-            .cloned()
-            .ok_or_else(|| Error::Unknown(id.to_string()))
+        self.inner.sandboxes().get(id).cloned().ok_or_else(|| Error::Unknown(id.to_string()))
     }
 
     /// Ends a sandbox. Returns when it is no longer visible; its resources are released after that.
@@ -332,9 +307,7 @@ impl Node {
     /// # Errors
     /// `Unknown` when it does not run.
     pub async fn set_deadline(&self, id: &SandboxId, ends_at: jiff::Timestamp) -> Result<(), Error> {
-        self.find(id)?
-            .ask(|done| Command::SetDeadline(ends_at, done))
-            .await
+        self.find(id)?.ask(|done| Command::SetDeadline(ends_at, done)).await
     }
 
     /// The last of a sandbox's console.
@@ -358,19 +331,12 @@ impl Node {
             .agent
             .send(request, reconnect)
             .await
-            .map_err(|source| Error::Agent {
-                sandbox: id.to_string(),
-                source,
-            })
+            .map_err(|source| Error::Agent { sandbox: id.to_string(), source })
     }
 
     /// Every sandbox that runs.
     pub fn live(&self) -> Vec<Live> {
-        self.inner
-            .sandboxes()
-            .values()
-            .map(|sandbox| sandbox.live())
-            .collect()
+        self.inner.sandboxes().values().map(|sandbox| sandbox.live()).collect()
     }
 
     /// What ended after `generation`; waits until something did.
@@ -384,17 +350,12 @@ impl Node {
     /// `Store` when they cannot be read.
     pub async fn templates(&self) -> Result<Vec<(Template, Vec<TemplateSnapshot>)>, Error> {
         let store = self.inner.store.clone();
-        let templates = tokio::task::spawn_blocking(move || store.templates())
-            .await
-            .map_err(|error| Error::Io {
-                what: "reading templates",
-                source: std::io::Error::other(error),
-            })??;
+        let templates = tokio::task::spawn_blocking(move || store.templates()).await.map_err(|error| {
+            Error::Io { what: "reading templates", source: std::io::Error::other(error) }
+        })??;
         // Imported or replaced since the start.
-        *lock(&self.inner.templates) = templates
-            .iter()
-            .map(|template| (template.name.clone(), Arc::new(template.clone())))
-            .collect();
+        *lock(&self.inner.templates) =
+            templates.iter().map(|template| (template.name.clone(), Arc::new(template.clone()))).collect();
         let pools: Vec<Arc<Pool>> = lock(&self.inner.pools).values().cloned().collect();
         Ok(templates
             .into_iter()
@@ -445,10 +406,7 @@ impl Node {
             }
             Ok(snapshot.manifest.id.clone())
         });
-        task.await.map_err(|error| Error::Io {
-            what: "baking",
-            source: std::io::Error::other(error),
-        })?
+        task.await.map_err(|error| Error::Io { what: "baking", source: std::io::Error::other(error) })?
     }
 
     /// What runs here and what is left.
@@ -495,12 +453,9 @@ impl Node {
                 .map(|pool| pool.snapshot_id()),
         );
         let store = self.inner.store.clone();
-        let garbage = tokio::task::spawn_blocking(move || store.collect(&in_use, dry_run))
-            .await
-            .map_err(|error| Error::Io {
-                what: "collecting garbage",
-                source: std::io::Error::other(error),
-            })??;
+        let garbage = tokio::task::spawn_blocking(move || store.collect(&in_use, dry_run)).await.map_err(
+            |error| Error::Io { what: "collecting garbage", source: std::io::Error::other(error) },
+        )??;
         if !dry_run {
             lock(&self.inner.pools).retain(|_, pool| {
                 let gone = garbage.snapshots.contains(&pool.snapshot_id().to_string());

@@ -105,10 +105,7 @@ impl Pool {
 
     /// Why the snapshot is not used, if so.
     pub fn refusal(&self) -> Option<String> {
-        self.refused
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Everything that waits, to be released.
@@ -126,17 +123,9 @@ impl Inner {
     /// Starts one VMM for `pool`'s snapshot and connects its guest's ports.
     pub async fn prepare(&self, pool: &Pool) -> Result<Ready, Error> {
         let manifest = &pool.snapshot.manifest;
-        let home = self
-            .keeper
-            .build(
-                manifest_shape(manifest),
-                &manifest.guest,
-                pool.snapshot.file("disk"),
-            )
-            .await?;
-        let memory = std::path::Path::new("snapshots")
-            .join(manifest.id.as_str())
-            .join("memory");
+        let home =
+            self.keeper.build(manifest_shape(manifest), &manifest.guest, pool.snapshot.file("disk")).await?;
+        let memory = std::path::Path::new("snapshots").join(manifest.id.as_str()).join("memory");
         let made = async {
             let waiting = self.driver.prepare(&home.spec, &memory).await?;
             home.started(&self.keeper, waiting.key()).await?;
@@ -145,12 +134,7 @@ impl Inner {
             Ok::<_, Error>((waiting, control, http))
         };
         match made.await {
-            Ok((waiting, control, http)) => Ok(Ready {
-                home,
-                waiting,
-                control,
-                http,
-            }),
+            Ok((waiting, control, http)) => Ok(Ready { home, waiting, control, http }),
             Err(error) => {
                 self.keeper.release_or_log(&home.spec, None).await;
                 Err(error)
@@ -182,9 +166,7 @@ pub async fn fill(inner: Arc<Inner>, pool: Arc<Pool>) {
             stop.run_until_cancelled(pool.wake.notified()).await;
             continue;
         }
-        let _ = stop
-            .run_until_cancelled(tokio::time::timeout(PATIENCE, inner.quiet()))
-            .await;
+        let _ = stop.run_until_cancelled(tokio::time::timeout(PATIENCE, inner.quiet())).await;
         if pool.is_full() || stop.is_cancelled() {
             continue;
         }
@@ -202,13 +184,8 @@ pub async fn fill(inner: Arc<Inner>, pool: Arc<Pool>) {
                 if !matches!(error, Error::Exhausted { .. }) {
                     inner.capacity().release(Amount::waiting());
                 }
-                tracing::warn!(
-                    error = kelvin_api::error::chain(&error),
-                    "no VMM could be prepared"
-                );
-                let _ = stop
-                    .run_until_cancelled(tokio::time::timeout(RETRY, pool.wake.notified()))
-                    .await;
+                tracing::warn!(error = kelvin_api::error::chain(&error), "no VMM could be prepared");
+                let _ = stop.run_until_cancelled(tokio::time::timeout(RETRY, pool.wake.notified())).await;
             }
         }
     }

@@ -67,8 +67,7 @@ impl Inner {
                     }
                     Err(error) => {
                         tracing::warn!(sandbox = %record.sandbox, error = chain(&error), "not adopted");
-                        self.changes
-                            .add(record.sandbox.clone(), "it did not survive the restart");
+                        self.changes.add(record.sandbox.clone(), "it did not survive the restart");
                     }
                 }
             }
@@ -89,9 +88,10 @@ impl Inner {
             data_dir: self.store.root().to_owned(),
             user: found.user,
             shape: found.record.as_ref().map_or(unknown, |record| record.shape),
-            guest: found.record.as_ref().map_or_else(Default::default, |record| {
-                std::path::Path::new("guests").join(&record.guest)
-            }),
+            guest: found
+                .record
+                .as_ref()
+                .map_or_else(Default::default, |record| std::path::Path::new("guests").join(&record.guest)),
         }
     }
 
@@ -107,12 +107,7 @@ impl Inner {
         let http = running.connect(Port::Http).await?;
         self.capacity().take(Amount::machine(record.shape));
         tracing::info!(sandbox = %record.sandbox, pid = key.pid, "adopted");
-        self.own(Machine {
-            spec: spec.clone(),
-            running,
-            http,
-            record,
-        });
+        self.own(Machine { spec: spec.clone(), running, http, record });
         Ok(())
     }
 }

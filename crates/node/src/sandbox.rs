@@ -87,11 +87,7 @@ impl Inner {
         let (live, watched) = watch::channel(live_of(&machine.record));
         let id = machine.record.sandbox.clone();
         let agent = Agent::new(machine.http, self.tasks.clone(), self.stop.clone());
-        let sandbox = Arc::new(Sandbox {
-            commands,
-            live: watched,
-            agent,
-        });
+        let sandbox = Arc::new(Sandbox { commands, live: watched, agent });
         self.sandboxes().insert(id, sandbox);
         let keeping = Keeping {
             inner: Arc::clone(self),
@@ -104,10 +100,8 @@ impl Inner {
 
     /// Writes a sandbox's record.
     pub async fn remember(&self, spec: &MachineSpec, record: &SandboxRecord) -> Result<(), Error> {
-        let body = serde_json::to_string(&Record::Sandbox(record.clone())).map_err(|error| Error::Io {
-            what: "writing a record",
-            source: error.into(),
-        })?;
+        let body = serde_json::to_string(&Record::Sandbox(record.clone()))
+            .map_err(|error| Error::Io { what: "writing a record", source: error.into() })?;
         Ok(self.keeper.ledger.put_record(&spec.vm, body).await?)
     }
 }
@@ -165,10 +159,7 @@ impl Keeping {
         if let Some(done) = waiting {
             let _ = done.send(());
         }
-        self.inner
-            .keeper
-            .release_or_log(&self.spec, Some(self.running.key()))
-            .await;
+        self.inner.keeper.release_or_log(&self.spec, Some(self.running.key())).await;
         self.inner.capacity().release(Amount::machine(self.record.shape));
         self.inner.end_teardown();
     }

@@ -26,11 +26,7 @@ static WARNED: AtomicBool = AtomicBool::new(false);
 pub fn clone_file(from: &Path, to: &Path) -> io::Result<Cloned> {
     use std::os::unix::fs::OpenOptionsExt;
     let source = File::open(from)?;
-    let target = File::options()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(to)?;
+    let target = File::options().write(true).create_new(true).mode(0o600).open(to)?;
     let result = match ioctl_ficlone(&target, &source) {
         Ok(()) => Ok(Cloned::Reflink),
         Err(
@@ -72,9 +68,7 @@ fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
         let end = seek(source, SeekFrom::Hole(start))?;
         offset = start;
         while offset < end {
-            let part = buffer
-                .len()
-                .min(usize::try_from(end - offset).unwrap_or(usize::MAX));
+            let part = buffer.len().min(usize::try_from(end - offset).unwrap_or(usize::MAX));
             source.read_exact_at(&mut buffer[..part], offset)?;
             target.write_all_at(&buffer[..part], offset)?;
             offset += part as u64;
@@ -108,10 +102,7 @@ mod tests {
         let (from, to) = (dir.path().join("from"), dir.path().join("to"));
         std::fs::write(&from, "new").unwrap();
         std::fs::write(&to, "old").unwrap();
-        assert_eq!(
-            clone_file(&from, &to).unwrap_err().kind(),
-            io::ErrorKind::AlreadyExists
-        );
+        assert_eq!(clone_file(&from, &to).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         assert_eq!(std::fs::read_to_string(&to).unwrap(), "old");
     }
 }

@@ -60,16 +60,12 @@ impl Store {
             }
             needed.extend(parents);
         }
-        let (kept, garbage): (Vec<_>, Vec<_>) = snapshots
-            .iter()
-            .partition(|snapshot| needed.contains(&snapshot.manifest.id));
+        let (kept, garbage): (Vec<_>, Vec<_>) =
+            snapshots.iter().partition(|snapshot| needed.contains(&snapshot.manifest.id));
         let images: BTreeSet<&str> = templates
             .iter()
             .map(|template| template.image.as_str())
-            .chain(
-                kept.iter()
-                    .map(|snapshot| snapshot.manifest.identity.image.as_str()),
-            )
+            .chain(kept.iter().map(|snapshot| snapshot.manifest.identity.image.as_str()))
             .collect();
         let guests: BTreeSet<&str> = templates
             .iter()
@@ -83,19 +79,14 @@ impl Store {
                 .collect())
         };
         let found = Garbage {
-            snapshots: garbage
-                .iter()
-                .map(|snapshot| snapshot.manifest.id.to_string())
-                .collect(),
+            snapshots: garbage.iter().map(|snapshot| snapshot.manifest.id.to_string()).collect(),
             images: unneeded("images", &images)?,
             guests: unneeded("guests", &guests)?,
         };
         if !dry_run {
-            for (kind, list) in [
-                ("snapshots", &found.snapshots),
-                ("images", &found.images),
-                ("guests", &found.guests),
-            ] {
+            for (kind, list) in
+                [("snapshots", &found.snapshots), ("images", &found.images), ("guests", &found.guests)]
+            {
                 for name in list {
                     let path = self.root.join(kind).join(name);
                     fs::remove_dir_all(&path).map_err(io_error("removing", &path))?;
@@ -118,11 +109,7 @@ impl Store {
                 .map(|snapshot| format!("snapshot {}", snapshot.manifest.id)),
         );
         if !dependents.is_empty() {
-            return Err(Error::InUse {
-                kind: "snapshot",
-                name: id.to_string(),
-                dependents,
-            });
+            return Err(Error::InUse { kind: "snapshot", name: id.to_string(), dependents });
         }
         let path = self.root.join("snapshots").join(id.as_str());
         match fs::remove_dir_all(&path) {

@@ -70,11 +70,7 @@ pub fn digest_file(path: &Path) -> io::Result<FileDigest> {
         offset += length;
     }
     let digest = sha256(chunks.concat().as_bytes());
-    Ok(FileDigest {
-        bytes,
-        digest,
-        chunks,
-    })
+    Ok(FileDigest { bytes, digest, chunks })
 }
 
 #[cfg(test)]

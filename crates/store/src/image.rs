@@ -131,10 +131,7 @@ impl Store {
     pub fn template(&self, name: &TemplateName) -> Result<Template, Error> {
         match read_json(&self.template_path(name)) {
             Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                Err(Error::Missing {
-                    kind: "template",
-                    name: name.to_string(),
-                })
+                Err(Error::Missing { kind: "template", name: name.to_string() })
             }
             other => other,
         }

@@ -101,19 +101,12 @@ impl From<Error> for Failure {
                 "disk_full",
                 "free space on the data directory's file system, `kelvin gc` removes what nothing needs",
             ),
-            Error::Io { .. } => (
-                "store_io",
-                "see the cause; `kelvin doctor` checks the data directory",
-            ),
-            Error::Manifest { .. } => (
-                "manifest_invalid",
-                "remove the directory that the message names and import or bake again",
-            ),
+            Error::Io { .. } => ("store_io", "see the cause; `kelvin doctor` checks the data directory"),
+            Error::Manifest { .. } => {
+                ("manifest_invalid", "remove the directory that the message names and import or bake again")
+            }
             Error::Missing { .. } => ("not_found", "`kelvin template list` shows what there is"),
-            Error::Seal { .. } => (
-                "snapshot_corrupt",
-                "bake the template again: `kelvin template bake`",
-            ),
+            Error::Seal { .. } => ("snapshot_corrupt", "bake the template again: `kelvin template bake`"),
             Error::InUse { .. } => ("in_use", "remove what depends on it first"),
         };
         Self::new(error.kind(), code, error.to_string(), remediation).with_sources(&error)
@@ -146,16 +139,7 @@ impl Store {
             fs::remove_dir_all(&staging).map_err(io_error("emptying", &staging))?;
         }
         // VMMs of other users pass through these and read single files by name; none may list them.
-        for name in [
-            "",
-            "images",
-            "guests",
-            "templates",
-            "snapshots",
-            "staging",
-            "sandboxes",
-            "run",
-        ] {
+        for name in ["", "images", "guests", "templates", "snapshots", "staging", "sandboxes", "run"] {
             let path = root.join(name);
             fs::create_dir_all(&path).map_err(io_error("making", &path))?;
             fs::set_permissions(&path, fs::Permissions::from_mode(0o711))
@@ -175,10 +159,7 @@ impl Store {
     /// `Io` when it cannot be made.
     pub fn stage(&self) -> Result<PathBuf, Error> {
         use std::os::unix::fs::PermissionsExt;
-        let path = self
-            .root
-            .join("staging")
-            .join(kelvin_api::id::SnapshotId::random().as_str());
+        let path = self.root.join("staging").join(kelvin_api::id::SnapshotId::random().as_str());
         fs::create_dir(&path).map_err(io_error("making", &path))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o711)).map_err(io_error("opening", &path))?;
         Ok(path)
@@ -187,19 +168,14 @@ impl Store {
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
     let bytes = fs::read(path).map_err(io_error("reading", path))?;
-    serde_json::from_slice(&bytes).map_err(|source| Error::Manifest {
-        path: path.to_owned(),
-        source,
-    })
+    serde_json::from_slice(&bytes).map_err(|source| Error::Manifest { path: path.to_owned(), source })
 }
 
 /// Writes `value` so that `path` has the old content or the new one, whatever happens.
 fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
     let fresh = path.with_extension("json.new");
-    let mut bytes = serde_json::to_vec_pretty(value).map_err(|source| Error::Manifest {
-        path: path.to_owned(),
-        source,
-    })?;
+    let mut bytes = serde_json::to_vec_pretty(value)
+        .map_err(|source| Error::Manifest { path: path.to_owned(), source })?;
     bytes.push(b'\n');
     let write = || -> io::Result<()> {
         let mut file = File::create(&fresh)?;
@@ -238,8 +214,5 @@ fn publish(staged: &Path, target: &Path) -> Result<(), Error> {
 /// Names of the entries of a directory that parse as `T`.
 fn names<T: std::str::FromStr>(directory: &Path) -> Result<Vec<T>, Error> {
     let entries = fs::read_dir(directory).map_err(io_error("listing", directory))?;
-    Ok(entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .collect())
+    Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
 }

@@ -108,11 +108,7 @@ impl Seal {
             let path = directory.join(name);
             FileSeal::of(&path).map_err(io_error("reading", &path))
         };
-        Ok(Self {
-            memory: one("memory")?,
-            state: one("state")?,
-            disk: one("disk")?,
-        })
+        Ok(Self { memory: one("memory")?, state: one("state")?, disk: one("disk")? })
     }
 
     fn file(&self, name: &str) -> &FileSeal {
@@ -193,11 +189,7 @@ impl Snapshot {
                     Some(index) => format!("chunk {index} has another content"),
                     None => format!("it has {} bytes instead of {}", now.bytes, digest.bytes),
                 };
-                return Err(Error::Seal {
-                    snapshot: self.manifest.id.to_string(),
-                    file: name,
-                    difference,
-                });
+                return Err(Error::Seal { snapshot: self.manifest.id.to_string(), file: name, difference });
             }
         }
         Ok(())
@@ -218,9 +210,7 @@ impl Store {
         let digest = |name: &str| {
             let path = staged.join(name);
             // Synced first: reflinking a file with dirty pages flushes it, once for each clone.
-            fs::File::open(&path)
-                .and_then(|file| file.sync_all())
-                .map_err(io_error("syncing", &path))?;
+            fs::File::open(&path).and_then(|file| file.sync_all()).map_err(io_error("syncing", &path))?;
             digest_file(&path).map_err(io_error("hashing", &path))
         };
         let manifest = Manifest {
@@ -249,11 +239,7 @@ impl Store {
         write_json(&staged.join("seal.json"), &seal)?;
         let directory = self.snapshot_path(&manifest.id);
         publish(staged, &directory)?;
-        Ok(Snapshot {
-            manifest,
-            directory,
-            seal,
-        })
+        Ok(Snapshot { manifest, directory, seal })
     }
 
     /// Opens a published snapshot. When its files are on another device than at the sealing and nothing
@@ -264,10 +250,7 @@ impl Store {
     pub fn snapshot(&self, id: &SnapshotId) -> Result<Snapshot, Error> {
         let directory = self.snapshot_path(id);
         if !directory.exists() {
-            return Err(Error::Missing {
-                kind: "snapshot",
-                name: id.to_string(),
-            });
+            return Err(Error::Missing { kind: "snapshot", name: id.to_string() });
         }
         let mut snapshot = Snapshot {
             manifest: read_json(&directory.join("manifest.json"))?,
@@ -359,16 +342,10 @@ mod tests {
                     _ => {}
                 }
                 let error = snapshot.check_seal().unwrap_err();
-                assert!(
-                    matches!(&error, Error::Seal { file, .. } if *file == name),
-                    "{damage}: {error}"
-                );
+                assert!(matches!(&error, Error::Seal { file, .. } if *file == name), "{damage}: {error}");
                 if damage == "bit" || damage == "cut" {
                     let error = snapshot.verify().unwrap_err();
-                    assert!(
-                        matches!(&error, Error::Seal { file, .. } if *file == name),
-                        "{damage}: {error}"
-                    );
+                    assert!(matches!(&error, Error::Seal { file, .. } if *file == name), "{damage}: {error}");
                 }
             }
         }
@@ -385,23 +362,13 @@ mod tests {
             file.device += 1;
         }
         write_json(&path, &seal).unwrap();
-        store
-            .snapshot(&snapshot.manifest.id)
-            .unwrap()
-            .check_seal()
-            .unwrap();
+        store.snapshot(&snapshot.manifest.id).unwrap().check_seal().unwrap();
         // The same with one byte changed is not.
         write_json(&path, &seal).unwrap();
         let memory = snapshot.file("memory");
         fs::set_permissions(&memory, fs::Permissions::from_mode(0o644)).unwrap();
         fs::write(&memory, "other").unwrap();
-        assert!(
-            store
-                .snapshot(&snapshot.manifest.id)
-                .unwrap()
-                .check_seal()
-                .is_err()
-        );
+        assert!(store.snapshot(&snapshot.manifest.id).unwrap().check_seal().is_err());
     }
 
     #[test]

@@ -82,21 +82,14 @@ impl Bench<'_> {
         let waiting = self.driver.prepare(&spec, memory).await?;
         let control = Control::new(waiting.connect(Port::Control).await?);
         let _http = waiting.connect(Port::Http).await?;
-        let paused = waiting
-            .load(&self.data_dir.join(state))
-            .await
-            .map_err(|(_, error)| error)?;
+        let paused = waiting.load(&self.data_dir.join(state)).await.map_err(|(_, error)| error)?;
         let running = paused.resume().await.map_err(|(_, error)| error)?;
         Ok((running, control))
     }
 }
 
 fn expect(condition: bool, what: &str) -> Outcome {
-    if condition {
-        Ok(())
-    } else {
-        Err(what.to_owned().into())
-    }
+    if condition { Ok(()) } else { Err(what.to_owned().into()) }
 }
 
 /// Runs every step; the first that fails ends it. No VMM is left either way.
@@ -133,10 +126,7 @@ async fn steps(bench: &Bench<'_>) -> Outcome {
     (bench.clone_disk)(&spec.absolute().join("disk"), &baked.join("disk"))?;
     let running = paused.resume().await.map_err(|(_, error)| error)?;
     control.call("ping", &Request::Ping, ANSWER).await?;
-    expect(
-        !running.console().await?.contains("Kernel panic"),
-        "no panic on the console",
-    )?;
+    expect(!running.console().await?.contains("Kernel panic"), "no panic on the console")?;
     drop(http);
     running.kill().await?;
     running.kill().await?;
@@ -144,64 +134,34 @@ async fn steps(bench: &Bench<'_>) -> Outcome {
 
     // Clone twice at once; neither writes the memory file.
     for name in ["memory", "state"] {
-        std::fs::set_permissions(
-            baked.join(name),
-            std::os::unix::fs::PermissionsExt::from_mode(0o444),
-        )?;
+        std::fs::set_permissions(baked.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o444))?;
     }
     let relative = spec.directory().join("baked");
-    std::fs::set_permissions(
-        spec.absolute(),
-        std::os::unix::fs::PermissionsExt::from_mode(0o711),
-    )?;
+    std::fs::set_permissions(spec.absolute(), std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
     let before = std::fs::read(baked.join("memory"))?;
-    let restore = async || {
-        bench
-            .restore(
-                &relative.join("memory"),
-                &relative.join("state"),
-                &baked.join("disk"),
-            )
-            .await
-    };
+    let restore =
+        async || bench.restore(&relative.join("memory"), &relative.join("state"), &baked.join("disk")).await;
     let (first, mut first_control) = restore().await?;
     let (second, mut second_control) = restore().await?;
     for control in [&mut first_control, &mut second_control] {
         let asked = activation("clone");
-        let done = control
-            .call("activate", &Request::Activate(asked.clone()), ANSWER)
-            .await?;
-        expect(
-            done.wall_clock_ns.abs_diff(asked.wall_clock_ns) < 1_000_000_000,
-            "the clock is within 1 s",
-        )?;
+        let done = control.call("activate", &Request::Activate(asked.clone()), ANSWER).await?;
+        expect(done.wall_clock_ns.abs_diff(asked.wall_clock_ns) < 1_000_000_000, "the clock is within 1 s")?;
     }
 
     // A snapshot of a running clone costs its written pages, and restores with what the clone knew.
     let saved_dir = first_dir(&first, bench)?;
     let paused = first.pause().await.map_err(|(_, error)| error)?;
-    let saved = paused
-        .save(&saved_dir.join("memory"), &saved_dir.join("state"))
-        .await?;
+    let saved = paused.save(&saved_dir.join("memory"), &saved_dir.join("state")).await?;
     let all = bench.shape.memory_mib.bytes() / 4096;
     let dirty = saved.dirty_pages.ok_or("a clone shares its parent's memory")?;
-    expect(
-        dirty > 0 && dirty < all / 4,
-        &format!("{dirty} of {all} pages were copied"),
-    )?;
+    expect(dirty > 0 && dirty < all / 4, &format!("{dirty} of {all} pages were copied"))?;
     let first = paused.resume().await.map_err(|(_, error)| error)?;
     first_control.call("ping", &Request::Ping, ANSWER).await?;
-    std::fs::set_permissions(
-        saved_dir.join("memory"),
-        std::os::unix::fs::PermissionsExt::from_mode(0o444),
-    )?;
+    std::fs::set_permissions(saved_dir.join("memory"), std::os::unix::fs::PermissionsExt::from_mode(0o444))?;
     let saved_relative = saved_dir.strip_prefix(bench.data_dir)?.to_owned();
     let (third, mut third_control) = bench
-        .restore(
-            &saved_relative.join("memory"),
-            &saved_relative.join("state"),
-            &baked.join("disk"),
-        )
+        .restore(&saved_relative.join("memory"), &saved_relative.join("state"), &baked.join("disk"))
         .await?;
     third_control.call("ping", &Request::Ping, ANSWER).await?;
 
@@ -230,20 +190,13 @@ async fn steps(bench: &Bench<'_>) -> Outcome {
     for machine in [first, third] {
         machine.kill().await?;
     }
-    expect(
-        std::fs::read(baked.join("memory"))? == before,
-        "no clone has written the memory file",
-    )
+    expect(std::fs::read(baked.join("memory"))? == before, "no clone has written the memory file")
 }
 
 async fn wait_quiet(control: &mut Control) -> Result<bool, Error> {
     let deadline = tokio::time::Instant::now() + ANSWER;
     loop {
-        if control
-            .call("quiesce", &Request::Quiesce, ANSWER)
-            .await?
-            .http_waiting
-        {
+        if control.call("quiesce", &Request::Quiesce, ANSWER).await?.http_waiting {
             return Ok(true);
         }
         if tokio::time::Instant::now() > deadline {
@@ -255,13 +208,8 @@ async fn wait_quiet(control: &mut Control) -> Result<bool, Error> {
 
 fn machine_of(data_dir: &Path, pid: i32) -> Result<VmId, Box<dyn std::error::Error>> {
     for entry in std::fs::read_dir(data_dir.join("sandboxes"))?.flatten() {
-        if let Some(vm) = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse::<VmId>().ok())
-            && find_by_argument(&format!("kelvin-{vm}"))
-                .iter()
-                .any(|key| key.pid == pid)
+        if let Some(vm) = entry.file_name().to_str().and_then(|name| name.parse::<VmId>().ok())
+            && find_by_argument(&format!("kelvin-{vm}")).iter().any(|key| key.pid == pid)
         {
             return Ok(vm);
         }
@@ -283,8 +231,5 @@ fn find_spec(
     like: &MachineSpec,
     key: ProcessKey,
 ) -> Result<MachineSpec, Box<dyn std::error::Error>> {
-    Ok(MachineSpec {
-        vm: machine_of(bench.data_dir, key.pid)?,
-        ..like.clone()
-    })
+    Ok(MachineSpec { vm: machine_of(bench.data_dir, key.pid)?, ..like.clone() })
 }

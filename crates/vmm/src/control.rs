@@ -49,30 +49,19 @@ impl Control {
         let id = self.next_id;
         let frame = request.encode(id)?;
         match tokio::time::timeout(limit, self.exchange(id, &frame)).await {
-            Ok(Ok(Reply::Done {
-                wall_clock_ns,
-                worked_us,
-                http_waiting,
-            })) => Ok(Done {
-                wall_clock_ns,
-                worked: Duration::from_micros(worked_us.into()),
-                http_waiting,
-            }),
+            Ok(Ok(Reply::Done { wall_clock_ns, worked_us, http_waiting })) => {
+                Ok(Done { wall_clock_ns, worked: Duration::from_micros(worked_us.into()), http_waiting })
+            }
             Ok(Ok(Reply::Failed(reason))) => Err(Error::Agent { what, reason }),
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(Error::Deadline {
-                what,
-                after: limit,
-                detail: "the agent did not answer".to_owned(),
-            }),
+            Err(_) => {
+                Err(Error::Deadline { what, after: limit, detail: "the agent did not answer".to_owned() })
+            }
         }
     }
 
     async fn exchange(&mut self, id: u32, frame: &[u8]) -> Result<Reply, Error> {
-        let io = |source| Error::Io {
-            what: "speaking to the agent",
-            source,
-        };
+        let io = |source| Error::Io { what: "speaking to the agent", source };
         self.stream.write_all(frame).await.map_err(io)?;
         loop {
             let mut length = [0; 4];

@@ -20,11 +20,8 @@ async fn qemu_conforms() {
     std::fs::set_permissions(&data_dir, std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
     for name in ["run", "sandboxes", "snapshots", "guests"] {
         std::fs::create_dir(data_dir.join(name)).unwrap();
-        std::fs::set_permissions(
-            data_dir.join(name),
-            std::os::unix::fs::PermissionsExt::from_mode(0o711),
-        )
-        .unwrap();
+        std::fs::set_permissions(data_dir.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o711))
+            .unwrap();
     }
     std::fs::copy(cache.join("kernel/vmlinuz"), data_dir.join("guests/vmlinuz")).unwrap();
     std::fs::copy(cache.join("initrd"), data_dir.join("guests/initrd")).unwrap();
@@ -36,11 +33,7 @@ async fn qemu_conforms() {
         data_dir: &data_dir,
         guest: "guests".into(),
         rootfs: &rootfs,
-        shape: Shape {
-            vcpus: 1,
-            memory_mib: MemoryMib(256),
-            disk_mib: DiskMib(disk_mib),
-        },
+        shape: Shape { vcpus: 1, memory_mib: MemoryMib(256), disk_mib: DiskMib(disk_mib) },
         user: root.then_some(1_795_162_112),
         clone_disk: |from, to| kelvin_store::disk::clone_file(from, to).map(drop),
     };

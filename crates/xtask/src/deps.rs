@@ -19,12 +19,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("client", &["api"]),
     ("bench", &["client", "api"]),
     ("e2e", &["client", "api"]),
-    (
-        "cli",
-        &[
-            "gateway", "control", "node", "client", "bench", "vmm", "store", "host", "api",
-        ],
-    ),
+    ("cli", &["gateway", "control", "node", "client", "bench", "vmm", "store", "host", "api"]),
     ("xtask", &[]),
 ];
 

@@ -6,9 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::{Result, root, say};
 
 /// Directories whose paths are looked for in the text.
-const TOPS: [&str; 7] = [
-    "crates/", "docs/", "proto/", "guest/", ".ci/", "openapi/", ".cargo/",
-];
+const TOPS: [&str; 7] = ["crates/", "docs/", "proto/", "guest/", ".ci/", "openapi/", ".cargo/"];
 
 fn documents() -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
@@ -51,10 +49,7 @@ pub fn check() -> Result<()> {
         for path in paths(&text) {
             count += 1;
             if !directory.join(&path).exists() && !root().join(&path).exists() {
-                missing.push(format!(
-                    "{} names {path}, which does not exist",
-                    document.display()
-                ));
+                missing.push(format!("{} names {path}, which does not exist", document.display()));
             }
         }
     }

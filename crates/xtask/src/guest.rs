@@ -38,11 +38,7 @@ pub fn ensure() -> Result<Guest> {
     let agent = build_agent()?;
     let initrd = ensure_initrd(&directory, &kernel, &agent)?;
     let rootfs = ensure_rootfs(&directory)?;
-    Ok(Guest {
-        kernel: kernel.join("vmlinuz"),
-        initrd,
-        rootfs,
-    })
+    Ok(Guest { kernel: kernel.join("vmlinuz"), initrd, rootfs })
 }
 
 /// Whether `stamp` holds `key`; the thing beside it is then up to date.
@@ -104,21 +100,16 @@ fn ensure_kernel(directory: &Path) -> Result<PathBuf> {
             .args(["-S", &release, "--show-depends", module])
             .output()?;
         if !shown.status.success() {
-            return Err(format!(
-                "modprobe {module}: {}",
-                String::from_utf8_lossy(&shown.stderr).trim()
-            )
-            .into());
+            return Err(
+                format!("modprobe {module}: {}", String::from_utf8_lossy(&shown.stderr).trim()).into()
+            );
         }
         for line in String::from_utf8(shown.stdout)?.lines() {
             // "builtin x" needs nothing.
             let Some(path) = line.strip_prefix("insmod ").map(str::trim) else {
                 continue;
             };
-            let name = Path::new(path)
-                .file_name()
-                .and_then(|name| name.to_str())
-                .ok_or("odd module name")?;
+            let name = Path::new(path).file_name().and_then(|name| name.to_str()).ok_or("odd module name")?;
             if !order.iter().any(|known| known == name) {
                 fs::copy(path, work.join("modules").join(name))?;
                 order.push(name.to_owned());
@@ -140,20 +131,10 @@ fn build_agent() -> Result<PathBuf> {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
     say("building the guest's agent");
     let mut command = cargo();
-    command
-        .args([
-            "build",
-            "--package",
-            "kelvin-agent",
-            "--profile",
-            "agent",
-            "--target",
-            TARGET,
-        ])
-        .env(
-            "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
-            "-C target-feature=+crt-static -C relocation-model=static",
-        );
+    command.args(["build", "--package", "kelvin-agent", "--profile", "agent", "--target", TARGET]).env(
+        "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
+        "-C target-feature=+crt-static -C relocation-model=static",
+    );
     run(command.stdout(std::io::stderr()))?;
     Ok(root().join("target").join(TARGET).join("agent/kelvin-agent"))
 }
@@ -166,17 +147,11 @@ fn ensure_initrd(directory: &Path, kernel: &Path, agent: &Path) -> Result<PathBu
     }
     // The kernel opens the console for PID 1 before anything is mounted.
     archive.node("dev/console", 0o020_600, (5, 1), &[]);
-    let mut modules: Vec<_> = fs::read_dir(kernel.join("modules"))?
-        .flatten()
-        .map(|entry| entry.path())
-        .collect();
+    let mut modules: Vec<_> =
+        fs::read_dir(kernel.join("modules"))?.flatten().map(|entry| entry.path()).collect();
     modules.sort();
     for path in modules {
-        let name = path
-            .file_name()
-            .and_then(|name| name.to_str())
-            .ok_or("odd module name")?
-            .to_owned();
+        let name = path.file_name().and_then(|name| name.to_str()).ok_or("odd module name")?.to_owned();
         archive.add(&format!("modules/{name}"), 0o100_644, &fs::read(&path)?);
     }
     archive.add("init", 0o100_755, &fs::read(agent)?);
@@ -245,12 +220,7 @@ fn ensure_rootfs(directory: &Path) -> Result<PathBuf> {
     let packages = fs::read_to_string(recipe.join("packages"))?;
     let customize = recipe.join("customize.sh");
     let done = directory.join("base.ext4");
-    let key = digest(&[
-        packages.as_bytes(),
-        &fs::read(&customize)?,
-        &ROOT_MIB.to_le_bytes(),
-        b"1",
-    ]);
+    let key = digest(&[packages.as_bytes(), &fs::read(&customize)?, &ROOT_MIB.to_le_bytes(), b"1"]);
     let stamp = directory.join("base.key");
     if done.exists() && is_fresh(&stamp, &key) {
         return Ok(done);
@@ -266,10 +236,7 @@ fn ensure_rootfs(directory: &Path) -> Result<PathBuf> {
     let mut bootstrap = as_root("mmdebstrap");
     bootstrap
         .args(["--quiet", "--variant=minbase", "--format=directory"])
-        .arg(format!(
-            "--include={}",
-            packages.lines().collect::<Vec<_>>().join(",")
-        ))
+        .arg(format!("--include={}", packages.lines().collect::<Vec<_>>().join(",")))
         .arg(format!("--customize-hook={}", customize.display()))
         .arg(suite)
         .arg(&tree)
@@ -298,10 +265,7 @@ fn ensure_rootfs(directory: &Path) -> Result<PathBuf> {
         UUID,
     ])
     // Nothing is left to be initialised in the background of every machine.
-    .args([
-        "-E",
-        &format!("lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0,hash_seed={UUID}"),
-    ])
+    .args(["-E", &format!("lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0,hash_seed={UUID}")])
     .arg("-d")
     .arg(&tree)
     .arg(&fresh)

@@ -40,14 +40,8 @@ pub fn cache() -> PathBuf {
 
 /// Runs `command`, its output going where ours goes.
 pub fn run(command: &mut Command) -> Result<()> {
-    let status = command
-        .status()
-        .map_err(|error| format!("{command:?}: {error}"))?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(format!("{command:?}: {status}").into())
-    }
+    let status = command.status().map_err(|error| format!("{command:?}: {error}"))?;
+    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
 }
 
 /// Runs `command` and returns what it printed; its errors go where ours go.
@@ -102,11 +96,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match dispatch(&arguments) {
         Ok(()) => {
-            say(&format!(
-                "{} done in {:.1} s",
-                arguments.join(" "),
-                started.elapsed().as_secs_f64()
-            ));
+            say(&format!("{} done in {:.1} s", arguments.join(" "), started.elapsed().as_secs_f64()));
             ExitCode::SUCCESS
         }
         Err(error) => {

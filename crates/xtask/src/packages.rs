@@ -54,19 +54,13 @@ pub fn ensure() -> Result<()> {
     say(&format!("installing {}", missing.join(" ")));
     update()?;
     let mut install = as_root("apt-get");
-    install
-        .args(["install", "-y", "-q", "--no-install-recommends"])
-        .args(missing);
-    run(install
-        .env("DEBIAN_FRONTEND", "noninteractive")
-        .stdout(std::io::stderr()))
+    install.args(["install", "-y", "-q", "--no-install-recommends"]).args(missing);
+    run(install.env("DEBIAN_FRONTEND", "noninteractive").stdout(std::io::stderr()))
 }
 
 /// Brings apt's lists up to date.
 pub fn update() -> Result<()> {
-    run(as_root("apt-get")
-        .args(["-q", "update"])
-        .stdout(std::io::stderr()))
+    run(as_root("apt-get").args(["-q", "update"]).stdout(std::io::stderr()))
 }
 
 /// This machine's Debian sources as lines of a `sources.list`, so that no registry's name stands here.
@@ -94,26 +88,15 @@ pub fn debian_sources() -> Result<String> {
     // The lists were never fetched.
     update()?;
     let lines = list()?;
-    if lines.is_empty() {
-        Err("apt knows no Debian source".into())
-    } else {
-        Ok(lines)
-    }
+    if lines.is_empty() { Err("apt knows no Debian source".into()) } else { Ok(lines) }
 }
 
 /// Runs `command` with `text` as its standard input.
 pub fn feed(command: &mut Command, text: &str) -> Result<()> {
-    let mut child = command
-        .stdin(Stdio::piped())
-        .spawn()
-        .map_err(|error| format!("{command:?}: {error}"))?;
+    let mut child = command.stdin(Stdio::piped()).spawn().map_err(|error| format!("{command:?}: {error}"))?;
     if let Some(mut input) = child.stdin.take() {
         input.write_all(text.as_bytes())?;
     }
     let status = child.wait()?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(format!("{command:?}: {status}").into())
-    }
+    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
 }

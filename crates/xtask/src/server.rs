@@ -59,15 +59,9 @@ pub fn import(built: &Built, data_dir: &Path) -> Result<()> {
         return Ok(());
     }
     let mut import = kelvin(&built.binary);
-    import
-        .args(["template", "import", "base", "--data-dir"])
-        .arg(data_dir);
+    import.args(["template", "import", "base", "--data-dir"]).arg(data_dir);
     import.arg("--rootfs").arg(&built.guest.rootfs);
-    import
-        .arg("--kernel")
-        .arg(&built.guest.kernel)
-        .arg("--initrd")
-        .arg(&built.guest.initrd);
+    import.arg("--kernel").arg(&built.guest.kernel).arg("--initrd").arg(&built.guest.initrd);
     run(import.stdout(Stdio::null()))?;
     fs::write(stamp, key)?;
     Ok(())
@@ -83,18 +77,11 @@ fn running() -> Option<Server> {
     let text = fs::read_to_string(data_dir().join("run/server.json")).ok()?;
     let field = |name: &str| {
         let rest = text.split_once(&format!("\"{name}\":"))?.1;
-        Some(
-            rest.trim_start_matches('"')
-                .split(['"', ',', '}'])
-                .next()?
-                .to_owned(),
-        )
+        Some(rest.trim_start_matches('"').split(['"', ',', '}']).next()?.to_owned())
     };
     let (pid, url) = (field("pid")?, field("url")?);
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    String::from_utf8_lossy(&line)
-        .contains("serve")
-        .then_some(Server { pid, url })
+    String::from_utf8_lossy(&line).contains("serve").then_some(Server { pid, url })
 }
 
 fn start(built: &Built) -> Result<Server> {
@@ -135,25 +122,19 @@ fn start(built: &Built) -> Result<Server> {
 }
 
 fn api_key() -> Result<String> {
-    Ok(output(as_root("cat").arg(data_dir().join("api-key")))?
-        .trim()
-        .to_owned())
+    Ok(output(as_root("cat").arg(data_dir().join("api-key")))?.trim().to_owned())
 }
 
 /// A client command against `server`.
 fn client(built: &Built, server: &Server) -> Result<Command> {
     let mut command = Command::new(&built.binary);
-    command
-        .env("KELVIN_API_URL", &server.url)
-        .env("KELVIN_API_KEY", api_key()?);
+    command.env("KELVIN_API_URL", &server.url).env("KELVIN_API_KEY", api_key()?);
     Ok(command)
 }
 
 fn bake(built: &Built, server: &Server) -> Result<()> {
     say("baking template base, when it is missing");
-    run(client(built, server)?
-        .args(["template", "bake", "base"])
-        .stdout(std::io::stderr()))
+    run(client(built, server)?.args(["template", "bake", "base"]).stdout(std::io::stderr()))
 }
 
 /// `cargo xtask up`.
@@ -161,12 +142,7 @@ pub fn up() -> Result<()> {
     let built = prepare()?;
     let server = start(&built)?;
     bake(&built, &server)?;
-    let directory = built
-        .binary
-        .parent()
-        .unwrap_or(Path::new("/"))
-        .display()
-        .to_string();
+    let directory = built.binary.parent().unwrap_or(Path::new("/")).display().to_string();
     println!("export KELVIN_API_URL='{}'", server.url);
     println!("export KELVIN_API_KEY='{}'", api_key()?);
     println!("export KELVIN_DATA_DIR='{}'", data_dir().display());
@@ -214,23 +190,12 @@ fn with_server(work: impl FnOnce(&Built, &Server) -> Result<()>) -> Result<()> {
 /// `cargo xtask demo`.
 pub fn demo() -> Result<()> {
     with_server(|built, server| {
-        for (path, words) in [
-            ("cold", "booted"),
-            ("clone", "restored from a snapshot"),
-            ("clone", "and once more"),
-        ] {
+        for (path, words) in
+            [("cold", "booted"), ("clone", "restored from a snapshot"), ("clone", "and once more")]
+        {
             eprintln!("\n$ kelvin run --path {path} -- python3 -c 'print(2 ** 10)'      # {words}");
             let mut command = client(built, server)?;
-            command.args([
-                "run",
-                "--timing",
-                "--path",
-                path,
-                "--",
-                "python3",
-                "-c",
-                "print(2 ** 10)",
-            ]);
+            command.args(["run", "--timing", "--path", path, "--", "python3", "-c", "print(2 ** 10)"]);
             let printed = output(&mut command)?;
             print!("{printed}");
             if printed != "1024\n" {

@@ -15,10 +15,7 @@ fn step(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
     let started = Instant::now();
     say(&format!("== {name}"));
     work().map_err(|error| format!("{name}: {error}"))?;
-    say(&format!(
-        "== {name}: ok, {:.1} s",
-        started.elapsed().as_secs_f64()
-    ));
+    say(&format!("== {name}: ok, {:.1} s", started.elapsed().as_secs_f64()));
     Ok(())
 }
 
@@ -57,10 +54,7 @@ struct Ground {
 impl Ground {
     fn make(built: &Built) -> Result<Self> {
         let directory = cache().join("e2e");
-        let ground = Self {
-            binary: built.binary.clone(),
-            directory,
-        };
+        let ground = Self { binary: built.binary.clone(), directory };
         run_command(
             kelvin(&ground.binary)
                 .args(["setup", "--size-gib", "48", "--data-dir"])
@@ -83,10 +77,7 @@ impl Ground {
             (&built.guest.rootfs, "rootfs.ext4"),
         ] {
             run_command(
-                Command::new("cp")
-                    .args(["--sparse=always", "--reflink=auto"])
-                    .arg(from)
-                    .arg(guest.join(to)),
+                Command::new("cp").args(["--sparse=always", "--reflink=auto"]).arg(from).arg(guest.join(to)),
             )?;
         }
         Ok(ground)
@@ -113,9 +104,7 @@ fn leftovers(directory: &Path) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let is_process = name
-            .to_str()
-            .is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+        let is_process = name.to_str().is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
         if is_process && fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(directory)) {
             found.push(format!("process {}", name.to_string_lossy()));
         }
@@ -154,9 +143,7 @@ pub fn run(filter: &[String]) -> Result<()> {
     step("dependencies", deps::check)?;
     step("documents", docs::check)?;
     crate::packages::ensure()?;
-    step("lints", || {
-        cargo_step(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])
-    })?;
+    step("lints", || cargo_step(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     step("licences", deny)?;
     let built = server::prepare()?;
     step("unit tests and driver conformance", || {

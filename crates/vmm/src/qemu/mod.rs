@@ -66,10 +66,7 @@ impl Qemu {
     /// # Errors
     /// `Unusable` when it is missing or older than 7.2.
     pub fn open(data_dir: &Path, accelerator: Accelerator) -> Result<Self, Error> {
-        let unusable = |reason: String| Error::Unusable {
-            program: PROGRAM.to_owned(),
-            reason,
-        };
+        let unusable = |reason: String| Error::Unusable { program: PROGRAM.to_owned(), reason };
         let output = std::process::Command::new(PROGRAM)
             .arg("--version")
             .output()
@@ -77,10 +74,7 @@ impl Qemu {
         let text = String::from_utf8_lossy(&output.stdout);
         let (version, package) = version(&text).ok_or_else(|| unusable(format!("no version in {text:?}")))?;
         if version < (7, 2) {
-            return Err(unusable(format!(
-                "version {}.{} is older than 7.2",
-                version.0, version.1
-            )));
+            return Err(unusable(format!("version {}.{} is older than 7.2", version.0, version.1)));
         }
         let io = |what| move |source| Error::Io { what, source };
         let tsc_khz =
@@ -89,12 +83,7 @@ impl Qemu {
         if !read_only_memory {
             install_shim(&data_dir.join(SHIM_PATH)).map_err(io("installing the memory shim"))?;
         }
-        Ok(Self {
-            build: package,
-            accelerator,
-            tsc_khz,
-            read_only_memory,
-        })
+        Ok(Self { build: package, accelerator, tsc_khz, read_only_memory })
     }
 
     fn append(&self) -> String {
@@ -117,10 +106,7 @@ impl Qemu {
             Accelerator::Kvm => ("kvm", "host"),
             Accelerator::Tcg => ("tcg,thread=multi,tb-size=64", "max"),
         };
-        let mut ram = format!(
-            "memory-backend-file,id=ram,size={}M,mem-path={memory}",
-            shape.memory_mib.0
-        );
+        let mut ram = format!("memory-backend-file,id=ram,size={}M,mem-path={memory}", shape.memory_mib.0);
         ram.push_str(match (private, self.read_only_memory) {
             (false, _) => ",share=on",
             (true, true) => ",share=off,readonly=on,rom=off",
@@ -162,17 +148,11 @@ impl Qemu {
             "-chardev",
             &format!("socket,id=control,path={VM}/control.sock,server=on,wait=off"),
             "-device",
-            &format!(
-                "virtserialport,nr=1,chardev=control,name={}",
-                kelvin_api::guest::CONTROL_PORT
-            ),
+            &format!("virtserialport,nr=1,chardev=control,name={}", kelvin_api::guest::CONTROL_PORT),
             "-chardev",
             &format!("socket,id=http,path={VM}/http.sock,server=on,wait=off"),
             "-device",
-            &format!(
-                "virtserialport,nr=2,chardev=http,name={}",
-                kelvin_api::guest::HTTP_PORT
-            ),
+            &format!("virtserialport,nr=2,chardev=http,name={}", kelvin_api::guest::HTTP_PORT),
             "-qmp",
             &format!("unix:{VM}/qmp.sock,server=on,wait=off"),
             // The stream of device state has no configuration section.
@@ -194,40 +174,23 @@ impl Qemu {
     ) -> Result<Machine, Error> {
         let directory = spec.directory();
         let fill = |argument: String| {
-            argument
-                .replace(VM, &directory.to_string_lossy())
-                .replace(GUEST, &spec.guest.to_string_lossy())
+            argument.replace(VM, &directory.to_string_lossy()).replace(GUEST, &spec.guest.to_string_lossy())
         };
         let mut args: Vec<OsString> = ["-name".to_owned(), spec.marker()].map(OsString::from).to_vec();
         args.extend(
-            self.machine(spec.shape, memory, private)
-                .into_iter()
-                .map(|argument| fill(argument).into()),
+            self.machine(spec.shape, memory, private).into_iter().map(|argument| fill(argument).into()),
         );
         args.extend(extra.iter().map(OsString::from));
         let env = if private && !self.read_only_memory {
-            vec![
-                ("LD_PRELOAD".into(), SHIM_PATH.into()),
-                ("KELVIN_RO_RAM".into(), memory.into()),
-            ]
+            vec![("LD_PRELOAD".into(), SHIM_PATH.into()), ("KELVIN_RO_RAM".into(), memory.into())]
         } else {
             Vec::new()
         };
-        let spawn = Spawn {
-            program: PROGRAM.into(),
-            args,
-            env,
-            cwd: spec.data_dir.clone(),
-            user: spec.user,
-        };
-        let (process, stderr) = Process::spawn(&spawn).map_err(|source| Error::Io {
-            what: "starting the VMM",
-            source,
-        })?;
-        let tail = Tail::follow(stderr).map_err(|source| Error::Io {
-            what: "reading the VMM's stderr",
-            source,
-        })?;
+        let spawn = Spawn { program: PROGRAM.into(), args, env, cwd: spec.data_dir.clone(), user: spec.user };
+        let (process, stderr) =
+            Process::spawn(&spawn).map_err(|source| Error::Io { what: "starting the VMM", source })?;
+        let tail =
+            Tail::follow(stderr).map_err(|source| Error::Io { what: "reading the VMM's stderr", source })?;
         let opened = async {
             let sockets = Sockets::open(&spec.absolute())?;
             let stream = sockets.connect_new("qmp.sock", &process, &tail).await?;
@@ -245,19 +208,10 @@ impl Qemu {
                 private,
             }),
             Err(error) => {
-                let died = tokio::time::timeout(Duration::from_millis(500), process.ended())
-                    .await
-                    .is_ok();
+                let died = tokio::time::timeout(Duration::from_millis(500), process.ended()).await.is_ok();
                 let _ = process.kill();
                 process.ended().await;
-                Err(if died {
-                    Error::Ended {
-                        what: "starting",
-                        stderr: tail.text(),
-                    }
-                } else {
-                    error
-                })
+                Err(if died { Error::Ended { what: "starting", stderr: tail.text() } } else { error })
             }
         }
     }
@@ -269,10 +223,7 @@ fn version(text: &str) -> Option<((u32, u32), String)> {
     let line = text.lines().next()?;
     let (_, rest) = line.split_once("version ")?;
     let mut numbers = rest.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
-    Some((
-        (numbers.next()?.ok()?, numbers.next()?.ok()?),
-        rest.trim().to_owned(),
-    ))
+    Some(((numbers.next()?.ok()?, numbers.next()?.ok()?), rest.trim().to_owned()))
 }
 
 fn install_shim(path: &Path) -> io::Result<()> {
@@ -311,13 +262,7 @@ impl Tail {
     }
 
     fn text(&self) -> String {
-        let bytes: Vec<u8> = self
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter()
-            .copied()
-            .collect();
+        let bytes: Vec<u8> = self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
         String::from_utf8_lossy(&bytes).trim().to_owned()
     }
 }
@@ -328,18 +273,13 @@ struct Sockets(File);
 
 impl Sockets {
     fn open(directory: &Path) -> Result<Self, Error> {
-        File::open(directory).map(Self).map_err(|source| Error::Io {
-            what: "opening the machine's directory",
-            source,
-        })
+        File::open(directory)
+            .map(Self)
+            .map_err(|source| Error::Io { what: "opening the machine's directory", source })
     }
 
     async fn connect(&self, name: &str) -> io::Result<UnixStream> {
-        UnixStream::connect(PathBuf::from(format!(
-            "/proc/self/fd/{}/{name}",
-            self.0.as_raw_fd()
-        )))
-        .await
+        UnixStream::connect(PathBuf::from(format!("/proc/self/fd/{}/{name}", self.0.as_raw_fd()))).await
     }
 
     /// Connects to a socket that the VMM is about to open. Never on a create path but a cold one.
@@ -349,31 +289,19 @@ impl Sockets {
             match self.connect(name).await {
                 Ok(stream) => return Ok(stream),
                 Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-                    ) => {}
+                    if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+                }
                 Err(source) => {
-                    return Err(Error::Io {
-                        what: "connecting to the VMM",
-                        source,
-                    });
+                    return Err(Error::Io { what: "connecting to the VMM", source });
                 }
             }
             if process.is_over() {
                 // Let the reader of the pipe see the last words.
                 tokio::task::yield_now().await;
-                return Err(Error::Ended {
-                    what: "starting",
-                    stderr: tail.text(),
-                });
+                return Err(Error::Ended { what: "starting", stderr: tail.text() });
             }
             if started.elapsed() > START {
-                return Err(Error::Deadline {
-                    what: "starting the VMM",
-                    after: START,
-                    detail: tail.text(),
-                });
+                return Err(Error::Deadline { what: "starting the VMM", after: START, detail: tail.text() });
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -405,21 +333,10 @@ impl Driver for Qemu {
     }
 
     async fn prepare(&self, spec: &MachineSpec, memory: &Path) -> Result<Waiting, Error> {
-        let machine = self
-            .start(
-                spec,
-                &memory.to_string_lossy(),
-                true,
-                &["-S", "-incoming", "defer"],
-            )
-            .await?;
+        let machine =
+            self.start(spec, &memory.to_string_lossy(), true, &["-S", "-incoming", "defer"]).await?;
         let capability = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-        let told = machine
-            .qmp
-            .lock()
-            .await
-            .call("migrate-set-capabilities", capability)
-            .await;
+        let told = machine.qmp.lock().await.call("migrate-set-capabilities", capability).await;
         if let Err(error) = told {
             let _ = machine.process.kill();
             machine.process.ended().await;
@@ -429,10 +346,7 @@ impl Driver for Qemu {
     }
 
     async fn adopt(&self, spec: &MachineSpec, key: ProcessKey) -> Result<Running, Error> {
-        let io = |source| Error::Io {
-            what: "adopting the VMM",
-            source,
-        };
+        let io = |source| Error::Io { what: "adopting the VMM", source };
         let process = Process::adopt(key).map_err(io)?;
         let sockets = Sockets::open(&spec.absolute())?;
         let qmp = Qmp::open(sockets.connect("qmp.sock").await.map_err(io)?).await?;
@@ -445,11 +359,7 @@ impl Driver for Qemu {
             tail: Tail::default(),
             directory: spec.directory(),
             data_dir: spec.data_dir.clone(),
-            memory: if private {
-                pages::mapped_memory(key.pid, &spec.data_dir).map_err(io)?
-            } else {
-                own
-            },
+            memory: if private { pages::mapped_memory(key.pid, &spec.data_dir).map_err(io)? } else { own },
             private,
         })))
     }
@@ -474,28 +384,22 @@ impl Machine {
     /// A broken connection means that the VMM has ended or is about to: then say so, with its last words.
     async fn explain<T>(&self, what: &'static str, result: Result<T, Error>) -> Result<T, Error> {
         match result {
-            Err(Error::Io { what: _, source: _ }) if self.ends_soon().await => Err(Error::Ended {
-                what,
-                stderr: self.tail.text(),
-            }),
+            Err(Error::Io { what: _, source: _ }) if self.ends_soon().await => {
+                Err(Error::Ended { what, stderr: self.tail.text() })
+            }
             other => other,
         }
     }
 
     async fn ends_soon(&self) -> bool {
-        tokio::time::timeout(Duration::from_secs(2), self.process.ended())
-            .await
-            .is_ok()
+        tokio::time::timeout(Duration::from_secs(2), self.process.ended()).await.is_ok()
     }
 
     async fn try_load(&self, state: &Path) -> Result<(), Error> {
-        let file = File::open(state).map_err(|source| Error::Io {
-            what: "opening the device state",
-            source,
-        })?;
+        let file =
+            File::open(state).map_err(|source| Error::Io { what: "opening the device state", source })?;
         let mut qmp = self.qmp.lock().await;
-        qmp.call_with("getfd", json!({ "fdname": "state" }), file.as_fd())
-            .await?;
+        qmp.call_with("getfd", json!({ "fdname": "state" }), file.as_fd()).await?;
         qmp.call("migrate-incoming", json!({ "uri": "fd:state" })).await?;
         let loaded = qmp
             .event("MIGRATION", |data| match data["status"].as_str() {
@@ -508,10 +412,7 @@ impl Machine {
             return Ok(());
         }
         let reason = self.tail.text();
-        Err(Error::Refused {
-            command: "migrate-incoming",
-            reason,
-        })
+        Err(Error::Refused { command: "migrate-incoming", reason })
     }
 
     async fn try_save(&self, memory: &Path, state: &Path) -> Result<Saved, Error> {
@@ -523,10 +424,7 @@ impl Machine {
         self.qmp
             .lock()
             .await
-            .call(
-                "xen-save-devices-state",
-                json!({ "filename": own.to_string_lossy(), "live": false }),
-            )
+            .call("xen-save-devices-state", json!({ "filename": own.to_string_lossy(), "live": false }))
             .await?;
         std::fs::rename(&absolute, state).map_err(io("moving the device state"))?;
         let (pid, from, to) = (self.process.key().pid, self.memory.clone(), memory.to_owned());
@@ -568,10 +466,10 @@ impl Handle for Machine {
             Port::Control => "control.sock",
             Port::Http => "http.sock",
         };
-        self.sockets.connect(name).await.map_err(|source| Error::Io {
-            what: "connecting to the guest",
-            source,
-        })
+        self.sockets
+            .connect(name)
+            .await
+            .map_err(|source| Error::Io { what: "connecting to the guest", source })
     }
 
     async fn console(&self) -> Result<String, Error> {

@@ -96,10 +96,7 @@ pub fn save_memory(pid: i32, from: &Path, to: &Path, private: bool) -> io::Resul
         while page < pages && page - first < RUN && own(page) {
             page += 1;
         }
-        buffer.resize(
-            usize::try_from((page - first) * PAGE).map_err(io::Error::other)?,
-            0,
-        );
+        buffer.resize(usize::try_from((page - first) * PAGE).map_err(io::Error::other)?, 0);
         memory.read_exact_at(&mut buffer, mapping.start + first * PAGE)?;
         target.write_all_at(&buffer, first * PAGE)?;
         copied += page - first;

@@ -29,26 +29,16 @@ pub struct Qmp {
 impl Qmp {
     /// Reads the greeting and leaves negotiation mode.
     pub async fn open(stream: UnixStream) -> Result<Self, Error> {
-        let mut qmp = Self {
-            stream: BufReader::new(stream),
-            events: VecDeque::new(),
-        };
+        let mut qmp = Self { stream: BufReader::new(stream), events: VecDeque::new() };
         within("the VMM's greeting", qmp.line()).await?;
         qmp.call("qmp_capabilities", json!({})).await?;
         Ok(qmp)
     }
 
     async fn line(&mut self) -> Result<Value, Error> {
-        let io = |source| Error::Io {
-            what: "reading from the VMM",
-            source,
-        };
+        let io = |source| Error::Io { what: "reading from the VMM", source };
         let mut line = Vec::new();
-        let count = (&mut self.stream)
-            .take(MAX_LINE)
-            .read_until(b'\n', &mut line)
-            .await
-            .map_err(io)?;
+        let count = (&mut self.stream).take(MAX_LINE).read_until(b'\n', &mut line).await.map_err(io)?;
         if count == 0 {
             return Err(io(std::io::ErrorKind::UnexpectedEof.into()));
         }
@@ -76,13 +66,8 @@ impl Qmp {
         arguments: &Value,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<Value, Error> {
-        let io = |source| Error::Io {
-            what: "writing to the VMM",
-            source,
-        };
-        let mut line = json!({ "execute": command, "arguments": arguments })
-            .to_string()
-            .into_bytes();
+        let io = |source| Error::Io { what: "writing to the VMM", source };
+        let mut line = json!({ "execute": command, "arguments": arguments }).to_string().into_bytes();
         line.push(b'\n');
         let stream = self.stream.get_mut();
         let mut sent = 0;
@@ -93,12 +78,7 @@ impl Qmp {
                     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
                     let mut control = SendAncillaryBuffer::new(&mut space);
                     control.push(SendAncillaryMessage::ScmRights(&fds));
-                    Ok(sendmsg(
-                        &*stream,
-                        &[IoSlice::new(&line)],
-                        &mut control,
-                        SendFlags::NOSIGNAL,
-                    )?)
+                    Ok(sendmsg(&*stream, &[IoSlice::new(&line)], &mut control, SendFlags::NOSIGNAL)?)
                 })
                 .await
                 .map_err(io)?;
@@ -155,10 +135,6 @@ impl Qmp {
 async fn within<T>(what: &'static str, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     match tokio::time::timeout(LIMIT, work).await {
         Ok(result) => result,
-        Err(_) => Err(Error::Deadline {
-            what,
-            after: LIMIT,
-            detail: "the VMM did not answer".to_owned(),
-        }),
+        Err(_) => Err(Error::Deadline { what, after: LIMIT, detail: "the VMM did not answer".to_owned() }),
     }
 }
