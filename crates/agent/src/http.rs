@@ -62,8 +62,9 @@ async fn serve(state: Arc<State>, port: std::fs::File) -> io::Result<()> {
         rpc: ConnectRpcService::new(router),
         meter: CpuMeter::default(),
     });
+    let mut listener = port::Listener::new(port, state)?;
     loop {
-        let stream = port::accept(&port, &state).await?;
+        let stream = listener.accept().await?;
         let agent = Arc::clone(&agent);
         // An error is the host's end going away; the next connection starts afresh.
         let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new())

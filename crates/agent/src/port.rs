@@ -7,12 +7,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::unix::AsyncFd;
@@ -40,39 +39,72 @@ pub fn open(name: &str, nonblocking: bool) -> io::Result<File> {
     Err(io::Error::new(io::ErrorKind::NotFound, format!("no virtio port {name}")))
 }
 
-/// Waits until the host has connected to `port`, and gives the stream of that connection.
+/// The guest's end of the HTTP port, between connections.
 ///
-/// # Errors
-/// When the port itself fails.
-pub async fn accept(port: &File, state: &Arc<State>) -> io::Result<PortStream> {
-    loop {
-        let mut fds = [PollFd::new(port, PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
-        if !fds[0].revents().contains(PollFlags::HUP) {
-            break;
-        }
-        // A port without a host end offers nothing to wait on but this. The node keeps a connection
-        // from before a snapshot to the end of the machine, so no create path passes here.
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    // SAFETY: the descriptor is owned by the `AsyncFd` and stays the same until it is dropped.
+/// A port without a host end reports HUP and nothing else, so there is nothing to wait on but the signal
+/// that the driver sends when the host comes (`O_ASYNC`, Linux `drivers/char/virtio_console.c`). While it
+/// waits, no timer runs: a machine that is restored here wakes up for its activation alone.
+pub struct Listener {
+    port: File,
+    came: tokio::signal::unix::Signal,
+    state: Arc<State>,
+}
+
+impl Listener {
+    /// Takes over the port.
+    ///
+    /// # Errors
+    /// When the signal cannot be directed here.
     #[allow(unsafe_code)]
-    let fd = unsafe { AsyncFd::register(OwnedFd::from(port.try_clone()?)) }?;
-    state.http_waiting.store(true, Ordering::Release);
-    Ok(PortStream { fd, state: Arc::clone(state), ended: false })
+    pub fn new(port: File, state: Arc<State>) -> io::Result<Self> {
+        let came = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::io())?;
+        // SAFETY: a plain system call on a descriptor that is open.
+        if unsafe { libc::fcntl(port.as_raw_fd(), libc::F_SETOWN, libc::getpid()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { port, came, state })
+    }
+
+    #[allow(unsafe_code)]
+    fn announce(&self, wanted: bool) -> io::Result<()> {
+        let flags = libc::O_NONBLOCK | if wanted { libc::O_ASYNC } else { 0 };
+        // SAFETY: a plain system call on a descriptor that is open.
+        if unsafe { libc::fcntl(self.port.as_raw_fd(), libc::F_SETFL, flags) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    fn has_host(&self) -> io::Result<bool> {
+        let mut fds = [PollFd::new(&self.port, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+        Ok(!fds[0].revents().contains(PollFlags::HUP))
+    }
+
+    /// Waits until the host has connected, and gives the stream of that connection.
+    ///
+    /// # Errors
+    /// When the port itself fails.
+    pub async fn accept(&mut self) -> io::Result<PortStream> {
+        // Asked for before the look: a host that comes in between is not missed.
+        self.announce(true)?;
+        while !self.has_host()? {
+            self.state.http_waiting.store(true, Ordering::Release);
+            self.came.recv().await;
+        }
+        self.state.http_waiting.store(false, Ordering::Release);
+        self.announce(false)?;
+        // SAFETY: the descriptor is owned by the `AsyncFd` and stays the same until it is dropped.
+        #[allow(unsafe_code)]
+        let fd = unsafe { AsyncFd::register(OwnedFd::from(self.port.try_clone()?)) }?;
+        Ok(PortStream { fd, ended: false })
+    }
 }
 
 /// One connection of the host.
 pub struct PortStream {
     fd: AsyncFd<OwnedFd>,
-    state: Arc<State>,
     ended: bool,
-}
-
-impl Drop for PortStream {
-    fn drop(&mut self) {
-        self.state.http_waiting.store(false, Ordering::Release);
-    }
 }
 
 impl AsyncRead for PortStream {
@@ -96,7 +128,6 @@ impl AsyncRead for PortStream {
                 }
                 Ok(Ok(count)) => {
                     buf.advance(count);
-                    self.state.http_waiting.store(false, Ordering::Release);
                     return Poll::Ready(Ok(()));
                 }
                 Ok(Err(error)) => return Poll::Ready(Err(error)),

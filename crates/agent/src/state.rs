@@ -52,7 +52,7 @@ impl Settings {
 #[derive(Debug, Default)]
 pub struct State {
     settings: Mutex<Settings>,
-    /// Whether the HTTP port waits for the first byte of a new connection.
+    /// Whether the HTTP port has no connection and waits for one.
     pub http_waiting: AtomicBool,
 }
 

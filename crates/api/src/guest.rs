@@ -50,8 +50,7 @@ pub enum Request {
     Ping,
     /// Become this sandbox; the reply is what "ready" means.
     Activate(Activation),
-    /// Flush the file systems and say whether the HTTP port waits for its first byte: after it, a
-    /// snapshot may be taken.
+    /// Flush the file systems and say whether the HTTP port has come to rest: then a snapshot may be taken.
     Quiesce,
 }
 
@@ -91,7 +90,7 @@ pub enum Reply {
         wall_clock_ns: u64,
         /// How long the agent worked on it, in microseconds.
         worked_us: u32,
-        /// Whether the HTTP port waits for the first byte of a new connection.
+        /// Whether the HTTP port has no connection and waits for one.
         http_waiting: bool,
     },
     /// Not done, and why.

@@ -113,7 +113,6 @@ impl Bare {
         *child = Some(spawned);
         let mut qmp = Qmp::open(connect(&directory.join("qmp.sock"))?)?;
         let mut control = connect(&directory.join("control.sock"))?;
-        let _http = connect(&directory.join("http.sock"))?;
         qmp.load(&self.snapshot.join("state"))?;
         qmp.call("cont", &json!({}), None)?;
         activate(&mut control)?;

@@ -1,7 +1,7 @@
 //! The node's one HTTP/2 connection to each guest, shared by everybody who speaks to its agent.
 //!
-//! The connection exists from before a restore, so that the guest finds its host end open; the HTTP/2
-//! handshake is made by the first request. A connection that broke is made again by the next request.
+//! The connection is made by the first request, not before: a machine that is restored with it would wake
+//! up for it too. One that broke is made again by the next request.
 //! The guest is hostile: window sizes bound what it can make the daemon hold for each stream.
 
 use bytes::Bytes;
@@ -25,7 +25,7 @@ enum Link {
     Fresh(UnixStream),
     /// Shaken hands.
     Open(SendRequest<Body>),
-    /// To be made again.
+    /// To be made by the next request.
     Broken,
 }
 
@@ -37,8 +37,13 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Takes over a connection on which nothing was sent yet.
-    pub fn new(stream: UnixStream, tasks: TaskTracker, stop: CancellationToken) -> Self {
+    /// An agent that nobody has spoken to yet.
+    pub fn new(tasks: TaskTracker, stop: CancellationToken) -> Self {
+        Self { link: Mutex::new(Link::Broken), tasks, stop }
+    }
+
+    /// An agent over a connection on which nothing was sent yet.
+    pub fn over(stream: UnixStream, tasks: TaskTracker, stop: CancellationToken) -> Self {
         Self { link: Mutex::new(Link::Fresh(stream)), tasks, stop }
     }
 

@@ -111,10 +111,8 @@ impl Inner {
         spec: &MachineSpec,
         staged: &std::path::Path,
     ) -> Result<(), Error> {
-        let (mut control, http) = self.boot_guest(&running).await?;
-        warm_up(http, spec).await?;
-        // A fresh connection on which nothing was sent: clones find their guest waiting for its first byte.
-        let _http = running.connect(Port::Http).await?;
+        let mut control = self.boot_guest(&running).await?;
+        warm_up(running.connect(Port::Http).await?, spec).await?;
         quiesce(&mut control).await?;
         let paused = running.pause().await.map_err(|(_, error)| error)?;
         paused.save(&staged.join("memory"), &staged.join("state")).await?;
@@ -133,7 +131,7 @@ impl Inner {
     }
 }
 
-/// Flushes the guest and waits until its agent is back at the start of its HTTP port.
+/// Flushes the guest and waits until its agent's HTTP port is at rest.
 async fn quiesce(control: &mut Control) -> Result<(), Error> {
     let deadline = tokio::time::Instant::now() + QUIESCE_LIMIT;
     while !control.call("quiesce", &Request::Quiesce, QUIESCE_LIMIT).await?.http_waiting {
@@ -176,7 +174,7 @@ impl connectrpc::client::ClientTransport for Transport {
 /// Runs [`WARM_UP`] in the guest and closes the connection.
 async fn warm_up(http: tokio::net::UnixStream, spec: &MachineSpec) -> Result<(), Error> {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-    let agent = Arc::new(Agent::new(http, tasks.clone(), stop.clone()));
+    let agent = Arc::new(Agent::over(http, tasks.clone(), stop.clone()));
     let failed = |source: Box<dyn std::error::Error + Send + Sync>| Error::Agent {
         sandbox: spec.vm.to_string(),
         source,

@@ -20,7 +20,6 @@ use kelvin_api::units::Shape;
 use kelvin_store::image::Template;
 use kelvin_vmm::control::Control;
 use kelvin_vmm::{MachineSpec, Port, Running};
-use tokio::net::UnixStream;
 use tracing::Instrument;
 
 use crate::Inner;
@@ -34,7 +33,7 @@ use crate::sandbox::Machine;
 struct Started {
     spec: MachineSpec,
     running: Running,
-    http: UnixStream,
+    control: Control,
     record: SandboxRecord,
 }
 
@@ -209,7 +208,7 @@ impl Attempt<'_> {
     }
 
     async fn restore(&mut self, pool: &Arc<Pool>, ready: Ready) -> Result<Started, Error> {
-        let Ready { home, waiting, mut control, http } = ready;
+        let Ready { home, waiting, mut control } = ready;
         let key = waiting.key();
         let mut record = self.record(StartPath::Clone);
         record.snapshot = Some(pool.snapshot_id());
@@ -227,10 +226,10 @@ impl Attempt<'_> {
             let running = paused.resume().instrument(span).await.map_err(|(_, error)| error)?;
             self.lap(Phase::Resume);
             self.activate(&mut control).await?;
-            Ok::<_, Error>(running)
+            Ok::<_, Error>((running, control))
         };
         match work.await {
-            Ok(running) => Ok(Started { spec: home.spec, running, http, record }),
+            Ok((running, control)) => Ok(Started { spec: home.spec, running, control, record }),
             Err(error) => {
                 self.inner.keeper.release_or_log(&home.spec, Some(key)).await;
                 Err(error)
@@ -255,13 +254,13 @@ impl Attempt<'_> {
             let running = running.instrument(span).await?;
             self.lap(Phase::Vmm);
             let span = self.begin(Phase::Boot);
-            let (mut control, http) = self.inner.boot_guest(&running).instrument(span).await?;
+            let mut control = self.inner.boot_guest(&running).instrument(span).await?;
             self.lap(Phase::Boot);
             self.activate(&mut control).await?;
-            Ok::<_, Error>((running, http))
+            Ok::<_, Error>((running, control))
         };
         match work.await {
-            Ok((running, http)) => Ok(Started { spec: home.spec, running, http, record }),
+            Ok((running, control)) => Ok(Started { spec: home.spec, running, control, record }),
             Err(error) => {
                 self.inner.keeper.release_or_log(&home.spec, None).await;
                 Err(error)
@@ -280,7 +279,7 @@ impl Attempt<'_> {
     }
 
     async fn commit(&self, started: Started) -> Result<Committed, Error> {
-        let Started { spec, running, http, mut record } = started;
+        let Started { spec, running, control, mut record } = started;
         if let Some(state) = next(record.state, Event::Ready) {
             record.state = state;
         }
@@ -289,7 +288,7 @@ impl Attempt<'_> {
             self.inner.keeper.release_or_log(&spec, Some(running.key())).await;
             return Err(error);
         }
-        self.inner.own(Machine { spec, running, http, record: record.clone() });
+        self.inner.own(Machine { spec, running, control, record: record.clone() });
         Ok(Committed { record })
     }
 
@@ -334,13 +333,12 @@ fn activation(request: &Create) -> Result<Activation, Error> {
 
 impl Inner {
     /// Waits for a booting guest's agent. The console tells why, when it does not come.
-    pub async fn boot_guest(&self, running: &Running) -> Result<(Control, UnixStream), Error> {
+    pub async fn boot_guest(&self, running: &Running) -> Result<Control, Error> {
         let mut control = Control::new(running.connect(Port::Control).await?);
-        let http = running.connect(Port::Http).await?;
         let limit = self.options.boot_deadline;
         tokio::select! {
             answer = control.call("booting", &Request::Ping, limit) => match answer {
-                Ok(_) => Ok((control, http)),
+                Ok(_) => Ok(control),
                 Err(kelvin_vmm::Error::Deadline { what, after, .. }) => {
                     let console = running.console().await.unwrap_or_default();
                     let tail: Vec<&str> = console.lines().rev().take(15).collect();

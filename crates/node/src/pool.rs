@@ -13,7 +13,6 @@ use kelvin_api::id::SnapshotId;
 use kelvin_store::snapshot::Snapshot;
 use kelvin_vmm::control::Control;
 use kelvin_vmm::{Port, Waiting};
-use tokio::net::UnixStream;
 use tokio::sync::Notify;
 
 use crate::Inner;
@@ -34,8 +33,6 @@ pub struct Ready {
     pub waiting: Waiting,
     /// Its guest's control port.
     pub control: Control,
-    /// Its guest's HTTP port, nothing sent yet.
-    pub http: UnixStream,
 }
 
 /// The VMMs that wait for one snapshot.
@@ -120,7 +117,7 @@ impl Pool {
 }
 
 impl Inner {
-    /// Starts one VMM for `pool`'s snapshot and connects its guest's ports.
+    /// Starts one VMM for `pool`'s snapshot and connects its guest's control port.
     pub async fn prepare(&self, pool: &Pool) -> Result<Ready, Error> {
         let manifest = &pool.snapshot.manifest;
         let home =
@@ -130,11 +127,10 @@ impl Inner {
             let waiting = self.driver.prepare(&home.spec, &memory).await?;
             home.started(&self.keeper, waiting.key()).await?;
             let control = Control::new(waiting.connect(Port::Control).await?);
-            let http = waiting.connect(Port::Http).await?;
-            Ok::<_, Error>((waiting, control, http))
+            Ok::<_, Error>((waiting, control))
         };
         match made.await {
-            Ok((waiting, control, http)) => Ok(Ready { home, waiting, control, http }),
+            Ok((waiting, control)) => Ok(Ready { home, waiting, control }),
             Err(error) => {
                 self.keeper.release_or_log(&home.spec, None).await;
                 Err(error)

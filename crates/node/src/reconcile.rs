@@ -104,10 +104,9 @@ impl Inner {
         let running = self.driver.adopt(spec, key).await?;
         let mut control = Control::new(running.connect(Port::Control).await?);
         control.call("ping", &Request::Ping, ANSWER).await?;
-        let http = running.connect(Port::Http).await?;
         self.capacity().take(Amount::machine(record.shape));
         tracing::info!(sandbox = %record.sandbox, pid = key.pid, "adopted");
-        self.own(Machine { spec: spec.clone(), running, http, record });
+        self.own(Machine { spec: spec.clone(), running, control, record });
         Ok(())
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use kelvin_api::id::SandboxId;
 use kelvin_api::node::Live;
+use kelvin_vmm::control::Control;
 use kelvin_vmm::{MachineSpec, Port, Running};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -64,8 +65,8 @@ pub struct Machine {
     pub spec: MachineSpec,
     /// The VMM.
     pub running: Running,
-    /// Its guest's HTTP port, nothing sent yet.
-    pub http: UnixStream,
+    /// Its guest's control port: held open, because a guest without its host end has to poll.
+    pub control: Control,
     /// What the ledger says of it.
     pub record: SandboxRecord,
 }
@@ -86,13 +87,14 @@ impl Inner {
         let (commands, queue) = mpsc::channel(QUEUE);
         let (live, watched) = watch::channel(live_of(&machine.record));
         let id = machine.record.sandbox.clone();
-        let agent = Agent::new(machine.http, self.tasks.clone(), self.stop.clone());
+        let agent = Agent::new(self.tasks.clone(), self.stop.clone());
         let sandbox = Arc::new(Sandbox { commands, live: watched, agent });
         self.sandboxes().insert(id, sandbox);
         let keeping = Keeping {
             inner: Arc::clone(self),
             spec: machine.spec,
             running: machine.running,
+            _control: machine.control,
             record: machine.record,
         };
         self.tasks.spawn(keeping.run(queue, live));
@@ -110,6 +112,7 @@ struct Keeping {
     inner: Arc<Inner>,
     spec: MachineSpec,
     running: Running,
+    _control: Control,
     record: SandboxRecord,
 }
 

@@ -81,7 +81,6 @@ impl Bench<'_> {
         let spec = self.spec(disk)?;
         let waiting = self.driver.prepare(&spec, memory).await?;
         let control = Control::new(waiting.connect(Port::Control).await?);
-        let _http = waiting.connect(Port::Http).await?;
         let paused = waiting.load(&self.data_dir.join(state)).await.map_err(|(_, error)| error)?;
         let running = paused.resume().await.map_err(|(_, error)| error)?;
         Ok((running, control))
@@ -114,7 +113,6 @@ async fn steps(bench: &Bench<'_>) -> Outcome {
     let running = bench.driver.boot(&spec).await?;
     let mut control = Control::new(running.connect(Port::Control).await?);
     control.call("ping", &Request::Ping, BOOT).await?;
-    let http = running.connect(Port::Http).await?;
     let quiet = wait_quiet(&mut control).await?;
     expect(quiet, "the agent waits on its HTTP port before a snapshot")?;
 
@@ -127,7 +125,6 @@ async fn steps(bench: &Bench<'_>) -> Outcome {
     let running = paused.resume().await.map_err(|(_, error)| error)?;
     control.call("ping", &Request::Ping, ANSWER).await?;
     expect(!running.console().await?.contains("Kernel panic"), "no panic on the console")?;
-    drop(http);
     running.kill().await?;
     running.kill().await?;
     expect(running.is_over(), "a killed machine is over")?;

@@ -22,7 +22,7 @@ pub struct Done {
     pub wall_clock_ns: u64,
     /// How long the agent worked on it.
     pub worked: Duration,
-    /// Whether the HTTP port waits for the first byte of a new connection.
+    /// Whether the HTTP port has no connection and waits for one.
     pub http_waiting: bool,
 }
 

@@ -183,7 +183,7 @@ pub trait Driver: Send + Sync + 'static {
     async fn boot(&self, spec: &MachineSpec) -> Result<Running, Error>;
 
     /// Starts a VMM that waits to load a snapshot whose memory is the file `memory` (relative to the data
-    /// directory), with both guest ports connected. The file is mapped private and never written.
+    /// directory). The file is mapped private and never written.
     ///
     /// # Errors
     /// When the VMM cannot be started; then its process is gone.

@@ -88,9 +88,11 @@ impl Qemu {
 
     fn append(&self) -> String {
         // Quiet, because every byte of a serial console is an exit; no mitigations, because an emulator
-        // does not speculate as the guest's code does and one tenant has the whole guest.
+        // does not speculate as the guest's code does and one tenant has the whole guest. Pressure
+        // accounting, autogroups and security modules nobody configured are code on every wake-up and
+        // every system call; Landlock stays, because programs bring their own rules for it.
         let mut line = "console=ttyS0 reboot=t panic=-1 quiet mitigations=off audit=0 nowatchdog \
-                        8250.nr_uarts=1"
+                        8250.nr_uarts=1 psi=0 noautogroup lsm=landlock,yama"
             .to_owned();
         if self.accelerator == Accelerator::Tcg {
             // Without these two about half of all boots hang in delay calibration. HZ is 250.
