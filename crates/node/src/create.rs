@@ -18,7 +18,7 @@ use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::StartPath;
 use kelvin_api::units::Shape;
 use kelvin_store::image::Template;
-use kelvin_vmm::control::Control;
+use kelvin_vmm::control::{Asked, Control};
 use kelvin_vmm::{MachineSpec, Port, Running};
 use tracing::Instrument;
 
@@ -223,9 +223,15 @@ impl Attempt<'_> {
             let paused = paused.instrument(span).await?;
             self.lap(Phase::Load);
             let span = self.begin(Phase::Resume);
-            let running = paused.resume().instrument(span).await.map_err(|(_, error)| error)?;
+            let resumed = async {
+                // Posted while the vCPUs stand still: the guest wakes up once, with its identity at hand.
+                let asked = control.post(&Request::Activate(activation(self.request)?)).await?;
+                let running = paused.resume().await.map_err(|(_, error)| error)?;
+                Ok::<_, Error>((asked, running))
+            };
+            let (asked, running) = resumed.instrument(span).await?;
             self.lap(Phase::Resume);
-            self.activate(&mut control).await?;
+            self.activated(&mut control, asked).await?;
             Ok::<_, Error>((running, control))
         };
         match work.await {
@@ -256,7 +262,8 @@ impl Attempt<'_> {
             let span = self.begin(Phase::Boot);
             let mut control = self.inner.boot_guest(&running).instrument(span).await?;
             self.lap(Phase::Boot);
-            self.activate(&mut control).await?;
+            let asked = control.post(&Request::Activate(activation(self.request)?)).await?;
+            self.activated(&mut control, asked).await?;
             Ok::<_, Error>((running, control))
         };
         match work.await {
@@ -268,11 +275,10 @@ impl Attempt<'_> {
         }
     }
 
-    async fn activate(&mut self, control: &mut Control) -> Result<(), Error> {
+    async fn activated(&mut self, control: &mut Control, asked: Asked) -> Result<(), Error> {
         let span = self.begin(Phase::Activate);
-        let activation = activation(self.request)?;
         let limit = self.inner.options.activate_deadline;
-        let done = control.call("activation", &Request::Activate(activation), limit).instrument(span).await?;
+        let done = control.wait("activation", asked, limit).instrument(span).await?;
         self.lap(Phase::Activate);
         tracing::debug!(worked = ?done.worked, "the agent was activated");
         Ok(())

@@ -15,6 +15,14 @@ pub struct Control {
     next_id: u32,
 }
 
+/// A request that was posted.
+#[derive(Debug)]
+pub struct Asked(u32);
+
+fn io(source: std::io::Error) -> Error {
+    Error::Io { what: "speaking to the agent", source }
+}
+
 /// What the agent said when it had done something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Done {
@@ -39,30 +47,39 @@ impl Control {
     ///
     /// # Errors
     /// `Deadline`, `Agent` with the reason, `Malformed` when a hostile guest sends nonsense, `Io`.
-    pub async fn call(
-        &mut self,
-        what: &'static str,
-        request: &Request,
-        limit: Duration,
-    ) -> Result<Done, Error> {
+    pub async fn call(&mut self, what: &'static str, request: &Request, limit: Duration) -> Result<Done, Error> {
+        let asked = self.post(request).await?;
+        self.wait(what, asked, limit).await
+    }
+
+    /// Sends `request` without waiting for its reply: a machine whose vCPUs are stopped finds it when it
+    /// wakes up.
+    ///
+    /// # Errors
+    /// `Malformed` when it cannot be encoded, `Io`.
+    pub async fn post(&mut self, request: &Request) -> Result<Asked, Error> {
         self.next_id = self.next_id.wrapping_add(1);
-        let id = self.next_id;
-        let frame = request.encode(id)?;
-        match tokio::time::timeout(limit, self.exchange(id, &frame)).await {
+        let frame = request.encode(self.next_id)?;
+        self.stream.write_all(&frame).await.map_err(io)?;
+        Ok(Asked(self.next_id))
+    }
+
+    /// Waits for the reply to a request that was posted.
+    ///
+    /// # Errors
+    /// As [`Control::call`].
+    pub async fn wait(&mut self, what: &'static str, asked: Asked, limit: Duration) -> Result<Done, Error> {
+        match tokio::time::timeout(limit, self.reply(asked.0)).await {
             Ok(Ok(Reply::Done { wall_clock_ns, worked_us, http_waiting })) => {
                 Ok(Done { wall_clock_ns, worked: Duration::from_micros(worked_us.into()), http_waiting })
             }
             Ok(Ok(Reply::Failed(reason))) => Err(Error::Agent { what, reason }),
             Ok(Err(error)) => Err(error),
-            Err(_) => {
-                Err(Error::Deadline { what, after: limit, detail: "the agent did not answer".to_owned() })
-            }
+            Err(_) => Err(Error::Deadline { what, after: limit, detail: "the agent did not answer".to_owned() }),
         }
     }
 
-    async fn exchange(&mut self, id: u32, frame: &[u8]) -> Result<Reply, Error> {
-        let io = |source| Error::Io { what: "speaking to the agent", source };
-        self.stream.write_all(frame).await.map_err(io)?;
+    async fn reply(&mut self, id: u32) -> Result<Reply, Error> {
         loop {
             let mut length = [0; 4];
             self.stream.read_exact(&mut length).await.map_err(io)?;
