@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 pub enum Kind {
     /// The request can never work as it is.
     Invalid,
+    /// The route exists, but not with that method.
+    NotAllowed,
     /// No credentials, or unknown ones.
     Unauthenticated,
     /// It does not exist, or not for this caller.

@@ -98,10 +98,7 @@ async fn nowhere(request: Request) -> Response {
 
 async fn wrong_method(request: Request) -> Response {
     let text = format!("{} is not allowed on {}", request.method(), request.uri().path());
-    let mut response =
-        reply(&Failure::new(Kind::Invalid, "method_not_allowed", text, "SPEC.md lists the routes"));
-    *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
-    response
+    reply(&Failure::new(Kind::NotAllowed, "method_not_allowed", text, "SPEC.md lists the routes"))
 }
 
 async fn read(request: Request) -> Result<Bytes, Failure> {

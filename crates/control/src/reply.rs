@@ -9,6 +9,7 @@ use kelvin_api::error::{ApiError, Failure, Kind};
 pub fn status(kind: Kind) -> StatusCode {
     match kind {
         Kind::Invalid => StatusCode::BAD_REQUEST,
+        Kind::NotAllowed => StatusCode::METHOD_NOT_ALLOWED,
         Kind::Unauthenticated => StatusCode::UNAUTHORIZED,
         Kind::NotFound => StatusCode::NOT_FOUND,
         Kind::Conflict => StatusCode::CONFLICT,

@@ -1,1 +1,300 @@
+//! What the end-to-end tests stand on: real servers of the built binary, each with a data directory of
+//! its own on a file system that can clone files.
+//!
+//! `cargo xtask test` makes the ground and names it in `KELVIN_E2E_DIR` and `KELVIN_E2E_BINARY`; without
+//! it the tests say `skipped: ...`. A server that is stopped has to have left nothing; one whose test
+//! failed is cleared away.
 
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use kelvin_api::id::Token;
+use kelvin_api::sandbox::{BakeTemplate, NewSandbox, NodeInfo, Sandbox};
+use kelvin_client::Client;
+use kelvin_client::agent::{self, Agent};
+
+/// How long anything may take on a busy machine before a test fails.
+pub const LIMIT: Duration = Duration::from_secs(120);
+
+/// Where the tests run.
+pub struct Ground {
+    binary: PathBuf,
+    directory: PathBuf,
+}
+
+impl Ground {
+    /// The ground that `cargo xtask test` made, or a line that says why there is none.
+    pub fn find() -> Option<Self> {
+        let variable = |name| std::env::var_os(name).map(PathBuf::from);
+        match (variable("KELVIN_E2E_BINARY"), variable("KELVIN_E2E_DIR")) {
+            (Some(binary), Some(directory)) => Some(Self { binary, directory }),
+            _ => {
+                println!("skipped: no ground for end-to-end tests, `cargo xtask test` makes it");
+                None
+            }
+        }
+    }
+
+    /// Starts a server called `name` with template `base` (256 MiB) imported.
+    pub async fn server(&self, name: &str, args: &[&str]) -> Server {
+        let data_dir = self.directory.join(name);
+        fs::create_dir(&data_dir).expect("a fresh data directory");
+        let mut server = Server {
+            binary: self.binary.clone(),
+            data_dir,
+            process: None,
+            url: String::new(),
+            stopped: false,
+        };
+        let guest = self.directory.join("guest");
+        server.import("base", &guest.join("vmlinuz"), &guest.join("initrd"));
+        server.start(args).await;
+        server
+    }
+
+    /// The guest's files.
+    pub fn guest(&self, name: &str) -> PathBuf {
+        self.directory.join("guest").join(name)
+    }
+}
+
+/// A server under test.
+pub struct Server {
+    binary: PathBuf,
+    data_dir: PathBuf,
+    process: Option<Child>,
+    url: String,
+    stopped: bool,
+}
+
+impl Server {
+    /// Imports the base image under `name` with another kernel or agent.
+    pub fn import(&self, name: &str, kernel: &Path, initrd: &Path) {
+        let rootfs = self.data_dir.join("../guest/rootfs.ext4");
+        let status = Command::new(&self.binary)
+            .args(["template", "import", name, "--memory-mib", "256", "--data-dir"])
+            .arg(&self.data_dir)
+            .arg("--rootfs")
+            .arg(rootfs)
+            .arg("--kernel")
+            .arg(kernel)
+            .arg("--initrd")
+            .arg(initrd)
+            .stdout(Stdio::null())
+            .status()
+            .expect("kelvin starts");
+        assert!(status.success(), "template import: {status}");
+    }
+
+    /// Starts the process and waits until it says where it is.
+    pub async fn start(&mut self, args: &[&str]) {
+        let announcement = self.data_dir.join("run/server.json");
+        let _ = fs::remove_file(&announcement);
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.data_dir.join("server.log"))
+            .expect("a log");
+        let mut child = Command::new(&self.binary)
+            .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
+            .arg(&self.data_dir)
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("kelvin starts");
+        let started = Instant::now();
+        let text = loop {
+            if let Ok(text) = fs::read_to_string(&announcement) {
+                break text;
+            }
+            assert!(child.try_wait().expect("a child").is_none(), "the server ended:\n{}", self.log());
+            assert!(started.elapsed() < LIMIT, "the server is not up:\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        };
+        let value: serde_json::Value = serde_json::from_str(&text).expect("an announcement");
+        self.url = value["url"].as_str().expect("a URL").to_owned();
+        self.process = Some(child);
+    }
+
+    /// What the server has said.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.data_dir.join("server.log")).unwrap_or_default()
+    }
+
+    /// Its URL.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Its data directory.
+    pub fn data_dir(&self) -> &Path {
+        &self.data_dir
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.as_ref().expect("it runs").id()
+    }
+
+    /// Its API key.
+    pub fn key(&self) -> String {
+        fs::read_to_string(self.data_dir.join("api-key")).expect("a key").trim().to_owned()
+    }
+
+    /// A client.
+    pub fn client(&self) -> Client {
+        Client::new(&self.url, Token::from_secret(self.key())).expect("a URL")
+    }
+
+    /// A command of the CLI that speaks to this server.
+    pub fn cli(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.binary);
+        command
+            .args(args)
+            .env("KELVIN_API_URL", &self.url)
+            .env("KELVIN_API_KEY", self.key())
+            .env("KELVIN_DATA_DIR", &self.data_dir)
+            .env("HOME", "/nonexistent")
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Bakes template `base`, with `waiting` VMMs.
+    pub async fn bake(&self, waiting: u32) -> String {
+        let request = BakeTemplate { waiting_vmms: Some(waiting), ..BakeTemplate::default() };
+        let id = self.client().bake("base", &request).await.unwrap_or_else(|error| {
+            panic!("bake: {error}\n{}", self.log());
+        });
+        self.settle().await;
+        id
+    }
+
+    /// Waits until the node has nothing left to do.
+    pub async fn settle(&self) -> NodeInfo {
+        self.node_when("settled", |node| node.settled).await
+    }
+
+    /// Waits until the node is as `wanted`.
+    pub async fn node_when(&self, what: &str, wanted: impl Fn(&NodeInfo) -> bool) -> NodeInfo {
+        let started = Instant::now();
+        loop {
+            let node = self.client().node().await.expect("the node answers");
+            if wanted(&node) {
+                return node;
+            }
+            assert!(started.elapsed() < LIMIT, "not {what}: {node:?}\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Kills the server as the kernel would.
+    pub fn kill_9(&mut self) {
+        let mut child = self.process.take().expect("it runs");
+        child.kill().expect("it can be killed");
+        child.wait().expect("it can be waited for");
+    }
+
+    /// Waits until the server has ended by itself.
+    pub async fn wait_for_death(&mut self) {
+        let mut child = self.process.take().expect("it runs");
+        let started = Instant::now();
+        while child.try_wait().expect("a child").is_none() {
+            assert!(started.elapsed() < LIMIT, "the server still runs\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    pub async fn terminate(&mut self) {
+        let pid = i32::try_from(self.pid()).ok().and_then(rustix::process::Pid::from_raw).expect("a pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("it can be told");
+        self.wait_for_death().await;
+    }
+
+    /// VMMs of this server, by pid.
+    pub fn vmms(&self) -> BTreeSet<i32> {
+        fs::read_dir("/proc")
+            .expect("proc")
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+            .filter(|pid| fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == self.data_dir))
+            .collect()
+    }
+
+    /// Directories of machines.
+    pub fn machines(&self) -> Vec<PathBuf> {
+        fs::read_dir(self.data_dir.join("sandboxes"))
+            .expect("a directory")
+            .flatten()
+            .map(|entry| entry.path())
+            .collect()
+    }
+
+    /// Kills every sandbox, stops the server, and checks that nothing is left of it.
+    pub async fn stop(mut self) {
+        let client = self.client();
+        for sandbox in client.list_all(&[]).await.expect("a list") {
+            client.kill(&sandbox.sandbox_id).await.expect("a kill");
+        }
+        self.terminate().await;
+        assert_eq!(self.vmms(), BTreeSet::new(), "VMMs are left\n{}", self.log());
+        assert_eq!(self.machines(), Vec::<PathBuf>::new(), "directories are left\n{}", self.log());
+        let staged = fs::read_dir(self.data_dir.join("staging")).expect("a directory").count();
+        assert_eq!(staged, 0, "staging is not empty");
+        self.stopped = true;
+        fs::remove_dir_all(&self.data_dir).expect("the data directory can be removed");
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.stopped {
+            return;
+        }
+        // The test failed: show what the server said, leave nothing.
+        if let Some(mut child) = self.process.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        for pid in self.vmms() {
+            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+        let log = self.log();
+        let tail: Vec<&str> = log.lines().rev().take(40).collect();
+        eprintln!("--- the server's last words\n{}", tail.into_iter().rev().collect::<Vec<_>>().join("\n"));
+        let _ = fs::remove_dir_all(&self.data_dir);
+    }
+}
+
+/// The body of an ordinary create.
+pub fn new_sandbox() -> NewSandbox {
+    NewSandbox { template_id: "base".to_owned(), timeout: Some(600), ..NewSandbox::default() }
+}
+
+/// The agent of a sandbox that was just created.
+pub fn agent_of(client: &Client, sandbox: &Sandbox) -> Agent {
+    client.agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), None).expect("a URL")
+}
+
+/// A shell command.
+pub fn shell(script: &str) -> agent::Command {
+    agent::Command {
+        program: "/bin/bash".to_owned(),
+        args: vec!["-c".to_owned(), script.to_owned()],
+        ..agent::Command::default()
+    }
+}
+
+/// Runs a shell command and returns its standard output; it has to succeed.
+pub async fn sh(agent: &Agent, script: &str) -> String {
+    let (code, stdout, stderr) = agent.run(&shell(script), 1 << 20).await.expect("the command runs");
+    assert_eq!(code, 0, "{script}: {}", String::from_utf8_lossy(&stderr));
+    String::from_utf8(stdout).expect("text")
+}

@@ -69,6 +69,8 @@ pub(crate) struct Inner {
     teardowns: Mutex<u32>,
     settled: Notify,
     changes: changes::Log,
+    /// Digest of the device layout; vCPUs and memory are fields of their own.
+    devices: String,
     host_cpu: String,
     host_kernel: String,
     reflink: bool,
@@ -178,7 +180,7 @@ impl Inner {
             vcpus: shape.vcpus,
             memory_mib: shape.memory_mib.0,
             disk_mib: shape.disk_mib.0,
-            devices: kelvin_store::hash::sha256(self.driver.layout(shape).join("\0").as_bytes()),
+            devices: self.devices.clone(),
             snapshot_format: SNAPSHOT_FORMAT,
         }
     }
@@ -245,6 +247,8 @@ impl Node {
         let reflink = kelvin_host::datadir::can_reflink(store.root())
             .map_err(|source| Error::Io { what: "trying the data directory's file system", source })?;
         let cpu = kelvin_host::cpu::CpuModel::read();
+        let same = Shape { vcpus: 1, memory_mib: MemoryMib(1), disk_mib: kelvin_api::units::DiskMib(1) };
+        let devices = kelvin_store::hash::sha256(driver.layout(same).join("\0").as_bytes());
         let keeper =
             Keeper { ledger, store: store.clone(), users: Arc::default(), first_user: options.first_user };
         let inner = Arc::new(Inner {
@@ -265,6 +269,7 @@ impl Node {
             teardowns: Mutex::default(),
             settled: Notify::new(),
             changes: changes::Log::default(),
+            devices,
             host_cpu: format!("{} {}", cpu.name, cpu.microcode),
             host_kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
             reflink,

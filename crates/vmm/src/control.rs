@@ -47,7 +47,12 @@ impl Control {
     ///
     /// # Errors
     /// `Deadline`, `Agent` with the reason, `Malformed` when a hostile guest sends nonsense, `Io`.
-    pub async fn call(&mut self, what: &'static str, request: &Request, limit: Duration) -> Result<Done, Error> {
+    pub async fn call(
+        &mut self,
+        what: &'static str,
+        request: &Request,
+        limit: Duration,
+    ) -> Result<Done, Error> {
         let asked = self.post(request).await?;
         self.wait(what, asked, limit).await
     }
@@ -75,7 +80,9 @@ impl Control {
             }
             Ok(Ok(Reply::Failed(reason))) => Err(Error::Agent { what, reason }),
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(Error::Deadline { what, after: limit, detail: "the agent did not answer".to_owned() }),
+            Err(_) => {
+                Err(Error::Deadline { what, after: limit, detail: "the agent did not answer".to_owned() })
+            }
         }
     }
 
