@@ -44,6 +44,7 @@ pub enum Error {
 }
 
 /// What a node asks of the agent.
+#[allow(clippy::large_enum_variant)] // one at a time, never in a collection
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
     /// Are you there?

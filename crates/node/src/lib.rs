@@ -148,7 +148,7 @@ impl Inner {
     fn disk_free_mib(&self) -> Result<u64, Error> {
         let found = rustix::fs::statvfs(self.store.root())
             .map_err(|error| Error::Io { what: "asking for free space", source: error.into() })?;
-        Ok(found.f_bavail * found.f_frsize >> 20)
+        Ok((found.f_bavail * found.f_frsize) >> 20)
     }
 
     /// The template called `name`, from memory; from the disk the first time and when it is not known.
