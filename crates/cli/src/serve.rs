@@ -207,6 +207,9 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     }
     tracing::info!(url = %format!("http://{address}"), data_dir = %data_dir.display(), vmm = info.vmm,
         accelerator = info.accelerator, api_key = %key_path.display(), "ready");
+    if !address.ip().is_loopback() {
+        tracing::warn!(%address, "others can reach this address, and neither keys nor data are encrypted: put TLS in front");
+    }
     announce(&data_dir, &address.to_string())?;
     let router = control.router();
     let service = service_fn(move |request: Request<Body>| {

@@ -38,11 +38,6 @@ pub enum Resource {
         /// The id.
         uid: u32,
     },
-    /// A staging directory of a snapshot that is being made.
-    Staging {
-        /// Absolute path.
-        path: PathBuf,
-    },
 }
 
 /// One line of the ledger.

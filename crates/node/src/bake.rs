@@ -1,6 +1,6 @@
 //! Baking: boot a machine once, warm what every first command needs, freeze it as a snapshot.
 //!
-//! One bake for each identity at a time; later callers wait for the first. A failed bake leaves nothing
+//! One bake at a time; a caller that waited for another's finds its snapshot and makes none. A failed bake leaves nothing
 //! and takes nothing away from a snapshot that works. No sandbox's data is in it: the machine was never
 //! activated.
 

@@ -48,7 +48,7 @@ impl Log {
         Changes {
             generation: state.newest,
             // Nothing was seen yet, or something was dropped that was not seen.
-            resync: generation + 1 < oldest || generation > state.newest,
+            resync: generation > state.newest || generation + 1 < oldest,
             ended: state
                 .ended
                 .iter()

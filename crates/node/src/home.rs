@@ -55,6 +55,15 @@ pub struct Keeper {
     pub users: Arc<Users>,
     /// See `Options::first_user`.
     pub first_user: Option<u32>,
+    /// Machines that could not be released: quarantined until the reaper succeeds.
+    pub unreleased: Arc<Mutex<Vec<Unreleased>>>,
+}
+
+/// A machine whose release failed.
+#[derive(Debug)]
+pub struct Unreleased {
+    spec: MachineSpec,
+    key: Option<ProcessKey>,
 }
 
 /// The resources of one machine.
@@ -150,10 +159,21 @@ impl Keeper {
         Ok(())
     }
 
-    /// [`Keeper::release`] for where nobody can be told: what failed is logged and stays in the ledger.
+    /// [`Keeper::release`] for where nobody can be told: what failed is logged, stays in the ledger, and is
+    /// tried again by the reaper.
     pub async fn release_or_log(&self, spec: &MachineSpec, key: Option<ProcessKey>) {
         if let Err(error) = self.release(spec, key).await {
-            tracing::error!(vm = %spec.vm, error = kelvin_api::error::chain(&error), "not released, the next start tries again");
+            tracing::error!(vm = %spec.vm, error = kelvin_api::error::chain(&error), "not released, the reaper tries again");
+            let unreleased = Unreleased { spec: spec.clone(), key };
+            self.unreleased.lock().unwrap_or_else(PoisonError::into_inner).push(unreleased);
+        }
+    }
+
+    /// Tries to release what could not be released before, once.
+    pub async fn reap(&self) {
+        let tried = std::mem::take(&mut *self.unreleased.lock().unwrap_or_else(PoisonError::into_inner));
+        for Unreleased { spec, key } in tried {
+            self.release_or_log(&spec, key).await;
         }
     }
 }
@@ -174,5 +194,60 @@ pub fn remove_directory(directory: &Path) -> io::Result<()> {
     match std::fs::remove_dir_all(directory) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kelvin_api::units::{DiskMib, MemoryMib};
+
+    use super::*;
+
+    fn keeper(root: &Path) -> Keeper {
+        let store = Store::open(root, true).unwrap();
+        let ledger = Ledger::open(&root.join("ledger.db")).unwrap();
+        std::fs::write(root.join("parent"), "disk").unwrap();
+        Keeper { ledger, store, users: Arc::default(), first_user: None, unreleased: Arc::default() }
+    }
+
+    const SHAPE: Shape = Shape { vcpus: 1, memory_mib: MemoryMib(128), disk_mib: DiskMib(1) };
+
+    #[tokio::test]
+    async fn a_machine_is_released_twice_and_from_every_half() {
+        let dir = tempfile::tempdir().unwrap();
+        let keeper = keeper(dir.path());
+        let home = keeper.build(SHAPE, "guest", dir.path().join("parent")).await.unwrap();
+        assert_eq!(std::fs::read_to_string(home.spec.absolute().join("disk")).unwrap(), "disk");
+        assert_eq!(keeper.ledger.count().await.unwrap(), 2);
+        // Half of it is gone already.
+        std::fs::remove_dir_all(home.spec.absolute()).unwrap();
+        keeper.release(&home.spec, None).await.unwrap();
+        keeper.release(&home.spec, None).await.unwrap();
+        assert_eq!(keeper.ledger.count().await.unwrap(), 0);
+        // What cannot be built leaves nothing.
+        keeper.build(SHAPE, "guest", dir.path().join("absent")).await.unwrap_err();
+        assert_eq!(keeper.ledger.count().await.unwrap(), 0);
+        assert_eq!(std::fs::read_dir(dir.path().join("sandboxes")).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_released_is_reaped_later() {
+        if !rustix::process::geteuid().is_root() {
+            println!("skipped: not root, a mount is needed to make a directory stay");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let keeper = keeper(dir.path());
+        let home = keeper.build(SHAPE, "guest", dir.path().join("parent")).await.unwrap();
+        let stuck = home.spec.absolute().join("stuck");
+        std::fs::create_dir(&stuck).unwrap();
+        rustix::mount::mount("none", &stuck, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
+        keeper.release_or_log(&home.spec, None).await;
+        keeper.reap().await;
+        assert_eq!(keeper.ledger.count().await.unwrap(), 2, "still declared while it exists");
+        rustix::mount::unmount(&stuck, rustix::mount::UnmountFlags::empty()).unwrap();
+        keeper.reap().await;
+        assert!(!home.spec.absolute().exists());
+        assert_eq!(keeper.ledger.count().await.unwrap(), 0);
     }
 }

@@ -36,7 +36,7 @@ use kelvin_host::ledger::Ledger;
 use kelvin_store::Store;
 use kelvin_store::gc::Garbage;
 use kelvin_store::identity::{Identity, SNAPSHOT_FORMAT};
-use kelvin_store::image::Template;
+use kelvin_store::image::{Template, TemplateStamp};
 use kelvin_store::snapshot::Snapshot;
 use kelvin_vmm::{Driver, Port};
 use tokio::sync::{Notify, Semaphore};
@@ -51,6 +51,9 @@ use options::Options;
 use pool::Pool;
 use sandbox::{Command, Sandbox};
 
+/// How often a release that failed is tried again.
+const REAP: std::time::Duration = std::time::Duration::from_secs(30);
+
 /// The shared state of a node. Locks are held for a few instructions, never across a wait.
 pub(crate) struct Inner {
     options: Options,
@@ -62,7 +65,8 @@ pub(crate) struct Inner {
     creating: Mutex<BTreeSet<SandboxId>>,
     /// By identity digest.
     pools: Mutex<HashMap<String, Arc<Pool>>>,
-    templates: Mutex<HashMap<TemplateName, Arc<Template>>>,
+    /// With what the file system said of the file when it was read.
+    templates: Mutex<HashMap<TemplateName, (TemplateStamp, Arc<Template>)>>,
     restores: Semaphore,
     bakes: tokio::sync::Mutex<()>,
     requests: Mutex<u32>,
@@ -151,9 +155,13 @@ impl Inner {
         Ok((found.f_bavail * found.f_frsize) >> 20)
     }
 
-    /// The template called `name`, from memory; from the disk the first time and when it is not known.
+    /// The template called `name`, from memory; from the disk when its file is another than last time, as
+    /// after an import (one `stat`).
     async fn template(&self, name: &TemplateName) -> Result<Arc<Template>, Error> {
-        if let Some(template) = lock(&self.templates).get(name) {
+        let stamp = self.store.template_stamp(name)?;
+        if let Some((known, template)) = lock(&self.templates).get(name)
+            && *known == stamp
+        {
             return Ok(Arc::clone(template));
         }
         let (store, wanted) = (self.store.clone(), name.clone());
@@ -162,8 +170,20 @@ impl Inner {
                 Error::Io { what: "reading a template", source: std::io::Error::other(error) }
             })??;
         let template = Arc::new(template);
-        lock(&self.templates).insert(name.clone(), Arc::clone(&template));
+        lock(&self.templates).insert(name.clone(), (stamp, Arc::clone(&template)));
         Ok(template)
+    }
+
+    /// Takes over templates that were all read anew.
+    fn know(&self, templates: &[Template]) {
+        let known = templates
+            .iter()
+            .filter_map(|template| {
+                let stamp = self.store.template_stamp(&template.name).ok()?;
+                Some((template.name.clone(), (stamp, Arc::new(template.clone()))))
+            })
+            .collect();
+        *lock(&self.templates) = known;
     }
 
     /// The identity of a machine of `template` in `shape` on this node.
@@ -223,7 +243,7 @@ impl Inner {
             memory_mib: MemoryMib(identity.memory_mib),
             disk_mib: kelvin_api::units::DiskMib(identity.disk_mib),
         };
-        lock(&self.templates).values().any(|template| self.identity(template, shape) == *identity)
+        lock(&self.templates).values().any(|(_, template)| self.identity(template, shape) == *identity)
     }
 }
 
@@ -249,8 +269,13 @@ impl Node {
         let cpu = kelvin_host::cpu::CpuModel::read();
         let same = Shape { vcpus: 1, memory_mib: MemoryMib(1), disk_mib: kelvin_api::units::DiskMib(1) };
         let devices = kelvin_store::hash::sha256(driver.layout(same).join("\0").as_bytes());
-        let keeper =
-            Keeper { ledger, store: store.clone(), users: Arc::default(), first_user: options.first_user };
+        let keeper = Keeper {
+            ledger,
+            store: store.clone(),
+            users: Arc::default(),
+            first_user: options.first_user,
+            unreleased: Arc::default(),
+        };
         let inner = Arc::new(Inner {
             capacity: Mutex::new(Capacity::new(&options)),
             restores: Semaphore::new(options.concurrent_restores.max(1)),
@@ -261,9 +286,7 @@ impl Node {
             sandboxes: Mutex::default(),
             creating: Mutex::default(),
             pools: Mutex::default(),
-            templates: Mutex::new(
-                templates.into_iter().map(|template| (template.name.clone(), Arc::new(template))).collect(),
-            ),
+            templates: Mutex::default(),
             bakes: tokio::sync::Mutex::default(),
             requests: Mutex::default(),
             teardowns: Mutex::default(),
@@ -276,11 +299,18 @@ impl Node {
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
+        inner.know(&templates);
         let (adopted, removed) = inner.reconcile().await?;
         tracing::info!(adopted, removed, "reconciled");
         for snapshot in snapshots {
             inner.add_pool(Arc::new(snapshot));
         }
+        let reaper = Arc::clone(&inner);
+        inner.tasks.spawn(async move {
+            while reaper.stop.run_until_cancelled(tokio::time::sleep(REAP)).await.is_some() {
+                reaper.keeper.reap().await;
+            }
+        });
         Ok(Self { inner })
     }
 
@@ -358,9 +388,7 @@ impl Node {
         let templates = tokio::task::spawn_blocking(move || store.templates()).await.map_err(|error| {
             Error::Io { what: "reading templates", source: std::io::Error::other(error) }
         })??;
-        // Imported or replaced since the start.
-        *lock(&self.inner.templates) =
-            templates.iter().map(|template| (template.name.clone(), Arc::new(template.clone()))).collect();
+        self.inner.know(&templates);
         let pools: Vec<Arc<Pool>> = lock(&self.inner.pools).values().cloned().collect();
         Ok(templates
             .into_iter()

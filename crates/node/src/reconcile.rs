@@ -43,8 +43,8 @@ impl Inner {
                     self.keeper.users.claim(uid);
                 }
                 Resource::Vmm { key, .. } => found.key = key,
-                // Both lie where their names say; staging was emptied when the store was opened.
-                Resource::Directory { .. } | Resource::Staging { .. } => {}
+                // It lies where the machine's id says.
+                Resource::Directory { .. } => {}
             }
         }
         for record in records {

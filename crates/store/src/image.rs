@@ -49,6 +49,13 @@ pub struct Template {
     pub shape: Shape,
 }
 
+/// Tells one import of a template from another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TemplateStamp {
+    inode: u64,
+    mtime: (i64, i64),
+}
+
 /// Files and shape to import as a template.
 #[derive(Debug)]
 pub struct Import<'a> {
@@ -122,6 +129,17 @@ impl Store {
 
     fn template_path(&self, name: &TemplateName) -> PathBuf {
         self.root.join("templates").join(format!("{name}.json"))
+    }
+
+    /// What the file system says of a template's file: it changes when the template is imported again.
+    ///
+    /// # Errors
+    /// `Missing` when there is none.
+    pub fn template_stamp(&self, name: &TemplateName) -> Result<TemplateStamp, Error> {
+        use std::os::unix::fs::MetadataExt;
+        let found = fs::metadata(self.template_path(name))
+            .map_err(|_| Error::Missing { kind: "template", name: name.to_string() })?;
+        Ok(TemplateStamp { inode: found.ino(), mtime: (found.mtime(), found.mtime_nsec()) })
     }
 
     /// The template called `name`.

@@ -14,7 +14,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::packages::{as_root, debian_sources, feed};
+use crate::packages::{as_root, debian_sources, feed, update};
 use crate::{Result, cache, cargo, output, root, run, say};
 
 /// Size of the base image's disk: about 0.5 GiB of files, the rest is free.
@@ -66,19 +66,11 @@ fn ensure_kernel(directory: &Path) -> Result<PathBuf> {
     // apt drops its privileges for a download; the directory has to let it in.
     fs::set_permissions(&work, fs::Permissions::from_mode(0o777))?;
     debian_sources()?;
-    let package = output(Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]))?
-        .lines()
-        .find_map(|line| {
-            line.trim()
-                .strip_prefix("Depends: ")
-                .filter(|name| name.starts_with("linux-image"))
-                .map(str::to_owned)
-        })
-        .ok_or("apt knows no linux-image-cloud-amd64")?;
-    run(Command::new("apt-get")
-        .args(["-q", "download", &package])
-        .current_dir(&work)
-        .stdout(std::io::stderr()))?;
+    if download_kernel(&work).is_err() {
+        // The lists name a version that is no longer there.
+        update()?;
+        download_kernel(&work)?;
+    }
     let archive = fs::read_dir(&work)?
         .flatten()
         .map(|entry| entry.path())
@@ -124,6 +116,23 @@ fn ensure_kernel(directory: &Path) -> Result<PathBuf> {
     let _ = fs::remove_dir_all(&done);
     fs::rename(&work, &done)?;
     Ok(done)
+}
+
+/// Downloads the package of the kernel that the meta package names.
+fn download_kernel(directory: &Path) -> Result<()> {
+    let package = output(Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]))?
+        .lines()
+        .find_map(|line| {
+            line.trim()
+                .strip_prefix("Depends: ")
+                .filter(|name| name.starts_with("linux-image"))
+                .map(str::to_owned)
+        })
+        .ok_or("apt knows no linux-image-cloud-amd64")?;
+    run(Command::new("apt-get")
+        .args(["-q", "download", &package])
+        .current_dir(directory)
+        .stdout(std::io::stderr()))
 }
 
 /// Builds the agent: static, small. One target directory with everything else.
