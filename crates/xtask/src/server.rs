@@ -150,6 +150,13 @@ pub fn up() -> Result<()> {
     Ok(())
 }
 
+/// Whether a process is gone, or a zombie: a server that `demo` started is a child of this program.
+fn has_ended(pid: &str) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The second field is a name in parentheses that may hold anything; the third is the state.
+    stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
+}
+
 /// `cargo xtask down`.
 pub fn down() -> Result<()> {
     let binary = crate::root().join("target/release/kelvin");
@@ -161,7 +168,7 @@ pub fn down() -> Result<()> {
         run(kill.stdout(Stdio::null()))?;
         run(as_root("kill").arg(&server.pid))?;
         let started = Instant::now();
-        while Path::new("/proc").join(&server.pid).join("fd").exists() {
+        while !has_ended(&server.pid) {
             if started.elapsed() > START {
                 return Err(format!("the server (pid {}) does not end", server.pid).into());
             }
