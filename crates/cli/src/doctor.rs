@@ -34,8 +34,8 @@ fn check(name: &'static str, verdict: Verdict, found: impl Into<String>, remedy:
     Check { name, verdict, found: found.into(), remedy }
 }
 
-fn program(name: &'static str, package: &str, missing: Verdict) -> Check {
-    match Command::new(name).arg("--version").output() {
+fn program(name: &'static str, version: &str, package: &str, missing: Verdict) -> Check {
+    match Command::new(name).arg(version).output() {
         Ok(output) => {
             let text = String::from_utf8_lossy(if output.stdout.is_empty() {
                 &output.stderr
@@ -113,10 +113,10 @@ fn host() -> Vec<Check> {
             format!("{memory} MiB"),
             "2 GiB or more",
         ),
-        program("qemu-system-x86_64", "qemu-system-x86", Verdict::Failed),
-        program("setsid", "util-linux", Verdict::Failed),
-        program("setpriv", "util-linux", Verdict::Failed),
-        program("mkfs.xfs", "xfsprogs", Verdict::Warning),
+        program("qemu-system-x86_64", "--version", "qemu-system-x86", Verdict::Failed),
+        program("setsid", "--version", "util-linux", Verdict::Failed),
+        program("setpriv", "--version", "util-linux", Verdict::Failed),
+        program("mkfs.xfs", "-V", "xfsprogs", Verdict::Warning),
     ]
 }
 
