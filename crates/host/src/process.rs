@@ -199,8 +199,14 @@ mod tests {
         assert!(Process::adopt(key).is_ok());
         let other = ProcessKey { start_time: key.start_time + 1, ..key };
         assert_eq!(Process::adopt(other).unwrap_err().kind(), io::ErrorKind::NotFound);
-        let session = rustix::process::getsid(Pid::from_raw(key.pid)).unwrap();
-        assert_eq!(session.as_raw_nonzero().get(), key.pid, "leads its own session");
+        // `setsid` shows the same arguments until it has become a leader and the program.
+        let leads =
+            || rustix::process::getsid(Pid::from_raw(key.pid)).unwrap().as_raw_nonzero().get() == key.pid;
+        let started = std::time::Instant::now();
+        while !leads() {
+            assert!(started.elapsed().as_secs() < 30, "it does not lead its own session");
+            tokio::task::yield_now().await;
+        }
         process.kill().unwrap();
         process.ended().await;
         process.kill().unwrap();
