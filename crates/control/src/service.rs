@@ -104,7 +104,7 @@ impl Control {
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
-        inner.compare().await?;
+        inner.compare(true).await?;
         let follower = Arc::clone(&inner);
         inner.tasks.spawn(async move {
             let stop = follower.stop.clone();
@@ -136,11 +136,15 @@ impl Control {
 }
 
 impl Inner {
-    /// Brings the database to what the node has: after a start, or when the node's log was too short.
-    async fn compare(&self) -> Result<(), Failure> {
+    /// Brings the database to what the node has: after a start, or when the node's log was too short. Only
+    /// at a start are rows that are being made somebody's who died.
+    async fn compare(&self, at_start: bool) -> Result<(), Failure> {
         let live: BTreeMap<SandboxId, Live> =
             self.node.live().await?.into_iter().map(|live| (live.sandbox.clone(), live)).collect();
         for (id, creating) in self.database.all().await.map_err(database_failed)? {
+            if creating && !at_start {
+                continue;
+            }
             match (live.get(&id), creating) {
                 (Some(live), true) => self.finish(live).await.map_err(database_failed)?,
                 (Some(_), false) => {}
@@ -174,7 +178,7 @@ impl Inner {
                         result = result.and(self.database.end(id).await.map_err(database_failed));
                     }
                     if changes.resync {
-                        result = result.and(self.compare().await);
+                        result = result.and(self.compare(false).await);
                     }
                     if let Err(error) = result {
                         tracing::error!(error = chain(&error), "the end of a sandbox was not recorded");
