@@ -201,12 +201,13 @@ impl Server {
 
     /// Waits until the server has ended by itself.
     pub async fn wait_for_death(&mut self) {
-        let mut child = self.process.take().expect("it runs");
         let started = Instant::now();
-        while child.try_wait().expect("a child").is_none() {
+        // Kept until it is dead: what a failed test leaves is killed on drop.
+        while self.process.as_mut().expect("it runs").try_wait().expect("a child").is_none() {
             assert!(started.elapsed() < LIMIT, "the server still runs\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+        self.process = None;
     }
 
     /// Sends SIGTERM and waits for the end.

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::StartPath;
+use kelvin_client::Error;
 use kelvin_e2e::{Ground, agent_of, new_sandbox, sh};
 
 /// How long a restarted server may take to clear away.
@@ -37,7 +38,8 @@ async fn a_create_that_dies_in_any_phase_leaves_no_orphan_and_no_double() {
         body.start_path = Some(path);
         let key = format!("key {case}");
         let failed = server.client().create(&body, Some(&key)).await;
-        assert!(failed.is_err(), "{case}: the server was to die");
+        let error = failed.expect_err("the server was to die");
+        assert!(matches!(error, Error::Unreachable { .. }), "{case}: refused instead of dying: {error}");
         server.wait_for_death().await;
 
         server.start(&["--waiting-vmms", "1", "--no-auto-bake"]).await;
