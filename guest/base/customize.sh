@@ -13,6 +13,9 @@ for file in hostname machine-id hosts; do
   rm -f "$root/etc/$file"
   ln -s "/run/kelvin/$file" "$root/etc/$file"
 done
+# The host answers here, per sandbox; without a network there is no way to it and look-ups fail at once.
+rm -f "$root/etc/resolv.conf"
+echo 'nameserver 169.254.0.22' >"$root/etc/resolv.conf"
 rm -rf "$root/var/lib/dbus/machine-id" "$root/var/lib/systemd/random-seed"
 
 # What only a build leaves behind.

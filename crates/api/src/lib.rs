@@ -7,6 +7,7 @@
 pub mod error;
 pub mod guest;
 pub mod id;
+pub mod network;
 pub mod node;
 pub mod phase;
 pub mod sandbox;

@@ -38,6 +38,13 @@ pub enum Resource {
         /// The id.
         uid: u32,
     },
+    /// A network slot: declared by itself, and once more by the machine that has it.
+    Slot {
+        /// Its number.
+        number: u16,
+        /// Whose addresses it has.
+        range: crate::net::Range,
+    },
 }
 
 /// One line of the ledger.

@@ -1,4 +1,4 @@
-//! What Kelvin has of the host: processes, the data directory's file system, the ledger, SQLite.
+//! What Kelvin has of the host: processes, networks, the data directory's file system, the ledger, SQLite.
 //!
 //! Ownership: every host resource is declared in the [`ledger`] before it exists and released there
 //! after it is gone; `kelvin-node` decides when. A crash leaves resources that the ledger names, and the
@@ -9,4 +9,5 @@ pub mod cpu;
 pub mod datadir;
 pub mod db;
 pub mod ledger;
+pub mod net;
 pub mod process;
