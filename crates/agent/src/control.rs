@@ -37,12 +37,17 @@ unsafe impl Send for IdentityFile {}
 const ROOM: usize = 4096;
 
 impl IdentityFile {
-    /// Makes the file with `length` bytes of space in it: what a usual content has.
+    /// Makes the file with `length` bytes of space in it: what a usual content has. `keep` leaves what a former
+    /// agent wrote.
     #[allow(unsafe_code)]
-    fn create(name: &str, length: usize) -> io::Result<Self> {
+    fn create(name: &str, length: usize, keep: bool) -> io::Result<Self> {
         use rustix::mm::{MapFlags, ProtFlags, mmap};
         let path = format!("{RUN}/{name}");
-        let file = File::options().create(true).truncate(true).read(true).write(true).open(path)?;
+        let file = File::options().create(true).truncate(!keep).read(true).write(true).open(path)?;
+        let length = match file.metadata()?.len() {
+            kept @ 1.. if keep => usize::try_from(kept).map_err(io::Error::other)?.min(ROOM),
+            _ => length,
+        };
         file.set_len(length as u64)?;
         // SAFETY: a new mapping at an address of the kernel's choice; the file has a page behind it as long
         // as its length is not zero, which `set` keeps.
@@ -51,7 +56,9 @@ impl IdentityFile {
         };
         let mut made = Self { file, bytes: bytes.cast(), length };
         // Touched now: the page is there, writable, before the snapshot.
-        made.set(&vec![b'\n'; length])?;
+        if !keep {
+            made.set(&vec![b'\n'; length])?;
+        }
         Ok(made)
     }
 
@@ -70,6 +77,11 @@ impl IdentityFile {
         unsafe { std::ptr::copy_nonoverlapping(content.as_ptr(), self.bytes, content.len()) };
         Ok(())
     }
+}
+
+/// Whether an agent of this machine was activated before this one: the identity is there.
+fn was_activated() -> bool {
+    std::fs::read(format!("{RUN}/machine-id")).is_ok_and(|id| id.iter().any(|byte| *byte != b'\n'))
 }
 
 fn hex(bytes: [u8; 16]) -> [u8; 33] {
@@ -100,13 +112,22 @@ impl Control {
     /// When the port or one of the files cannot be opened.
     pub fn open(state: Arc<State>, port: File) -> io::Result<Self> {
         std::fs::create_dir_all(RUN)?;
+        let random = File::options().read(true).write(true).open("/dev/urandom")?;
+        let again = was_activated();
+        if again {
+            // A former agent of this machine has crashed, and the sandbox's token with it. Nobody is let in
+            // until the node activates again: a token that nobody knows, not none.
+            let mut secret = [0; 16];
+            (&random).read_exact(&mut secret)?;
+            state.settings().access_token = String::from_utf8_lossy(&hex(secret)).trim_end().to_owned();
+        }
         Ok(Self {
             state,
             port,
-            random: File::options().read(true).write(true).open("/dev/urandom")?,
-            hostname: IdentityFile::create("hostname", 21)?,
-            machine_id: IdentityFile::create("machine-id", 33)?,
-            hosts: IdentityFile::create("hosts", HOSTS.len() + 21)?,
+            random,
+            hostname: IdentityFile::create("hostname", 21, again)?,
+            machine_id: IdentityFile::create("machine-id", 33, again)?,
+            hosts: IdentityFile::create("hosts", HOSTS.len() + 21, again)?,
             problems: std::env::var(crate::init::PROBLEMS).unwrap_or_default(),
         })
     }

@@ -6,10 +6,11 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
+
+use crate::network;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, mount, mount_move};
@@ -44,7 +45,8 @@ pub fn run() -> ! {
     step("/run", mount_at("tmpfs", "/run", "tmpfs", quiet));
     step("/sys/fs/cgroup", mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", quiet));
     step("/run/lock", std::fs::create_dir_all("/run/lock"));
-    step("loopback", loopback_up());
+    step("loopback", network::loopback_up());
+    step("network", network::configure());
     for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
     {
         let _ = std::os::unix::fs::symlink(target, format!("/dev/{link}"));
@@ -134,28 +136,5 @@ fn enter_root() -> io::Result<()> {
     rustix::stdio::dup2_stdin(&console)?;
     rustix::stdio::dup2_stdout(&console)?;
     rustix::stdio::dup2_stderr(&console)?;
-    Ok(())
-}
-
-/// Brings `lo` up: programs expect 127.0.0.1 even in a machine without a network.
-#[allow(unsafe_code)]
-fn loopback_up() -> io::Result<()> {
-    use rustix::net::{AddressFamily, SocketType, socket};
-    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
-    // SAFETY: an all-zero `ifreq` is valid; the kernel reads the name and the flags, both set below,
-    // and writes only inside the struct, which outlives the calls.
-    unsafe {
-        let mut request: libc::ifreq = std::mem::zeroed();
-        for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
-            *to = from.cast_signed();
-        }
-        if libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request) != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        request.ifr_ifru.ifru_flags |= (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-        if libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) != 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
     Ok(())
 }

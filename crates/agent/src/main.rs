@@ -11,7 +11,7 @@
 //! Writes: the guest's own file system and `/run/kelvin`. A crash of the agent ends its connections,
 //! not the user's processes (init inherits them), and init starts it again; init itself has no step
 //! that can end it. Absent on purpose: logging on any request path (it would be translated code that
-//! nobody reads) and every kind of network.
+//! nobody reads) and every way in but the two ports.
 
 mod control;
 mod files;
@@ -19,6 +19,7 @@ mod filesystem;
 mod http;
 mod init;
 mod metrics;
+mod network;
 mod port;
 mod process;
 mod state;

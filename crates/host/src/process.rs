@@ -16,6 +16,8 @@ use rustix::process::{
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
+use crate::net::ns;
+
 /// What names a process beyond the reuse of its pid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ProcessKey {
@@ -38,6 +40,21 @@ pub struct Spawn {
     pub cwd: PathBuf,
     /// User and group to drop to, with no capability left; `None` keeps the daemon's.
     pub user: Option<u32>,
+    /// Where it finds the network.
+    pub network: Network,
+    /// Its standard input; nothing when `None`.
+    pub stdin: Option<OwnedFd>,
+}
+
+/// The network namespace that a process starts in.
+#[derive(Debug)]
+pub enum Network {
+    /// The daemon's.
+    Shared,
+    /// A new one with nothing in it, which ends with the process.
+    Empty,
+    /// This one.
+    Of(OwnedFd),
 }
 
 /// A running process. Dropping it does not end it.
@@ -52,35 +69,25 @@ impl Process {
     ///
     /// # Errors
     /// When it cannot be started.
-    pub fn spawn(spawn: &Spawn) -> io::Result<(Self, ChildStderr)> {
-        let mut command = Command::new("setsid");
-        if let Some(id) = spawn.user {
-            command.arg("setpriv").arg(format!("--reuid={id}")).arg(format!("--regid={id}")).args([
-                "--clear-groups",
-                "--no-new-privs",
-                "--inh-caps=-all",
-                "--bounding-set=-all",
-                "--",
-            ]);
-        }
-        let mut child = command
-            .arg(&spawn.program)
-            .args(&spawn.args)
-            .env_clear()
-            .env("PATH", std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()))
-            .envs(spawn.env.iter().map(|(name, value)| (name, value)))
-            .current_dir(&spawn.cwd)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        let stderr = child.stderr.take().ok_or_else(|| io::Error::other("no pipe for stderr"))?;
-        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+    pub async fn spawn(spawn: Spawn) -> io::Result<(Self, ChildStderr)> {
+        // A child starts in the namespace of the thread that starts it: no code has to run between fork and
+        // exec. The thread is used for nothing else.
+        let (pid, stderr) = match &spawn.network {
+            Network::Shared => start(spawn)?,
+            Network::Empty | Network::Of(_) => {
+                ns::on_thread(move || {
+                    match &spawn.network {
+                        Network::Of(namespace) => ns::enter(namespace.as_fd())?,
+                        Network::Empty | Network::Shared => ns::unshare()?,
+                    }
+                    start(spawn)
+                })
+                .await?
+            }
+        };
         // The child cannot be reaped by anyone else, so its pid is still its own here.
-        let process = Self::open(pid)?;
-        Ok((process, stderr))
+        Ok((Self::open(pid)?, stderr))
     }
-
     #[allow(unsafe_code)]
     fn open(pid: i32) -> io::Result<Self> {
         let raw = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
@@ -146,6 +153,32 @@ impl Process {
     }
 }
 
+fn start(spawn: Spawn) -> io::Result<(i32, ChildStderr)> {
+    let mut command = Command::new("setsid");
+    if let Some(id) = spawn.user {
+        command.arg("setpriv").arg(format!("--reuid={id}")).arg(format!("--regid={id}")).args([
+            "--clear-groups",
+            "--no-new-privs",
+            "--inh-caps=-all",
+            "--bounding-set=-all",
+            "--",
+        ]);
+    }
+    let mut child = command
+        .arg(&spawn.program)
+        .args(&spawn.args)
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()))
+        .envs(spawn.env.iter().map(|(name, value)| (name, value)))
+        .current_dir(&spawn.cwd)
+        .stdin(spawn.stdin.map_or_else(Stdio::null, Stdio::from))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let stderr = child.stderr.take().ok_or_else(|| io::Error::other("no pipe for stderr"))?;
+    Ok((i32::try_from(child.id()).map_err(io::Error::other)?, stderr))
+}
+
 fn start_time(pid: i32) -> io::Result<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The second field is a name in parentheses that may hold anything.
@@ -183,6 +216,8 @@ mod tests {
             env: Vec::new(),
             cwd: "/".into(),
             user: None,
+            network: Network::Shared,
+            stdin: None,
         }
     }
 
@@ -190,7 +225,7 @@ mod tests {
     async fn a_process_is_found_killed_and_never_mistaken() {
         let spawn =
             Spawn { args: vec!["-c".into(), "sleep 60; :".into(), "marker-a1".into()], ..sleeper("") };
-        let (process, _stderr) = Process::spawn(&spawn).unwrap();
+        let (process, _stderr) = Process::spawn(spawn).await.unwrap();
         let key = process.key();
         while find_by_argument("marker-a1").is_empty() {
             tokio::task::yield_now().await;

@@ -4,11 +4,13 @@
 //! nothing but the public traits, so that a driver that passes can be used by `kelvin-node` unchanged.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kelvin_api::guest::{Activation, Request};
 use kelvin_api::id::VmId;
 use kelvin_api::units::Shape;
+use kelvin_host::net::{Slot, Slots};
 use kelvin_host::process::{Process, ProcessKey, find_by_argument};
 
 use crate::control::Control;
@@ -28,6 +30,8 @@ pub struct Bench<'a> {
     pub shape: Shape,
     /// The user of all VMMs.
     pub user: Option<u32>,
+    /// Networks for the machines; `None` makes them without.
+    pub slots: Option<&'a Slots>,
     /// Copies a disk, as cheaply as the file system can.
     pub clone_disk: fn(&Path, &Path) -> std::io::Result<()>,
 }
@@ -55,13 +59,18 @@ pub fn activation(name: &str) -> Activation {
 }
 
 impl Bench<'_> {
-    fn spec(&self, disk: &Path) -> Result<MachineSpec, Box<dyn std::error::Error>> {
+    async fn spec(&self, disk: &Path) -> Result<MachineSpec, Box<dyn std::error::Error>> {
+        let network = match self.slots {
+            Some(slots) => Some(slots.claim().await?),
+            None => None,
+        };
         let spec = MachineSpec {
             vm: VmId::random(),
             data_dir: self.data_dir.to_owned(),
             user: self.user,
             shape: self.shape,
             guest: self.guest.clone(),
+            network,
         };
         let directory = spec.absolute();
         std::fs::create_dir_all(&directory)?;
@@ -78,13 +87,34 @@ impl Bench<'_> {
         state: &Path,
         disk: &Path,
     ) -> Result<(Running, Control), Box<dyn std::error::Error>> {
-        let spec = self.spec(disk)?;
+        let (running, control, _) = self.restore_connected(memory, state, disk).await?;
+        Ok((running, control))
+    }
+
+    async fn restore_connected(
+        &self,
+        memory: &Path,
+        state: &Path,
+        disk: &Path,
+    ) -> Result<(Running, Control, Option<Arc<Slot>>), Box<dyn std::error::Error>> {
+        let spec = self.spec(disk).await?;
         let waiting = self.driver.prepare(&spec, memory).await?;
         let control = Control::new(waiting.connect(Port::Control).await?);
         let paused = waiting.load(&self.data_dir.join(state)).await.map_err(|(_, error)| error)?;
         let running = paused.resume().await.map_err(|(_, error)| error)?;
-        Ok((running, control))
+        Ok((running, control, spec.network))
     }
+}
+
+/// The guest's own kernel refuses a connection to a port where nobody listens: the way in and the way back
+/// work. Without a network there is nothing to reach.
+async fn is_reachable(slot: Option<Arc<Slot>>) -> Outcome {
+    let Some(slot) = slot else {
+        return Ok(());
+    };
+    let tried = tokio::time::timeout(ANSWER, tokio::net::TcpStream::connect((slot.address(), 1))).await?;
+    let refused = matches!(&tried, Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused);
+    expect(refused, &format!("a guest answers over its network: {tried:?}"))
 }
 
 fn expect(condition: bool, what: &str) -> Outcome {
@@ -109,7 +139,7 @@ pub async fn run(bench: &Bench<'_>) -> Outcome {
 }
 
 async fn steps(bench: &Bench<'_>) -> Outcome {
-    let spec = bench.spec(bench.rootfs)?;
+    let spec = bench.spec(bench.rootfs).await?;
     let running = bench.driver.boot(&spec).await?;
     let mut control = Control::new(running.connect(Port::Control).await?);
     control.call("ping", &Request::Ping, BOOT).await?;
@@ -138,7 +168,10 @@ async fn steps(bench: &Bench<'_>) -> Outcome {
     let before = std::fs::read(baked.join("memory"))?;
     let restore =
         async || bench.restore(&relative.join("memory"), &relative.join("state"), &baked.join("disk")).await;
-    let (first, mut first_control) = restore().await?;
+    let (first, mut first_control, slot) = bench
+        .restore_connected(&relative.join("memory"), &relative.join("state"), &baked.join("disk"))
+        .await?;
+    is_reachable(slot).await?;
     let (second, mut second_control) = restore().await?;
     for control in [&mut first_control, &mut second_control] {
         let asked = activation("clone");
@@ -175,7 +208,7 @@ async fn steps(bench: &Bench<'_>) -> Outcome {
     expect(matches!(gone, Err(Error::Io { .. })), "a dead VMM is not adopted")?;
 
     // Device state that is not one is refused, and the VMM can be ended.
-    let spec = bench.spec(&baked.join("disk"))?;
+    let spec = bench.spec(&baked.join("disk")).await?;
     let waiting = bench.driver.prepare(&spec, &relative.join("memory")).await?;
     let garbage = spec.absolute().join("garbage");
     std::fs::write(&garbage, vec![0x55; 4096])?;

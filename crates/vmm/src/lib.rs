@@ -18,6 +18,7 @@ pub mod control;
 pub mod qemu;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -25,6 +26,7 @@ use kelvin_api::error::{Failure, Kind};
 use kelvin_api::id::VmId;
 use kelvin_api::units::Shape;
 use kelvin_host::accel::Accelerator;
+use kelvin_host::net::Slot;
 use kelvin_host::process::ProcessKey;
 use tokio::net::UnixStream;
 
@@ -131,6 +133,9 @@ pub struct MachineSpec {
     pub shape: Shape,
     /// The guest's directory (kernel and initial RAM disk), relative to `data_dir`.
     pub guest: PathBuf,
+    /// Its network: the VMM starts inside and takes the tap. `None` for a machine without one, which is
+    /// another machine to a snapshot.
+    pub network: Option<Arc<Slot>>,
 }
 
 impl MachineSpec {
@@ -172,8 +177,8 @@ pub trait Driver: Send + Sync + 'static {
     fn accelerator(&self) -> Accelerator;
 
     /// Everything about the machine that a snapshot has baked in, without names and paths: part of every
-    /// identity.
-    fn layout(&self, shape: Shape) -> Vec<String>;
+    /// identity. `network`: whether the machine has one.
+    fn layout(&self, shape: Shape, network: bool) -> Vec<String>;
 
     /// Starts a machine from its kernel. Its memory is `memory` in its directory, so that it can be saved.
     /// Returns when the VMM runs, not when the guest answers.

@@ -12,14 +12,15 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("store", &["api"]),
     ("vmm", &["host", "api"]),
     ("agent", &["api"]),
-    ("node", &["vmm", "store", "host", "api"]),
+    ("egress", &["api"]),
+    ("node", &["egress", "vmm", "store", "host", "api"]),
     // `host` for its one SQLite thread; never `node`.
     ("control", &["store", "host", "api"]),
     ("gateway", &["api"]),
     ("client", &["api"]),
     ("bench", &["client", "api"]),
     ("e2e", &["client", "api"]),
-    ("cli", &["gateway", "control", "node", "client", "bench", "vmm", "store", "host", "api"]),
+    ("cli", &["gateway", "control", "node", "egress", "client", "bench", "vmm", "store", "host", "api"]),
     ("xtask", &[]),
 ];
 

@@ -303,7 +303,9 @@ pub async fn check() -> Result<(), Error> {
     }
     let tried = ns::on_thread(|| {
         ns::unshare()?;
-        nft::run("add table inet kelvin_check; add chain inet kelvin_check c { type nat hook postrouting priority srcnat; }; add rule inet kelvin_check c masquerade")
+        nft::run(
+            "add table inet kelvin_check; add chain inet kelvin_check c { type nat hook postrouting priority srcnat; }; add rule inet kelvin_check c masquerade",
+        )
     });
     match tried.await {
         Ok(_) => Ok(()),

@@ -51,8 +51,7 @@ fn receive(
         let size = socket.recv(&mut &mut buffer[..], 0)?;
         let mut rest = &buffer[..size];
         while rest.len() >= 16 {
-            let message =
-                NetlinkMessage::<NetfilterMessage>::deserialize(rest).map_err(io::Error::other)?;
+            let message = NetlinkMessage::<NetfilterMessage>::deserialize(rest).map_err(io::Error::other)?;
             let length = usize::try_from(message.header.length).unwrap_or(rest.len()).next_multiple_of(4);
             if each(message.payload)? {
                 return Ok(());
@@ -106,9 +105,11 @@ pub fn forget(which: Which) -> io::Result<u32> {
                 ) = message.inner
                     && is_meant(which, &attributes)
                 {
-                    found.extend(attributes.into_iter().find(|attribute| {
-                        matches!(attribute, ConntrackAttribute::CtaTupleOrig(_))
-                    }));
+                    found.extend(
+                        attributes
+                            .into_iter()
+                            .find(|attribute| matches!(attribute, ConntrackAttribute::CtaTupleOrig(_))),
+                    );
                 }
             }
             _ => {}

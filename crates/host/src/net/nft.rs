@@ -59,7 +59,10 @@ fn load() -> Result<Functions, String> {
 
 fn functions() -> io::Result<&'static Functions> {
     static LOADED: OnceLock<Result<Functions, String>> = OnceLock::new();
-    LOADED.get_or_init(load).as_ref().map_err(|error| io::Error::new(io::ErrorKind::Unsupported, error.clone()))
+    LOADED
+        .get_or_init(load)
+        .as_ref()
+        .map_err(|error| io::Error::new(io::ErrorKind::Unsupported, error.clone()))
 }
 
 /// Runs `commands` as one transaction in the namespace of this thread and returns what they print, as JSON.
@@ -83,7 +86,11 @@ pub fn run(commands: &str) -> io::Result<String> {
         (functions.set_output)(context, JSON);
         let code = (functions.run)(context, text.as_ptr());
         let copy = |buffer: *const c_char| {
-            if buffer.is_null() { String::new() } else { CStr::from_ptr(buffer).to_string_lossy().into_owned() }
+            if buffer.is_null() {
+                String::new()
+            } else {
+                CStr::from_ptr(buffer).to_string_lossy().into_owned()
+            }
         };
         let (output, error) = (copy((functions.output)(context)), copy((functions.error)(context)));
         (functions.free)(context);

@@ -27,7 +27,10 @@ pub fn of_process(pid: i32) -> io::Result<OwnedFd> {
     let path = format!("/proc/{pid}/ns/net");
     let file = File::open(Path::new(&path))?;
     if file.metadata()?.ino() == std::fs::metadata("/proc/thread-self/ns/net")?.ino() {
-        return Err(io::Error::new(io::ErrorKind::NotFound, "the process has no network namespace of its own"));
+        return Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            "the process has no network namespace of its own",
+        ));
     }
     Ok(file.into())
 }

@@ -76,8 +76,7 @@ pub fn slot(setting: &Setting, policy: &Policy) -> String {
     }
     let never = list(NEVER);
     let own: Vec<Ipv4Addr> = setting.host.clone();
-    let elements =
-        if own.is_empty() { String::new() } else { format!(" elements = {{ {} }};", list(&own)) };
+    let elements = if own.is_empty() { String::new() } else { format!(" elements = {{ {} }};", list(&own)) };
     let no_uplink = if setting.has_uplink { "" } else { "goto no_no_uplink" };
     let _ = write!(
         text,

@@ -262,7 +262,10 @@ impl Slots {
         process: ProcessKey,
     ) -> Result<Arc<Slot>, Error> {
         if range != self.0.range {
-            return Err(Error::Unavailable(format!("the machine's slot is of {range}, not {}", self.0.range)));
+            return Err(Error::Unavailable(format!(
+                "the machine's slot is of {range}, not {}",
+                self.0.range
+            )));
         }
         let namespace = ns::of_process(process.pid).map_err(failed("finding a machine's namespace"))?;
         let setting = self.setting(number, self.host_addresses().await?);
@@ -320,7 +323,11 @@ impl Slots {
         let tried = self.state().quarantined.clone();
         for (number, owner) in tried {
             if let Err(error) = self.remove(number, &owner).await {
-                tracing::error!(number, error = kelvin_api::error::chain(&error), "a network slot stays in quarantine");
+                tracing::error!(
+                    number,
+                    error = kelvin_api::error::chain(&error),
+                    "a network slot stays in quarantine"
+                );
             }
         }
     }

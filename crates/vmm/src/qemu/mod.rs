@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use kelvin_api::units::Shape;
 use kelvin_host::accel::Accelerator;
-use kelvin_host::process::{Process, ProcessKey, Spawn};
+use kelvin_host::process::{Network, Process, ProcessKey, Spawn};
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
@@ -103,7 +103,7 @@ impl Qemu {
     }
 
     /// What makes the machine: the same at bake and at every clone, in the same order.
-    fn machine(&self, shape: Shape, memory: &str, private: bool) -> Vec<String> {
+    fn machine(&self, shape: Shape, memory: &str, private: bool, network: bool) -> Vec<String> {
         let (accelerator, cpu) = match self.accelerator {
             Accelerator::Kvm => ("kvm", "host"),
             Accelerator::Tcg => ("tcg,thread=multi,tb-size=64", "max"),
@@ -114,7 +114,7 @@ impl Qemu {
             (true, true) => ",share=off,readonly=on,rom=off",
             (true, false) => ",share=off",
         });
-        [
+        let mut machine = [
             "-nodefaults",
             "-no-user-config",
             "-nographic",
@@ -164,7 +164,20 @@ impl Qemu {
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         ]
         .map(str::to_owned)
-        .to_vec()
+        .to_vec();
+        if network {
+            let mac = kelvin_host::net::GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
+            machine.extend([
+                "-netdev".to_owned(),
+                // The tap is the VMM's standard input: opening it anew would take rights that a VMM has not.
+                "tap,id=net,fd=0,vhost=off".to_owned(),
+                "-device".to_owned(),
+                // Nobody has to be told that a clone is there: neighbours are fixed. The announcement would
+                // be one more thing for a guest to wake up for.
+                format!("virtio-net-device,netdev=net,mac={mac},guest_announce=off"),
+            ]);
+        }
+        machine
     }
 
     async fn start(
@@ -180,7 +193,9 @@ impl Qemu {
         };
         let mut args: Vec<OsString> = ["-name".to_owned(), spec.marker()].map(OsString::from).to_vec();
         args.extend(
-            self.machine(spec.shape, memory, private).into_iter().map(|argument| fill(argument).into()),
+            self.machine(spec.shape, memory, private, spec.network.is_some())
+                .into_iter()
+                .map(|argument| fill(argument).into()),
         );
         args.extend(extra.iter().map(OsString::from));
         let env = if private && !self.read_only_memory {
@@ -188,9 +203,19 @@ impl Qemu {
         } else {
             Vec::new()
         };
-        let spawn = Spawn { program: PROGRAM.into(), args, env, cwd: spec.data_dir.clone(), user: spec.user };
-        let (process, stderr) =
-            Process::spawn(&spawn).map_err(|source| Error::Io { what: "starting the VMM", source })?;
+        let io = |source| Error::Io { what: "starting the VMM", source };
+        let (network, stdin) = match &spec.network {
+            Some(slot) => {
+                let tap = slot.take_tap().ok_or_else(|| io(io::Error::other("the slot's tap is in use")))?;
+                (Network::Of(slot.namespace().try_clone().map_err(io)?), Some(tap))
+            }
+            // What has no network should not find the daemon's when it breaks out of its guest.
+            None if rustix::process::geteuid().is_root() => (Network::Empty, None),
+            None => (Network::Shared, None),
+        };
+        let (program, cwd) = (PROGRAM.into(), spec.data_dir.clone());
+        let spawn = Spawn { program, args, env, cwd, user: spec.user, network, stdin };
+        let (process, stderr) = Process::spawn(spawn).await.map_err(io)?;
         let tail =
             Tail::follow(stderr).map_err(|source| Error::Io { what: "reading the VMM's stderr", source })?;
         let opened = async {
@@ -324,8 +349,8 @@ impl Driver for Qemu {
         self.accelerator
     }
 
-    fn layout(&self, shape: Shape) -> Vec<String> {
-        self.machine(shape, MEMORY, true)
+    fn layout(&self, shape: Shape, network: bool) -> Vec<String> {
+        self.machine(shape, MEMORY, true, network)
     }
 
     async fn boot(&self, spec: &MachineSpec) -> Result<Running, Error> {
@@ -338,7 +363,12 @@ impl Driver for Qemu {
         let machine =
             self.start(spec, &memory.to_string_lossy(), true, &["-S", "-incoming", "defer"]).await?;
         let capability = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-        let told = machine.qmp.lock().await.call("migrate-set-capabilities", capability).await;
+        let told = async {
+            let mut qmp = machine.qmp.lock().await;
+            qmp.call("migrate-set-capabilities", capability).await?;
+            qmp.call("migrate-set-parameters", json!({ "announce-rounds": 0 })).await
+        };
+        let told = told.await;
         if let Err(error) = told {
             let _ = machine.process.kill();
             machine.process.ended().await;

@@ -1,0 +1,185 @@
+//! What the daemon says to the egress process: length, JSON, and descriptors beside the first byte.
+
+use std::collections::BTreeMap;
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use kelvin_api::network::{Policy, Refusal};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::Options;
+
+/// The largest message: a policy with two full lists.
+const MAX: usize = 1 << 20;
+/// Descriptors of one message.
+const FDS: usize = 3;
+/// How long the other side may take.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// What can be asked.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Who are you?
+    Hello,
+    /// Answer the guest of a slot: three descriptors come along (DNS over UDP, over TCP, proxy).
+    Attach {
+        /// Its number.
+        slot: u16,
+        /// What it may reach.
+        policy: Policy,
+    },
+    /// From now on another policy.
+    Policy {
+        /// Its number.
+        slot: u16,
+        /// What it may reach.
+        policy: Policy,
+    },
+    /// Forget a slot; its connections are cut.
+    Detach {
+        /// Its number.
+        slot: u16,
+    },
+    /// What was refused.
+    State {
+        /// Its number.
+        slot: u16,
+    },
+}
+
+/// What is answered.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// Settings, and the slots that are attached.
+    Hello {
+        /// How it was started.
+        options: Options,
+        /// Numbers.
+        slots: Vec<u16>,
+    },
+    /// Done.
+    Done,
+    /// What was refused.
+    State(State),
+    /// Not done.
+    Failed(String),
+}
+
+/// What was refused in one slot.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct State {
+    /// Questions and connections, by reason.
+    pub denied: BTreeMap<String, u64>,
+    /// The last, newest last.
+    pub recent: Vec<Refusal>,
+}
+
+/// Sends one message.
+pub(crate) fn send(stream: &UnixStream, message: &impl Serialize, fds: &[OwnedFd]) -> io::Result<()> {
+    let body = serde_json::to_vec(message)?;
+    let length = u32::try_from(body.len()).map_err(io::Error::other)?.to_be_bytes();
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
+        return Err(io::Error::other("too many descriptors"));
+    }
+    // The length is small enough to go out whole, and the descriptors with it.
+    let sent = sendmsg(stream, &[IoSlice::new(&length)], &mut ancillary, SendFlags::NOSIGNAL)?;
+    if sent != length.len() {
+        return Err(io::ErrorKind::WriteZero.into());
+    }
+    (&*stream).write_all(&body)
+}
+
+/// Receives one message. `None` when the other side has closed between two.
+pub(crate) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    let mut length = [0; 4];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        match recvmsg(stream, &mut [IoSliceMut::new(&mut length)], &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Err(rustix::io::Errno::INTR) => {}
+            other => break other?.bytes,
+        }
+    };
+    if received == 0 {
+        return Ok(None);
+    }
+    let mut fds = Vec::new();
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            fds.extend(rights);
+        }
+    }
+    (&*stream).read_exact(&mut length[received..])?;
+    let length = usize::try_from(u32::from_be_bytes(length)).map_err(io::Error::other)?;
+    if length > MAX {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the message is too long"));
+    }
+    let mut body = vec![0; length];
+    (&*stream).read_exact(&mut body)?;
+    Ok(Some((serde_json::from_slice(&body)?, fds)))
+}
+
+/// The daemon's end. Calls block for the time of one round trip on a local socket.
+#[derive(Debug)]
+pub struct Client(Mutex<UnixStream>);
+
+impl Client {
+    /// Connects to the process that listens at `path`.
+    ///
+    /// # Errors
+    /// When nobody listens.
+    pub fn connect(path: &Path) -> io::Result<Self> {
+        let stream = UnixStream::connect(path)?;
+        stream.set_read_timeout(Some(ANSWER))?;
+        stream.set_write_timeout(Some(ANSWER))?;
+        Ok(Self(Mutex::new(stream)))
+    }
+
+    /// Asks and waits for the answer.
+    ///
+    /// # Errors
+    /// When the process is gone or does not answer, and `Other` with its words when it could not do it.
+    pub fn call(&self, request: &Request, fds: &[OwnedFd]) -> io::Result<Reply> {
+        let stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        send(&stream, request, fds)?;
+        match receive::<Reply>(&stream)? {
+            Some((Reply::Failed(reason), _)) => Err(io::Error::other(reason)),
+            Some((reply, _)) => Ok(reply),
+            None => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_carry_descriptors() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let fds: Vec<OwnedFd> = (0..3).map(|_| std::fs::File::open("/dev/null").unwrap().into()).collect();
+        send(&here, &Request::Attach { slot: 7, policy: Policy::default() }, &fds).unwrap();
+        let (request, fds) = receive::<Request>(&there).unwrap().unwrap();
+        assert!(matches!(request, Request::Attach { slot: 7, .. }));
+        assert_eq!(fds.len(), 3);
+        (&here).write_all(&[0xff; 4]).unwrap();
+        assert_eq!(receive::<Request>(&there).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        drop(here);
+        assert!(receive::<Request>(&there).unwrap().is_none());
+    }
+}
