@@ -22,6 +22,8 @@ pub enum Kind {
     TooLarge,
     /// The node has no room; may work later.
     Exhausted,
+    /// Too much at one time; may work in a moment.
+    Busy,
     /// It took longer than its deadline.
     Timeout,
     /// A part that is needed is not answering.

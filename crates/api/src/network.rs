@@ -10,6 +10,8 @@ use std::str::FromStr;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
+use crate::id::Token;
+
 /// Entries of one list.
 const MAX_ENTRIES: usize = 1000;
 
@@ -45,13 +47,26 @@ pub struct NetworkConfig {
 }
 
 /// `network` of a create: E2B's object, or Kelvin's `"none"` for a sandbox without a network.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum NewNetwork {
     /// `"none"`.
     Word(Word),
     /// The rules of one.
     Config(Box<NetworkConfig>),
+}
+
+impl<'de> Deserialize<'de> for NewNetwork {
+    /// By hand, so that an error names the field and not a variant.
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use serde::de::Error;
+        let value = serde_json::Value::deserialize(deserializer)?;
+        let at = |error: serde_json::Error| D::Error::custom(format!("network: {error}"));
+        match value.is_string() {
+            true => serde_json::from_value(value).map(Self::Word).map_err(at),
+            false => serde_json::from_value(value).map(|config| Self::Config(Box::new(config))).map_err(at),
+        }
+    }
 }
 
 /// What can be said instead of rules.
@@ -326,6 +341,29 @@ impl Policy {
             Names::Listed(&self.domains)
         }
     }
+}
+
+/// A sandbox's network: what it may reach, and who may reach it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Attachment {
+    /// Out.
+    pub policy: Policy,
+    /// What callers of its ports must show; `None` for public ports.
+    pub traffic_token: Option<Token>,
+    /// The `Host` that its servers see; `${PORT}` stands for the port.
+    pub mask_request_host: Option<String>,
+}
+
+/// What a create wants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wanted {
+    /// No network.
+    None,
+    /// One with these rules; a node that has none gives none, because nothing was said of one.
+    Usual(Attachment),
+    /// One with these rules or a refusal.
+    Required(Attachment),
 }
 
 /// `GET /sandboxes/{id}/network`: Kelvin's own.

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{SandboxId, TemplateName, Token};
+use crate::network::Wanted;
 use crate::phase::Timings;
 use crate::sandbox::{EnvVars, StartPath};
 use crate::units::{MemoryMib, Shape};
@@ -31,6 +32,19 @@ pub struct Create {
     pub ends_at: jiff::Timestamp,
     /// Insist on a path.
     pub start_path: Option<StartPath>,
+    /// Its network.
+    pub network: Wanted,
+}
+
+/// What a gateway has to know of a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// What callers of its agent, and of its ports as raw streams, must show.
+    pub access_token: Option<Token>,
+    /// What callers of its ports must show.
+    pub traffic_token: Option<Token>,
+    /// The `Host` that its servers see.
+    pub mask_request_host: Option<String>,
 }
 
 /// A sandbox that is ready: its agent answered after activation.

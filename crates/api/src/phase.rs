@@ -18,6 +18,8 @@ pub enum Phase {
     Disk,
     /// Device state is loaded; vCPUs are still stopped.
     Load,
+    /// The sandbox's own network rules replace the slot's; only when it has some.
+    Network,
     /// The vCPUs are started.
     Resume,
     /// Kernel start to the agent's first answer; only when cold.
@@ -30,12 +32,13 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase, in order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Reserve,
         Self::Queue,
         Self::Vmm,
         Self::Disk,
         Self::Load,
+        Self::Network,
         Self::Resume,
         Self::Boot,
         Self::Activate,
@@ -50,6 +53,7 @@ impl Phase {
             Self::Vmm => "vmm",
             Self::Disk => "disk",
             Self::Load => "load",
+            Self::Network => "network",
             Self::Resume => "resume",
             Self::Boot => "boot",
             Self::Activate => "activate",

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{SandboxId, Token};
+use crate::network::NewNetwork;
 use crate::phase::Phase;
 
 /// Free-form labels of a sandbox.
@@ -36,7 +37,7 @@ pub struct NewSandbox {
     /// Whether the agent asks for an access token; true unless said otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secure: Option<bool>,
-    /// A policy, not a promise: the node has no uplink yet.
+    /// False denies everything that `network` does not allow.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allow_internet_access: Option<bool>,
     #[serde(rename = "autoPause", default, skip_serializing_if = "Option::is_none")]
@@ -46,7 +47,7 @@ pub struct NewSandbox {
     #[serde(rename = "autoResume", default, skip_serializing_if = "Option::is_none")]
     pub auto_resume: Option<serde_json::Value>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub network: Option<serde_json::Value>,
+    pub network: Option<NewNetwork>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mcp: Option<serde_json::Value>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -101,6 +102,9 @@ pub struct Sandbox {
     pub envd_version: String,
     #[serde(rename = "envdAccessToken", default, skip_serializing_if = "Option::is_none")]
     pub envd_access_token: Option<Token>,
+    /// What callers of its ports must show; only when they are private.
+    #[serde(rename = "trafficAccessToken", default, skip_serializing_if = "Option::is_none")]
+    pub traffic_access_token: Option<Token>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
     /// Kelvin: which path the create took.
@@ -159,6 +163,9 @@ pub struct SandboxDetail {
     pub envd_access_token: Option<Token>,
     #[serde(rename = "allowInternetAccess", default, skip_serializing_if = "Option::is_none")]
     pub allow_internet_access: Option<bool>,
+    /// In a detail, not in a list; only when its ports are private.
+    #[serde(rename = "trafficAccessToken", default, skip_serializing_if = "Option::is_none")]
+    pub traffic_access_token: Option<Token>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
 }
@@ -237,6 +244,8 @@ pub struct TemplateSnapshot {
     /// VMMs that wait for it, started and ready to load.
     #[serde(rename = "waitingVMMs")]
     pub waiting_vmms: u32,
+    /// Whether its machines have a network.
+    pub network: bool,
 }
 
 /// Kelvin: `POST /templates/{name}/bake`: make sure that a snapshot of this shape exists.
@@ -251,6 +260,9 @@ pub struct BakeTemplate {
     /// VMMs to keep waiting for this shape, instead of the server's default.
     #[serde(rename = "waitingVMMs", default, skip_serializing_if = "Option::is_none")]
     pub waiting_vmms: Option<u32>,
+    /// Whether the machine has a network; true where the node has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<bool>,
 }
 
 /// Kelvin: `GET /node`: what runs here and what is left.
@@ -278,7 +290,29 @@ pub struct NodeInfo {
     pub vcpus_reserved: u32,
     #[serde(rename = "diskFreeMB")]
     pub disk_free_mb: u64,
+    /// Where networks lead to; none when there are none, with the reason in `noNetwork`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NodeNetwork>,
+    #[serde(rename = "noNetwork", default, skip_serializing_if = "Option::is_none")]
+    pub no_network: Option<String>,
     /// Entries in the ledger of host resources.
     #[serde(rename = "ledgerEntries")]
     pub ledger_entries: u32,
+}
+
+/// Kelvin: the networks of a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeNetwork {
+    /// Addresses of the slots.
+    pub range: String,
+    /// The link that leads out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uplink: Option<String>,
+    /// Slots that wait.
+    pub slots_ready: u32,
+    /// Slots that exist.
+    pub slots_used: u32,
+    /// Slots that could not be removed.
+    pub slots_quarantined: u32,
 }

@@ -5,6 +5,7 @@
 
 pub mod bare;
 pub mod create;
+pub mod slots;
 
 use serde::Serialize;
 

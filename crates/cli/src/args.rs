@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kelvin_host::accel::Accelerator;
+use kelvin_host::net::Range;
 
 /// Ready Linux machines in milliseconds: microVMs that are restored, not booted.
 #[derive(Debug, Parser)]
@@ -58,7 +59,17 @@ pub enum Command {
         command: TemplateCommand,
     },
     /// Run the server.
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
+    /// The process that answers guests by name; started by the server.
+    #[command(hide = true)]
+    Egress {
+        /// Settings, JSON.
+        #[arg(long)]
+        options: String,
+        /// By which the server finds it.
+        #[arg(long)]
+        marker: String,
+    },
     /// Show what runs on the node and what is left.
     Node,
     /// Remove snapshots, images and guests that nothing needs.
@@ -97,6 +108,37 @@ pub struct MachineArgs {
     /// Insist on a start path.
     #[arg(long, value_enum)]
     pub path: Option<PathArg>,
+    /// No network at all.
+    #[arg(long, conflicts_with_all = ["allow_out", "deny_out", "no_internet", "private_ports", "mask_host"])]
+    pub no_network: bool,
+    #[command(flatten)]
+    pub egress: EgressArgs,
+    /// Ports can be reached with the sandbox's traffic token only.
+    #[arg(long)]
+    pub private_ports: bool,
+    /// The `Host` that servers in the sandbox see; `${PORT}` stands for the port.
+    #[arg(long, value_name = "HOST")]
+    pub mask_host: Option<String>,
+}
+
+/// What a sandbox may reach.
+#[derive(Debug, Args)]
+pub struct EgressArgs {
+    /// Address, CIDR block or domain that the sandbox may reach, before anything is denied; may be repeated.
+    #[arg(long, value_name = "TARGET")]
+    pub allow_out: Vec<String>,
+    /// Address or CIDR block that the sandbox may not reach; may be repeated.
+    #[arg(long, value_name = "BLOCK")]
+    pub deny_out: Vec<String>,
+    /// Deny everything that is not allowed.
+    #[arg(long)]
+    pub no_internet: bool,
+    /// Megabits per second, each way.
+    #[arg(long, value_name = "MBIT")]
+    pub bandwidth: Option<u32>,
+    /// Connections out of the sandbox at one time.
+    #[arg(long, value_name = "N")]
+    pub max_connections: Option<u32>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -221,6 +263,34 @@ pub enum SandboxCommand {
         /// Seconds.
         seconds: u64,
     },
+    /// Show what a sandbox may reach and what it was refused; with rules, replace them.
+    Network {
+        /// Its id.
+        id: String,
+        #[command(flatten)]
+        egress: EgressArgs,
+        /// Replace the rules by none: the internet is open.
+        #[arg(long, conflicts_with_all = ["allow_out", "deny_out", "no_internet", "bandwidth", "max_connections"])]
+        open: bool,
+    },
+    /// Listen on this machine and forward to ports of a sandbox, until interrupted.
+    Forward {
+        /// Its id.
+        id: String,
+        /// Port here, and in the sandbox when it is another: `8080` or `8080:80`; 0 takes a free one.
+        #[arg(required = true, value_name = "LOCAL[:REMOTE]")]
+        ports: Vec<String>,
+        /// Address to listen on.
+        #[arg(long, default_value = "127.0.0.1")]
+        listen: std::net::IpAddr,
+    },
+    /// Connect standard input and output to a port of a sandbox, as ssh's ProxyCommand.
+    Proxy {
+        /// Its id.
+        id: String,
+        /// Port in the sandbox.
+        port: u16,
+    },
     /// Print the end of a sandbox's console.
     Logs {
         /// Its id.
@@ -257,6 +327,9 @@ pub enum TemplateCommand {
         /// VMMs to keep waiting for this shape.
         #[arg(long)]
         waiting: Option<u32>,
+        /// For sandboxes without a network.
+        #[arg(long)]
+        no_network: bool,
     },
     /// Make a template of a root file system, a kernel and an initial RAM disk, in a data directory.
     Import {
@@ -306,6 +379,40 @@ pub struct ServeArgs {
     /// Restores at one time [default: one for each processor].
     #[arg(long)]
     pub concurrent_restores: Option<usize>,
+    /// Link that sandboxes reach the internet over: `auto` (that of the default route), `none`, or a name.
+    #[arg(long, default_value = "auto")]
+    pub uplink: String,
+    /// Network slots to keep ready.
+    #[arg(long, default_value_t = 32)]
+    pub slots: usize,
+    /// Addresses of the slots, a private /16 [default: the first free from 10.213.0.0/16 on].
+    #[arg(long, value_name = "CIDR")]
+    pub slot_range: Option<Range>,
+    /// Resolver that answers the sandboxes' questions [default: the first in /etc/resolv.conf].
+    #[arg(long, value_name = "ADDRESS")]
+    pub resolver: Option<SocketAddr>,
+    /// The most megabits per second of one sandbox, each way [default: no limit].
+    #[arg(long, value_name = "MBIT")]
+    pub sandbox_bandwidth: Option<u32>,
+    /// The most connections out of one sandbox.
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    pub sandbox_connections: u32,
+    /// Give no sandbox a network.
+    #[arg(long)]
+    pub no_network: bool,
+    /// Domain of the sandboxes' ports, `<port>-<id>.<domain>`, as clients have to use it (may have a port). Needs a
+    /// wildcard name. Without it `localhost` is understood and none is told to clients.
+    #[arg(long)]
+    pub domain: Option<String>,
+    /// Address to listen on with TLS, for HTTP/2 and HTTP/1.1.
+    #[arg(long, requires = "tls_cert", requires = "tls_key", value_name = "ADDRESS")]
+    pub tls_listen: Option<SocketAddr>,
+    /// Certificate chain for --tls-listen, PEM.
+    #[arg(long, requires = "tls_listen", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key, PEM.
+    #[arg(long, requires = "tls_listen", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
     /// Do not bake what a cold create found missing.
     #[arg(long)]
     pub no_auto_bake: bool,
@@ -338,6 +445,9 @@ pub struct SetupArgs {
 pub enum BenchCommand {
     /// Create to ready, and create to the end of the first command.
     Create(kelvin_bench::create::Args),
+    /// Network slots: claims from the pool, builds on demand, and that nothing is left of many. Needs root; runs in
+    /// a network namespace of its own.
+    Slots(kelvin_bench::slots::Args),
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {

@@ -29,6 +29,8 @@ pub fn new_sandbox(machine: &MachineArgs, timeout: u64) -> NewSandbox {
         cpu_count: machine.cpus,
         memory_mb: machine.memory_mib,
         start_path: machine.path.map(Into::into),
+        network: crate::network::of(machine),
+        allow_internet_access: machine.egress.no_internet.then_some(false),
         ..NewSandbox::default()
     }
 }

@@ -7,6 +7,7 @@ mod args;
 mod config;
 mod doctor;
 mod exec;
+mod network;
 mod output;
 mod sandbox;
 mod serve;
@@ -24,7 +25,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
     let Cli { connection, output, command } = cli;
     let client = || config::client(&connection);
     match command {
-        Command::Serve(args) => serve::run(args).await.map(|()| ExitCode::SUCCESS),
+        Command::Serve(args) => serve::run(*args).await.map(|()| ExitCode::SUCCESS),
         Command::Run(args) => exec::run(&client()?, args).await,
         Command::Sandbox { command } => sandbox::dispatch(&client()?, output, command).await,
         Command::Template { command } => template::dispatch(&connection, output, command).await,
@@ -44,6 +45,13 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
             output::print(output, &report, |report| report.table());
             Ok(ExitCode::SUCCESS)
         }
+        Command::Bench { command: BenchCommand::Slots(args) } => {
+            let report = kelvin_bench::slots::run(args).await.map_err(|error| Failed::other(&error))?;
+            output::print(output, &report, |report| report.table());
+            Ok(ExitCode::SUCCESS)
+        }
+        // Handled before there is a runtime.
+        Command::Egress { .. } => Ok(ExitCode::FAILURE),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "kelvin", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
@@ -51,9 +59,22 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
     }
 }
 
+/// `kelvin egress`: serves until it is killed.
+fn egress(options: &str) -> ExitCode {
+    serve::start_log();
+    let run = || -> std::io::Result<()> { kelvin_egress::run(serde_json::from_str(options)?) };
+    if let Err(error) = run() {
+        tracing::error!(%error, "egress");
+    }
+    ExitCode::FAILURE
+}
+
 fn main() -> ExitCode {
     // A reader that goes away (`kelvin ... | head`) ends this program like any other.
     let cli = Cli::parse();
+    if let Command::Egress { options, .. } = &cli.command {
+        return egress(options);
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

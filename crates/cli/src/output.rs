@@ -6,6 +6,7 @@ use std::io::{IsTerminal, Write};
 use comfy_table::{ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use kelvin_api::error::chain;
+use kelvin_api::network::{NetworkState, Traffic};
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{NodeInfo, SandboxDetail, Template};
 use kelvin_client::Error;
@@ -176,9 +177,46 @@ pub fn node_table(node: &NodeInfo) -> Table {
         ("memory", format!("{} of {} MiB reserved", node.memory_reserved_mb, node.memory_mb)),
         ("vCPUs", format!("{} of {} reserved", node.vcpus_reserved, node.vcpus)),
         ("disk", format!("{} MiB free", node.disk_free_mb)),
+        ("network", network_of(node)),
         ("ledger", format!("{} entries", node.ledger_entries)),
         ("settled", if node.settled { "yes" } else { "no" }.to_owned()),
     ])
+}
+
+fn network_of(node: &NodeInfo) -> String {
+    match &node.network {
+        Some(network) => format!(
+            "{}, uplink {}, {} slots ready, {} used, {} quarantined",
+            network.range,
+            network.uplink.as_deref().unwrap_or("none"),
+            network.slots_ready,
+            network.slots_used,
+            network.slots_quarantined
+        ),
+        None => node.no_network.clone().unwrap_or_else(|| "none".to_owned()),
+    }
+}
+
+/// What a sandbox may reach and what it was refused.
+pub fn network_state_table(state: &NetworkState) -> Table {
+    let traffic = |traffic: Traffic| format!("{} packets, {} bytes", traffic.packets, traffic.bytes);
+    let mut rows = vec![
+        ("attached", if state.attached { "yes" } else { "no" }.to_owned()),
+        ("allowed", state.allow_out.join("\n")),
+        ("denied", state.deny_out.join("\n")),
+        ("sent", traffic(state.sent)),
+        ("received", traffic(state.received)),
+    ];
+    let refused: Vec<String> =
+        state.denied.iter().map(|(reason, count)| format!("{reason}: {count}")).collect();
+    rows.push(("refused", refused.join("\n")));
+    // A guest wrote the names in here.
+    let clean = |text: &str| text.chars().filter(|c| !c.is_control()).collect::<String>();
+    let recent = state.recent.iter().rev().take(10);
+    let recent: Vec<String> =
+        recent.map(|one| format!("{:.0}  {}  {}", one.at, one.reason, clean(&one.target))).collect();
+    rows.push(("last refused", recent.join("\n")));
+    pairs(rows)
 }
 
 /// What a collection removed.

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::args::{Output, SandboxCommand};
 use crate::exec::{command, deadline_code, follow, new_sandbox};
+use crate::network;
 use crate::output::{Failed, detail_table, line, print, progress, sandbox_table, table};
 
 async fn agent(client: &Client, id: &str, user: Option<String>) -> Result<Agent, Error> {
@@ -45,6 +46,7 @@ pub async fn dispatch(client: &Client, output: Output, command: SandboxCommand) 
             let mut detail = client.sandbox(&id).await?;
             // For programs that speak to the agent, not for the screen.
             detail.envd_access_token = detail.envd_access_token.filter(|_| output == Output::Json);
+            detail.traffic_access_token = detail.traffic_access_token.filter(|_| output == Output::Json);
             print(output, &detail, detail_table);
         }
         SandboxCommand::Exec { id, process, timeout, detach, attach, command: words } => {
@@ -57,6 +59,13 @@ pub async fn dispatch(client: &Client, output: Output, command: SandboxCommand) 
         }
         SandboxCommand::Kill { ids, all } => return kill(client, ids, all).await,
         SandboxCommand::Timeout { id, seconds } => client.set_timeout(&parse(&id)?, seconds).await?,
+        SandboxCommand::Network { id, egress, open } => {
+            network::show_or_set(client, output, &id, egress, open).await?;
+        }
+        SandboxCommand::Forward { id, ports, listen } => {
+            network::forward(client, &id, &ports, listen).await?;
+        }
+        SandboxCommand::Proxy { id, port } => network::proxy(client, &id, port).await?,
         SandboxCommand::Logs { id } => {
             let logs = client.logs(&id).await?;
             match output {

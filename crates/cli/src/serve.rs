@@ -17,14 +17,16 @@ use http_body_util::BodyExt;
 use kelvin_api::ENVD_VERSION;
 use kelvin_api::error::{Failure, Kind};
 use kelvin_api::id::{SandboxId, TemplateName};
-use kelvin_api::node::{Changes, Create, Created, Live};
+use kelvin_api::network::{NetworkState, Policy};
+use kelvin_api::node::{Changes, Create, Created, Live, Route};
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{BakeTemplate, NodeInfo, Template};
 use kelvin_api::units::MemoryMib;
 use kelvin_control::{ApiKey, Control};
-use kelvin_gateway::{Agents, Gateway, Inbound, Outbound};
+use kelvin_gateway::{Gateway, Inbound, Io, Outbound, Sandboxes, Secure, tls};
+use kelvin_host::net;
 use kelvin_node::Node;
-use kelvin_node::options::Options;
+use kelvin_node::options::{NetworkOptions, Options};
 use kelvin_vmm::qemu::Qemu;
 use tower::service_fn;
 use tracing_subscriber::EnvFilter;
@@ -47,6 +49,14 @@ impl kelvin_control::Node for Local {
 
     async fn set_deadline(&self, id: &SandboxId, ends_at: jiff::Timestamp) -> Result<(), Failure> {
         Ok(self.0.set_deadline(id, ends_at).await?)
+    }
+
+    async fn set_policy(&self, id: &SandboxId, policy: Policy) -> Result<(), Failure> {
+        Ok(self.0.set_policy(id, policy).await?)
+    }
+
+    async fn network(&self, id: &SandboxId) -> Result<NetworkState, Failure> {
+        Ok(self.0.network(id).await?)
     }
 
     async fn console(&self, id: &SandboxId) -> Result<String, Failure> {
@@ -94,7 +104,8 @@ impl kelvin_control::Node for Local {
                 ));
             }
         };
-        Ok(self.0.bake(template, request.cpu_count, memory, request.waiting_vmms).await?.to_string())
+        let (vcpus, waiting, network) = (request.cpu_count, request.waiting_vmms, request.network);
+        Ok(self.0.bake(template, vcpus, memory, waiting, network).await?.to_string())
     }
 
     async fn info(&self) -> Result<NodeInfo, Failure> {
@@ -111,7 +122,7 @@ impl kelvin_control::Node for Local {
 }
 
 #[async_trait]
-impl Agents for Local {
+impl Sandboxes for Local {
     async fn send(
         &self,
         sandbox: &SandboxId,
@@ -120,9 +131,21 @@ impl Agents for Local {
         let response = self.0.send(sandbox, request).await?;
         Ok(response.map(|body| body.map_err(std::io::Error::other).boxed_unsync()))
     }
+
+    async fn route(&self, sandbox: &SandboxId) -> Result<Route, Failure> {
+        Ok(self.0.route(sandbox)?)
+    }
+
+    async fn dial(&self, sandbox: &SandboxId, port: u16) -> Result<Box<dyn Io>, Failure> {
+        Ok(Box::new(self.0.dial(sandbox, port).await?))
+    }
+
+    async fn ended(&self, sandbox: &SandboxId) -> Option<String> {
+        self.0.ended(sandbox)
+    }
 }
 
-fn options(args: &ServeArgs) -> Result<Options, Failed> {
+async fn options(args: &ServeArgs) -> Result<Options, Failed> {
     let mut options = Options::for_host(data_dir(args.data_dir.as_ref()));
     if let Some(accelerator) = args.accel {
         options.accelerator = accelerator;
@@ -134,12 +157,35 @@ fn options(args: &ServeArgs) -> Result<Options, Failed> {
     options.waiting_vmms = args.waiting_vmms;
     options.concurrent_restores = args.concurrent_restores.unwrap_or(options.concurrent_restores);
     options.auto_bake = !args.no_auto_bake;
+    if !args.no_network {
+        options.network = Some(network(args, options.first_user).await?);
+    }
     if let Some(name) = &args.crash_at {
         let phase = Phase::ALL.into_iter().find(|phase| phase.name() == name);
         options.crash_at =
             Some(phase.ok_or_else(|| Failed::new(format!("no phase {name:?}"), "see SPEC.md"))?);
     }
     Ok(options)
+}
+
+async fn network(args: &ServeArgs, first_user: Option<u32>) -> Result<NetworkOptions, Failed> {
+    let uplink = match args.uplink.as_str() {
+        "none" => None,
+        // A host without a default route leads nowhere.
+        "auto" => net::default_uplink().await.map_err(|error| Failed::other(&error))?,
+        name => Some(name.to_owned()),
+    };
+    Ok(NetworkOptions {
+        uplink,
+        range: args.slot_range,
+        slots: args.slots,
+        bandwidth_mbit: args.sandbox_bandwidth,
+        max_connections: args.sandbox_connections,
+        resolver: args.resolver,
+        program: std::env::current_exe().map_err(|error| Failed::other(&error))?,
+        // Below the machines' own users.
+        user: first_user.map(|first| first - 1),
+    })
 }
 
 /// Takes the data directory for this process alone.
@@ -161,7 +207,8 @@ fn lock(data_dir: &Path) -> Result<std::fs::File, Failed> {
     Ok(file)
 }
 
-fn start_log() {
+/// Logs to standard error.
+pub fn start_log() {
     let filter = EnvFilter::try_from_env("KELVIN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let colour = std::io::IsTerminal::is_terminal(&std::io::stderr())
         && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
@@ -176,7 +223,7 @@ fn start_log() {
 /// Runs the server until a signal.
 pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     start_log();
-    let options = options(&args)?;
+    let options = options(&args).await?;
     let data_dir = options.data_dir.clone();
     let lock = lock(&data_dir)?;
     // Bound before anything is made: a port that is taken must cost nothing.
@@ -184,6 +231,7 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
         Failed::new(format!("{}: {error}", args.listen), "name another address with --listen")
     })?;
     let address = listener.local_addr().map_err(|error| Failed::other(&error))?;
+    let secure = open_tls(&args).await?;
     let absolute = data_dir.canonicalize().map_err(|error| Failed::other(&error))?;
     let driver = tokio::task::spawn_blocking(move || {
         Qemu::open(&absolute, options.accelerator).map(|driver| (driver, options))
@@ -195,15 +243,26 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     let key_path = node.data_dir().join("api-key");
     let key = ApiKey::open(&key_path).map_err(|error| Failed::other(&error))?;
     let local = Arc::new(Local(node.clone()));
-    let control = Control::open(node.data_dir(), Arc::clone(&local) as Arc<dyn kelvin_control::Node>, key)
+    let as_node = Arc::clone(&local) as Arc<dyn kelvin_control::Node>;
+    let control = Control::open(node.data_dir(), as_node, key, args.domain.clone())
         .await
         .map_err(|error| Failed::other(&error))?;
-    let gateway = Gateway::new(local);
+    let gateway = Gateway::new(local, args.domain.as_deref().unwrap_or("localhost"));
     let info = node.info().await.map_err(|error| Failed::other(&error))?;
     if !info.reflink {
         tracing::warn!(
             "the data directory cannot clone files: every disk is COPIED; `kelvin setup` makes one that can"
         );
+    }
+    match (&info.network, &info.no_network) {
+        (Some(network), _) => tracing::info!(
+            range = network.range,
+            uplink = network.uplink.as_deref().unwrap_or("none"),
+            "network"
+        ),
+        (None, reason) => {
+            tracing::warn!(reason, "sandboxes have no network; `kelvin doctor` says what it needs")
+        }
     }
     tracing::info!(url = %format!("http://{address}"), data_dir = %data_dir.display(), vmm = info.vmm,
         accelerator = info.accelerator, api_key = %key_path.display(), "ready");
@@ -212,14 +271,14 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     }
     announce(&data_dir, &address.to_string())?;
     let router = control.router();
+    let front = gateway.clone();
     let service = service_fn(move |request: Request<Body>| {
-        let (router, gateway) = (router.clone(), gateway.clone());
+        let (router, gateway) = (router.clone(), front.clone());
         async move {
-            if Gateway::wants(request.headers()) {
-                return Ok(gateway.forward(request).await);
+            match gateway.forward(request).await {
+                Ok(reply) => Ok::<Response, Infallible>(reply),
+                Err(request) => tower::ServiceExt::oneshot(router, request).await,
             }
-            let reply: Result<Response, Infallible> = tower::ServiceExt::oneshot(router, request).await;
-            reply
         }
     });
     let listener = listener.tap_io(|stream| {
@@ -231,15 +290,44 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
         wait_for_signal().await;
         tracing::info!("stopping; sandboxes keep running");
     };
+    let plain = axum::serve(listener, tower::make::Shared::new(service.clone()));
+    let encrypted = async {
+        let Some(listener) = secure else {
+            return std::future::pending().await;
+        };
+        let service = service_fn(move |mut request: Request<Body>| {
+            request.extensions_mut().insert(Secure);
+            tower::Service::call(&mut service.clone(), request)
+        });
+        axum::serve(listener, tower::make::Shared::new(service)).await
+    };
     tokio::select! {
-        served = async { axum::serve(listener, tower::make::Shared::new(service)).await } => served.map_err(|error| Failed::other(&error))?,
+        served = async { plain.await } => served.map_err(|error| Failed::other(&error))?,
+        served = encrypted => served.map_err(|error| Failed::other(&error))?,
         () = stopping => {}
     }
+    gateway.stop().await;
     control.stop().await;
     node.stop().await;
     let _ = std::fs::remove_file(data_dir.join("run/server.json"));
     drop(lock);
     Ok(())
+}
+
+/// The listener with TLS, when one is wanted.
+async fn open_tls(args: &ServeArgs) -> Result<Option<tls::Tls>, Failed> {
+    let (Some(address), Some(certificate), Some(key)) = (args.tls_listen, &args.tls_cert, &args.tls_key)
+    else {
+        return Ok(None);
+    };
+    let config = tls::config(certificate, key)
+        .map_err(|error| Failed::new(error.to_string(), "name a certificate chain and its key, both PEM"))?;
+    let listener = tokio::net::TcpListener::bind(address).await.map_err(|error| {
+        Failed::new(format!("{address}: {error}"), "name another address with --tls-listen")
+    })?;
+    let bound = listener.local_addr().map_err(|error| Failed::other(&error))?;
+    tracing::info!(url = %format!("https://{bound}"), "TLS");
+    tls::Tls::new(listener, config).map(Some).map_err(|error| Failed::other(&error))
 }
 
 /// Tells scripts where the server is, once it answers.

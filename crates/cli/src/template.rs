@@ -21,10 +21,12 @@ pub async fn dispatch(
         TemplateCommand::List => {
             print(output, &config::client(connection)?.templates().await?, template_table)
         }
-        TemplateCommand::Bake { name, memory_mib, cpus, waiting } => {
+        TemplateCommand::Bake { name, memory_mib, cpus, waiting, no_network } => {
             let client = config::client(connection)?;
             let bar = spinner(&format!("baking {name}"));
-            let request = BakeTemplate { cpu_count: cpus, memory_mb: memory_mib, waiting_vmms: waiting };
+            let network = no_network.then_some(false);
+            let request =
+                BakeTemplate { cpu_count: cpus, memory_mb: memory_mib, waiting_vmms: waiting, network };
             let baked = client.bake(&name, &request).await;
             bar.finish_and_clear();
             line(&baked?);

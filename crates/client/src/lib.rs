@@ -13,14 +13,16 @@ use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use kelvin_api::error::ApiError;
 use kelvin_api::id::{SandboxId, Token};
+use kelvin_api::network::{NetworkState, NetworkUpdate};
 use kelvin_api::sandbox::{
     BakeTemplate, NewSandbox, NodeInfo, Sandbox, SandboxDetail, SandboxLogs, SetTimeout, Template,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +69,8 @@ fn message(error: &connectrpc::ConnectError) -> String {
     }
 }
 
+/// The protocol of a raw stream, as the gateway knows it.
+const RAW: &str = "kelvin-tcp";
 /// The largest JSON reply.
 const MAX_REPLY: usize = 64 << 20;
 
@@ -173,13 +177,7 @@ impl Client {
         if parts.status.is_success() {
             return Ok((parts.status, parts.headers, bytes));
         }
-        Err(Error::Refused(serde_json::from_slice(&bytes).unwrap_or_else(|_| ApiError {
-            code: parts.status.as_u16(),
-            message: format!("the server replied {}", parts.status),
-            error_code: None,
-            cause: None,
-            remediation: None,
-        })))
+        Err(refused(parts.status, &bytes))
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
@@ -268,6 +266,58 @@ impl Client {
         self.call(Method::POST, &format!("/sandboxes/{id}/timeout"), &[], Some(&body)).await.map(drop)
     }
 
+    /// What a sandbox may reach and what it was refused.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn network(&self, id: &str) -> Result<NetworkState, Error> {
+        self.get(&format!("/sandboxes/{}/network", segment(id))).await
+    }
+
+    /// Replaces what a sandbox may reach; what is left out is cleared.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn set_network(&self, id: &str, update: &NetworkUpdate) -> Result<(), Error> {
+        let path = format!("/sandboxes/{}/network", segment(id));
+        self.call(Method::PUT, &path, &[], Some(update)).await.map(drop)
+    }
+
+    /// Opens a raw stream to a TCP port of a sandbox, through the gateway. `access_token` and `traffic_token` are
+    /// those of [`SandboxDetail`].
+    ///
+    /// # Errors
+    /// `Refused` when nobody listens there, any of [`Error`].
+    pub async fn stream(
+        &self,
+        sandbox: &SandboxDetail,
+        port: u16,
+    ) -> Result<impl AsyncRead + AsyncWrite + Send + Unpin + use<>, Error> {
+        let mut builder = Request::builder()
+            .uri(format!("{}/", self.base))
+            .header(kelvin_api::SANDBOX_HEADER, sandbox.sandbox_id.as_str())
+            .header(kelvin_api::PORT_HEADER, port)
+            .header(header::CONNECTION, "upgrade")
+            .header(header::UPGRADE, RAW);
+        for (name, token) in [
+            ("x-access-token", &sandbox.envd_access_token),
+            ("e2b-traffic-access-token", &sandbox.traffic_access_token),
+        ] {
+            if let Some(token) = token {
+                builder = builder.header(name, token.expose());
+            }
+        }
+        let request = builder.body(whole(Vec::new())).map_err(|error| Error::Reply(error.into()))?;
+        let response = self.send(request).await?;
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            let (parts, body) = response.into_parts();
+            let bytes = Limited::new(body, MAX_REPLY).collect().await.map_err(Error::Reply)?.to_bytes();
+            return Err(refused(parts.status, &bytes));
+        }
+        let upgraded = hyper::upgrade::on(response).await.map_err(|error| Error::Reply(error.into()))?;
+        Ok(TokioIo::new(upgraded))
+    }
+
     /// The last of a sandbox's console.
     ///
     /// # Errors
@@ -309,6 +359,16 @@ impl Client {
     pub async fn collect(&self, dry_run: bool) -> Result<serde_json::Value, Error> {
         decode(&self.call::<()>(Method::POST, &format!("/gc?dryRun={dry_run}"), &[], None).await?.2)
     }
+}
+
+fn refused(status: StatusCode, body: &[u8]) -> Error {
+    Error::Refused(serde_json::from_slice(body).unwrap_or_else(|_| ApiError {
+        code: status.as_u16(),
+        message: format!("the server replied {status}"),
+        error_code: None,
+        cause: None,
+        remediation: None,
+    }))
 }
 
 fn segment(text: &str) -> String {

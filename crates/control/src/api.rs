@@ -13,6 +13,7 @@ use axum::routing::{get, post};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use kelvin_api::error::{Failure, Kind};
+use kelvin_api::network::NetworkUpdate;
 use kelvin_api::sandbox::{BakeTemplate, ConnectSandbox, MAX_TIMEOUT_S, Metadata, NewSandbox, SetTimeout};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -71,6 +72,7 @@ impl Control {
             .route("/sandboxes/{id}/connect", post(connect))
             .route("/v2/sandboxes/{id}/connect", post(connect))
             .route("/sandboxes/{id}/logs", get(logs))
+            .route("/sandboxes/{id}/network", get(network).put(set_network))
             .route("/templates", get(templates))
             .route("/templates/{name}", get(template))
             .route("/templates/{name}/bake", post(bake))
@@ -288,6 +290,17 @@ async fn connect(State(control): State<Control>, Path(id): Path<String>, request
     let body: ConnectSandbox = parse(&read(request).await?)?;
     let detail = control.inner.set_timeout(&id, body.timeout.unwrap_or(CONNECT_TIMEOUT_S), false).await?;
     Ok(json(StatusCode::OK, &sandbox_of(&detail)))
+}
+
+async fn network(State(control): State<Control>, Path(id): Path<String>) -> Outcome {
+    Ok(json(StatusCode::OK, &control.inner.network(&parse_id(&id)?).await?))
+}
+
+async fn set_network(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
+    let id = parse_id(&id)?;
+    let update: NetworkUpdate = parse(&read(request).await?)?;
+    control.inner.set_network(&id, update).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 async fn logs(State(control): State<Control>, Path(id): Path<String>) -> Outcome {

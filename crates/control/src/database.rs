@@ -9,7 +9,8 @@ use kelvin_host::db::{Db, Error};
 use rusqlite::types::{Type, Value};
 use rusqlite::{OptionalExtension, Row, params_from_iter};
 
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE sandboxes (
         id TEXT PRIMARY KEY,
         state TEXT NOT NULL CHECK (state IN ('creating', 'running')),
@@ -34,7 +35,11 @@ const MIGRATIONS: &[&str] = &["
     ) WITHOUT ROWID;
     CREATE INDEX idempotency_by_sandbox ON idempotency (sandbox);
     CREATE INDEX idempotency_by_age ON idempotency (created_ms);
-"];
+",
+    "
+    ALTER TABLE sandboxes ADD COLUMN traffic_token TEXT;
+",
+];
 
 /// How long a key is remembered, in milliseconds: 24 hours.
 const KEY_LIFE_MS: i64 = 24 * 60 * 60 * 1000;
@@ -47,6 +52,7 @@ pub struct SandboxRow {
     pub metadata: Metadata,
     pub access_token: Option<Token>,
     pub allow_internet: Option<bool>,
+    pub traffic_token: Option<Token>,
     pub vcpus: u32,
     pub memory_mib: u32,
     pub disk_mib: u32,
@@ -88,7 +94,7 @@ fn bad(error: Box<dyn std::error::Error + Send + Sync>) -> rusqlite::Error {
 }
 
 const COLUMNS: &str = "id, template, metadata, access_token, allow_internet, vcpus, memory_mib, disk_mib, \
-                       start_path, started_ms, ends_ms";
+                       start_path, started_ms, ends_ms, traffic_token";
 
 fn sandbox(row: &Row<'_>) -> Result<SandboxRow, rusqlite::Error> {
     let (id, metadata, path): (String, String, String) = (row.get(0)?, row.get(2)?, row.get(8)?);
@@ -104,6 +110,7 @@ fn sandbox(row: &Row<'_>) -> Result<SandboxRow, rusqlite::Error> {
         start_path: if path == "clone" { StartPath::Clone } else { StartPath::Cold },
         started_at: time(row.get(9)?)?,
         ends_at: time(row.get(10)?)?,
+        traffic_token: row.get::<_, Option<String>>(11)?.map(Token::from_secret),
     })
 }
 
@@ -124,7 +131,7 @@ impl Database {
                 transaction
                     .prepare_cached(
                         "INSERT INTO sandboxes (id, state, template, metadata, access_token, allow_internet, \
-                         started_ms, ends_ms) VALUES (?1, 'creating', ?2, ?3, ?4, ?5, ?6, ?7)",
+                         started_ms, ends_ms, traffic_token) VALUES (?1, 'creating', ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
                     )?
                     .execute((
                         row.id.as_str(),
@@ -134,6 +141,7 @@ impl Database {
                         row.allow_internet,
                         row.started_at.as_millisecond(),
                         row.ends_at.as_millisecond(),
+                        row.traffic_token.as_ref().map(Token::expose),
                     ))?;
                 if let Some((key, fingerprint)) = key {
                     transaction
@@ -242,6 +250,19 @@ impl Database {
                 connection
                     .prepare_cached("UPDATE sandboxes SET ends_ms = ?2 WHERE id = ?1")?
                     .execute((id, ends_at.as_millisecond()))
+                    .map(drop)
+            })
+            .await
+    }
+
+    /// Notes whether a sandbox may reach the internet.
+    pub async fn set_internet(&self, id: &SandboxId, allowed: Option<bool>) -> Result<(), Error> {
+        let id = id.to_string();
+        self.0
+            .call(move |connection| {
+                connection
+                    .prepare_cached("UPDATE sandboxes SET allow_internet = ?2 WHERE id = ?1")?
+                    .execute((id, allowed))
                     .map(drop)
             })
             .await

@@ -10,12 +10,14 @@
 mod api;
 mod auth;
 mod database;
+mod network;
 mod reply;
 mod service;
 
 use async_trait::async_trait;
 use kelvin_api::error::Failure;
 use kelvin_api::id::{SandboxId, TemplateName};
+use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::node::{Changes, Create, Created, Live};
 use kelvin_api::sandbox::{BakeTemplate, NodeInfo, Template};
 
@@ -32,6 +34,10 @@ pub trait Node: Send + Sync + 'static {
     async fn kill(&self, id: &SandboxId) -> Result<(), Failure>;
     /// Sets when the node ends a sandbox.
     async fn set_deadline(&self, id: &SandboxId, ends_at: jiff::Timestamp) -> Result<(), Failure>;
+    /// Replaces what a sandbox may reach.
+    async fn set_policy(&self, id: &SandboxId, policy: Policy) -> Result<(), Failure>;
+    /// What a sandbox may reach and what it was refused.
+    async fn network(&self, id: &SandboxId) -> Result<NetworkState, Failure>;
     /// The last of a sandbox's console.
     async fn console(&self, id: &SandboxId) -> Result<String, Failure>;
     /// Every sandbox that runs.

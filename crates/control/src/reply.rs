@@ -14,6 +14,7 @@ pub fn status(kind: Kind) -> StatusCode {
         Kind::NotFound => StatusCode::NOT_FOUND,
         Kind::Conflict => StatusCode::CONFLICT,
         Kind::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+        Kind::Busy => StatusCode::TOO_MANY_REQUESTS,
         Kind::Exhausted | Kind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         Kind::Timeout => StatusCode::GATEWAY_TIMEOUT,
         Kind::Corrupt | Kind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -35,7 +36,7 @@ pub fn reply(failure: &Failure) -> Response {
     };
     let bytes = serde_json::to_vec(&body).unwrap_or_default();
     let mut reply = (status, [(header::CONTENT_TYPE, "application/json")], Body::from(bytes)).into_response();
-    if failure.kind == Kind::Exhausted {
+    if matches!(failure.kind, Kind::Exhausted | Kind::Busy) {
         reply.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
     }
     reply

@@ -9,6 +9,7 @@ use base64::Engine as _;
 use kelvin_api::ENVD_VERSION;
 use kelvin_api::error::{Failure, Kind, chain};
 use kelvin_api::id::{SandboxId, TemplateName, Token};
+use kelvin_api::network::{NetworkState, NetworkUpdate};
 use kelvin_api::node::{Create, Created, Live};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{
@@ -21,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::database::{Database, Filter, SandboxRow};
-use crate::{ApiKey, Node};
+use crate::{ApiKey, Node, network};
 
 /// The time to live of requests that name none, in seconds. Source: E2B's OpenAPI, `NewSandbox.timeout`.
 const DEFAULT_TIMEOUT_S: u64 = 15;
@@ -40,6 +41,7 @@ pub(crate) struct Inner {
     database: Database,
     pub(crate) node: Arc<dyn Node>,
     pub(crate) key: ApiKey,
+    domain: Option<String>,
     /// One lock for each idempotency key that is in use: a second request waits for the first.
     keys: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     tasks: TaskTracker,
@@ -94,12 +96,20 @@ impl Control {
     ///
     /// # Errors
     /// When the database or the node cannot be used.
-    pub async fn open(data_dir: &Path, node: Arc<dyn Node>, key: ApiKey) -> Result<Self, Failure> {
+    ///
+    /// `domain` is told to clients, which reach ports as its hosts.
+    pub async fn open(
+        data_dir: &Path,
+        node: Arc<dyn Node>,
+        key: ApiKey,
+        domain: Option<String>,
+    ) -> Result<Self, Failure> {
         let database = Database::open(&data_dir.join("kelvin.db")).map_err(database_failed)?;
         let inner = Arc::new(Inner {
             database,
             node,
             key,
+            domain,
             keys: Mutex::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -162,7 +172,7 @@ impl Inner {
             return Ok(());
         };
         let reason = format!("{}: the server was restarted meanwhile", live.start_path.name());
-        let sandbox = reply_of(&row, live.start_path, reason, &Timings::default());
+        let sandbox = self.reply_of(&row, live.start_path, reason, &Timings::default());
         self.database.commit(live, serde_json::to_string(&sandbox).ok()).await
     }
 
@@ -265,7 +275,7 @@ impl Inner {
             timings.add(phase, Duration::from_secs_f64(ms / 1e3));
         }
         let live = Live { sandbox: row.id.clone(), ends_at: row.ends_at, shape, start_path, started_at };
-        let sandbox = reply_of(&row, start_path, reason, &timings);
+        let sandbox = self.reply_of(&row, start_path, reason, &timings);
         let text = serde_json::to_string(&sandbox).ok();
         if let Err(error) = self.database.commit(&live, text).await {
             let _ = self.node.kill(&row.id).await;
@@ -277,7 +287,7 @@ impl Inner {
 
     /// A sandbox that runs and whose time is not over.
     pub(crate) async fn get(&self, id: &SandboxId) -> Result<SandboxDetail, Failure> {
-        Ok(detail_of(self.row(id).await?, true))
+        Ok(self.detail_of(self.row(id).await?, true))
     }
 
     async fn row(&self, id: &SandboxId) -> Result<SandboxRow, Failure> {
@@ -304,7 +314,19 @@ impl Inner {
             self.database.set_deadline(id, ends_at).await.map_err(database_failed)?;
             row.ends_at = ends_at;
         }
-        Ok(detail_of(row, true))
+        Ok(self.detail_of(row, true))
+    }
+
+    pub(crate) async fn set_network(&self, id: &SandboxId, update: NetworkUpdate) -> Result<(), Failure> {
+        self.row(id).await?;
+        let allowed = update.allow_internet_access;
+        self.node.set_policy(id, network::policy(update)?).await?;
+        self.database.set_internet(id, allowed).await.map_err(database_failed)
+    }
+
+    pub(crate) async fn network(&self, id: &SandboxId) -> Result<NetworkState, Failure> {
+        self.row(id).await?;
+        self.node.network(id).await
     }
 
     pub(crate) async fn logs(&self, id: &SandboxId) -> Result<SandboxLogs, Failure> {
@@ -333,7 +355,7 @@ impl Inner {
         let next = rows.last().filter(|_| more).map(make_token);
         let now = jiff::Timestamp::now();
         let sandboxes =
-            rows.into_iter().filter(|row| row.ends_at > now).map(|row| detail_of(row, false)).collect();
+            rows.into_iter().filter(|row| row.ends_at > now).map(|row| self.detail_of(row, false)).collect();
         Ok(Page { sandboxes, next })
     }
 }
@@ -378,7 +400,6 @@ fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
     let unsupported = [
         ("autoPause", body.auto_pause == Some(true)),
         ("autoResume", body.auto_resume.as_ref().is_some_and(|value| value["enabled"] == true)),
-        ("network", body.network.as_ref().is_some_and(|value| !is_empty(value))),
         ("mcp", body.mcp.as_ref().is_some_and(|value| !is_empty(value))),
         ("iam", body.iam.as_ref().is_some_and(|value| !is_empty(value))),
         ("volumeMounts", body.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty())),
@@ -403,6 +424,7 @@ fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
             return Err(invalid("invalid_shape", "memoryMB is outside every range", "ask for less memory"));
         }
     };
+    let network = network::wanted(body.network, body.allow_internet_access)?;
     let ends_at = deadline(body.timeout.unwrap_or(DEFAULT_TIMEOUT_S))?;
     let id = SandboxId::random();
     let access_token = (body.secure != Some(false)).then(Token::random);
@@ -412,6 +434,7 @@ fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
         metadata,
         access_token: access_token.clone(),
         allow_internet: body.allow_internet_access,
+        traffic_token: network::traffic_token(&network),
         vcpus: 0,
         memory_mib: 0,
         disk_mib: 0,
@@ -428,6 +451,7 @@ fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
         access_token,
         ends_at,
         start_path: body.start_path,
+        network,
     };
     Ok((row, create))
 }
@@ -472,26 +496,6 @@ fn check_env(env_vars: &EnvVars) -> Result<(), Failure> {
     }
 }
 
-fn reply_of(
-    row: &SandboxRow,
-    path: kelvin_api::sandbox::StartPath,
-    reason: String,
-    timings: &Timings,
-) -> Sandbox {
-    Sandbox {
-        template_id: row.template.clone(),
-        sandbox_id: row.id.clone(),
-        alias: Some(row.template.clone()),
-        client_id: "kelvin".to_owned(),
-        envd_version: ENVD_VERSION.to_owned(),
-        envd_access_token: row.access_token.clone(),
-        domain: None,
-        start_path: Some(path),
-        start_reason: Some(reason),
-        phases: timings.iter().collect(),
-    }
-}
-
 pub(crate) fn sandbox_of(detail: &SandboxDetail) -> Sandbox {
     Sandbox {
         template_id: detail.template_id.clone(),
@@ -500,6 +504,7 @@ pub(crate) fn sandbox_of(detail: &SandboxDetail) -> Sandbox {
         client_id: detail.client_id.clone(),
         envd_version: detail.envd_version.clone(),
         envd_access_token: detail.envd_access_token.clone(),
+        traffic_access_token: detail.traffic_access_token.clone(),
         domain: detail.domain.clone(),
         start_path: Some(detail.start_path),
         start_reason: None,
@@ -507,23 +512,48 @@ pub(crate) fn sandbox_of(detail: &SandboxDetail) -> Sandbox {
     }
 }
 
-fn detail_of(row: SandboxRow, with_secrets: bool) -> SandboxDetail {
-    SandboxDetail {
-        alias: Some(row.template.clone()),
-        template_id: row.template,
-        sandbox_id: row.id,
-        client_id: "kelvin".to_owned(),
-        started_at: row.started_at,
-        end_at: row.ends_at,
-        envd_version: ENVD_VERSION.to_owned(),
-        cpu_count: row.vcpus,
-        memory_mb: row.memory_mib,
-        disk_size_mb: row.disk_mib,
-        state: SandboxState::Running,
-        metadata: row.metadata,
-        start_path: row.start_path,
-        envd_access_token: row.access_token.filter(|_| with_secrets),
-        allow_internet_access: row.allow_internet,
-        domain: None,
+impl Inner {
+    fn reply_of(
+        &self,
+        row: &SandboxRow,
+        path: kelvin_api::sandbox::StartPath,
+        reason: String,
+        timings: &Timings,
+    ) -> Sandbox {
+        Sandbox {
+            template_id: row.template.clone(),
+            sandbox_id: row.id.clone(),
+            alias: Some(row.template.clone()),
+            client_id: "kelvin".to_owned(),
+            envd_version: ENVD_VERSION.to_owned(),
+            envd_access_token: row.access_token.clone(),
+            traffic_access_token: row.traffic_token.clone(),
+            domain: self.domain.clone(),
+            start_path: Some(path),
+            start_reason: Some(reason),
+            phases: timings.iter().collect(),
+        }
+    }
+
+    fn detail_of(&self, row: SandboxRow, with_secrets: bool) -> SandboxDetail {
+        SandboxDetail {
+            alias: Some(row.template.clone()),
+            template_id: row.template,
+            sandbox_id: row.id,
+            client_id: "kelvin".to_owned(),
+            started_at: row.started_at,
+            end_at: row.ends_at,
+            envd_version: ENVD_VERSION.to_owned(),
+            cpu_count: row.vcpus,
+            memory_mb: row.memory_mib,
+            disk_size_mb: row.disk_mib,
+            state: SandboxState::Running,
+            metadata: row.metadata,
+            start_path: row.start_path,
+            envd_access_token: row.access_token.filter(|_| with_secrets),
+            allow_internet_access: row.allow_internet,
+            traffic_access_token: row.traffic_token.filter(|_| with_secrets),
+            domain: self.domain.clone(),
+        }
     }
 }

@@ -108,7 +108,9 @@ async fn write_framed(stream: &mut TcpStream, message: &[u8]) -> io::Result<()> 
 fn truncate(answer: &mut Vec<u8>) {
     let kept = Packet::parse(answer).ok().and_then(|packet| {
         let mut short = Packet::new_reply(packet.id());
-        short.set_flags(PacketFlag::TRUNCATION | PacketFlag::RECURSION_DESIRED | PacketFlag::RECURSION_AVAILABLE);
+        short.set_flags(
+            PacketFlag::TRUNCATION | PacketFlag::RECURSION_DESIRED | PacketFlag::RECURSION_AVAILABLE,
+        );
         short.questions.clone_from(&packet.questions);
         short.build_bytes_vec().ok()
     });

@@ -93,7 +93,10 @@ async fn connect(name: &str, port: u16, options: &Options) -> io::Result<TcpStre
     for address in resolve(name, options).await? {
         // A name must not lead to where no address may.
         if is_never(&address.into()) {
-            last = io::Error::new(io::ErrorKind::PermissionDenied, "the name leads to an address that is never reachable");
+            last = io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "the name leads to an address that is never reachable",
+            );
             continue;
         }
         match dial(address, port, options).await {
@@ -223,11 +226,17 @@ async fn forward(
     let host = host_of(&request);
     let Some(host) = host.filter(|host| slot.policy().names().allow(host)) else {
         slot.refuse("name", "http without an allowed host");
-        return text(StatusCode::FORBIDDEN, "This host is not allowed by the sandbox's network policy.\n".to_owned());
+        return text(
+            StatusCode::FORBIDDEN,
+            "This host is not allowed by the sandbox's network policy.\n".to_owned(),
+        );
     };
     if request.method() == http::Method::CONNECT {
         slot.refuse("name", &format!("CONNECT {host}"));
-        return text(StatusCode::METHOD_NOT_ALLOWED, "CONNECT is not allowed by the sandbox's network policy.\n".to_owned());
+        return text(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "CONNECT is not allowed by the sandbox's network policy.\n".to_owned(),
+        );
     }
     let path = request.uri().path_and_query().map_or("/", |path| path.as_str()).parse();
     *request.uri_mut() = path.unwrap_or_default();

@@ -1,32 +1,66 @@
-//! The way from outside to what runs inside: for now the agent, by the headers that the SDKs send.
+//! The way from outside to what runs inside: agents and every other port, over HTTP/1.1, HTTP/2, WebSocket
+//! and raw TCP.
 //!
-//! Streams both ways without buffering: a body is forwarded frame by frame under HTTP/2's flow control,
-//! and a connection that breaks on one side is broken on the other, never ended cleanly. The agent checks
-//! the access token; what belongs to the platform alone is refused here. Writes nothing; a crash cuts
-//! streams, processes go on. Absent until machines have a network: every other port.
+//! ```text
+//! request ── target (header, host, path) ──> 49983: the agent, over the node's HTTP/2 link
+//!                                       └──> any other port: a connection into the sandbox's slot
+//! ```
+//!
+//! Streams both ways without buffering: a body is forwarded frame by frame under flow control, and a
+//! connection that breaks on one side is broken on the other, never ended cleanly. Idle connections are kept
+//! for the next request to the same port of the same sandbox; the node cuts them all when the sandbox ends.
+//! The agent checks the access token; private ports are checked here; what belongs to the platform alone is
+//! refused here. Writes nothing; a crash cuts streams, processes go on.
 
+mod page;
+mod target;
+pub mod tls;
+
+use std::future::Future;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use axum::body::Body;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, Request, StatusCode, Uri, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri, Version, header};
 use http_body_util::BodyExt;
 use http_body_util::combinators::UnsyncBoxBody;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use kelvin_api::error::{Failure, Kind, chain};
-use kelvin_api::id::SandboxId;
+use kelvin_api::id::{SandboxId, Token};
+use kelvin_api::node::Route;
 use kelvin_api::{AGENT_PORT, PORT_HEADER, SANDBOX_HEADER};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use page::Problem;
+use target::{Target, Way};
 
 /// A request's body on its way in.
 pub type Inbound = UnsyncBoxBody<Bytes, io::Error>;
 /// A reply's body on its way out.
 pub type Outbound = UnsyncBoxBody<Bytes, io::Error>;
 
-/// Who can reach agents.
+/// Marks, as an extension, a request that came over TLS.
+#[derive(Debug, Clone, Copy)]
+pub struct Secure;
+
+/// A stream of bytes.
+pub trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
+
+/// Who can reach sandboxes.
 #[async_trait]
-pub trait Agents: Send + Sync + 'static {
+pub trait Sandboxes: Send + Sync + 'static {
     /// Sends `request` to the agent of `sandbox` and returns when its headers are back.
     ///
     /// # Errors
@@ -36,6 +70,21 @@ pub trait Agents: Send + Sync + 'static {
         sandbox: &SandboxId,
         request: Request<Inbound>,
     ) -> Result<Response<Outbound>, Failure>;
+
+    /// What to check and to rewrite.
+    ///
+    /// # Errors
+    /// Of kind `NotFound` when it does not run.
+    async fn route(&self, sandbox: &SandboxId) -> Result<Route, Failure>;
+
+    /// Connects to a port. The connection breaks when the sandbox ends.
+    ///
+    /// # Errors
+    /// `NotFound`, `Unavailable` when nobody listens, `Timeout`, `Busy`, `Conflict` without a network.
+    async fn dial(&self, sandbox: &SandboxId, port: u16) -> Result<Box<dyn Io>, Failure>;
+
+    /// Why a sandbox ended, when that is known.
+    async fn ended(&self, sandbox: &SandboxId) -> Option<String>;
 }
 
 /// Paths of the agent that only the platform may call. Source: `x-internal` in envd's OpenAPI.
@@ -53,82 +102,439 @@ const HOP_BY_HOP: [HeaderName; 8] = [
     HeaderName::from_static("keep-alive"),
 ];
 
+/// What callers of a private port show. Source: E2B's clients.
+pub const TRAFFIC_TOKEN: &str = "e2b-traffic-access-token";
+/// What callers of an agent show. Source: E2B's clients.
+const ACCESS_TOKEN: &str = "x-access-token";
+/// The protocol that a raw stream asks to be upgraded to.
+pub const RAW: &str = "kelvin-tcp";
+/// How long an idle connection into a sandbox is kept, and how many for each port.
+const IDLE: Duration = Duration::from_secs(30);
+const IDLE_CONNECTIONS: usize = 16;
+
 /// A cheap handle.
 #[derive(Clone)]
 pub struct Gateway {
-    agents: Arc<dyn Agents>,
+    sandboxes: Arc<dyn Sandboxes>,
+    client: Client<Dialer, Body>,
+    domain: Arc<str>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// Connects to `http://<sandbox>:<port>`: the pool of connections is by both, so none is ever used for another
+/// sandbox.
+#[derive(Clone)]
+struct Dialer(Arc<dyn Sandboxes>);
+
+struct Dialled(TokioIo<Box<dyn Io>>);
+
+impl Connection for Dialled {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+impl hyper::rt::Read for Dialled {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: hyper::rt::ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(context, buffer)
+    }
+}
+
+impl hyper::rt::Write for Dialled {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(context)
+    }
+}
+
+impl tower::Service<Uri> for Dialer {
+    type Response = Dialled;
+    type Error = Failure;
+    type Future = Pin<Box<dyn Future<Output = Result<Dialled, Failure>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Failure>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let sandboxes = Arc::clone(&self.0);
+        Box::pin(async move {
+            let wrong =
+                || Failure::new(Kind::Internal, "no_target", "the request has no target", "report this");
+            let sandbox: SandboxId = uri.host().and_then(|host| host.parse().ok()).ok_or_else(wrong)?;
+            let port = uri.port_u16().ok_or_else(wrong)?;
+            Ok(Dialled(TokioIo::new(sandboxes.dial(&sandbox, port).await?)))
+        })
+    }
 }
 
 impl Gateway {
-    /// A gateway to `agents`.
-    pub fn new(agents: Arc<dyn Agents>) -> Self {
-        Self { agents }
+    /// A gateway to `sandboxes`, whose ports are also hosts of `domain` (which may have a port).
+    pub fn new(sandboxes: Arc<dyn Sandboxes>, domain: &str) -> Self {
+        let client = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(IDLE)
+            .pool_max_idle_per_host(IDLE_CONNECTIONS)
+            .set_host(false)
+            .build(Dialer(Arc::clone(&sandboxes)));
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        Self { sandboxes, client, domain: domain.into(), tasks, stop }
     }
 
-    /// Whether a request is for a sandbox and not for the control API.
-    pub fn wants(headers: &HeaderMap) -> bool {
-        headers.contains_key(SANDBOX_HEADER)
+    /// Ends upgraded connections; the listener ends all others.
+    pub async fn stop(&self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
     }
 
-    /// Forwards one request.
-    pub async fn forward(&self, request: Request<Body>) -> Response {
-        let shown = request.headers().get(SANDBOX_HEADER).and_then(|id| id.to_str().ok()).unwrap_or_default();
-        let shown: String = shown.chars().take(80).collect();
-        let port = match request.headers().get(PORT_HEADER) {
-            None => Some(AGENT_PORT),
-            Some(port) => port.to_str().ok().and_then(|port| port.parse().ok()),
+    /// Forwards a request for a sandbox; gives one for the control API back.
+    ///
+    /// # Errors
+    /// The request, when it is not for a sandbox.
+    pub async fn forward(&self, request: Request<Body>) -> Result<Response, Request<Body>> {
+        let Some(target) = target::target(&request, &self.domain) else {
+            return Err(request);
         };
-        let Ok(id) = shown.parse::<SandboxId>() else {
-            return not_found(&shown);
+        // What a page needs to know is kept: the request goes away.
+        let mut shown = HeaderMap::new();
+        if let (Some(accept), true) = (request.headers().get(header::ACCEPT), target.way != Way::Header) {
+            shown.insert(header::ACCEPT, accept.clone());
+        }
+        let result = self.to(&target, request).await;
+        Ok(match result {
+            Ok(response) => response,
+            Err(Refusal::Problem(problem)) => problem.reply(&shown),
+            Err(Refusal::Failure(failure)) => self.explain(&target, &failure).await.reply(&shown),
+        })
+    }
+
+    async fn to(&self, target: &Target, request: Request<Body>) -> Result<Response, Refusal> {
+        let problem = |status, message: &str, advice: &str| {
+            Refusal::Problem(Problem {
+                status,
+                page_status: status,
+                sandbox: target.shown.clone(),
+                message: message.to_owned(),
+                advice: advice.to_owned(),
+            })
         };
-        match port {
-            Some(AGENT_PORT) => {}
-            Some(port) => {
-                let text = format!("The sandbox has no network: port {port} cannot be reached");
-                return error(StatusCode::BAD_GATEWAY, &shown, &text);
-            }
-            None => {
-                return error(StatusCode::BAD_REQUEST, &shown, "The port is not a number from 1 to 65535");
-            }
-        }
-        if INTERNAL.contains(&request.uri().path()) {
-            return error(StatusCode::FORBIDDEN, &shown, "This path belongs to the platform");
-        }
-        let request = match rewrite(request) {
-            Ok(request) => request,
-            Err(problem) => return error(StatusCode::BAD_REQUEST, &shown, &problem.to_string()),
+        let Some(sandbox) = target.sandbox() else {
+            return Err(not_found("no such id").into());
         };
-        match self.agents.send(&id, request).await {
-            Ok(response) => {
-                let (mut parts, body) = response.into_parts();
-                parts.version = Version::HTTP_11;
-                strip(&mut parts.headers);
-                Response::from_parts(parts, Body::new(body))
+        let Some(port) = target.port else {
+            return Err(problem(
+                StatusCode::BAD_REQUEST,
+                "The port is not a number from 1 to 65535",
+                "Name the port of a server in the sandbox.",
+            ));
+        };
+        if port == AGENT_PORT {
+            let path = target.path.split('?').next().unwrap_or_default();
+            if INTERNAL.contains(&path) {
+                let text = "This path belongs to the platform";
+                return Err(problem(StatusCode::FORBIDDEN, text, "Use the control API."));
             }
-            Err(failure) if failure.kind == Kind::NotFound => not_found(&shown),
-            Err(failure) => {
-                tracing::warn!(
-                    sandbox = shown,
-                    error = chain(&failure),
-                    cause = failure.cause,
-                    "the agent was not reached"
-                );
-                error(StatusCode::BAD_GATEWAY, &shown, "The sandbox is running but its agent does not answer")
-            }
+            return self.to_agent(&sandbox, target, request).await;
         }
+        let route = self.sandboxes.route(&sandbox).await?;
+        if !shows(request.headers(), TRAFFIC_TOKEN, route.traffic_token.as_ref()) {
+            return Err(problem(
+                StatusCode::FORBIDDEN,
+                "The ports of this sandbox are private",
+                "Send its trafficAccessToken in the header e2b-traffic-access-token.",
+            ));
+        }
+        if is_upgrade_to(request.headers(), RAW) {
+            if !shows(request.headers(), ACCESS_TOKEN, route.access_token.as_ref()) {
+                return Err(problem(
+                    StatusCode::UNAUTHORIZED,
+                    "A raw stream needs the sandbox's access token",
+                    "Send its envdAccessToken in the header X-Access-Token.",
+                ));
+            }
+            return self.raw(&sandbox, port, request).await;
+        }
+        self.to_port(&sandbox, port, target, &route, request).await
+    }
+
+    async fn to_agent(
+        &self,
+        sandbox: &SandboxId,
+        target: &Target,
+        request: Request<Body>,
+    ) -> Result<Response, Refusal> {
+        let (mut parts, body) = request.into_parts();
+        parts.uri = uri("agent", &target.path)?;
+        parts.version = Version::HTTP_2;
+        strip(&mut parts.headers);
+        parts.headers.remove(header::HOST);
+        parts.headers.remove(header::EXPECT);
+        parts.extensions.clear();
+        let request = Request::from_parts(parts, body.map_err(io::Error::other).boxed_unsync());
+        let (mut parts, body) = self.sandboxes.send(sandbox, request).await?.into_parts();
+        parts.version = Version::HTTP_11;
+        strip(&mut parts.headers);
+        Ok(Response::from_parts(parts, Body::new(body)))
+    }
+
+    async fn to_port(
+        &self,
+        sandbox: &SandboxId,
+        port: u16,
+        target: &Target,
+        route: &Route,
+        mut request: Request<Body>,
+    ) -> Result<Response, Refusal> {
+        let upgrade = upgrade_of(&request);
+        let client_upgrade = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
+        let host = host_for(target, route, port, target::host(&request));
+        let (mut parts, body) = request.into_parts();
+        let secure = parts.extensions.get::<Secure>().is_some();
+        parts.uri = uri(&format!("{sandbox}:{port}"), &target.path)?;
+        parts.version = Version::HTTP_11;
+        strip(&mut parts.headers);
+        let headers = &mut parts.headers;
+        // The gateway's own: a server in the sandbox has no business with them.
+        for name in [TRAFFIC_TOKEN, SANDBOX_HEADER, PORT_HEADER] {
+            headers.remove(name);
+        }
+        let original = headers.get(header::HOST).cloned();
+        headers.insert(header::HOST, host);
+        if let Some(original) = original {
+            headers.insert("x-forwarded-host", original);
+        }
+        headers.insert("x-forwarded-proto", HeaderValue::from_static(if secure { "https" } else { "http" }));
+        if target.way == Way::Path
+            && let Ok(prefix) = HeaderValue::from_str(&format!("/sandboxes/{sandbox}/ports/{port}"))
+        {
+            headers.insert("x-forwarded-prefix", prefix);
+        }
+        if let Some(protocol) = upgrade {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+            headers.insert(header::UPGRADE, protocol);
+        }
+        parts.extensions.clear();
+        let mut response = match self.client.request(Request::from_parts(parts, body)).await {
+            Ok(response) => response,
+            Err(error) => return Err(self.broken(sandbox, port, &error).into()),
+        };
+        let protocol = response.headers().get(header::UPGRADE).cloned();
+        let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+        let server_upgrade = switched.then(|| hyper::upgrade::on(&mut response));
+        let (mut parts, body) = response.into_parts();
+        parts.version = Version::HTTP_11;
+        strip(&mut parts.headers);
+        if target.way == Way::Path {
+            // By path, a sandbox's page has the origin of the control API. It gets one of its own.
+            parts.headers.append(
+                header::CONTENT_SECURITY_POLICY,
+                HeaderValue::from_static(
+                    "sandbox allow-downloads allow-forms allow-modals allow-popups allow-scripts",
+                ),
+            );
+        }
+        if let (Some(client), Some(server)) = (client_upgrade, server_upgrade) {
+            parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+            if let Some(protocol) = protocol {
+                parts.headers.insert(header::UPGRADE, protocol);
+            }
+            self.splice(async move {
+                let (client, server) = (client.await, server.await);
+                let both = client.and_then(|client| Ok((client, server?))).map_err(io::Error::other)?;
+                let (mut client, mut server) = (TokioIo::new(both.0), TokioIo::new(both.1));
+                tokio::io::copy_bidirectional(&mut client, &mut server).await
+            });
+        }
+        Ok(Response::from_parts(parts, Body::new(body)))
+    }
+
+    /// Why a request did not get its answer: what the dial said, or that the connection broke.
+    fn broken(&self, sandbox: &SandboxId, port: u16, error: &(dyn std::error::Error + 'static)) -> Failure {
+        let mut source = Some(error);
+        while let Some(error) = source {
+            if let Some(failure) = error.downcast_ref::<Failure>() {
+                return failure.clone();
+            }
+            source = error.source();
+        }
+        let text = format!("port {port} of sandbox {sandbox} closed the connection without an answer");
+        Failure::new(Kind::Unavailable, "port_broken", text, "look at the server in the sandbox")
+            .with_cause(error)
+    }
+
+    async fn raw(
+        &self,
+        sandbox: &SandboxId,
+        port: u16,
+        mut request: Request<Body>,
+    ) -> Result<Response, Refusal> {
+        let mut stream = self.sandboxes.dial(sandbox, port).await?;
+        let client = hyper::upgrade::on(&mut request);
+        self.splice(async move {
+            let mut client = TokioIo::new(client.await.map_err(io::Error::other)?);
+            tokio::io::copy_bidirectional(&mut client, &mut stream).await
+        });
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static(RAW));
+        Ok(response)
+    }
+
+    fn splice(&self, work: impl Future<Output = io::Result<(u64, u64)>> + Send + 'static) {
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            if let Some(Err(error)) = stop.run_until_cancelled(work).await {
+                tracing::debug!(%error, "an upgraded connection ended");
+            }
+        });
+    }
+
+    async fn explain(&self, target: &Target, failure: &Failure) -> Problem {
+        let ended = match target.sandbox() {
+            Some(sandbox) if failure.kind == Kind::NotFound => self.sandboxes.ended(&sandbox).await,
+            _ => None,
+        };
+        let bad = StatusCode::BAD_GATEWAY;
+        let (status, page_status, message, advice) = match (failure.kind, failure.error_code) {
+            (Kind::NotFound, _) => match ended {
+                Some(reason) => (
+                    bad,
+                    StatusCode::GONE,
+                    "The sandbox was not found".to_owned(),
+                    format!(
+                        "It has ended: {}. Create another one.",
+                        reason.chars().take(200).collect::<String>()
+                    ),
+                ),
+                None => (
+                    bad,
+                    StatusCode::NOT_FOUND,
+                    "The sandbox was not found".to_owned(),
+                    "Check its id: `kelvin sandbox list` shows what runs.".to_owned(),
+                ),
+            },
+            (_, "port_closed") => (
+                bad,
+                bad,
+                "The sandbox is running but port is not open".to_owned(),
+                format!(
+                    "Start a server in the sandbox that listens on 0.0.0.0, port {}.",
+                    target.port.unwrap_or_default()
+                ),
+            ),
+            (Kind::Timeout, _) => (
+                StatusCode::GATEWAY_TIMEOUT,
+                StatusCode::GATEWAY_TIMEOUT,
+                failure.message.clone(),
+                failure.remediation.clone(),
+            ),
+            (Kind::Busy, _) => (
+                StatusCode::TOO_MANY_REQUESTS,
+                StatusCode::TOO_MANY_REQUESTS,
+                failure.message.clone(),
+                failure.remediation.clone(),
+            ),
+            (_, "agent_unreachable") => (
+                bad,
+                bad,
+                "The sandbox is running but its agent does not answer".to_owned(),
+                failure.remediation.clone(),
+            ),
+            _ => (bad, bad, failure.message.clone(), failure.remediation.clone()),
+        };
+        if !matches!(failure.kind, Kind::NotFound | Kind::Busy) {
+            tracing::info!(
+                sandbox = target.shown,
+                port = target.port,
+                error = chain(failure),
+                cause = failure.cause,
+                "a sandbox was not reached"
+            );
+        }
+        Problem { status, page_status, sandbox: target.shown.clone(), message, advice }
     }
 }
 
-fn rewrite(request: Request<Body>) -> Result<Request<Inbound>, http::Error> {
-    let (mut parts, body) = request.into_parts();
-    let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
-    parts.uri = Uri::builder().scheme("http").authority("agent").path_and_query(path).build()?;
-    parts.version = Version::HTTP_2;
-    strip(&mut parts.headers);
-    parts.headers.remove(header::HOST);
-    parts.headers.remove(header::EXPECT);
-    parts.extensions.clear();
-    Ok(Request::from_parts(parts, body.map_err(io::Error::other).boxed_unsync()))
+/// Why a request was not forwarded.
+enum Refusal {
+    /// It was the request.
+    Problem(Problem),
+    /// It was the sandbox.
+    Failure(Failure),
+}
+
+impl From<Failure> for Refusal {
+    fn from(failure: Failure) -> Self {
+        Self::Failure(failure)
+    }
+}
+
+fn not_found(text: &str) -> Failure {
+    Failure::new(Kind::NotFound, "sandbox_not_found", text, "`kelvin sandbox list` shows what runs")
+}
+
+fn uri(authority: &str, path: &str) -> Result<Uri, Failure> {
+    Uri::builder().scheme("http").authority(authority).path_and_query(path).build().map_err(|error| {
+        Failure::new(Kind::Invalid, "invalid_path", "the path is not one", "check the URL").with_cause(&error)
+    })
+}
+
+/// The `Host` that a server in the sandbox sees: as it is masked, else the public name, else its own.
+fn host_for(target: &Target, route: &Route, port: u16, host: Option<&str>) -> HeaderValue {
+    let own = format!("localhost:{port}");
+    let text = match (&route.mask_request_host, target.way, host) {
+        (Some(mask), ..) => mask.replace("${PORT}", &port.to_string()),
+        (None, Way::Host, Some(host)) => host.to_owned(),
+        _ => own.clone(),
+    };
+    HeaderValue::from_str(&text)
+        .or_else(|_| HeaderValue::from_str(&own))
+        .unwrap_or(HeaderValue::from_static("localhost"))
+}
+
+/// Whether a request shows `token`, when there is one to show.
+fn shows(headers: &HeaderMap, name: &str, token: Option<&Token>) -> bool {
+    let Some(token) = token else {
+        return true;
+    };
+    headers.get(name).and_then(|value| value.to_str().ok()).is_some_and(|value| token.matches(value))
+}
+
+/// The protocol that an HTTP/1.1 request wants to be upgraded to.
+fn upgrade_of(request: &Request<Body>) -> Option<HeaderValue> {
+    let named = request
+        .headers()
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .any(|name| name.trim().eq_ignore_ascii_case("upgrade"));
+    let usual = request.version() == Version::HTTP_11 && request.method() != Method::CONNECT;
+    request.headers().get(header::UPGRADE).filter(|_| named && usual).cloned()
+}
+
+fn is_upgrade_to(headers: &HeaderMap, protocol: &str) -> bool {
+    headers
+        .get(header::UPGRADE)
+        .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(protocol.as_bytes()))
 }
 
 fn strip(headers: &mut HeaderMap) {
@@ -142,16 +548,6 @@ fn strip(headers: &mut HeaderMap) {
     for name in HOP_BY_HOP.iter().chain(&named) {
         headers.remove(name);
     }
-}
-
-/// The body that E2B's clients recognise. Source: `../shared/specs/e2b.md`.
-fn error(status: StatusCode, sandbox: &str, message: &str) -> Response {
-    let body = serde_json::json!({ "sandboxId": sandbox, "message": message, "code": status.as_u16() });
-    (status, [(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response()
-}
-
-fn not_found(sandbox: &str) -> Response {
-    error(StatusCode::BAD_GATEWAY, sandbox, "The sandbox was not found")
 }
 
 #[cfg(test)]
@@ -171,5 +567,15 @@ mod tests {
         }
         strip(&mut headers);
         assert_eq!(headers.keys().collect::<Vec<_>>(), ["x-access-token"]);
+    }
+
+    #[test]
+    fn a_server_sees_the_host_that_was_asked_for() {
+        let target = |way| Target { shown: "x".into(), port: Some(80), way, path: "/".into() };
+        let mut route = Route { access_token: None, traffic_token: None, mask_request_host: None };
+        assert_eq!(host_for(&target(Way::Host), &route, 80, Some("80-x.test")), "80-x.test");
+        assert_eq!(host_for(&target(Way::Path), &route, 80, Some("api.test")), "localhost:80");
+        route.mask_request_host = Some("app.local:${PORT}".into());
+        assert_eq!(host_for(&target(Way::Host), &route, 80, Some("80-x.test")), "app.local:80");
     }
 }

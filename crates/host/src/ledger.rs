@@ -33,6 +33,13 @@ pub enum Resource {
         /// Known once it was started.
         key: Option<ProcessKey>,
     },
+    /// A process that serves all machines.
+    Helper {
+        /// An argument of its command line that nothing else has.
+        marker: String,
+        /// Known once it was started.
+        key: Option<ProcessKey>,
+    },
     /// A user id that a VMM drops to.
     User {
         /// The id.

@@ -34,10 +34,15 @@ const QUIESCE_LIMIT: Duration = Duration::from_secs(60);
 
 impl Inner {
     /// A snapshot of `template` in `shape`: the one there is, or a new one.
-    pub async fn bake(self: &Arc<Self>, template: &Template, shape: Shape) -> Result<Arc<Snapshot>, Error> {
+    pub async fn bake(
+        self: &Arc<Self>,
+        template: &Template,
+        shape: Shape,
+        network: bool,
+    ) -> Result<Arc<Snapshot>, Error> {
         self.capacity().check(shape)?;
         let _one = self.bakes.lock().await;
-        if let Ok(pool) = self.pool_for(template, shape) {
+        if let Ok(pool) = self.pool_for(template, shape, network) {
             return Ok(Arc::clone(&pool.snapshot));
         }
         if self.stop.is_cancelled() {
@@ -47,7 +52,7 @@ impl Inner {
         self.capacity().hold(amount)?;
         let started = std::time::Instant::now();
         tracing::info!(template = %template.name, memory = %shape.memory_mib, "baking");
-        let baked = self.bake_machine(template, shape).await;
+        let baked = self.bake_machine(template, shape, network).await;
         self.capacity().release(amount);
         let snapshot = Arc::new(baked?);
         tracing::info!(template = %template.name, snapshot = %snapshot.manifest.id, seconds = started.elapsed().as_secs_f32(), "baked");
@@ -56,7 +61,7 @@ impl Inner {
     }
 
     /// Bakes in the background; a failure is logged, because nobody waits for it.
-    pub fn bake_later(self: &Arc<Self>, template: Template, shape: Shape) {
+    pub fn bake_later(self: &Arc<Self>, template: Template, shape: Shape, network: bool) {
         let inner = Arc::clone(self);
         self.tasks.spawn(async move {
             let stop = inner.stop.clone();
@@ -64,14 +69,20 @@ impl Inner {
             if stop.is_cancelled() {
                 return;
             }
-            if let Err(error) = inner.bake(&template, shape).await {
+            if let Err(error) = inner.bake(&template, shape, network).await {
                 tracing::error!(template = %template.name, error = chain(&error), "bake failed");
             }
         });
     }
 
-    async fn bake_machine(&self, template: &Template, shape: Shape) -> Result<Snapshot, Error> {
-        let home = self.keeper.build(shape, &template.guest, self.store.rootfs(&template.image)).await?;
+    async fn bake_machine(
+        &self,
+        template: &Template,
+        shape: Shape,
+        network: bool,
+    ) -> Result<Snapshot, Error> {
+        let rootfs = self.store.rootfs(&template.image);
+        let home = self.keeper.build(shape, &template.guest, rootfs, network).await?;
         let staged = self.store.stage();
         let work = async {
             let staged = staged.as_ref().map_err(|error| Error::Io {
@@ -85,8 +96,8 @@ impl Inner {
                 template: template.name.clone(),
                 guest: template.guest.clone(),
                 parent: None,
-                identity: self.identity(template, shape),
-                arguments: self.driver.layout(shape),
+                identity: self.identity(template, shape, network),
+                arguments: self.driver.layout(shape, network),
             };
             let (store, staged) = (self.store.clone(), staged.clone());
             tokio::task::spawn_blocking(move || store.publish_snapshot(&staged, draft))

@@ -42,6 +42,11 @@ impl Log {
         self.added.notify_waiters();
     }
 
+    /// Why `sandbox` ended, when that is still known. Looks at the newest first; only error paths ask.
+    pub fn why(&self, sandbox: &SandboxId) -> Option<String> {
+        self.state().ended.iter().rev().find(|(_, id, _)| id == sandbox).map(|(.., reason)| reason.clone())
+    }
+
     fn since(&self, generation: u64) -> Changes {
         let state = self.state();
         let oldest = state.ended.front().map_or(state.newest + 1, |(generation, ..)| *generation);

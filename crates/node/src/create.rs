@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kelvin_api::error::chain;
 use kelvin_api::guest::{Activation, Request};
+use kelvin_api::network::{Attachment, Policy, Wanted};
 use kelvin_api::node::{Create, Created};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::StartPath;
@@ -43,6 +44,7 @@ struct Attempt<'a> {
     request: &'a Create,
     template: &'a Template,
     shape: Shape,
+    network: Option<Attachment>,
     timings: Timings,
     since: Instant,
 }
@@ -61,6 +63,7 @@ impl Inner {
             memory_mib: request.memory_mib.unwrap_or(template.shape.memory_mib),
             disk_mib: template.shape.disk_mib,
         };
+        let network = self.attachment(&request.network)?;
         let amount = Amount::machine(shape);
         self.reserve(&request, shape, amount)?;
         let mut attempt = Attempt {
@@ -68,6 +71,7 @@ impl Inner {
             request: &request,
             template: &template,
             shape,
+            network,
             timings: Timings::default(),
             since,
         };
@@ -76,13 +80,13 @@ impl Inner {
         let result = attempt.run().instrument(span).await;
         self.creating().remove(&request.sandbox);
         match result {
-            Ok((machine, reason)) => {
+            Ok((record, reason)) => {
                 let created = Created {
-                    start_path: machine.record.start_path,
+                    start_path: record.start_path,
                     reason,
                     timings: attempt.timings,
                     shape,
-                    started_at: machine.record.started_at,
+                    started_at: record.started_at,
                 };
                 tracing::info!(sandbox = %request.sandbox, path = created.start_path.name(), reason = created.reason,
                     timing = created.timings.server_timing(since.elapsed()), "created");
@@ -91,6 +95,19 @@ impl Inner {
             Err(error) => {
                 self.capacity().release(amount);
                 Err(error)
+            }
+        }
+    }
+
+    /// What a create's wish for a network comes to on this node.
+    fn attachment(&self, wanted: &Wanted) -> Result<Option<Attachment>, Error> {
+        match (wanted, &self.keeper.networks) {
+            (Wanted::None, _) | (Wanted::Usual(_), None) => Ok(None),
+            (Wanted::Usual(attachment) | Wanted::Required(attachment), Some(_)) => {
+                Ok(Some(attachment.clone()))
+            }
+            (Wanted::Required(_), None) => {
+                Err(Error::NoNetwork { what: "the node".to_owned(), reason: self.no_network.clone() })
             }
         }
     }
@@ -120,11 +137,6 @@ impl Inner {
     }
 }
 
-/// What the log and the reply say of a machine that was committed.
-struct Committed {
-    record: SandboxRecord,
-}
-
 impl Attempt<'_> {
     fn lap(&mut self, phase: Phase) {
         self.timings.lap(phase, &mut self.since);
@@ -135,7 +147,7 @@ impl Attempt<'_> {
         tracing::info_span!("phase", name = phase.name())
     }
 
-    async fn run(&mut self) -> Result<(Committed, String), Error> {
+    async fn run(&mut self) -> Result<(SandboxRecord, String), Error> {
         let (started, reason) = self.start().await?;
         let span = self.begin(Phase::Commit);
         let committed = self.commit(started).instrument(span).await?;
@@ -148,7 +160,7 @@ impl Attempt<'_> {
         if insisted == Some(StartPath::Cold) {
             return Ok((self.cold().await?, "cold: asked for".to_owned()));
         }
-        let reason = match self.inner.pool_for(self.template, self.shape) {
+        let reason = match self.inner.pool_for(self.template, self.shape, self.network.is_some()) {
             Ok(pool) => match self.clone(&pool).await {
                 Ok((started, reason)) => return Ok((started, reason)),
                 Err(reason) => reason,
@@ -161,7 +173,7 @@ impl Attempt<'_> {
         tracing::warn!(sandbox = %self.request.sandbox, reason, "no clone");
         let started = self.cold().await?;
         if self.inner.options.auto_bake {
-            self.inner.bake_later(self.template.clone(), self.shape);
+            self.inner.bake_later(self.template.clone(), self.shape, self.network.is_some());
         }
         Ok((started, format!("cold: {reason}")))
     }
@@ -222,6 +234,7 @@ impl Attempt<'_> {
             };
             let paused = paused.instrument(span).await?;
             self.lap(Phase::Load);
+            self.rule(&home.spec).await?;
             let span = self.begin(Phase::Resume);
             let resumed = async {
                 // Posted while the vCPUs stand still: the guest wakes up once, with its identity at hand.
@@ -246,10 +259,13 @@ impl Attempt<'_> {
     async fn cold(&mut self) -> Result<Started, Error> {
         let span = self.begin(Phase::Disk);
         let rootfs = self.inner.store.rootfs(&self.template.image);
-        let home = self.inner.keeper.build(self.shape, &self.template.guest, rootfs).instrument(span).await?;
+        let network = self.network.is_some();
+        let build = self.inner.keeper.build(self.shape, &self.template.guest, rootfs, network);
+        let home = build.instrument(span).await?;
         self.lap(Phase::Disk);
         let record = self.record(StartPath::Cold);
         let work = async {
+            self.rule(&home.spec).await?;
             let span = self.begin(Phase::Vmm);
             let running = async {
                 self.inner.remember(&home.spec, &record).await?;
@@ -275,6 +291,21 @@ impl Attempt<'_> {
         }
     }
 
+    /// Puts the sandbox's own rules in force before its machine runs. The slot's defaults are in force already.
+    async fn rule(&mut self, spec: &MachineSpec) -> Result<(), Error> {
+        let policy = self.network.as_ref().map(|network| &network.policy);
+        let (Some(policy), Some(slot), Some(networks)) = (policy, &spec.network, &self.inner.keeper.networks)
+        else {
+            return Ok(());
+        };
+        if *policy != Policy::default() {
+            let span = self.begin(Phase::Network);
+            networks.apply(slot, policy).instrument(span).await?;
+            self.lap(Phase::Network);
+        }
+        Ok(())
+    }
+
     async fn activated(&mut self, control: &mut Control, asked: Asked) -> Result<(), Error> {
         let span = self.begin(Phase::Activate);
         let limit = self.inner.options.activate_deadline;
@@ -284,7 +315,7 @@ impl Attempt<'_> {
         Ok(())
     }
 
-    async fn commit(&self, started: Started) -> Result<Committed, Error> {
+    async fn commit(&self, started: Started) -> Result<SandboxRecord, Error> {
         let Started { spec, running, control, mut record } = started;
         if let Some(state) = next(record.state, Event::Ready) {
             record.state = state;
@@ -295,7 +326,7 @@ impl Attempt<'_> {
             return Err(error);
         }
         self.inner.own(Machine { spec, running, control, record: record.clone() });
-        Ok(Committed { record })
+        Ok(record)
     }
 
     fn record(&self, start_path: StartPath) -> SandboxRecord {
@@ -308,6 +339,8 @@ impl Attempt<'_> {
             start_path,
             started_at: jiff::Timestamp::now(),
             ends_at: self.request.ends_at,
+            access_token: self.request.access_token.clone(),
+            network: self.network.clone(),
         }
     }
 }

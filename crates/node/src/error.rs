@@ -51,6 +51,45 @@ pub enum Error {
         /// Why.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The sandbox, or the node, has no network.
+    #[error("{what} has no network{}", reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default())]
+    NoNetwork {
+        /// `the node` or which sandbox.
+        what: String,
+        /// Why not.
+        reason: Option<String>,
+    },
+    /// Too many connections into one sandbox.
+    #[error("sandbox {sandbox} has {limit} connections already")]
+    Busy {
+        /// Which one.
+        sandbox: String,
+        /// The most.
+        limit: usize,
+    },
+    /// Nobody listens.
+    #[error("sandbox {sandbox} is running but port {port} is not open")]
+    PortClosed {
+        /// Which one.
+        sandbox: String,
+        /// Where.
+        port: u16,
+        /// What the connection said.
+        source: std::io::Error,
+    },
+    /// The guest does not answer.
+    #[error("port {port} of sandbox {sandbox} did not accept within {after:?}")]
+    PortSilent {
+        /// Which one.
+        sandbox: String,
+        /// Where.
+        port: u16,
+        /// The limit.
+        after: std::time::Duration,
+    },
+    /// A slot could not be made, changed or removed.
+    #[error(transparent)]
+    Network(#[from] kelvin_host::net::Error),
     /// The node is shutting down.
     #[error("the node is shutting down")]
     Stopping,
@@ -100,6 +139,26 @@ impl From<Error> for Failure {
                 "agent_unreachable",
                 "kill the sandbox; `kelvin sandbox logs` shows its console",
             ),
+            Error::NoNetwork { .. } => with(
+                Kind::Conflict,
+                "no_network",
+                "`kelvin doctor` says what a network needs; create the sandbox without network rules to have none",
+            ),
+            Error::Busy { .. } => with(Kind::Busy, "too_many_connections", "close some, or try again later"),
+            Error::PortClosed { .. } => with(
+                Kind::Unavailable,
+                "port_closed",
+                "start a server that listens on 0.0.0.0 in the sandbox",
+            ),
+            Error::PortSilent { .. } => with(
+                Kind::Timeout,
+                "port_silent",
+                "the sandbox may be busy: look at its processes, try again",
+            ),
+            Error::Network(kelvin_host::net::Error::Full) => {
+                with(Kind::Exhausted, "capacity_exhausted", "kill sandboxes that are not needed")
+            }
+            Error::Network(_) => with(Kind::Internal, "network", "`kelvin doctor` checks the network"),
             Error::Stopping => with(Kind::Unavailable, "node_stopping", "try again when the server is back"),
             Error::Io { .. } => with(Kind::Internal, "node_io", "the server's log has the details"),
             Error::Ledger(_) => with(Kind::Internal, "ledger", "check the disk of the data directory"),

@@ -19,6 +19,7 @@ use kelvin_store::disk::clone_file;
 use kelvin_vmm::MachineSpec;
 
 use crate::error::Error;
+use crate::networks::Networks;
 
 /// User ids for VMMs: each machine has one of its own, the lowest that is free.
 #[derive(Debug, Default)]
@@ -55,6 +56,8 @@ pub struct Keeper {
     pub users: Arc<Users>,
     /// See `Options::first_user`.
     pub first_user: Option<u32>,
+    /// Networks, where there are some.
+    pub networks: Option<Arc<Networks>>,
     /// Machines that could not be released: quarantined until the reaper succeeds.
     pub unreleased: Arc<Mutex<Vec<Unreleased>>>,
 }
@@ -87,11 +90,22 @@ impl Home {
 }
 
 impl Keeper {
-    /// Declares and makes the directory of a new machine, with `disk` cloned from `parent`.
+    /// Declares and makes the directory of a new machine, with `disk` cloned from `parent`, and takes a network
+    /// for it, unless it is to have none.
     ///
     /// # Errors
-    /// As the ledger and the file system give them; then nothing is left.
-    pub async fn build(&self, shape: Shape, guest: &str, parent: PathBuf) -> Result<Home, Error> {
+    /// As the ledger, the network and the file system give them; then nothing is left.
+    pub async fn build(
+        &self,
+        shape: Shape,
+        guest: &str,
+        parent: PathBuf,
+        network: bool,
+    ) -> Result<Home, Error> {
+        let network = match (&self.networks, network) {
+            (Some(networks), true) => Some(networks.claim().await?),
+            _ => None,
+        };
         let user = self.users.take(self.first_user);
         let spec = MachineSpec {
             vm: VmId::random(),
@@ -99,8 +113,12 @@ impl Keeper {
             user,
             shape,
             guest: Path::new("guests").join(guest),
+            network,
         };
         let mut resources: Vec<Resource> = user.map(|uid| Resource::User { uid }).into_iter().collect();
+        if let (Some(slot), Some(networks)) = (&spec.network, &self.networks) {
+            resources.push(Resource::Slot { number: slot.number(), range: networks.slots.range() });
+        }
         resources.push(Resource::Directory { path: spec.absolute() });
         resources.push(Resource::Vmm { marker: spec.marker(), key: None });
         let declared = self.ledger.declare(&spec.vm, &resources).await;
@@ -109,6 +127,7 @@ impl Keeper {
             Ok(None) => 0,
             Err(error) => {
                 self.users.give_back(user);
+                self.release_network(&spec).await?;
                 return Err(error.into());
             }
         };
@@ -154,9 +173,17 @@ impl Keeper {
         removed
             .unwrap_or_else(|error| Err(io::Error::other(error)))
             .map_err(|source| Error::Io { what: "removing a machine's directory", source })?;
+        self.release_network(spec).await?;
         self.ledger.strike_all(&spec.vm).await?;
         self.users.give_back(spec.user);
         Ok(())
+    }
+
+    async fn release_network(&self, spec: &MachineSpec) -> Result<(), Error> {
+        match (&spec.network, &self.networks) {
+            (Some(slot), Some(networks)) => networks.release(slot).await,
+            _ => Ok(()),
+        }
     }
 
     /// [`Keeper::release`] for where nobody can be told: what failed is logged, stays in the ledger, and is
@@ -207,7 +234,14 @@ mod tests {
         let store = Store::open(root, true).unwrap();
         let ledger = Ledger::open(&root.join("ledger.db")).unwrap();
         std::fs::write(root.join("parent"), "disk").unwrap();
-        Keeper { ledger, store, users: Arc::default(), first_user: None, unreleased: Arc::default() }
+        Keeper {
+            ledger,
+            store,
+            users: Arc::default(),
+            first_user: None,
+            networks: None,
+            unreleased: Arc::default(),
+        }
     }
 
     const SHAPE: Shape = Shape { vcpus: 1, memory_mib: MemoryMib(128), disk_mib: DiskMib(1) };
@@ -216,7 +250,7 @@ mod tests {
     async fn a_machine_is_released_twice_and_from_every_half() {
         let dir = tempfile::tempdir().unwrap();
         let keeper = keeper(dir.path());
-        let home = keeper.build(SHAPE, "guest", dir.path().join("parent")).await.unwrap();
+        let home = keeper.build(SHAPE, "guest", dir.path().join("parent"), false).await.unwrap();
         assert_eq!(std::fs::read_to_string(home.spec.absolute().join("disk")).unwrap(), "disk");
         assert_eq!(keeper.ledger.count().await.unwrap(), 2);
         // Half of it is gone already.
@@ -225,7 +259,7 @@ mod tests {
         keeper.release(&home.spec, None).await.unwrap();
         assert_eq!(keeper.ledger.count().await.unwrap(), 0);
         // What cannot be built leaves nothing.
-        keeper.build(SHAPE, "guest", dir.path().join("absent")).await.unwrap_err();
+        keeper.build(SHAPE, "guest", dir.path().join("absent"), false).await.unwrap_err();
         assert_eq!(keeper.ledger.count().await.unwrap(), 0);
         assert_eq!(std::fs::read_dir(dir.path().join("sandboxes")).unwrap().count(), 0);
     }
@@ -238,7 +272,7 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         let keeper = keeper(dir.path());
-        let home = keeper.build(SHAPE, "guest", dir.path().join("parent")).await.unwrap();
+        let home = keeper.build(SHAPE, "guest", dir.path().join("parent"), false).await.unwrap();
         let stuck = home.spec.absolute().join("stuck");
         std::fs::create_dir(&stuck).unwrap();
         rustix::mount::mount("none", &stuck, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();

@@ -15,6 +15,8 @@ mod changes;
 mod create;
 mod error;
 mod home;
+mod link;
+mod networks;
 pub mod options;
 mod pool;
 mod reconcile;
@@ -28,11 +30,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use http::{Request, Response};
 use hyper::body::Incoming;
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
-use kelvin_api::node::{Changes, Create, Created, Live};
+use kelvin_api::network::{NetworkState, Policy};
+use kelvin_api::node::{Changes, Create, Created, Live, Route};
 use kelvin_api::phase::Phase;
-use kelvin_api::sandbox::{NodeInfo, TemplateSnapshot};
+use kelvin_api::sandbox::{NodeInfo, NodeNetwork, TemplateSnapshot};
 use kelvin_api::units::{MemoryMib, Shape};
-use kelvin_host::ledger::Ledger;
+use kelvin_host::ledger::{Entry, Ledger};
 use kelvin_store::Store;
 use kelvin_store::gc::Garbage;
 use kelvin_store::identity::{Identity, SNAPSHOT_FORMAT};
@@ -47,6 +50,9 @@ pub use agent::{Body, SendError};
 use capacity::Capacity;
 pub use error::Error;
 use home::Keeper;
+use link::Network;
+pub use link::Stream;
+use networks::{EgressOptions, Networks};
 use options::Options;
 use pool::Pool;
 use sandbox::{Command, Sandbox};
@@ -73,8 +79,10 @@ pub(crate) struct Inner {
     teardowns: Mutex<u32>,
     settled: Notify,
     changes: changes::Log,
-    /// Digest of the device layout; vCPUs and memory are fields of their own.
-    devices: String,
+    /// Digests of the device layout, without a network and with one; vCPUs and memory are fields of their own.
+    devices: [String; 2],
+    /// Why there are no networks.
+    no_network: Option<String>,
     host_cpu: String,
     host_kernel: String,
     reflink: bool,
@@ -187,7 +195,7 @@ impl Inner {
     }
 
     /// The identity of a machine of `template` in `shape` on this node.
-    fn identity(&self, template: &Template, shape: Shape) -> Identity {
+    fn identity(&self, template: &Template, shape: Shape, network: bool) -> Identity {
         Identity {
             image: template.image.clone(),
             guest_kernel: template.kernel.clone(),
@@ -200,14 +208,19 @@ impl Inner {
             vcpus: shape.vcpus,
             memory_mib: shape.memory_mib.0,
             disk_mib: shape.disk_mib.0,
-            devices: self.devices.clone(),
+            devices: self.devices[usize::from(network)].clone(),
             snapshot_format: SNAPSHOT_FORMAT,
         }
     }
 
+    /// Whether machines of `identity` have a network.
+    fn has_network(&self, identity: &Identity) -> bool {
+        identity.devices == self.devices[1]
+    }
+
     /// The pool whose snapshot is exactly right, or why there is none.
-    fn pool_for(&self, template: &Template, shape: Shape) -> Result<Arc<Pool>, String> {
-        let identity = self.identity(template, shape);
+    fn pool_for(&self, template: &Template, shape: Shape, network: bool) -> Result<Arc<Pool>, String> {
+        let identity = self.identity(template, shape, network);
         let pools = lock(&self.pools);
         if let Some(pool) = pools.get(&identity.digest()) {
             return match pool.refusal() {
@@ -243,7 +256,13 @@ impl Inner {
             memory_mib: MemoryMib(identity.memory_mib),
             disk_mib: kelvin_api::units::DiskMib(identity.disk_mib),
         };
-        lock(&self.templates).values().any(|(_, template)| self.identity(template, shape) == *identity)
+        let network = self.has_network(identity);
+        if network && self.keeper.networks.is_none() {
+            return false;
+        }
+        lock(&self.templates)
+            .values()
+            .any(|(_, template)| self.identity(template, shape, network) == *identity)
     }
 }
 
@@ -268,12 +287,16 @@ impl Node {
             .map_err(|source| Error::Io { what: "trying the data directory's file system", source })?;
         let cpu = kelvin_host::cpu::CpuModel::read();
         let same = Shape { vcpus: 1, memory_mib: MemoryMib(1), disk_mib: kelvin_api::units::DiskMib(1) };
-        let devices = kelvin_store::hash::sha256(driver.layout(same).join("\0").as_bytes());
+        let devices = [false, true]
+            .map(|network| kelvin_store::hash::sha256(driver.layout(same, network).join("\0").as_bytes()));
+        let (entries, records) = ledger.read().await?;
+        let (networks, attached, no_network) = open_networks(&options, &ledger, &entries).await?;
         let keeper = Keeper {
             ledger,
             store: store.clone(),
             users: Arc::default(),
             first_user: options.first_user,
+            networks: networks.clone(),
             unreleased: Arc::default(),
         };
         let inner = Arc::new(Inner {
@@ -293,6 +316,7 @@ impl Node {
             settled: Notify::new(),
             changes: changes::Log::default(),
             devices,
+            no_network,
             host_cpu: format!("{} {}", cpu.name, cpu.microcode),
             host_kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
             reflink,
@@ -300,15 +324,22 @@ impl Node {
             stop: CancellationToken::new(),
         });
         inner.know(&templates);
-        let (adopted, removed) = inner.reconcile().await?;
+        let (adopted, removed) = inner.reconcile(entries, records, &attached).await?;
         tracing::info!(adopted, removed, "reconciled");
         for snapshot in snapshots {
             inner.add_pool(Arc::new(snapshot));
+        }
+        if let Some(networks) = networks {
+            inner.tasks.spawn(pool::fill_slots(Arc::clone(&inner), Arc::clone(&networks)));
+            inner.tasks.spawn(networks.watch(inner.stop.clone()));
         }
         let reaper = Arc::clone(&inner);
         inner.tasks.spawn(async move {
             while reaper.stop.run_until_cancelled(tokio::time::sleep(REAP)).await.is_some() {
                 reaper.keeper.reap().await;
+                if let Some(networks) = &reaper.keeper.networks {
+                    networks.slots.retry().await;
+                }
             }
         });
         Ok(Self { inner })
@@ -369,6 +400,77 @@ impl Node {
             .map_err(|source| Error::Agent { sandbox: id.to_string(), source })
     }
 
+    fn network_of(&self, id: &SandboxId) -> Result<Arc<Network>, Error> {
+        let no_network = || Error::NoNetwork { what: format!("sandbox {id}"), reason: None };
+        self.find(id)?.network.clone().ok_or_else(no_network)
+    }
+
+    /// Connects to a port of a sandbox. The connection is cut when the sandbox ends.
+    ///
+    /// # Errors
+    /// `Unknown`, `NoNetwork`, `Busy`, `PortClosed`, `PortSilent`.
+    pub async fn dial(&self, id: &SandboxId, port: u16) -> Result<Stream, Error> {
+        self.network_of(id)?.dial(id.as_str(), port).await
+    }
+
+    /// What a gateway has to know of a sandbox.
+    ///
+    /// # Errors
+    /// `Unknown` when it does not run.
+    pub fn route(&self, id: &SandboxId) -> Result<Route, Error> {
+        let sandbox = self.find(id)?;
+        let attachment = sandbox.network.as_ref().map(|network| network.attachment()).unwrap_or_default();
+        Ok(Route {
+            access_token: sandbox.access_token.clone(),
+            traffic_token: attachment.traffic_token,
+            mask_request_host: attachment.mask_request_host,
+        })
+    }
+
+    /// Why a sandbox ended, when that is not long ago.
+    pub fn ended(&self, id: &SandboxId) -> Option<String> {
+        self.inner.changes.why(id)
+    }
+
+    /// Replaces the egress policy of a sandbox. Connections that it no longer allows are cut.
+    ///
+    /// # Errors
+    /// `Unknown`, `NoNetwork`, `Network`.
+    pub async fn set_policy(&self, id: &SandboxId, policy: Policy) -> Result<(), Error> {
+        self.find(id)?.ask(|done| Command::SetPolicy(policy, done)).await?
+    }
+
+    /// What a sandbox may reach and what it was refused.
+    ///
+    /// # Errors
+    /// `Unknown`, `Network`.
+    pub async fn network(&self, id: &SandboxId) -> Result<NetworkState, Error> {
+        let sandbox = self.find(id)?;
+        let (Some(network), Some(networks)) = (&sandbox.network, &self.inner.keeper.networks) else {
+            return Ok(NetworkState::default());
+        };
+        let counters = network.slot.counters().await?;
+        let by_name = networks.refused(&network.slot).await?;
+        let policy = network.attachment().policy;
+        let mut denied = counters.denied;
+        for (reason, count) in by_name.denied {
+            *denied.entry(reason).or_default() += count;
+        }
+        let mut recent = network.recent();
+        recent.extend(by_name.recent);
+        recent.sort_by_key(|refusal| refusal.at);
+        let allowed = policy.allow.iter().map(ToString::to_string);
+        Ok(NetworkState {
+            attached: true,
+            allow_out: allowed.chain(policy.domains.iter().map(ToString::to_string)).collect(),
+            deny_out: policy.deny.iter().map(ToString::to_string).collect(),
+            sent: counters.sent,
+            received: counters.received,
+            denied,
+            recent,
+        })
+    }
+
     /// Every sandbox that runs.
     pub fn live(&self) -> Vec<Live> {
         self.inner.sandboxes().values().map(|sandbox| sandbox.live()).collect()
@@ -398,13 +500,19 @@ impl Node {
                     .filter(|pool| {
                         let manifest = &pool.snapshot.manifest;
                         let shape = pool::manifest_shape(manifest);
-                        pool.refusal().is_none() && self.inner.identity(&template, shape) == manifest.identity
+                        pool.refusal().is_none()
+                            && self.inner.identity(
+                                &template,
+                                shape,
+                                self.inner.has_network(&manifest.identity),
+                            ) == manifest.identity
                     })
                     .map(|pool| TemplateSnapshot {
                         snapshot_id: pool.snapshot.manifest.id.to_string(),
                         cpu_count: pool.snapshot.manifest.identity.vcpus,
                         memory_mb: pool.snapshot.manifest.identity.memory_mib,
                         waiting_vmms: pool.count(),
+                        network: self.inner.has_network(&pool.snapshot.manifest.identity),
                     })
                     .collect();
                 snapshots.sort_by_key(|snapshot| (snapshot.cpu_count, snapshot.memory_mb));
@@ -424,7 +532,15 @@ impl Node {
         vcpus: Option<u32>,
         memory_mib: Option<MemoryMib>,
         waiting_vmms: Option<u32>,
+        network: Option<bool>,
     ) -> Result<SnapshotId, Error> {
+        let network = match (network, &self.inner.keeper.networks) {
+            (Some(true), None) => {
+                let reason = self.inner.no_network.clone();
+                return Err(Error::NoNetwork { what: "the node".to_owned(), reason });
+            }
+            (wanted, networks) => wanted.unwrap_or(networks.is_some()),
+        };
         let template = self.inner.template(template).await?;
         let shape = Shape {
             vcpus: vcpus.unwrap_or(template.shape.vcpus),
@@ -433,8 +549,8 @@ impl Node {
         };
         let inner = Arc::clone(&self.inner);
         let task = self.inner.tasks.spawn(async move {
-            let snapshot = inner.bake(&template, shape).await?;
-            if let (Some(target), Ok(pool)) = (waiting_vmms, inner.pool_for(&template, shape)) {
+            let snapshot = inner.bake(&template, shape, network).await?;
+            if let (Some(target), Ok(pool)) = (waiting_vmms, inner.pool_for(&template, shape, network)) {
                 pool.set_target(target);
             }
             Ok(snapshot.manifest.id.clone())
@@ -460,7 +576,21 @@ impl Node {
             reflink: inner.reflink,
             sandboxes: u32::try_from(inner.sandboxes().len()).unwrap_or(u32::MAX),
             waiting_vmms: pools.iter().map(|pool| pool.count()).sum(),
-            settled: busy == 0 && pools.iter().all(|pool| pool.is_full()),
+            settled: busy == 0
+                && pools.iter().all(|pool| pool.is_full())
+                && inner.keeper.networks.as_ref().is_none_or(|networks| networks.slots.is_full()),
+            network: inner.keeper.networks.as_ref().map(|networks| {
+                let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+                let (used, quarantined) = networks.slots.used();
+                NodeNetwork {
+                    range: networks.slots.range().to_string(),
+                    uplink: networks.slots.uplink().map(str::to_owned),
+                    slots_ready: count(networks.slots.ready()),
+                    slots_used: count(used),
+                    slots_quarantined: count(quarantined),
+                }
+            }),
+            no_network: inner.no_network.clone(),
             memory_mb,
             memory_reserved_mb,
             vcpus,
@@ -527,5 +657,51 @@ impl Node {
                 self.inner.discard(ready).await;
             }
         }
+        if let Some(networks) = &self.inner.keeper.networks
+            && let Err(error) = networks.close().await
+        {
+            tracing::error!(
+                error = kelvin_api::error::chain(&error),
+                "networks are left, the next start removes them"
+            );
+        }
     }
+}
+
+/// Networks as the options say: with the slots that the egress process answers already, or with the reason
+/// why there are none. A host that cannot have networks still runs sandboxes without.
+async fn open_networks(
+    options: &Options,
+    ledger: &Ledger,
+    entries: &[Entry],
+) -> Result<(Option<Arc<Networks>>, Vec<u16>, Option<String>), Error> {
+    let Some(wanted) = &options.network else {
+        return Ok((None, Vec::new(), Some("it was turned off when the server was started".to_owned())));
+    };
+    let run = options.data_dir.join("run");
+    let slots = kelvin_host::net::Options {
+        range: wanted.range,
+        uplink: wanted.uplink.clone(),
+        ready: wanted.slots,
+        bandwidth_mbit: wanted.bandwidth_mbit,
+        max_connections: wanted.max_connections,
+        range_file: run.join("slot-range"),
+    };
+    let slots = match kelvin_host::net::Slots::open(slots, ledger.clone()).await {
+        Ok(slots) => slots,
+        Err(kelvin_host::net::Error::Unavailable(reason)) => return Ok((None, Vec::new(), Some(reason))),
+        Err(error) => return Err(error.into()),
+    };
+    let egress = EgressOptions {
+        options: kelvin_egress::Options {
+            uplink: wanted.uplink.clone(),
+            resolver: wanted.resolver.or_else(kelvin_egress::system_resolver),
+            max_connections: wanted.max_connections,
+            build: env!("CARGO_PKG_VERSION").to_owned(),
+        },
+        program: wanted.program.clone(),
+        user: wanted.user,
+    };
+    let (networks, attached) = Networks::open(slots, ledger.clone(), run, egress, entries).await?;
+    Ok((Some(networks), attached, None))
 }

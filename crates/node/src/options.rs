@@ -1,11 +1,13 @@
 //! Settings of a node, checked before it starts.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use kelvin_api::phase::Phase;
 use kelvin_api::units::MemoryMib;
 use kelvin_host::accel::Accelerator;
+use kelvin_host::net::Range;
 
 /// Everything a node can be told.
 #[derive(Debug, Clone)]
@@ -32,10 +34,33 @@ pub struct Options {
     pub activate_deadline: Duration,
     /// The first of the user ids that VMMs drop to; `None` keeps the daemon's user.
     pub first_user: Option<u32>,
+    /// Networks; `None` for a node that gives none.
+    pub network: Option<NetworkOptions>,
     /// Whether a cold create is followed by a bake of what was missing.
     pub auto_bake: bool,
     /// For tests: the daemon kills itself when a create enters this phase.
     pub crash_at: Option<Phase>,
+}
+
+/// Settings of the node's networks.
+#[derive(Debug, Clone)]
+pub struct NetworkOptions {
+    /// The link that leads out; `None` leads nowhere.
+    pub uplink: Option<String>,
+    /// Addresses of the slots; `None` finds a free range.
+    pub range: Option<Range>,
+    /// Slots that are kept ready.
+    pub slots: usize,
+    /// Megabits per second of one sandbox, each way.
+    pub bandwidth_mbit: Option<u32>,
+    /// Connections out of one sandbox.
+    pub max_connections: u32,
+    /// Where the guests' questions are sent; `None` is the host's own resolver.
+    pub resolver: Option<SocketAddr>,
+    /// The program that has the subcommand `egress`: this one.
+    pub program: PathBuf,
+    /// The user of the egress process.
+    pub user: Option<u32>,
 }
 
 /// Memory that a VMM needs beside its guest's.
@@ -61,6 +86,7 @@ impl Options {
             boot_deadline: Duration::from_secs(90),
             activate_deadline: Duration::from_secs(15),
             first_user: rustix::process::geteuid().is_root().then_some(1_795_162_112),
+            network: None,
             auto_bake: true,
             crash_at: None,
         }

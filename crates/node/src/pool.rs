@@ -19,6 +19,7 @@ use crate::Inner;
 use crate::capacity::Amount;
 use crate::error::Error;
 use crate::home::Home;
+use crate::networks::Networks;
 
 /// How long a filler lets requests go first.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -120,8 +121,9 @@ impl Inner {
     /// Starts one VMM for `pool`'s snapshot and connects its guest's control port.
     pub async fn prepare(&self, pool: &Pool) -> Result<Ready, Error> {
         let manifest = &pool.snapshot.manifest;
-        let home =
-            self.keeper.build(manifest_shape(manifest), &manifest.guest, pool.snapshot.file("disk")).await?;
+        let network = self.has_network(&manifest.identity);
+        let disk = pool.snapshot.file("disk");
+        let home = self.keeper.build(manifest_shape(manifest), &manifest.guest, disk, network).await?;
         let memory = std::path::Path::new("snapshots").join(manifest.id.as_str()).join("memory");
         let made = async {
             let waiting = self.driver.prepare(&home.spec, &memory).await?;
@@ -182,6 +184,29 @@ pub async fn fill(inner: Arc<Inner>, pool: Arc<Pool>) {
                 }
                 tracing::warn!(error = kelvin_api::error::chain(&error), "no VMM could be prepared");
                 let _ = stop.run_until_cancelled(tokio::time::timeout(RETRY, pool.wake.notified())).await;
+            }
+        }
+    }
+}
+
+/// Keeps network slots ready until the node stops, as [`fill`] does for VMMs.
+pub async fn fill_slots(inner: Arc<Inner>, networks: Arc<Networks>) {
+    let stop = inner.stop.clone();
+    let slots = &networks.slots;
+    while !stop.is_cancelled() {
+        if slots.is_full() {
+            stop.run_until_cancelled(slots.taken()).await;
+            continue;
+        }
+        let _ = stop.run_until_cancelled(tokio::time::timeout(PATIENCE, inner.quiet())).await;
+        if slots.is_full() || stop.is_cancelled() {
+            continue;
+        }
+        match slots.add().await {
+            Ok(()) => inner.settled.notify_waiters(),
+            Err(error) => {
+                tracing::warn!(error = kelvin_api::error::chain(&error), "no network slot could be prepared");
+                let _ = stop.run_until_cancelled(tokio::time::timeout(RETRY, slots.taken())).await;
             }
         }
     }

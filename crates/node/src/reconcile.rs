@@ -8,7 +8,8 @@ use std::time::Duration;
 use kelvin_api::error::chain;
 use kelvin_api::guest::Request;
 use kelvin_api::id::VmId;
-use kelvin_host::ledger::Resource;
+use kelvin_host::ledger::{Entry, Record as LedgerRecord, Resource};
+use kelvin_host::net::Range;
 use kelvin_host::process::ProcessKey;
 use kelvin_vmm::control::Control;
 use kelvin_vmm::{MachineSpec, Port};
@@ -27,17 +28,32 @@ struct Found {
     key: Option<ProcessKey>,
     user: Option<u32>,
     record: Option<SandboxRecord>,
+    slot: Option<(u16, Range)>,
+    /// Whether there is anything beside a slot: a machine.
+    is_machine: bool,
 }
 
 impl Inner {
     /// Brings the host to what the ledger says. Returns how many sandboxes were adopted and how many
     /// machines removed.
-    pub async fn reconcile(self: &Arc<Self>) -> Result<(u32, u32), Error> {
-        let (entries, records) = self.keeper.ledger.read().await?;
+    ///
+    /// `entries` and `records` are what the ledger had; `attached` the slots that the egress process answers.
+    pub async fn reconcile(
+        self: &Arc<Self>,
+        entries: Vec<Entry>,
+        records: Vec<LedgerRecord>,
+        attached: &[u16],
+    ) -> Result<(u32, u32), Error> {
         let mut machines: BTreeMap<VmId, Found> = BTreeMap::new();
         for entry in entries {
             let found = machines.entry(entry.owner).or_default();
             match entry.resource {
+                Resource::Slot { number, range } => {
+                    found.slot = Some((number, range));
+                    continue;
+                }
+                // The networks have looked after it.
+                Resource::Helper { .. } => continue,
                 Resource::User { uid } => {
                     found.user = Some(uid);
                     self.keeper.users.claim(uid);
@@ -46,6 +62,7 @@ impl Inner {
                 // It lies where the machine's id says.
                 Resource::Directory { .. } => {}
             }
+            found.is_machine = true;
         }
         for record in records {
             let found = machines.entry(record.owner).or_default();
@@ -54,14 +71,25 @@ impl Inner {
                 Err(error) => tracing::error!(%error, "a record does not parse, its machine is removed"),
             }
         }
+        // Slots are their own owners; a machine's entry says which one it has.
+        let (machines, slots): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            machines.into_iter().partition(|(_, found)| found.is_machine);
+        let mut slots: BTreeMap<u16, (VmId, Range)> = slots
+            .into_iter()
+            .filter_map(|(owner, found)| found.slot.map(|(number, range)| (number, (owner, range))))
+            .collect();
         let (mut adopted, mut removed) = (0, 0);
         for (vm, found) in machines {
-            let spec = self.spec(vm, &found);
+            let mut spec = self.spec(vm, &found);
             if let (Some(record), Some(key)) = (&found.record, found.key)
                 && record.state == State::Running
             {
-                match self.adopt(&spec, key, record.clone()).await {
+                let slot = found.slot.and_then(|(number, _)| slots.get(&number).map(|slot| (number, slot)));
+                match self.adopt(&mut spec, key, record.clone(), slot, attached).await {
                     Ok(()) => {
+                        if let Some((number, _)) = found.slot {
+                            slots.remove(&number);
+                        }
                         adopted += 1;
                         continue;
                     }
@@ -71,8 +99,21 @@ impl Inner {
                     }
                 }
             }
+            // Its slot is removed below, by its own entry.
+            spec.network = None;
             self.keeper.release_or_log(&spec, found.key).await;
             removed += 1;
+        }
+        if let Some(networks) = &self.keeper.networks {
+            for (number, (owner, range)) in slots {
+                if range != networks.slots.range() {
+                    // Its number means nothing here; its link went with its machine.
+                    self.keeper.ledger.strike_all(&owner).await?;
+                } else if let Err(error) = networks.slots.remove(number, &owner).await {
+                    tracing::error!(number, error = chain(&error), "a network slot is quarantined");
+                }
+            }
+            networks.forget(attached).await;
         }
         Ok((adopted, removed))
     }
@@ -92,15 +133,27 @@ impl Inner {
                 .record
                 .as_ref()
                 .map_or_else(Default::default, |record| std::path::Path::new("guests").join(&record.guest)),
+            network: None,
         }
     }
 
     async fn adopt(
         self: &Arc<Self>,
-        spec: &MachineSpec,
+        spec: &mut MachineSpec,
         key: ProcessKey,
         record: SandboxRecord,
+        slot: Option<(u16, &(VmId, Range))>,
+        attached: &[u16],
     ) -> Result<(), Error> {
+        if let Some(attachment) = &record.network {
+            let (Some((number, (owner, range))), Some(networks)) = (slot, &self.keeper.networks) else {
+                let what = format!("sandbox {}", record.sandbox);
+                return Err(Error::NoNetwork { what, reason: self.no_network.clone() });
+            };
+            let slot = networks.slots.adopt(*range, number, owner.clone(), key).await?;
+            networks.adopt(&slot, &attachment.policy, attached).await?;
+            spec.network = Some(slot);
+        }
         let running = self.driver.adopt(spec, key).await?;
         let mut control = Control::new(running.connect(Port::Control).await?);
         control.call("ping", &Request::Ping, ANSWER).await?;

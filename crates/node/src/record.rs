@@ -5,7 +5,8 @@
 //!     └──────────────end─────────────────^
 //! ```
 
-use kelvin_api::id::{SandboxId, SnapshotId};
+use kelvin_api::id::{SandboxId, SnapshotId, Token};
+use kelvin_api::network::Attachment;
 use kelvin_api::sandbox::StartPath;
 use kelvin_api::units::Shape;
 use serde::{Deserialize, Serialize};
@@ -68,6 +69,12 @@ pub struct SandboxRecord {
     pub started_at: jiff::Timestamp,
     /// When the node ends it.
     pub ends_at: jiff::Timestamp,
+    /// What callers must show: a gateway asks the node, and the node may have to activate again.
+    #[serde(default)]
+    pub access_token: Option<Token>,
+    /// Its network.
+    #[serde(default)]
+    pub network: Option<Attachment>,
 }
 
 #[cfg(test)]

@@ -5,7 +5,8 @@
 
 use std::sync::Arc;
 
-use kelvin_api::id::SandboxId;
+use kelvin_api::id::{SandboxId, Token};
+use kelvin_api::network::{Attachment, Policy};
 use kelvin_api::node::Live;
 use kelvin_vmm::control::Control;
 use kelvin_vmm::{MachineSpec, Port, Running};
@@ -16,6 +17,7 @@ use crate::Inner;
 use crate::agent::Agent;
 use crate::capacity::Amount;
 use crate::error::Error;
+use crate::link::Network;
 use crate::record::{Event, Record, SandboxRecord, next};
 
 /// Commands that may wait for one sandbox.
@@ -29,6 +31,8 @@ pub enum Command {
     SetDeadline(jiff::Timestamp, oneshot::Sender<()>),
     /// Connect to the guest.
     Connect(Port, oneshot::Sender<Result<UnixStream, kelvin_vmm::Error>>),
+    /// Replace its egress policy.
+    SetPolicy(Policy, oneshot::Sender<Result<(), Error>>),
     /// The console's text.
     Console(oneshot::Sender<Result<String, kelvin_vmm::Error>>),
 }
@@ -39,6 +43,10 @@ pub struct Sandbox {
     live: watch::Receiver<Live>,
     /// The way to its agent.
     pub agent: Agent,
+    /// The way to its ports, when it has a network.
+    pub network: Option<Arc<Network>>,
+    /// What callers of its agent must show.
+    pub access_token: Option<Token>,
 }
 
 impl Sandbox {
@@ -88,7 +96,19 @@ impl Inner {
         let (live, watched) = watch::channel(live_of(&machine.record));
         let id = machine.record.sandbox.clone();
         let agent = Agent::new(self.tasks.clone(), self.stop.clone());
-        let sandbox = Arc::new(Sandbox { commands, live: watched, agent });
+        let network = machine.spec.network.clone().zip(machine.record.network.clone());
+        let network = network.map(|(slot, attachment)| Arc::new(Network::new(slot, attachment)));
+        if let Some(network) = &network {
+            self.tasks.spawn({
+                let (network, stop, id) = (Arc::clone(network), self.stop.clone(), id.to_string());
+                async move {
+                    stop.run_until_cancelled(network.follow(id)).await;
+                }
+            });
+        }
+        let access_token = machine.record.access_token.clone();
+        let sandbox =
+            Arc::new(Sandbox { commands, live: watched, agent, network: network.clone(), access_token });
         self.sandboxes().insert(id, sandbox);
         let keeping = Keeping {
             inner: Arc::clone(self),
@@ -96,6 +116,7 @@ impl Inner {
             running: machine.running,
             _control: machine.control,
             record: machine.record,
+            network,
         };
         self.tasks.spawn(keeping.run(queue, live));
     }
@@ -114,6 +135,7 @@ struct Keeping {
     running: Running,
     _control: Control,
     record: SandboxRecord,
+    network: Option<Arc<Network>>,
 }
 
 impl Keeping {
@@ -137,6 +159,7 @@ impl Keeping {
                         live.send_replace(live_of(&self.record));
                         let _ = done.send(());
                     }
+                    Some(Command::SetPolicy(policy, done)) => { let _ = done.send(self.set_policy(policy).await); }
                     Some(Command::Connect(port, reply)) => { let _ = reply.send(self.running.connect(port).await); }
                     Some(Command::Console(reply)) => { let _ = reply.send(self.running.console().await); }
                     None => break ("nobody holds it any more".to_owned(), None),
@@ -144,6 +167,19 @@ impl Keeping {
             }
         };
         self.end(&reason, waiting).await;
+    }
+
+    async fn set_policy(&mut self, policy: Policy) -> Result<(), Error> {
+        let (Some(network), Some(networks)) = (&self.network, &self.inner.keeper.networks) else {
+            return Err(Error::NoNetwork { what: format!("sandbox {}", self.record.sandbox), reason: None });
+        };
+        // Recorded first: whatever happens next, a restart comes to the policy that was asked for last.
+        let attachment = Attachment { policy: policy.clone(), ..network.attachment() };
+        self.record.network = Some(attachment.clone());
+        self.inner.remember(&self.spec, &self.record).await?;
+        networks.apply(&network.slot, &policy).await?;
+        network.set_attachment(attachment);
+        Ok(())
     }
 
     async fn end(mut self, reason: &str, waiting: Option<oneshot::Sender<()>>) {
@@ -161,6 +197,9 @@ impl Keeping {
         self.inner.changes.add(id, reason);
         if let Some(done) = waiting {
             let _ = done.send(());
+        }
+        if let Some(network) = self.network.take() {
+            network.close().await;
         }
         self.inner.keeper.release_or_log(&self.spec, Some(self.running.key())).await;
         self.inner.capacity().release(Amount::machine(self.record.shape));

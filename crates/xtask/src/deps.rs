@@ -18,7 +18,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("control", &["store", "host", "api"]),
     ("gateway", &["api"]),
     ("client", &["api"]),
-    ("bench", &["client", "api"]),
+    ("bench", &["client", "host", "api"]),
     ("e2e", &["client", "api"]),
     ("cli", &["gateway", "control", "node", "egress", "client", "bench", "vmm", "store", "host", "api"]),
     ("xtask", &[]),

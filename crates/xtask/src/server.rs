@@ -100,7 +100,8 @@ fn start(built: &Built) -> Result<Server> {
     // Its own session: it outlives this command and its terminal.
     let mut child = as_root("setsid")
         .arg(&built.binary)
-        .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
+        // Never the machine's own uplink: what runs here is for trying and measuring.
+        .args(["serve", "--listen", "127.0.0.1:0", "--uplink", "none", "--data-dir"])
         .arg(&data)
         .stdin(Stdio::null())
         .stdout(file.try_clone()?)

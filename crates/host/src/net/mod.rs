@@ -315,6 +315,16 @@ pub async fn check() -> Result<(), Error> {
     }
 }
 
+/// The link of the host's default route.
+///
+/// # Errors
+/// As netlink gives them.
+pub async fn default_uplink() -> io::Result<Option<String>> {
+    let routes = link::routes().await?;
+    let index = routes.into_iter().find_map(|(_, prefix, index)| index.filter(|_| prefix == 0));
+    index.map(link::name).transpose()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
