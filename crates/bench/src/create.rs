@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use comfy_table::{Table, presets};
+use kelvin_api::network::{NewNetwork, Word};
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{BakeTemplate, NewSandbox, Sandbox, StartPath};
 use kelvin_client::Client;
@@ -37,6 +38,9 @@ pub struct Args {
     /// Memory of the machines in MiB, instead of the template's.
     #[arg(long)]
     pub memory_mib: Option<u64>,
+    /// Machines without a network.
+    #[arg(long)]
+    pub no_network: bool,
     /// Template.
     #[arg(long, default_value = "base")]
     pub template: String,
@@ -141,7 +145,8 @@ pub async fn run(client: &Client, args: &Args) -> Result<Report, Error> {
     let node = client.node().await?;
     let mut bare = None;
     if args.path == Path::Clone {
-        let request = BakeTemplate { memory_mb: args.memory_mib, ..BakeTemplate::default() };
+        let network = args.no_network.then_some(false);
+        let request = BakeTemplate { memory_mb: args.memory_mib, network, ..BakeTemplate::default() };
         let snapshot = client.bake(&args.template, &request).await?;
         if args.baseline {
             bare = Some(Bare::open(node.data_dir.as_ref(), &snapshot)?);
@@ -231,6 +236,7 @@ async fn create(client: Client, args: Args) -> Result<(Sandbox, f64), Error> {
         timeout: Some(LIFE_S),
         memory_mb: args.memory_mib,
         start_path: Some(path),
+        network: args.no_network.then_some(NewNetwork::Word(Word::None)),
         ..NewSandbox::default()
     };
     let started = Instant::now();

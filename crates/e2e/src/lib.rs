@@ -3,7 +3,9 @@
 //!
 //! `cargo xtask test` makes the ground and names it in `KELVIN_E2E_DIR` and `KELVIN_E2E_BINARY`; without
 //! it the tests say `skipped: ...`. A server that is stopped has to have left nothing; one whose test
-//! failed is cleared away.
+//! failed is cleared away. Each test has a network namespace of its own; [`world`] gives it an internet.
+
+pub mod world;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -30,7 +32,15 @@ impl Ground {
     pub fn find() -> Option<Self> {
         let variable = |name| std::env::var_os(name).map(PathBuf::from);
         match (variable("KELVIN_E2E_BINARY"), variable("KELVIN_E2E_DIR")) {
-            (Some(binary), Some(directory)) => Some(Self { binary, directory }),
+            (Some(binary), Some(directory)) => {
+                // Slots, sockets and packets of a test stay in a namespace that ends with its thread. Runtimes of
+                // tests have no other thread that would open a socket.
+                if rustix::process::geteuid().is_root() {
+                    kelvin_host::net::ns::unshare().expect("a network namespace");
+                    ip("link set lo up");
+                }
+                Some(Self { binary, directory })
+            }
             _ => {
                 println!("skipped: no ground for end-to-end tests, `cargo xtask test` makes it");
                 None
@@ -59,6 +69,23 @@ impl Ground {
     pub fn guest(&self, name: &str) -> PathBuf {
         self.directory.join("guest").join(name)
     }
+}
+
+/// Runs `ip` with these words, in this thread's namespace.
+pub fn ip(words: &str) {
+    let output = Command::new("ip").args(words.split_whitespace()).output().expect("iproute2 is installed");
+    assert!(output.status.success(), "ip {words}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Links of slots in this thread's namespace.
+pub fn slot_links() -> Vec<String> {
+    let output = Command::new("ip").args(["-o", "link"]).output().expect("iproute2 is installed");
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(1))
+        .filter(|name| name.starts_with("kv"))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// A server under test.
@@ -99,8 +126,9 @@ impl Server {
             .open(self.data_dir.join("server.log"))
             .expect("a log");
         let mut child = Command::new(&self.binary)
-            .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
+            .args(["serve", "--data-dir"])
             .arg(&self.data_dir)
+            .args(defaults(args))
             .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -227,6 +255,17 @@ impl Server {
             .collect()
     }
 
+    /// The egress process of this server.
+    pub fn helpers(&self) -> BTreeSet<i32> {
+        let run = self.data_dir.join("run");
+        fs::read_dir("/proc")
+            .expect("proc")
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+            .filter(|pid| fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == run))
+            .collect()
+    }
+
     /// Directories of machines.
     pub fn machines(&self) -> Vec<PathBuf> {
         fs::read_dir(self.data_dir.join("sandboxes"))
@@ -244,7 +283,13 @@ impl Server {
         }
         self.terminate().await;
         assert_eq!(self.vmms(), BTreeSet::new(), "VMMs are left\n{}", self.log());
+        assert_eq!(self.helpers(), BTreeSet::new(), "a helper is left\n{}", self.log());
         assert_eq!(self.machines(), Vec::<PathBuf>::new(), "directories are left\n{}", self.log());
+        assert_eq!(slot_links(), Vec::<String>::new(), "links are left\n{}", self.log());
+        if rustix::process::geteuid().is_root() {
+            let tables = kelvin_host::net::nft::run("list tables").expect("rules");
+            assert!(!tables.contains("kelvin"), "rules are left: {tables}");
+        }
         let staged = fs::read_dir(self.data_dir.join("staging")).expect("a directory").count();
         assert_eq!(staged, 0, "staging is not empty");
         self.stopped = true;
@@ -262,7 +307,7 @@ impl Drop for Server {
             let _ = child.kill();
             let _ = child.wait();
         }
-        for pid in self.vmms() {
+        for pid in self.vmms().into_iter().chain(self.helpers()) {
             if let Some(pid) = rustix::process::Pid::from_raw(pid) {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
             }
@@ -272,6 +317,15 @@ impl Drop for Server {
         eprintln!("--- the server's last words\n{}", tail.into_iter().rev().collect::<Vec<_>>().join("\n"));
         let _ = fs::remove_dir_all(&self.data_dir);
     }
+}
+
+/// What every server is told, unless a test tells it something else.
+fn defaults(args: &[&str]) -> Vec<&'static str> {
+    [("--listen", "127.0.0.1:0"), ("--uplink", "none"), ("--slots", "4")]
+        .into_iter()
+        .filter(|(name, _)| !args.contains(name))
+        .flat_map(|(name, value)| [name, value])
+        .collect()
 }
 
 /// The body of an ordinary create.

@@ -29,6 +29,10 @@ async fn raw(server: &Server, request: &str, body: &[u8]) -> (u16, String) {
     (status, reply.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default())
 }
 
+fn network(json: &str) -> Option<kelvin_api::network::NewNetwork> {
+    Some(serde_json::from_str(json).expect("a network"))
+}
+
 fn resources(node: &NodeInfo) -> (u32, u64, u32, u32) {
     (node.sandboxes, node.memory_reserved_mb, node.vcpus_reserved, node.ledger_entries)
 }
@@ -60,11 +64,10 @@ async fn bad_input_is_refused_by_name_and_makes_nothing() {
         (change(|body| body.env_vars = Some([("A".into(), "x\0y".into())].into())), 400, "invalid_env_var"),
         (change(|body| body.env_vars = Some([("A".into(), "x".repeat(300_000))].into())), 400, "too_large"),
         (change(|body| body.auto_pause = Some(true)), 400, "unsupported_field"),
-        (
-            change(|body| body.network = Some(serde_json::json!({ "denyOut": ["0.0.0.0/0"] }))),
-            400,
-            "unsupported_field",
-        ),
+        (change(|body| body.network = network(r#"{"rules": {"a.com": []}}"#)), 400, "unsupported_field"),
+        (change(|body| body.network = network(r#"{"allowOut": ["10.0.0.0/8"]}"#)), 400, "invalid_network"),
+        (change(|body| body.network = network(r#"{"allowOut": ["a.com"]}"#)), 400, "invalid_network"),
+        (change(|body| body.network = network(r#"{"maskRequestHost": "a b"}"#)), 400, "invalid_network"),
     ];
     for (body, status, code) in &cases {
         assert_eq!(refusal(&client, body).await, (*status, (*code).to_owned()), "{:?}", body.template_id);

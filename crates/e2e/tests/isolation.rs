@@ -15,7 +15,7 @@ struct Seen {
     clock_error: f64,
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn two_hundred_machines_share_nothing_and_leave_nothing() {
     let Some(ground) = Ground::find() else { return };
     let server = ground.server("isolation", &[]).await;

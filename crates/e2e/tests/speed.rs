@@ -54,5 +54,9 @@ async fn clones_are_as_fast_as_promised() {
         let large = bench(&server, &with(&["--memory-mib", "2048"]));
         p50(&large, "create_ms") / p50(&bench(&server, &n), "create_ms")
     });
+    promise("with a network ÷ without, p50", 1.15, false, || {
+        let without = bench(&server, &with(&["--no-network"]));
+        p50(&bench(&server, &n), "create_ms") / p50(&without, "create_ms")
+    });
     server.stop().await;
 }
