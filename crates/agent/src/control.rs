@@ -103,6 +103,7 @@ pub struct Control {
     hosts: IdentityFile,
     /// What init could not do; a machine with problems refuses to be activated.
     problems: String,
+    another: bool,
 }
 
 impl Control {
@@ -129,7 +130,13 @@ impl Control {
             machine_id: IdentityFile::create("machine-id", 33, again)?,
             hosts: IdentityFile::create("hosts", HOSTS.len() + 21, again)?,
             problems: std::env::var(crate::init::PROBLEMS).unwrap_or_default(),
+            another: again,
         })
+    }
+
+    /// Whether another agent of this machine was activated before this one.
+    pub fn is_another(&self) -> bool {
+        self.another
     }
 
     /// Answers one frame after the other, for ever. A frame that does not parse is answered with its

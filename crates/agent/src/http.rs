@@ -47,13 +47,14 @@ pub fn run() -> io::Result<()> {
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     let state = Arc::new(State::default());
     let control = Control::open(Arc::clone(&state), port::open(guest::CONTROL_PORT, false)?)?;
+    let again = control.is_another();
     std::thread::Builder::new().name("control".to_owned()).spawn(move || control.run())?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
-    runtime.block_on(serve(state, port::open(guest::HTTP_PORT, true)?))
+    runtime.block_on(serve(state, port::open(guest::HTTP_PORT, true)?, again))
 }
 
-async fn serve(state: Arc<State>, port: std::fs::File) -> io::Result<()> {
+async fn serve(state: Arc<State>, port: std::fs::File, again: bool) -> io::Result<()> {
     let router = Router::new()
         .add_service(Arc::new(Processes::new(Arc::clone(&state))))
         .add_service(Arc::new(Files(Arc::clone(&state))));
@@ -63,6 +64,10 @@ async fn serve(state: Arc<State>, port: std::fs::File) -> io::Result<()> {
         meter: CpuMeter::default(),
     });
     let mut listener = port::Listener::new(port, state)?;
+    if again {
+        // The host is in the middle of a conversation with an agent that is no more.
+        listener.dismiss().await?;
+    }
     loop {
         let stream = listener.accept().await?;
         let agent = Arc::clone(&agent);

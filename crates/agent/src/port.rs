@@ -6,12 +6,13 @@
 //! so it stays open.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::unix::AsyncFd;
@@ -38,6 +39,11 @@ pub fn open(name: &str, nonblocking: bool) -> io::Result<File> {
     }
     Err(io::Error::new(io::ErrorKind::NotFound, format!("no virtio port {name}")))
 }
+
+/// An HTTP/2 frame that ends a connection: GOAWAY, INTERNAL_ERROR, no stream was done. Source: RFC 9113, 6.8.
+const GOAWAY: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
+/// How long a host may take to hang up before it is told again.
+const DISMISSED: Duration = Duration::from_millis(20);
 
 /// The guest's end of the HTTP port, between connections.
 ///
@@ -79,6 +85,20 @@ impl Listener {
         let mut fds = [PollFd::new(&self.port, PollFlags::IN)];
         poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
         Ok(!fds[0].revents().contains(PollFlags::HUP))
+    }
+
+    /// Tells a host that is connected to hang up, and waits until it has: it cannot see by itself that the agent
+    /// it spoke to has ended.
+    ///
+    /// # Errors
+    /// When the port itself fails.
+    pub async fn dismiss(&mut self) -> io::Result<()> {
+        while self.has_host()? {
+            // What was being read when the first came may have swallowed it.
+            let _ = (&self.port).write(&GOAWAY);
+            tokio::time::sleep(DISMISSED).await;
+        }
+        Ok(())
     }
 
     /// Waits until the host has connected, and gives the stream of that connection.

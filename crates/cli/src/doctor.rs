@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
-use kelvin_host::{accel, datadir};
+use kelvin_host::{accel, datadir, net};
 use serde::Serialize;
 
 use crate::args::{Connection, DoctorArgs, Output, data_dir};
@@ -120,6 +120,28 @@ fn host() -> Vec<Check> {
     ]
 }
 
+/// Slots are tried, not guessed; and where they would lead to.
+async fn network() -> Check {
+    const NAME: &str = "network";
+    if let Err(error) = net::check().await {
+        let remedy =
+            "run the server as root, with /dev/net/tun and libnftables1; sandboxes without a network work";
+        return check(NAME, Verdict::Warning, kelvin_api::error::chain(&error), remedy);
+    }
+    match net::default_uplink().await {
+        Ok(Some(uplink)) => check(NAME, Verdict::Ok, format!("slots can be built, uplink {uplink}"), ""),
+        Ok(None) => check(
+            NAME,
+            Verdict::Warning,
+            "slots can be built, but there is no default route: sandboxes reach nothing outside",
+            "name the link with `kelvin serve --uplink`",
+        ),
+        Err(error) => {
+            check(NAME, Verdict::Warning, error.to_string(), "name the link with `kelvin serve --uplink`")
+        }
+    }
+}
+
 async fn server(connection: &Connection) -> Check {
     let client = match config::client(connection) {
         Ok(client) => client,
@@ -148,6 +170,7 @@ async fn server(connection: &Connection) -> Check {
 /// Prints all checks; the exit code is 1 when one has failed.
 pub async fn run(connection: &Connection, output: Output, args: &DoctorArgs) -> Result<ExitCode, Failed> {
     let mut checks = host();
+    checks.push(network().await);
     checks.extend(data_directory(&data_dir(args.data_dir.as_ref())));
     checks.push(server(connection).await);
     print(output, &checks, |checks| {

@@ -253,7 +253,12 @@ fn answer(question: &[u8], seen: &Mutex<Seen>) -> Option<Vec<u8>> {
     let asked = packet.questions.first()?;
     let name = asked.qname.to_string().to_ascii_lowercase();
     lock(seen).names.push(name.clone());
-    let known = [("public.test", PUBLIC), ("other.test", OTHER), ("rebind.test", "10.0.0.1")];
+    let known = [
+        ("public.test", PUBLIC),
+        ("other.test", OTHER),
+        ("rebind.test", "10.0.0.1"),
+        ("self.test", "198.51.100.2"),
+    ];
     let mut reply = Packet::new_reply(packet.id());
     reply.set_flags(PacketFlag::RECURSION_DESIRED | PacketFlag::RECURSION_AVAILABLE);
     reply.questions.push(asked.clone());

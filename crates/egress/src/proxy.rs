@@ -92,7 +92,7 @@ async fn connect(name: &str, port: u16, options: &Options) -> io::Result<TcpStre
     let mut last = io::Error::from(io::ErrorKind::NotFound);
     for address in resolve(name, options).await? {
         // A name must not lead to where no address may.
-        if is_never(&address.into()) {
+        if is_never(&address.into()) || is_own(address) {
             last = io::Error::new(
                 io::ErrorKind::PermissionDenied,
                 "the name leads to an address that is never reachable",
@@ -105,6 +105,11 @@ async fn connect(name: &str, port: u16, options: &Options) -> io::Result<TcpStre
         }
     }
     Err(last)
+}
+
+/// Whether an address is the host's: only those can be bound. They change, so no list of them is kept.
+fn is_own(address: Ipv4Addr) -> bool {
+    std::net::UdpSocket::bind((address, 0)).is_ok()
 }
 
 async fn dial(address: Ipv4Addr, port: u16, options: &Options) -> io::Result<TcpStream> {
@@ -125,11 +130,16 @@ async fn tls(slot: &Arc<Slot>, mut stream: TcpStream, port: u16, options: &Optio
             return Ok(());
         }
     };
-    let Some(name) = name.filter(|name| slot.policy().names().allow(name)) else {
-        slot.refuse("name", "tls without an allowed name");
+    let Some(name) = name else {
+        slot.refuse("no_name", &format!("tls to port {port}"));
         reset(&stream);
         return Ok(());
     };
+    if !slot.policy().names().allow(&name) {
+        slot.refuse("name", &format!("tls {name}"));
+        reset(&stream);
+        return Ok(());
+    }
     let named = slot.register(&name);
     let mut server = match connect(&name, port, options).await {
         Ok(server) => server,
@@ -224,8 +234,10 @@ async fn forward(
     upstream: &Mutex<Option<Upstream>>,
 ) -> Response<Body> {
     let host = host_of(&request);
-    let Some(host) = host.filter(|host| slot.policy().names().allow(host)) else {
-        slot.refuse("name", "http without an allowed host");
+    let allowed = host.as_deref().is_some_and(|host| slot.policy().names().allow(host));
+    let Some(host) = host.filter(|_| allowed) else {
+        let shown = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+        slot.refuse("name", &format!("http {}", shown.unwrap_or("without a host")));
         return text(
             StatusCode::FORBIDDEN,
             "This host is not allowed by the sandbox's network policy.\n".to_owned(),

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use kelvin_api::network::{Policy, Refusal};
 use tokio::sync::Semaphore;
@@ -13,6 +14,8 @@ use crate::wire::State;
 const RECENT: usize = 64;
 /// Names of reasons that are counted: ours, so a guest cannot add to them.
 const SHOWN: usize = 120;
+/// Refusals of one slot are logged at most this often.
+const LOG_EVERY: Duration = Duration::from_millis(100);
 /// Questions of one slot that may be under way.
 const QUESTIONS: usize = 64;
 
@@ -20,6 +23,7 @@ const QUESTIONS: usize = 64;
 struct Refusals {
     denied: BTreeMap<&'static str, u64>,
     recent: VecDeque<Refusal>,
+    logged: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -110,6 +114,11 @@ impl Slot {
     pub fn refuse(&self, reason: &'static str, target: &str) {
         let target: String = target.chars().filter(|c| !c.is_control()).take(SHOWN).collect();
         let mut refusals = lock(&self.refusals);
+        // Counted always, logged at a pace that a guest cannot set.
+        if refusals.logged.is_none_or(|logged| logged.elapsed() >= LOG_EVERY) {
+            refusals.logged = Some(Instant::now());
+            tracing::info!(slot = self.number, reason, target, "refused");
+        }
         *refusals.denied.entry(reason).or_default() += 1;
         if refusals.recent.len() == RECENT {
             refusals.recent.pop_front();

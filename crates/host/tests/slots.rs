@@ -1,5 +1,7 @@
 //! Slots of a real kernel, in a network namespace that belongs to the test alone.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -146,6 +148,7 @@ fn rules_of_a_slot_hold() {
         // Rules are replaced in one step.
         let lists = (["1.1.1.0/24".to_owned(), "a.com".to_owned()], ["0.0.0.0/0".to_owned()]);
         let policy = Policy::parse(&lists.0, &lists.1, None).unwrap().limited(Some(8), Some(5)).unwrap();
+        slot.begin(&policy).await.unwrap();
         slot.apply(&policy).await.unwrap();
         slot.apply(&Policy::default()).await.unwrap();
         // The host's connection into the slot becomes one to the guest, and is forgotten with the slot.
@@ -157,7 +160,7 @@ fn rules_of_a_slot_hold() {
                 TcpStream::connect_timeout(&(address, 8000).into(), Duration::from_millis(300)).is_err()
             }
         });
-        tap.read(&mut frame).unwrap();
+        assert!(tap.read(&mut frame).unwrap() > IP + 20);
         assert_eq!(frame[IP + 16..IP + 20], net::GUEST.octets());
         assert_eq!(frame[IP + 12..IP + 16], net::GUEST_GATEWAY.octets(), "guests see one and the same peer");
         assert!(caller.join().unwrap(), "nobody answered");

@@ -4,6 +4,8 @@
 //! up for it too. One that broke is made again by the next request.
 //! The guest is hostile: window sizes bound what it can make the daemon hold for each stream.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::combinators::UnsyncBoxBody;
@@ -19,6 +21,9 @@ use tokio_util::task::TaskTracker;
 pub type SendError = Box<dyn std::error::Error + Send + Sync>;
 /// A request's body on its way to an agent.
 pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
+
+/// How long a guest may be silent while a request waits, before it is asked, and before it is given up.
+const KEEP_ALIVE: Duration = Duration::from_secs(20);
 
 enum Link {
     /// Connected, not a byte sent.
@@ -78,6 +83,10 @@ impl Agent {
             .max_frame_size(64 << 10)
             .max_header_list_size(64 << 10)
             .max_send_buf_size(256 << 10)
+            // A guest that stopped answering: nothing else ends a connection that nobody closes. Only asked while
+            // a request waits, so that an idle machine sleeps.
+            .keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
             .handshake(TokioIo::new(stream))
             .await?;
         let stop = self.stop.clone();

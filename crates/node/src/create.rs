@@ -300,7 +300,7 @@ impl Attempt<'_> {
         };
         if *policy != Policy::default() {
             let span = self.begin(Phase::Network);
-            networks.apply(slot, policy).instrument(span).await?;
+            networks.begin(slot, policy).instrument(span).await?;
             self.lap(Phase::Network);
         }
         Ok(())

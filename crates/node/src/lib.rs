@@ -668,6 +668,14 @@ impl Node {
     }
 }
 
+/// What tells one build of a program from another without reading it.
+fn build_of(program: &Path) -> String {
+    use std::os::unix::fs::MetadataExt;
+    let found = std::fs::metadata(program);
+    let file = found.map(|found| format!("{} {} {}", found.len(), found.mtime(), found.mtime_nsec()));
+    format!("{} {}", env!("CARGO_PKG_VERSION"), file.unwrap_or_default())
+}
+
 /// Networks as the options say: with the slots that the egress process answers already, or with the reason
 /// why there are none. A host that cannot have networks still runs sandboxes without.
 async fn open_networks(
@@ -697,7 +705,7 @@ async fn open_networks(
             uplink: wanted.uplink.clone(),
             resolver: wanted.resolver.or_else(kelvin_egress::system_resolver),
             max_connections: wanted.max_connections,
-            build: env!("CARGO_PKG_VERSION").to_owned(),
+            build: build_of(&wanted.program),
         },
         program: wanted.program.clone(),
         user: wanted.user,

@@ -165,7 +165,7 @@ impl Egress {
         // It ends with the process.
         tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
-                tracing::warn!(line, "egress");
+                tracing::info!(line, "egress");
             }
         });
         let client = blocking(move || {
@@ -255,13 +255,26 @@ impl Networks {
     /// # Errors
     /// `Network` or `Io`; the caller must not let the machine run on.
     pub async fn apply(&self, slot: &Arc<Slot>, policy: &Policy) -> Result<(), Error> {
+        self.tell(slot, policy).await?;
+        Ok(slot.apply(policy).await?)
+    }
+
+    /// The same for a machine that has not run yet.
+    ///
+    /// # Errors
+    /// As [`Networks::apply`].
+    pub async fn begin(&self, slot: &Arc<Slot>, policy: &Policy) -> Result<(), Error> {
+        let (told, ruled) = tokio::join!(self.tell(slot, policy), slot.begin(policy));
+        told?;
+        Ok(ruled?)
+    }
+
+    async fn tell(&self, slot: &Arc<Slot>, policy: &Policy) -> Result<(), Error> {
         if let Some((_, known)) = self.attached().get_mut(&slot.number()) {
             known.clone_from(policy);
         }
         let told = self.call(Request::Policy { slot: slot.number(), policy: policy.clone() }, Vec::new());
-        told.await.map_err(failed("telling the egress process a policy"))?;
-        slot.apply(policy).await?;
-        Ok(())
+        told.await.map_err(failed("telling the egress process a policy")).map(drop)
     }
 
     /// What the egress process refused in `slot`.

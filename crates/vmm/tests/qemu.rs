@@ -1,5 +1,7 @@
 //! The QEMU driver passes the conformance suite with the real guest of `cargo xtask build`.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::PathBuf;
 
 use kelvin_api::units::{DiskMib, MemoryMib, Shape};

@@ -237,19 +237,31 @@ impl Slot {
             .map_err(|source| Error::Io { what: "opening the log of a slot", source })
     }
 
-    /// Enforces `policy` from now on: new rules in one transaction, then connections out of the guest are
-    /// looked at again. On a machine that has not run yet there are none.
+    /// Enforces `policy` from now on, in one transaction; connections out of the guest are looked at again.
     ///
     /// # Errors
     /// `Io` with what nftables said; then the former policy holds.
     pub async fn apply(&self, policy: &Policy) -> Result<(), Error> {
-        let commands = rules::changes(&self.setting, policy);
-        ns::inside(self.namespace.as_fd(), move || {
-            nft::run(&commands)?;
-            netfilter::forget(netfilter::Which::Marked(1)).map(drop)
-        })
-        .await
-        .map_err(|source| Error::Io { what: "changing the rules of a slot", source })
+        // At random: a slot that was adopted does not tell which generation is in force.
+        let mut random = [0; 4];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| Error::Io { what: "reading random bytes", source: error.into() })?;
+        let generation = u32::from_ne_bytes(random).max(2);
+        let commands = rules::changes(&self.setting, policy, generation);
+        ns::inside(self.namespace.as_fd(), move || nft::run(&commands).map(drop))
+            .await
+            .map_err(|source| Error::Io { what: "changing the rules of a slot", source })
+    }
+
+    /// Puts the policy of a machine that has not run yet in force, once, on a new slot.
+    ///
+    /// # Errors
+    /// `Io` with what nftables said.
+    pub async fn begin(&self, policy: &Policy) -> Result<(), Error> {
+        let commands = rules::additions(&self.setting, policy);
+        ns::inside(self.namespace.as_fd(), move || nft::run(&commands).map(drop))
+            .await
+            .map_err(|source| Error::Io { what: "making the rules of a slot", source })
     }
 
     /// What was counted since the slot was built.

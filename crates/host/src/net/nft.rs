@@ -9,6 +9,7 @@ use std::io;
 use std::sync::OnceLock;
 
 use libloading::Library;
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 type New = unsafe extern "C" fn(c_uint) -> *mut c_void;
 type Free = unsafe extern "C" fn(*mut c_void);
@@ -66,13 +67,42 @@ fn functions() -> io::Result<&'static Functions> {
 }
 
 /// Runs `commands` as one transaction in the namespace of this thread and returns what they print, as JSON.
-/// Blocks for about a millisecond.
+/// Blocks for some milliseconds.
+///
+/// The library waits with `select`, which ends the process at a descriptor above 1,023. So it runs on a thread
+/// with a table of descriptors of its own, in which nothing but the standard streams is open.
 ///
 /// # Errors
 /// `Unsupported` without the library, otherwise what nftables said; then nothing was changed.
-#[allow(unsafe_code)]
 pub fn run(commands: &str) -> io::Result<String> {
     let functions = functions()?;
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("nftables".to_owned());
+        let work = || {
+            own_descriptors()?;
+            transact(functions, commands)
+        };
+        let joined = thread.spawn_scoped(scope, work)?.join();
+        joined.unwrap_or_else(|_| Err(io::Error::other("the thread of nftables panicked")))
+    })
+}
+
+/// Gives this thread a table of descriptors of its own and closes what is in it.
+#[allow(unsafe_code)]
+fn own_descriptors() -> io::Result<()> {
+    // SAFETY: the thread was started for what follows alone, which opens and closes only descriptors of its own;
+    // those that are closed here stay open in the table of everybody else.
+    unsafe {
+        unshare_unsafe(UnshareFlags::FILES)?;
+        if libc::close_range(3, libc::c_uint::MAX, 0) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+#[allow(unsafe_code)]
+fn transact(functions: &Functions, commands: &str) -> io::Result<String> {
     let text = CString::new(commands).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
     // SAFETY: the context is made, used and freed on this thread; both buffers belong to it and are copied
     // before it is freed; `text` outlives the call.

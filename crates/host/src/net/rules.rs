@@ -39,6 +39,9 @@ pub const REASONS: [&str; 13] = [
 /// The group to which refusals are logged, inside a slot.
 pub const LOG_GROUP: u16 = 7;
 
+/// The generation of a new slot's rules.
+const FIRST: u32 = 1;
+
 /// What a slot's rules depend on beside the policy.
 #[derive(Debug, Clone)]
 pub struct Setting {
@@ -93,9 +96,12 @@ pub fn slot(setting: &Setting, policy: &Policy) -> String {
  chain names {{ }}
  chain shape {{ }}
  chain limits {{ }}
+ chain known {{ }}
  chain from_guest {{
-  ct state established,related accept
   ct state invalid counter name denied_invalid drop
+  ct state related accept
+  ct state established ct direction reply accept
+  jump known
   ip daddr @host goto no_host
   ip daddr {range} goto no_sandboxes
   ip daddr 169.254.169.254 goto no_metadata
@@ -155,31 +161,61 @@ table netdev kelvin {{
 }}
 "#
     );
-    text.push_str(&changes(setting, policy));
+    text.push_str(&changes(setting, policy, FIRST));
     text
 }
 
 /// What changes when the policy of a slot changes; one transaction.
-pub fn changes(setting: &Setting, policy: &Policy) -> String {
+///
+/// Connections bear the generation of the rules that let them through. Those of a former one are looked at again
+/// with the guest's next packet, its acknowledgement of what still arrives, say: what is no longer allowed gets a
+/// reset there. To forget them instead would leave a guest that only listens waiting for ever.
+pub fn changes(setting: &Setting, policy: &Policy, generation: u32) -> String {
     let mut text = String::new();
     for set in ["allowed", "denied"] {
         let _ = writeln!(text, "flush set inet kelvin {set}");
     }
-    for chain in ["listed", "names", "shape", "limits"] {
+    for chain in ["known", "listed", "names", "shape", "limits"] {
         let _ = writeln!(text, "flush chain inet kelvin {chain}");
     }
-    let whole = |net: &&Ipv4Net| net.prefix_len() == 0;
+    if !policy.allow.iter().any(|net| net.prefix_len() == 0) {
+        let _ = writeln!(text, "add rule inet kelvin listed ip daddr @denied goto no_policy");
+    }
+    own(&mut text, setting, policy);
+    let connections = policy.max_connections.unwrap_or(u32::MAX).min(setting.max_connections);
+    let _ = writeln!(
+        text,
+        "add rule inet kelvin limits ct state new ct count over {connections} goto no_connections\n\
+         add rule inet kelvin limits ct mark set {generation}\n\
+         add rule inet kelvin known ct mark {generation} accept\n\
+         add rule inet kelvin limits accept"
+    );
+    text
+}
+
+/// What the policy of a machine that has not run yet adds to a new slot's rules. Nothing is taken away, which would
+/// cost several times as much, on the path of a create.
+pub fn additions(setting: &Setting, policy: &Policy) -> String {
+    let mut text = String::new();
+    own(&mut text, setting, policy);
+    if let Some(connections) = policy.max_connections.filter(|own| *own < setting.max_connections) {
+        let _ = writeln!(
+            text,
+            "insert rule inet kelvin limits ct state new ct count over {connections} goto no_connections"
+        );
+    }
+    text
+}
+
+fn own(text: &mut String, setting: &Setting, policy: &Policy) {
     let blocks = |nets: &[Ipv4Net]| list(nets.iter().filter(|net| net.prefix_len() != 0));
+    let allows_all = policy.allow.iter().any(|net| net.prefix_len() == 0);
     let (allowed, denied) = (blocks(&policy.allow), blocks(&policy.deny));
     if !allowed.is_empty() {
         let _ = writeln!(text, "add element inet kelvin allowed {{ {allowed} }}");
     }
-    if !denied.is_empty() {
+    if !denied.is_empty() && !allows_all {
         let _ = writeln!(text, "add element inet kelvin denied {{ {denied} }}");
-    }
-    let allows_all = policy.allow.iter().find(whole).is_some();
-    if !allows_all {
-        let _ = writeln!(text, "add rule inet kelvin listed ip daddr @denied goto no_policy");
     }
     if policy.denies_all() {
         let _ = writeln!(text, "add rule inet kelvin listed goto no_policy");
@@ -195,23 +231,14 @@ pub fn changes(setting: &Setting, policy: &Policy) -> String {
         (own, most) => own.or(most),
     };
     if let Some(mbit) = smaller(policy.bandwidth_mbit, setting.bandwidth_mbit) {
-        // A quarter of a second's worth, and never less than one large segment, may come at once.
-        let rate = u64::from(mbit) * 125;
-        let burst = (rate / 4).max(128);
+        // The kernel's bucket holds a second's worth beside the burst: so much may come at once.
+        let rate = u64::from(mbit) * 125_000;
         let _ = writeln!(
             text,
-            "add rule inet kelvin shape iifname \"{TAP}\" limit rate over {rate} kbytes/second burst {burst} kbytes counter name denied_bandwidth drop\n\
-             add rule inet kelvin shape oifname \"{TAP}\" limit rate over {rate} kbytes/second burst {burst} kbytes counter name denied_bandwidth drop"
+            "add rule inet kelvin shape iifname \"{TAP}\" limit rate over {rate} bytes/second burst 64 kbytes counter name denied_bandwidth drop\n\
+             add rule inet kelvin shape oifname \"{TAP}\" limit rate over {rate} bytes/second burst 64 kbytes counter name denied_bandwidth drop"
         );
     }
-    let connections = policy.max_connections.unwrap_or(u32::MAX).min(setting.max_connections);
-    let _ = writeln!(
-        text,
-        "add rule inet kelvin limits ct state new ct count over {connections} goto no_connections\n\
-         add rule inet kelvin limits ct mark set 1\n\
-         add rule inet kelvin limits accept"
-    );
-    text
 }
 
 /// The host's table for all slots of `range`; replaces one that is there.
