@@ -214,9 +214,9 @@ impl Names<'_> {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Policy {
-    /// Allowed before anything is denied.
+    /// Allowed before anything is denied; blocks that do not overlap.
     pub allow: Vec<Ipv4Net>,
-    /// Denied.
+    /// Denied; blocks that do not overlap.
     pub deny: Vec<Ipv4Net>,
     /// Allowed by name, on ports 80 (HTTP) and 443 (TLS).
     pub domains: Vec<Domain>,
@@ -300,6 +300,9 @@ impl Policy {
                 (None, Err(())) => return Err(PolicyError::Entry { field: "allowOut", entry: shown(entry) }),
             }
         }
+        // Two halves are the whole; and blocks that do not overlap are what rules are made of.
+        policy.allow = Ipv4Net::aggregate(&policy.allow);
+        policy.deny = Ipv4Net::aggregate(&policy.deny);
         if !policy.domains.is_empty() && !policy.denies_all() {
             return Err(PolicyError::DomainsWithoutDeny);
         }
@@ -433,6 +436,7 @@ mod tests {
             assert_eq!(policy.names().allow(name), allowed, "{name}");
         }
         assert_eq!(Policy::parse(&[], &[], Some(false)).unwrap().names(), Names::None);
+        assert!(parse(&["a.com"], &["0.0.0.0/1", "128.0.0.0/1"]).unwrap().denies_all());
         assert_eq!(parse(&["0.0.0.0/0"], &["0.0.0.0/0"]).unwrap().names(), Names::All);
         assert_eq!(parse(&["10.1.2.3"], &[]), Err(PolicyError::Never("10.1.2.3/32".parse().unwrap())));
         assert_eq!(parse(&["a.com"], &["1.1.1.1"]), Err(PolicyError::DomainsWithoutDeny));

@@ -223,6 +223,7 @@ pub fn start_log() {
 /// Runs the server until a signal.
 pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     start_log();
+    kelvin_host::process::allow_descriptors();
     let options = options(&args).await?;
     let data_dir = options.data_dir.clone();
     let lock = lock(&data_dir)?;

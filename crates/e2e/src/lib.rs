@@ -192,6 +192,18 @@ impl Server {
         command
     }
 
+    /// The same, as a user without rights.
+    pub fn cli_as_nobody(&self, args: &[&str]) -> Command {
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--"])
+            .arg(&self.binary)
+            .args(args)
+            .env("HOME", "/nonexistent")
+            .stdin(Stdio::null());
+        command
+    }
+
     /// Bakes template `base`, with `waiting` VMMs.
     pub async fn bake(&self, waiting: u32) -> String {
         let request = BakeTemplate { waiting_vmms: Some(waiting), ..BakeTemplate::default() };

@@ -332,6 +332,20 @@ while True:
         !closed.status.success() && words.contains("port is not open") && words.contains("0.0.0.0"),
         "{words}"
     );
+    // A guest that does not answer is given up in time, and said so.
+    let root = client.agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), Some("root".into()));
+    let root = root.expect("a URL");
+    sh(&root, "ip link set eth0 down").await;
+    let headers = [("host", host.as_str()), ("e2b-traffic-access-token", token.expose())];
+    let started = Instant::now();
+    let (status, text) = get(&at, "/", &headers).await;
+    assert!(
+        status == StatusCode::GATEWAY_TIMEOUT && text.contains("did not accept within 10s"),
+        "{status} {text}"
+    );
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+    sh(&root, "ip link set eth0 up; ip route add default via 169.254.0.22").await;
+    assert_eq!(get(&at, "/", &headers).await.0, StatusCode::OK);
     // Without the tokens there is no raw stream.
     let mut stranger = client.sandbox(id).await.expect("it runs");
     stranger.envd_access_token = None;

@@ -419,6 +419,10 @@ async fn without_a_network_sandboxes_work_and_networks_are_refused() {
         assert_eq!((refused.code, refused.error_code.as_deref()), (409, Some("no_network")));
     }
     assert_eq!(world.arrivals(PUBLIC), 0);
+    // On a host that cannot have them: nobody is root here.
+    let doctor = server.cli_as_nobody(&["doctor"]).output().expect("kelvin runs");
+    let words = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    assert!(words.contains("no network for sandboxes: it needs root"), "{words}");
     server.stop().await;
 }
 

@@ -24,6 +24,8 @@ const TRY: Duration = Duration::from_secs(2);
 const TRIES: usize = 2;
 /// What fits into an answer over UDP without extensions. Source: RFC 1035, 4.2.1.
 const UDP_ANSWER: usize = 512;
+/// How long to leave a socket alone that failed.
+pub const PAUSE: Duration = Duration::from_millis(10);
 /// How long a TCP connection may wait for its next question.
 const IDLE: Duration = Duration::from_secs(10);
 
@@ -45,7 +47,10 @@ pub async fn serve_udp(slot: Arc<Slot>, socket: UdpSocket, options: Arc<Options>
             received = socket.recv_from(&mut buffer) => match received {
                 Ok(received) => received,
                 // An earlier answer could not be delivered; the socket goes on.
-                Err(_) => continue,
+                Err(_) => {
+                    tokio::time::sleep(PAUSE).await;
+                    continue;
+                }
             },
         };
         let Ok(permit) = Arc::clone(&slot.questions).try_acquire_owned() else {
@@ -72,8 +77,11 @@ pub async fn serve_tcp(slot: Arc<Slot>, listener: TcpListener, options: Arc<Opti
             () = slot.gone.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
-        let (Ok((mut stream, _)), Ok(permit)) = (accepted, Arc::clone(&slot.questions).try_acquire_owned())
-        else {
+        let Ok((mut stream, _)) = accepted else {
+            tokio::time::sleep(PAUSE).await;
+            continue;
+        };
+        let Ok(permit) = Arc::clone(&slot.questions).try_acquire_owned() else {
             continue;
         };
         let (slot, options) = (Arc::clone(&slot), Arc::clone(&options));

@@ -23,7 +23,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Mutex;
 
 use crate::Options;
-use crate::dns::{bind_to_uplink, resolve};
+use crate::dns::{PAUSE, bind_to_uplink, resolve};
 use crate::slot::{Named, Slot};
 
 /// The first bytes of a connection have to come within this time.
@@ -42,7 +42,10 @@ pub async fn serve(slot: Arc<Slot>, listener: TcpListener, options: Arc<Options>
             () = slot.gone.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
-        let Ok((stream, _)) = accepted else { continue };
+        let Ok((stream, _)) = accepted else {
+            tokio::time::sleep(PAUSE).await;
+            continue;
+        };
         let Ok(permit) = Arc::clone(&slot.connections).try_acquire_owned() else {
             slot.refuse("connections", "proxied");
             reset(&stream);

@@ -5,7 +5,7 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -136,7 +136,18 @@ pub(crate) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<Op
 
 /// The daemon's end. Calls block for the time of one round trip on a local socket.
 #[derive(Debug)]
-pub struct Client(Mutex<UnixStream>);
+pub struct Client {
+    path: PathBuf,
+    /// Given up when a call fails on the way: the answer to it may still come, and is not the next one's.
+    stream: Mutex<Option<UnixStream>>,
+}
+
+fn open(path: &Path) -> io::Result<UnixStream> {
+    let stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(ANSWER))?;
+    stream.set_write_timeout(Some(ANSWER))?;
+    Ok(stream)
+}
 
 impl Client {
     /// Connects to the process that listens at `path`.
@@ -144,10 +155,7 @@ impl Client {
     /// # Errors
     /// When nobody listens.
     pub fn connect(path: &Path) -> io::Result<Self> {
-        let stream = UnixStream::connect(path)?;
-        stream.set_read_timeout(Some(ANSWER))?;
-        stream.set_write_timeout(Some(ANSWER))?;
-        Ok(Self(Mutex::new(stream)))
+        Ok(Self { path: path.to_owned(), stream: Mutex::new(Some(open(path)?)) })
     }
 
     /// Asks and waits for the answer.
@@ -155,12 +163,17 @@ impl Client {
     /// # Errors
     /// When the process is gone or does not answer, and `Other` with its words when it could not do it.
     pub fn call(&self, request: &Request, fds: &[OwnedFd]) -> io::Result<Reply> {
-        let stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let stream = match held.take() {
+            Some(stream) => stream,
+            None => open(&self.path)?,
+        };
         send(&stream, request, fds)?;
-        match receive::<Reply>(&stream)? {
-            Some((Reply::Failed(reason), _)) => Err(io::Error::other(reason)),
-            Some((reply, _)) => Ok(reply),
-            None => Err(io::ErrorKind::UnexpectedEof.into()),
+        let (reply, _) = receive::<Reply>(&stream)?.ok_or(io::ErrorKind::UnexpectedEof)?;
+        *held = Some(stream);
+        match reply {
+            Reply::Failed(reason) => Err(io::Error::other(reason)),
+            reply => Ok(reply),
         }
     }
 }

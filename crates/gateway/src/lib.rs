@@ -312,7 +312,7 @@ impl Gateway {
         strip(&mut parts.headers);
         let headers = &mut parts.headers;
         // The gateway's own: a server in the sandbox has no business with them.
-        for name in [TRAFFIC_TOKEN, SANDBOX_HEADER, PORT_HEADER] {
+        for name in [TRAFFIC_TOKEN, SANDBOX_HEADER, PORT_HEADER, "x-forwarded-prefix"] {
             headers.remove(name);
         }
         let original = headers.get(header::HOST).cloned();

@@ -18,6 +18,16 @@ use tokio::io::unix::AsyncFd;
 
 use crate::net::ns;
 
+/// Lets this process have as many descriptors as it may: each slot and each connection takes some, and the usual
+/// limit is for programs that use `select`.
+pub fn allow_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let most = getrlimit(Resource::Nofile).maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }) {
+        tracing::warn!(%error, "the limit of descriptors stays as it is");
+    }
+}
+
 /// What names a process beyond the reuse of its pid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ProcessKey {

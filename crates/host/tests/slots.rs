@@ -146,7 +146,10 @@ fn rules_of_a_slot_hold() {
         assert_eq!(counters.denied["spoofed"], 1);
         assert_eq!(counters.sent.packets, 7);
         // Rules are replaced in one step.
-        let lists = (["1.1.1.0/24".to_owned(), "a.com".to_owned()], ["0.0.0.0/0".to_owned()]);
+        let lists = (
+            ["1.1.1.0/24".to_owned(), "1.1.1.7".to_owned(), "1.1.0.0/16".to_owned(), "a.com".to_owned()],
+            ["0.0.0.0/0".to_owned()],
+        );
         let policy = Policy::parse(&lists.0, &lists.1, None).unwrap().limited(Some(8), Some(5)).unwrap();
         slot.begin(&policy).await.unwrap();
         slot.apply(&policy).await.unwrap();

@@ -302,17 +302,28 @@ impl Networks {
         Ok(self.slots.release(slot).await?)
     }
 
-    /// Takes over the slot of a machine that runs. `known` is what the egress process has attached already.
+    /// Takes over the slot of a machine that runs, and enforces its policy anew: the last daemon may have died
+    /// between remembering and enforcing one. `known` is what the egress process has attached already.
     ///
     /// # Errors
-    /// As [`Slots::adopt`].
+    /// As [`Networks::apply`].
     pub async fn adopt(&self, slot: &Arc<Slot>, policy: &Policy, known: &[u16]) -> Result<(), Error> {
         if known.contains(&slot.number()) {
             self.attached().insert(slot.number(), (Arc::clone(slot), policy.clone()));
-            let request = Request::Policy { slot: slot.number(), policy: policy.clone() };
-            return self.call(request, Vec::new()).await.map_err(failed("telling a policy")).map(drop);
+        } else {
+            self.attach(slot, policy).await?;
         }
-        self.attach(slot, policy).await
+        self.apply(slot, policy).await
+    }
+
+    /// Removes what a former daemon left of a slot.
+    ///
+    /// # Errors
+    /// As [`Slots::remove`].
+    pub async fn discard(&self, number: u16, owner: &VmId) -> Result<(), Error> {
+        self.attached().remove(&number);
+        let _ = self.call(Request::Detach { slot: number }, Vec::new()).await;
+        Ok(self.slots.remove(number, owner).await?)
     }
 
     /// Forgets what the egress process still answers for nobody.

@@ -109,7 +109,7 @@ impl Inner {
                 if range != networks.slots.range() {
                     // Its number means nothing here; its link went with its machine.
                     self.keeper.ledger.strike_all(&owner).await?;
-                } else if let Err(error) = networks.slots.remove(number, &owner).await {
+                } else if let Err(error) = networks.discard(number, &owner).await {
                     tracing::error!(number, error = chain(&error), "a network slot is quarantined");
                 }
             }
@@ -145,14 +145,21 @@ impl Inner {
         slot: Option<(u16, &(VmId, Range))>,
         attached: &[u16],
     ) -> Result<(), Error> {
-        if let Some(attachment) = &record.network {
-            let (Some((number, (owner, range))), Some(networks)) = (slot, &self.keeper.networks) else {
-                let what = format!("sandbox {}", record.sandbox);
-                return Err(Error::NoNetwork { what, reason: self.no_network.clone() });
-            };
-            let slot = networks.slots.adopt(*range, number, owner.clone(), key).await?;
-            networks.adopt(&slot, &attachment.policy, attached).await?;
-            spec.network = Some(slot);
+        let networks = self.keeper.networks.as_ref();
+        match (&record.network, slot, networks) {
+            (None, ..) => {}
+            (Some(attachment), Some((number, (owner, range))), Some(networks))
+                if *range == networks.slots.range() =>
+            {
+                let slot = networks.slots.adopt(number, owner.clone(), key)?;
+                networks.adopt(&slot, &attachment.policy, attached).await?;
+                spec.network = Some(slot);
+            }
+            // No reason to end it: its rules hold, only its ports are out of reach.
+            (Some(_), slot, networks) => tracing::warn!(
+                sandbox = %record.sandbox, slot = slot.map(|(number, _)| number), networks = networks.is_some(),
+                "its network is not this server's: it goes on, its ports cannot be reached"
+            ),
         }
         let running = self.driver.adopt(spec, key).await?;
         let mut control = Control::new(running.connect(Port::Control).await?);

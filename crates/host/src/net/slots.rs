@@ -1,6 +1,6 @@
 //! The pool of slots: lowest free number first, built ahead, quarantined when a removal fails.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::linux::net::SocketAddrExt;
@@ -43,7 +43,8 @@ pub struct Options {
 
 #[derive(Debug, Default)]
 struct State {
-    used: BTreeSet<u16>,
+    /// Whose each number is: a slot that is given back twice must not take its successor with it.
+    used: BTreeMap<u16, VmId>,
     ready: VecDeque<Arc<Slot>>,
     /// Numbers whose removal failed: not used again until it succeeds.
     quarantined: BTreeMap<u16, VmId>,
@@ -186,10 +187,10 @@ impl Slots {
         Ok(())
     }
 
-    fn take_number(&self) -> Result<u16, Error> {
+    fn take_number(&self, owner: &VmId) -> Result<u16, Error> {
         let mut state = self.state();
-        let number = (0..SLOTS).find(|number| !state.used.contains(number)).ok_or(Error::Full)?;
-        state.used.insert(number);
+        let number = (0..SLOTS).find(|number| !state.used.contains_key(number)).ok_or(Error::Full)?;
+        state.used.insert(number, owner.clone());
         Ok(number)
     }
 
@@ -224,8 +225,8 @@ impl Slots {
 
     async fn build(&self) -> Result<Arc<Slot>, Error> {
         let setting = self.setting(0, self.host_addresses().await?);
-        let number = self.take_number()?;
         let owner = VmId::random();
+        let number = self.take_number(&owner)?;
         let resource = Resource::Slot { number, range: self.0.range };
         if let Err(error) = self.0.ledger.declare(&owner, &[resource]).await {
             self.state().used.remove(&number);
@@ -253,23 +254,12 @@ impl Slots {
     /// Takes over the slot of a machine that a former daemon started.
     ///
     /// # Errors
-    /// `Io` when the machine has no network namespace of its own, `Unavailable` when it is of another range.
-    pub async fn adopt(
-        &self,
-        range: Range,
-        number: u16,
-        owner: VmId,
-        process: ProcessKey,
-    ) -> Result<Arc<Slot>, Error> {
-        if range != self.0.range {
-            return Err(Error::Unavailable(format!(
-                "the machine's slot is of {range}, not {}",
-                self.0.range
-            )));
-        }
+    /// `Io` when the machine has no network namespace of its own.
+    pub fn adopt(&self, number: u16, owner: VmId, process: ProcessKey) -> Result<Arc<Slot>, Error> {
         let namespace = ns::of_process(process.pid).map_err(failed("finding a machine's namespace"))?;
-        let setting = self.setting(number, self.host_addresses().await?);
-        self.state().used.insert(number);
+        // The host's addresses are in the slot's rules already.
+        let setting = self.setting(number, Vec::new());
+        self.state().used.insert(number, owner.clone());
         Ok(Arc::new(Slot {
             number,
             owner,
@@ -289,12 +279,15 @@ impl Slots {
         self.remove(slot.number, &slot.owner).await
     }
 
-    /// Removes what may be left of slot `number`. Gone already is fine.
+    /// Removes what may be left of slot `number` of `owner`. Gone already is fine, also when the number is another's
+    /// by now.
     ///
     /// # Errors
     /// As [`Slots::release`].
     pub async fn remove(&self, number: u16, owner: &VmId) -> Result<(), Error> {
-        self.state().used.insert(number);
+        if self.state().used.entry(number).or_insert_with(|| owner.clone()) != owner {
+            return Ok(());
+        }
         let address = self.0.range.address(number);
         let removed = async {
             link::remove(&self.0.range.link(number)).await.map_err(failed("removing a slot's link"))?;
