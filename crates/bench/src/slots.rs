@@ -55,7 +55,7 @@ impl Report {
         let rows =
             [("claim", self.claim_ms), ("build on demand", self.build_ms), ("release", self.release_ms)];
         for (name, values) in rows {
-            let cell = |value: f64| format!("{value:.3}");
+            let cell = |value: f64| if value < 0.001 { "<0.001".to_owned() } else { format!("{value:.3}") };
             table.add_row([name.to_owned(), cell(values.p50), cell(values.p95), cell(values.p99)]);
         }
         let text = format!(

@@ -128,6 +128,17 @@ async fn network() -> Check {
             "run the server as root, with /dev/net/tun and libnftables1; sandboxes without a network work";
         return check(NAME, Verdict::Warning, kelvin_api::error::chain(&error), remedy);
     }
+    if let Ok(Some(chain)) = net::foreign_drop().await {
+        return check(
+            NAME,
+            Verdict::Warning,
+            format!(
+                "slots can be built, but the chain {chain} drops what is forwarded: sandboxes will not reach the internet"
+            ),
+            "accept what comes from and goes to links that begin with kv there; with Docker: \
+             iptables -I DOCKER-USER -i kv+ -j ACCEPT; iptables -I DOCKER-USER -o kv+ -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT",
+        );
+    }
     match net::default_uplink().await {
         Ok(Some(uplink)) => check(NAME, Verdict::Ok, format!("slots can be built, uplink {uplink}"), ""),
         Ok(None) => check(

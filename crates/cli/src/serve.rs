@@ -256,11 +256,16 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
         );
     }
     match (&info.network, &info.no_network) {
-        (Some(network), _) => tracing::info!(
-            range = network.range,
-            uplink = network.uplink.as_deref().unwrap_or("none"),
-            "network"
-        ),
+        (Some(network), _) => {
+            let uplink = network.uplink.as_deref().unwrap_or("none");
+            tracing::info!(range = network.range, uplink, "network");
+            if let (Some(_), Ok(Some(chain))) = (&network.uplink, net::foreign_drop().await) {
+                tracing::warn!(
+                    chain,
+                    "another firewall drops what is forwarded; `kelvin doctor` says what to do"
+                );
+            }
+        }
         (None, reason) => {
             tracing::warn!(reason, "sandboxes have no network; `kelvin doctor` says what it needs")
         }

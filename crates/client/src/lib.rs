@@ -1,10 +1,11 @@
 //! Client of the public API: the control API and the agents behind it, over one pool of connections.
 //!
-//! Nothing is retried here: a caller that repeats a create passes the same idempotency key. Absent until
-//! the gateway has certificates: TLS.
+//! Nothing is retried here: a caller that repeats a create passes the same idempotency key. Over TLS the host's
+//! roots are trusted, or those of `SSL_CERT_FILE`.
 
 pub mod agent;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,6 +13,7 @@ use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use kelvin_api::error::ApiError;
@@ -76,7 +78,7 @@ const MAX_REPLY: usize = 64 << 20;
 
 /// The body of a request.
 pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
-type Http = hyper_util::client::legacy::Client<HttpConnector, Body>;
+type Http = hyper_util::client::legacy::Client<HttpsConnector<HttpConnector>, Body>;
 
 /// A body that is known whole.
 pub fn whole(bytes: impl Into<Bytes>) -> Body {
@@ -110,17 +112,15 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client of the server at `url` (`http://host:port`) that shows `key`.
+    /// A client of the server at `url` (`http://host:port` or `https://…`) that shows `key`.
     ///
     /// # Errors
-    /// `Url` when it is not an http URL.
+    /// `Url` when it is not an http URL, `Local` when there are no roots to trust for TLS.
     pub fn new(url: &str, key: Token) -> Result<Self, Error> {
         let bad = |reason: &str| Error::Url { url: url.to_owned(), reason: reason.to_owned() };
         let uri: Uri = url.parse().map_err(|_| bad("it does not parse"))?;
-        match uri.scheme_str() {
-            Some("http") => {}
-            Some("https") => return Err(bad("TLS is not supported by this version")),
-            _ => return Err(bad("it has to begin with http://")),
+        if !matches!(uri.scheme_str(), Some("http" | "https")) {
+            return Err(bad("it has to begin with http:// or https://"));
         }
         if uri.authority().is_none() {
             return Err(bad("it has no host"));
@@ -128,6 +128,24 @@ impl Client {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(Duration::from_secs(10)));
+        connector.enforce_http(false);
+        let provider = rustls::crypto::ring::default_provider();
+        let builder = HttpsConnectorBuilder::new();
+        let builder = match uri.scheme_str() {
+            // Roots are read from the disk: only where they are needed.
+            Some("https") => builder.with_provider_and_native_roots(provider).map_err(|source| {
+                Error::Local { what: "reading the roots that are trusted for TLS".to_owned(), source }
+            })?,
+            _ => {
+                let config = rustls::ClientConfig::builder_with_provider(Arc::new(provider))
+                    .with_safe_default_protocol_versions()
+                    .map_err(|error| bad(&error.to_string()))?
+                    .with_root_certificates(rustls::RootCertStore::empty())
+                    .with_no_client_auth();
+                builder.with_tls_config(config)
+            }
+        };
+        let connector = builder.https_or_http().enable_http1().wrap_connector(connector);
         let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .build(connector);

@@ -305,6 +305,7 @@ impl Gateway {
         let upgrade = upgrade_of(&request);
         let client_upgrade = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
         let host = host_for(target, route, port, target::host(&request));
+        let original = target::host(&request).and_then(|host| HeaderValue::from_str(host).ok());
         let (mut parts, body) = request.into_parts();
         let secure = parts.extensions.get::<Secure>().is_some();
         parts.uri = uri(&format!("{sandbox}:{port}"), &target.path)?;
@@ -315,7 +316,7 @@ impl Gateway {
         for name in [TRAFFIC_TOKEN, SANDBOX_HEADER, PORT_HEADER, "x-forwarded-prefix"] {
             headers.remove(name);
         }
-        let original = headers.get(header::HOST).cloned();
+        headers.remove(header::EXPECT);
         headers.insert(header::HOST, host);
         if let Some(original) = original {
             headers.insert("x-forwarded-host", original);
@@ -371,6 +372,12 @@ impl Gateway {
         while let Some(error) = source {
             if let Some(failure) = error.downcast_ref::<Failure>() {
                 return failure.clone();
+            }
+            if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::TimedOut)
+            {
+                let text = format!("port {port} of sandbox {sandbox} fell silent");
+                let remedy = "the sandbox may be busy: look at its processes, try again";
+                return Failure::new(Kind::Timeout, "port_silent", text, remedy);
             }
             source = error.source();
         }

@@ -79,6 +79,10 @@ fn slots_come_and_go_and_nothing_is_left() {
         assert_eq!(link::names(&prefix).await.unwrap(), Vec::<String>::new());
         assert_eq!(ledger.count().await.unwrap(), 0);
         slots.close().await.unwrap();
+        assert_eq!(net::foreign_drop().await.unwrap(), None);
+        let docker = "add table ip filter; add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }";
+        ns::on_thread(|| net::nft::run(docker)).await.unwrap();
+        assert_eq!(net::foreign_drop().await.unwrap().as_deref(), Some("ip filter FORWARD"));
         let rules = ns::on_thread(|| net::nft::run("list ruleset")).await;
         assert!(!rules.unwrap().contains("kelvin"));
     });

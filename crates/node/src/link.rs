@@ -24,6 +24,8 @@ use crate::error::Error;
 
 /// How long a guest may take to accept.
 const CONNECT: Duration = Duration::from_secs(10);
+/// The same for what is sent later, in milliseconds.
+const SILENCE_MS: u32 = 10_000;
 /// Connections into one sandbox at one time.
 const CONNECTIONS: usize = 1024;
 /// How long connections may take to notice that they are cut.
@@ -83,6 +85,9 @@ impl Network {
             Some(Ok(Err(source))) => Err(Error::PortClosed { sandbox: sandbox.to_owned(), port, source }),
             Some(Ok(Ok(stream))) => {
                 let _ = stream.set_nodelay(true);
+                // A kept connection to a guest that fell silent must not look like a slow server for a quarter of an
+                // hour: bytes that nobody acknowledges end it.
+                let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, SILENCE_MS);
                 let cut = Box::pin(self.cut.clone().cancelled_owned());
                 Ok(Stream { stream, cut, _token: token, _permit: permit })
             }

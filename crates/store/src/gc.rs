@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use kelvin_api::id::SnapshotId;
+use rustix::fs::FlockOperation;
 use serde::Serialize;
 
 use crate::snapshot::Snapshot;
@@ -31,6 +32,7 @@ impl Store {
     /// # Errors
     /// `Io` when something cannot be listed or removed; what was removed before stays removed.
     pub fn collect(&self, in_use: &BTreeSet<SnapshotId>, dry_run: bool) -> Result<Garbage, Error> {
+        let _alone = self.lock(FlockOperation::LockExclusive)?;
         let templates = self.templates()?;
         let snapshots = self.snapshots()?;
         // A snapshot stays while its template still has its image and guest: it may fit again.
@@ -152,5 +154,19 @@ mod tests {
         store.remove_snapshot(&child, &[]).unwrap();
         store.remove_snapshot(&parent, &[]).unwrap();
         store.remove_snapshot(&parent, &[]).unwrap();
+    }
+
+    #[test]
+    fn a_collection_waits_for_an_import() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), true).unwrap();
+        let importing = store.lock(FlockOperation::LockShared).unwrap();
+        assert!(
+            store.lock(FlockOperation::NonBlockingLockShared).is_ok(),
+            "imports do not wait for each other"
+        );
+        assert!(store.lock(FlockOperation::NonBlockingLockExclusive).is_err());
+        drop(importing);
+        store.collect(&BTreeSet::new(), false).unwrap();
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use kelvin_api::id::TemplateName;
 use kelvin_api::units::Shape;
+use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::disk::clone_file;
@@ -89,6 +90,8 @@ impl Store {
     /// # Errors
     /// `Io` when a file cannot be read or the store cannot be written.
     pub fn import(&self, import: &Import<'_>) -> Result<Template, Error> {
+        // Image and guest are needed by nothing until the template is written.
+        let _uncollected = self.lock(FlockOperation::LockShared)?;
         let rootfs = digest_file(import.rootfs).map_err(io_error("reading", import.rootfs))?;
         let kernel = digest_file(import.kernel).map_err(io_error("reading", import.kernel))?;
         let initrd = digest_file(import.initrd).map_err(io_error("reading", import.initrd))?;

@@ -153,6 +153,16 @@ impl Store {
         &self.root
     }
 
+    /// Holds imports and collections apart, across processes: shared for imports, exclusive for a collection. The
+    /// kernel lets go with the file or the process.
+    fn lock(&self, operation: rustix::fs::FlockOperation) -> Result<fs::File, Error> {
+        let path = self.root.join("store.lock");
+        let file = fs::File::options().create(true).truncate(false).write(true).open(&path);
+        let file = file.map_err(io_error("opening", &path))?;
+        rustix::fs::flock(&file, operation).map_err(|error| io_error("locking", &path)(error.into()))?;
+        Ok(file)
+    }
+
     /// A fresh directory on the same file system, to be published by a rename.
     ///
     /// # Errors

@@ -327,6 +327,22 @@ pub async fn check() -> Result<(), Error> {
     }
 }
 
+/// Another firewall's chain that drops what is forwarded unless it says otherwise, as Docker's does: a packet that our
+/// rules accept is dropped there, and what a sandbox sends into the internet is lost without a word.
+///
+/// # Errors
+/// As nftables gives them.
+pub async fn foreign_drop() -> io::Result<Option<String>> {
+    let text = ns::on_thread(|| nft::run("list chains")).await?;
+    let parsed: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+    let chains = parsed["nftables"].as_array().into_iter().flatten().map(|item| &item["chain"]);
+    let found = chains
+        .filter(|chain| chain["hook"] == "forward" && chain["policy"] == "drop" && chain["family"] != "ip6")
+        .map(|chain| ["family", "table", "name"].map(|key| chain[key].as_str().unwrap_or_default()).join(" "))
+        .next();
+    Ok(found)
+}
+
 /// The link of the host's default route.
 ///
 /// # Errors
