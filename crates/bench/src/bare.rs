@@ -7,13 +7,14 @@
 
 use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kelvin_api::guest::{Activation, Reply, Request, frame_length};
+use kelvin_host::net::{link, ns};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
@@ -83,8 +84,13 @@ impl Bare {
         let directory = self.data_dir.join(&name);
         let _ = std::fs::remove_dir_all(&directory);
         std::fs::create_dir(&directory).map_err(at("making a directory"))?;
+        // The machine's network is made ahead here too: what is compared is the restore.
+        let stdin = match self.arguments.iter().any(|argument| argument.contains("fd=0")) {
+            true => tap().map_err(at("making a tap"))?.into(),
+            false => Stdio::null(),
+        };
         let mut child = None;
-        let result = self.sequence(&name, &directory, &mut child);
+        let result = self.sequence(&name, &directory, stdin, &mut child);
         if let Some(mut child) = child {
             let _ = child.kill();
             let _ = child.wait();
@@ -93,7 +99,13 @@ impl Bare {
         result
     }
 
-    fn sequence(&self, name: &str, directory: &Path, child: &mut Option<Child>) -> Result<f64, Error> {
+    fn sequence(
+        &self,
+        name: &str,
+        directory: &Path,
+        stdin: Stdio,
+        child: &mut Option<Child>,
+    ) -> Result<f64, Error> {
         let started = Instant::now();
         let source = std::fs::File::open(self.snapshot.join("disk")).map_err(at("opening the disk"))?;
         let disk = std::fs::File::create(directory.join("disk")).map_err(at("making the disk"))?;
@@ -105,7 +117,7 @@ impl Bare {
             .args(self.arguments.iter().map(|argument| argument.replace("{vm}", name)))
             .args(["-S", "-incoming", "defer"])
             .current_dir(&self.data_dir)
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -118,6 +130,15 @@ impl Bare {
         activate(&mut control)?;
         Ok(started.elapsed().as_secs_f64() * 1e3)
     }
+}
+
+/// A tap in a namespace of its own.
+fn tap() -> std::io::Result<OwnedFd> {
+    let made = std::thread::spawn(|| {
+        ns::unshare()?;
+        link::tap()
+    });
+    made.join().unwrap_or_else(|_| Err(std::io::Error::other("a thread in a namespace panicked")))
 }
 
 fn connect(path: &Path) -> Result<UnixStream, Error> {

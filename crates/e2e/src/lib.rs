@@ -48,6 +48,18 @@ impl Ground {
         }
     }
 
+    /// The same where sandboxes can have networks, or a line that says why they cannot.
+    pub async fn with_networks() -> Option<Self> {
+        let ground = Self::find()?;
+        match kelvin_host::net::check().await {
+            Ok(()) => Some(ground),
+            Err(error) => {
+                println!("skipped: {error}");
+                None
+            }
+        }
+    }
+
     /// Starts a server called `name` with template `base` (256 MiB) imported.
     pub async fn server(&self, name: &str, args: &[&str]) -> Server {
         let data_dir = self.directory.join(name);

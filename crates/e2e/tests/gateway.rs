@@ -111,7 +111,7 @@ async fn get(address: &str, path: &str, headers: &[(&str, &str)]) -> (StatusCode
 
 #[tokio::test]
 async fn ports_are_reached_by_host_by_header_and_by_path() {
-    let Some(ground) = Ground::find() else { return };
+    let Some(ground) = Ground::with_networks().await else { return };
     let server = ground.server("gateway", &["--waiting-vmms", "2"]).await;
     server.bake(2).await;
     let (client, sandbox, agent) = sandbox(&server, NetworkConfig::default()).await;
@@ -226,7 +226,7 @@ async fn large(server: &Server, at: &str, host: &str) {
 
 #[tokio::test]
 async fn private_ports_tls_and_raw_streams() {
-    let Some(ground) = Ground::find() else { return };
+    let Some(ground) = Ground::with_networks().await else { return };
     let (chain, key) = certificate(&["*.sandboxes.test", "sandboxes.test", "localhost"]);
     let directory = ground.guest("certificate");
     let _ = std::fs::create_dir(&directory);

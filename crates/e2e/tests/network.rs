@@ -92,7 +92,7 @@ fn update(allow: &[&str], deny: &[&str]) -> NetworkUpdate {
 
 #[tokio::test]
 async fn by_default_the_internet_is_open_and_everything_else_is_refused_at_once() {
-    let Some(ground) = Ground::find() else { return };
+    let Some(ground) = Ground::with_networks().await else { return };
     let world = World::make();
     // On every address of the host, so that only a rule keeps a guest away.
     let args: Vec<&str> = ARGS.into_iter().chain(["--listen", "0.0.0.0:0"]).collect();
@@ -170,7 +170,7 @@ async fn by_default_the_internet_is_open_and_everything_else_is_refused_at_once(
 
 #[tokio::test]
 async fn domains_hold_where_names_are_resolved_and_where_connections_are_made() {
-    let Some(ground) = Ground::find() else { return };
+    let Some(ground) = Ground::with_networks().await else { return };
     let world = World::make();
     // A server of the host's own, on the address that a name will lead to.
     let host = std::net::TcpListener::bind("198.51.100.2:80").expect("a free port");
@@ -234,7 +234,7 @@ async fn domains_hold_where_names_are_resolved_and_where_connections_are_made() 
         sh(&agent, "curl -sm 10 http://other.test/").await,
         format!("I am {OTHER}, you asked for other.test\n")
     );
-    sh(&agent, "(setsid curl -s http://public.test/stream > /tmp/stream 2>&1; echo $? > /tmp/ended) >/dev/null 2>&1 &").await;
+    sh(&agent, "(setsid curl -sN http://public.test/stream > /tmp/stream 2>&1; echo $? > /tmp/ended) >/dev/null 2>&1 &").await;
     wait_for(&agent, "test -s /tmp/stream").await;
     client.set_network(id, &update(&[], &["0.0.0.0/0"])).await.expect("closed");
     wait_for(&agent, "test -s /tmp/ended").await;
@@ -242,7 +242,7 @@ async fn domains_hold_where_names_are_resolved_and_where_connections_are_made() 
     assert_eq!(refused.lines().map(|line| &line[..3]).collect::<Vec<_>>(), ["000", "000"]);
     // The same for a connection that was made by name.
     client.set_network(id, &update(&["public.test"], &["0.0.0.0/0"])).await.expect("by name");
-    sh(&agent, "rm -f /tmp/stream /tmp/ended; (setsid curl -s http://public.test/stream > /tmp/stream 2>&1; echo $? > /tmp/ended) >/dev/null 2>&1 &").await;
+    sh(&agent, "rm -f /tmp/stream /tmp/ended; (setsid curl -sN http://public.test/stream > /tmp/stream 2>&1; echo $? > /tmp/ended) >/dev/null 2>&1 &").await;
     wait_for(&agent, "test -s /tmp/stream").await;
     client.set_network(id, &update(&["other.test"], &["0.0.0.0/0"])).await.expect("another name");
     wait_for(&agent, "test -s /tmp/ended").await;
@@ -278,7 +278,7 @@ async fn domains_hold_where_names_are_resolved_and_where_connections_are_made() 
 
 #[tokio::test]
 async fn limits_of_a_sandbox_hold() {
-    let Some(ground) = Ground::find() else { return };
+    let Some(ground) = Ground::with_networks().await else { return };
     let _world = World::make();
     let server = ground.server("limits", &ARGS).await;
     server.bake(1).await;
@@ -327,7 +327,7 @@ c, _ = l.accept(); c.sendall(bytes(6_000_000)); c.close()' >/dev/null 2>&1 &)",
 
 #[tokio::test]
 async fn traffic_outlives_the_server_and_its_slots_are_adopted() {
-    let Some(ground) = Ground::find() else { return };
+    let Some(ground) = Ground::with_networks().await else { return };
     let world = World::make();
     let mut server = ground.server("adopt-network", &ARGS).await;
     server.bake(2).await;
@@ -387,7 +387,7 @@ async fn traffic_outlives_the_server_and_its_slots_are_adopted() {
 
 #[tokio::test]
 async fn without_a_network_sandboxes_work_and_networks_are_refused() {
-    let Some(ground) = Ground::find() else { return };
+    let Some(ground) = Ground::with_networks().await else { return };
     let world = World::make();
     let mut server = ground.server("none", &ARGS).await;
     let client = server.client();
@@ -428,7 +428,7 @@ async fn without_a_network_sandboxes_work_and_networks_are_refused() {
 
 #[tokio::test]
 async fn a_slot_that_is_used_again_knows_nothing_of_its_last_machine() {
-    let Some(ground) = Ground::find() else { return };
+    let Some(ground) = Ground::with_networks().await else { return };
     let world = World::make();
     let args: Vec<&str> = ARGS[..4].iter().copied().chain(["--waiting-vmms", "0", "--slots", "1"]).collect();
     let server = ground.server("reuse", &args).await;
@@ -478,7 +478,7 @@ async fn a_slot_that_is_used_again_knows_nothing_of_its_last_machine() {
 
 #[tokio::test]
 async fn a_thousand_slots_leave_nothing() {
-    let Some(ground) = Ground::find() else { return };
+    let Some(ground) = Ground::with_networks().await else { return };
     let server = ground.server("slots", &["--waiting-vmms", "0", "--slots", "0"]).await;
     let output =
         server.cli(&["--output", "json", "bench", "slots", "--count", "1000"]).output().expect("kelvin runs");

@@ -73,9 +73,12 @@ fn sysctl(path: &str, value: &str) -> io::Result<()> {
     std::fs::write(&path, value).map_err(|error| io::Error::new(error.kind(), format!("{path}: {error}")))
 }
 
-/// Opens a tap in this thread's namespace; it lives as long as a descriptor of it does.
+/// Opens a tap in this thread's namespace; it lives, and the namespace with it, as long as a descriptor of it does.
+///
+/// # Errors
+/// When `/dev/net/tun` cannot be opened or has no right to make one.
 #[allow(unsafe_code)]
-fn tap() -> io::Result<OwnedFd> {
+pub fn tap() -> io::Result<OwnedFd> {
     let device = File::options().read(true).write(true).open("/dev/net/tun")?;
     // SAFETY: an all-zero `ifreq` is valid; the kernel reads name and flags, both set here, and writes only
     // inside the struct, which outlives the call.
