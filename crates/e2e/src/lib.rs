@@ -62,10 +62,19 @@ impl Ground {
 
     /// Starts a server called `name` with template `base` (256 MiB) imported.
     pub async fn server(&self, name: &str, args: &[&str]) -> Server {
+        self.server_as(None, name, args).await
+    }
+
+    /// The same as another user, without rights.
+    pub async fn server_as(&self, user: Option<u32>, name: &str, args: &[&str]) -> Server {
         let data_dir = self.directory.join(name);
         fs::create_dir(&data_dir).expect("a fresh data directory");
+        if user.is_some() {
+            std::os::unix::fs::chown(&data_dir, user, user).expect("it can be given away");
+        }
         let mut server = Server {
             binary: self.binary.clone(),
+            user,
             data_dir,
             process: None,
             url: String::new(),
@@ -103,6 +112,7 @@ pub fn slot_links() -> Vec<String> {
 /// A server under test.
 pub struct Server {
     binary: PathBuf,
+    user: Option<u32>,
     data_dir: PathBuf,
     process: Option<Child>,
     url: String,
@@ -110,10 +120,25 @@ pub struct Server {
 }
 
 impl Server {
+    /// The binary, as the server's user.
+    fn command(&self) -> Command {
+        let Some(user) = self.user else {
+            return Command::new(&self.binary);
+        };
+        let mut command = Command::new("setpriv");
+        command.arg(format!("--reuid={user}")).arg(format!("--regid={user}"));
+        command
+            .args(["--clear-groups", "--inh-caps=-all", "--"])
+            .arg(&self.binary)
+            .env("HOME", "/nonexistent");
+        command
+    }
+
     /// Imports the base image under `name` with another kernel or agent.
     pub fn import(&self, name: &str, kernel: &Path, initrd: &Path) {
         let rootfs = self.data_dir.join("../guest/rootfs.ext4");
-        let status = Command::new(&self.binary)
+        let status = self
+            .command()
             .args(["template", "import", name, "--memory-mib", "256", "--data-dir"])
             .arg(&self.data_dir)
             .arg("--rootfs")
@@ -137,7 +162,8 @@ impl Server {
             .append(true)
             .open(self.data_dir.join("server.log"))
             .expect("a log");
-        let mut child = Command::new(&self.binary)
+        let mut child = self
+            .command()
             .args(["serve", "--data-dir"])
             .arg(&self.data_dir)
             .args(defaults(args))
@@ -193,24 +219,12 @@ impl Server {
 
     /// A command of the CLI that speaks to this server.
     pub fn cli(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(&self.binary);
+        let mut command = self.command();
         command
             .args(args)
             .env("KELVIN_API_URL", &self.url)
             .env("KELVIN_API_KEY", self.key())
             .env("KELVIN_DATA_DIR", &self.data_dir)
-            .env("HOME", "/nonexistent")
-            .stdin(Stdio::null());
-        command
-    }
-
-    /// The same, as a user without rights.
-    pub fn cli_as_nobody(&self, args: &[&str]) -> Command {
-        let mut command = Command::new("setpriv");
-        command
-            .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--"])
-            .arg(&self.binary)
-            .args(args)
             .env("HOME", "/nonexistent")
             .stdin(Stdio::null());
         command

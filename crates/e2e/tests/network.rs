@@ -419,10 +419,31 @@ async fn without_a_network_sandboxes_work_and_networks_are_refused() {
         assert_eq!((refused.code, refused.error_code.as_deref()), (409, Some("no_network")));
     }
     assert_eq!(world.arrivals(PUBLIC), 0);
-    // On a host that cannot have them: nobody is root here.
-    let doctor = server.cli_as_nobody(&["doctor"]).output().expect("kelvin runs");
+    server.stop().await;
+}
+
+/// A host that cannot have networks, because nobody is root here; nothing else of it is less.
+#[tokio::test]
+async fn a_server_without_rights_runs_sandboxes_without_networks() {
+    let Some(ground) = Ground::with_networks().await else { return };
+    let nobody = Some(65_534);
+    let server = ground.server_as(nobody, "nobody", &["--waiting-vmms", "2"]).await;
+    let doctor = server.cli(&["doctor"]).output().expect("kelvin runs");
     let words = String::from_utf8_lossy(&doctor.stdout).into_owned();
     assert!(words.contains("no network for sandboxes: it needs root"), "{words}");
+    server.bake(2).await;
+    let client = server.client();
+    let node = server.settle().await;
+    assert!(node.no_network.is_some_and(|reason| reason.contains("root")) && node.network.is_none());
+    let mut body = new_sandbox();
+    body.start_path = Some(kelvin_api::sandbox::StartPath::Clone);
+    let sandbox = client.create(&body, None).await.expect("a create").sandbox;
+    assert_eq!(sh(&agent_of(&client, &sandbox), "ls /sys/class/net; id -un").await, "lo\nuser\n");
+    body.network = rules(&["1.1.1.1"], &[]);
+    let Err(Error::Refused(refused)) = client.create(&body, None).await else {
+        panic!("it was to be refused")
+    };
+    assert_eq!(refused.error_code.as_deref(), Some("no_network"));
     server.stop().await;
 }
 

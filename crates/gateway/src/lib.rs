@@ -108,6 +108,9 @@ pub const TRAFFIC_TOKEN: &str = "e2b-traffic-access-token";
 const ACCESS_TOKEN: &str = "x-access-token";
 /// The protocol that a raw stream asks to be upgraded to.
 pub const RAW: &str = "kelvin-tcp";
+/// By path, what a sandbox sends has the origin of the control API in a browser. It gets one of its own.
+const OWN_ORIGIN: HeaderValue =
+    HeaderValue::from_static("sandbox allow-downloads allow-forms allow-modals allow-popups allow-scripts");
 /// How long an idle connection into a sandbox is kept, and how many for each port.
 const IDLE: Duration = Duration::from_secs(30);
 const IDLE_CONNECTIONS: usize = 16;
@@ -261,7 +264,9 @@ impl Gateway {
                 "Send its trafficAccessToken in the header e2b-traffic-access-token.",
             ));
         }
-        if is_upgrade_to(request.headers(), RAW) {
+        if upgrade_of(&request)
+            .is_some_and(|protocol| protocol.as_bytes().eq_ignore_ascii_case(RAW.as_bytes()))
+        {
             if !shows(request.headers(), ACCESS_TOKEN, route.access_token.as_ref()) {
                 return Err(problem(
                     StatusCode::UNAUTHORIZED,
@@ -291,6 +296,9 @@ impl Gateway {
         let (mut parts, body) = self.sandboxes.send(sandbox, request).await?.into_parts();
         parts.version = Version::HTTP_11;
         strip(&mut parts.headers);
+        if target.way == Way::Path {
+            parts.headers.append(header::CONTENT_SECURITY_POLICY, OWN_ORIGIN);
+        }
         Ok(Response::from_parts(parts, Body::new(body)))
     }
 
@@ -338,18 +346,22 @@ impl Gateway {
         };
         let protocol = response.headers().get(header::UPGRADE).cloned();
         let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+        if switched && client_upgrade.is_none() {
+            let text = format!("port {port} of sandbox {sandbox} switched protocols unasked");
+            return Err(Failure::new(
+                Kind::Unavailable,
+                "port_broken",
+                text,
+                "look at the server in the sandbox",
+            )
+            .into());
+        }
         let server_upgrade = switched.then(|| hyper::upgrade::on(&mut response));
         let (mut parts, body) = response.into_parts();
         parts.version = Version::HTTP_11;
         strip(&mut parts.headers);
         if target.way == Way::Path {
-            // By path, a sandbox's page has the origin of the control API. It gets one of its own.
-            parts.headers.append(
-                header::CONTENT_SECURITY_POLICY,
-                HeaderValue::from_static(
-                    "sandbox allow-downloads allow-forms allow-modals allow-popups allow-scripts",
-                ),
-            );
+            parts.headers.append(header::CONTENT_SECURITY_POLICY, OWN_ORIGIN);
         }
         if let (Some(client), Some(server)) = (client_upgrade, server_upgrade) {
             parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
@@ -536,12 +548,6 @@ fn upgrade_of(request: &Request<Body>) -> Option<HeaderValue> {
         .any(|name| name.trim().eq_ignore_ascii_case("upgrade"));
     let usual = request.version() == Version::HTTP_11 && request.method() != Method::CONNECT;
     request.headers().get(header::UPGRADE).filter(|_| named && usual).cloned()
-}
-
-fn is_upgrade_to(headers: &HeaderMap, protocol: &str) -> bool {
-    headers
-        .get(header::UPGRADE)
-        .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(protocol.as_bytes()))
 }
 
 fn strip(headers: &mut HeaderMap) {

@@ -23,6 +23,14 @@ fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
+/// What is in backticks, as code.
+fn code(text: &str) -> String {
+    let parts = text.split('`').enumerate();
+    parts
+        .map(|(index, part)| if index % 2 == 1 { format!("<code>{part}</code>") } else { part.to_owned() })
+        .collect()
+}
+
 /// Whether the caller is a browser that navigates.
 fn wants_page(headers: &HeaderMap) -> bool {
     headers
@@ -73,7 +81,7 @@ impl Problem {
             code = status.as_u16(),
             reason = status.canonical_reason().unwrap_or_default(),
             message = escape(&self.message),
-            advice = escape(&self.advice),
+            advice = code(&escape(&self.advice)),
             sandbox = escape(&self.sandbox),
         )
     }
@@ -90,8 +98,9 @@ mod tests {
             page_status: StatusCode::NOT_FOUND,
             sandbox: "<script>".to_owned(),
             message: "no".to_owned(),
-            advice: "do".to_owned(),
+            advice: "do `this <b>` now".to_owned(),
         };
+        assert!(problem.page().contains("do <code>this &lt;b&gt;</code> now"));
         assert!(!problem.page().contains("<script>"));
         let mut headers = HeaderMap::new();
         assert_eq!(problem.reply(&headers).status(), StatusCode::BAD_GATEWAY);

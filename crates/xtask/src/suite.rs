@@ -62,6 +62,11 @@ impl Ground {
                 .stdout(Stdio::null()),
         )?;
         // What a run that was killed has left.
+        for left in leftovers(&ground.directory) {
+            if let Some(pid) = left.strip_prefix("process ") {
+                run_command(crate::packages::as_root("kill").args(["-9", pid]))?;
+            }
+        }
         for entry in fs::read_dir(&ground.directory)? {
             let path = entry?.path();
             if path.is_dir() {

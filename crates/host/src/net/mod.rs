@@ -58,6 +58,9 @@ pub enum Error {
     /// This host cannot have slots.
     #[error("no network for sandboxes: {0}")]
     Unavailable(String),
+    /// What was asked for is not there.
+    #[error("{0}")]
+    Options(String),
     /// All numbers are used.
     #[error("all {SLOTS} network slots are used")]
     Full,

@@ -82,7 +82,7 @@ async fn take_range(options: &Options) -> Result<(Range, UnixListener), Error> {
             Ok(lock) => return Ok((range, lock)),
             Err(_) if options.range.is_none() => {}
             Err(_) => {
-                return Err(Error::Unavailable(format!(
+                return Err(Error::Options(format!(
                     "another server on this host uses {range}; name another /16 with --slot-range"
                 )));
             }
@@ -110,8 +110,9 @@ impl Slots {
     pub async fn open(options: Options, ledger: Ledger) -> Result<Self, Error> {
         check().await?;
         if let Some(name) = &options.uplink {
-            link::index(name)
-                .map_err(|_| Error::Unavailable(format!("there is no uplink {name:?}; see `ip link`")))?;
+            link::index(name).map_err(|_| {
+                Error::Options(format!("there is no link {name:?} to be the uplink; see `ip link`"))
+            })?;
             link::forward_from(name).map_err(failed("letting the uplink forward"))?;
         }
         let (range, lock) = take_range(&options).await?;
