@@ -151,11 +151,13 @@ pub fn up() -> Result<()> {
     Ok(())
 }
 
-/// Whether a process is gone, or a zombie: a server that `demo` started is a child of this program.
+/// Whether a process is gone, or a zombie: a server that `demo` started is a child of this program. A leader is a
+/// zombie before its last thread, which holds the same files, is gone.
 fn has_ended(pid: &str) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // The second field is a name in parentheses that may hold anything; the third is the state.
-    stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
+    let is_zombie = stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']));
+    is_zombie && fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count) <= 1
 }
 
 /// `cargo xtask down`.
