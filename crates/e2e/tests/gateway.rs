@@ -410,6 +410,39 @@ async fn over_tls(chain: &str, protocol: &str, host: &str, token: &str) -> (Stat
     (status, String::from_utf8_lossy(&body).into_owned())
 }
 
+/// Whoever opens connections without end gets a 429 for the next one, and the sandbox goes on.
+#[tokio::test]
+async fn connections_into_a_sandbox_are_limited() {
+    let Some(ground) = Ground::with_networks().await else { return };
+    kelvin_host::process::allow_descriptors();
+    let server = ground.server("inbound", &["--waiting-vmms", "1"]).await;
+    server.bake(1).await;
+    let (client, sandbox, agent) = sandbox(&server, NetworkConfig::default()).await;
+    let detail = client.sandbox(sandbox.sandbox_id.as_str()).await.expect("it runs");
+    let mut held = Vec::new();
+    let refused = loop {
+        match client.stream(&detail, 8003).await {
+            Ok(stream) => held.push(stream),
+            Err(kelvin_client::Error::Refused(refused)) => break refused,
+            Err(error) => panic!("after {} connections: {error}", held.len()),
+        }
+        assert!(held.len() <= 1024, "there is no limit");
+    };
+    assert_eq!((refused.code, held.len()), (429, 1024), "{refused}");
+    assert_eq!(sh(&agent, "echo ok").await, "ok\n");
+    // Places are free again when the server in the sandbox has closed: then it is not there, which is another word.
+    sh(&agent, "pkill -f servers.py").await;
+    let started = Instant::now();
+    loop {
+        match client.stream(&detail, 8003).await {
+            Err(kelvin_client::Error::Refused(refused)) if refused.code == 502 => break,
+            other => assert!(started.elapsed() < LIMIT, "no place is free again: {}", other.is_ok()),
+        }
+    }
+    drop(held);
+    server.stop().await;
+}
+
 /// An agent that crashes has lost the sandbox's token: it lets nobody in, rather than everybody.
 #[tokio::test]
 async fn an_agent_that_crashed_lets_nobody_in() {
