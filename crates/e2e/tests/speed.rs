@@ -55,8 +55,15 @@ async fn clones_are_as_fast_as_promised() {
         p50(&large, "create_ms") / p50(&bench(&server, &n), "create_ms")
     });
     promise("with a network ÷ without, p50", 1.15, false, || {
-        let without = bench(&server, &with(&["--no-network"]));
-        p50(&bench(&server, &n), "create_ms") / p50(&without, "create_ms")
+        // Fifty each, in turns of ten: the two differ by less than a shared machine does from minute to minute.
+        let mut ratios: Vec<f64> = (0..5)
+            .map(|_| {
+                let without = bench(&server, &["-n", "10", "--no-network"]);
+                p50(&bench(&server, &["-n", "10"]), "create_ms") / p50(&without, "create_ms")
+            })
+            .collect();
+        ratios.sort_by(f64::total_cmp);
+        ratios[2]
     });
     server.stop().await;
 }
