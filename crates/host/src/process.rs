@@ -15,6 +15,7 @@ use rustix::process::{
 };
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe;
 
 use crate::net::ns;
 
@@ -79,7 +80,7 @@ impl Process {
     ///
     /// # Errors
     /// When it cannot be started.
-    pub async fn spawn(spawn: Spawn) -> io::Result<(Self, ChildStderr)> {
+    pub async fn spawn(spawn: Spawn) -> io::Result<(Self, pipe::Receiver)> {
         // A child starts in the namespace of the thread that starts it: no code has to run between fork and
         // exec. The thread is used for nothing else.
         let (pid, stderr) = match &spawn.network {
@@ -96,7 +97,15 @@ impl Process {
             }
         };
         // The child cannot be reaped by anyone else, so its pid is still its own here.
-        Ok((Self::open(pid)?, stderr))
+        let process = Self::open(pid)?;
+        match nonblocking(stderr) {
+            Ok(stderr) => Ok((process, stderr)),
+            Err(error) => {
+                process.kill()?;
+                process.ended().await;
+                Err(error)
+            }
+        }
     }
     #[allow(unsafe_code)]
     fn open(pid: i32) -> io::Result<Self> {
@@ -161,6 +170,13 @@ impl Process {
             WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
         );
     }
+}
+
+fn nonblocking(stderr: ChildStderr) -> io::Result<pipe::Receiver> {
+    let fd = OwnedFd::from(stderr);
+    let flags = rustix::fs::fcntl_getfl(&fd)?;
+    rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
+    pipe::Receiver::from_owned_fd(fd)
 }
 
 fn start(spawn: Spawn) -> io::Result<(i32, ChildStderr)> {

@@ -173,7 +173,7 @@ fn rules_of_a_slot_hold() {
         assert!(caller.join().unwrap(), "nobody answered");
         drop((tap, log));
         slots.release(&slot).await.unwrap();
-        let left = ns::on_thread(move || netfilter::forget(netfilter::Which::Of(address))).await;
+        let left = ns::on_thread(move || netfilter::forget(address.into())).await;
         assert_eq!(left.unwrap(), 0);
     });
 }

@@ -10,6 +10,7 @@
 //! that run; the next start adopts both.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
@@ -22,11 +23,10 @@ use kelvin_api::error::chain;
 use kelvin_api::id::VmId;
 use kelvin_api::network::Policy;
 use kelvin_egress::wire::{Client, Reply, Request, State};
-use kelvin_host::ledger::{Entry, Ledger, Resource};
+use kelvin_host::ledger::{self, Ledger, Resource};
 use kelvin_host::net::{Slot, Slots, Sockets};
 use kelvin_host::process::{Network, Process, ProcessKey, Spawn};
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::net::unix::pipe;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::Error;
@@ -82,7 +82,7 @@ impl Egress {
         run: &Path,
         options: &EgressOptions,
         ledger: &Ledger,
-        entries: &[Entry],
+        entries: &[ledger::Entry],
     ) -> Result<Option<(Self, Vec<u16>)>, Error> {
         for entry in entries {
             let Resource::Helper { marker, key } = &entry.resource else { continue };
@@ -158,10 +158,7 @@ impl Egress {
             stdin: Some(listener.into()),
         };
         let (process, stderr) = Process::spawn(spawn).await?;
-        let fd = OwnedFd::from(stderr);
-        let flags = rustix::fs::fcntl_getfl(&fd)?;
-        rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
-        let mut lines = BufReader::new(pipe::Receiver::from_owned_fd(fd)?).lines();
+        let mut lines = BufReader::new(stderr).lines();
         // It ends with the process.
         tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
@@ -194,7 +191,7 @@ impl Networks {
         ledger: Ledger,
         run: PathBuf,
         egress_options: EgressOptions,
-        entries: &[Entry],
+        entries: &[ledger::Entry],
     ) -> Result<(Arc<Self>, Vec<u16>), Error> {
         let found = Egress::adopt(&run, &egress_options, &ledger, entries).await?;
         let (egress, known) = match found {
@@ -294,12 +291,21 @@ impl Networks {
     /// # Errors
     /// As [`Slots::release`].
     pub async fn release(&self, slot: &Slot) -> Result<(), Error> {
-        self.attached().remove(&slot.number());
-        // A process that is gone has nothing attached.
-        if let Err(error) = self.call(Request::Detach { slot: slot.number() }, Vec::new()).await {
-            tracing::warn!(slot = slot.number(), error = chain(&error), "not detached");
-        }
+        self.detach(slot.number(), slot.owner()).await;
         Ok(self.slots.release(slot).await?)
+    }
+
+    /// Tells the egress process to answer a slot no more, unless the number is another's by now: releases come twice.
+    async fn detach(&self, number: u16, owner: &VmId) {
+        match self.attached().entry(number) {
+            Entry::Occupied(entry) if entry.get().0.owner() != owner => return,
+            Entry::Occupied(entry) => drop(entry.remove()),
+            Entry::Vacant(_) => {}
+        }
+        // A process that is gone has nothing attached.
+        if let Err(error) = self.call(Request::Detach { slot: number }, Vec::new()).await {
+            tracing::warn!(slot = number, error = chain(&error), "not detached");
+        }
     }
 
     /// Takes over the slot of a machine that runs, and enforces its policy anew: the last daemon may have died
@@ -313,7 +319,12 @@ impl Networks {
         } else {
             self.attach(slot, policy).await?;
         }
-        self.apply(slot, policy).await
+        if let Err(error) = self.apply(slot, policy).await {
+            // The rules that the last daemon wrote are in force; a machine must not end because this one could not
+            // write them again.
+            tracing::error!(slot = slot.number(), error = chain(&error), "its rules were not enforced anew");
+        }
+        Ok(())
     }
 
     /// Removes what a former daemon left of a slot.
@@ -321,8 +332,7 @@ impl Networks {
     /// # Errors
     /// As [`Slots::remove`].
     pub async fn discard(&self, number: u16, owner: &VmId) -> Result<(), Error> {
-        self.attached().remove(&number);
-        let _ = self.call(Request::Detach { slot: number }, Vec::new()).await;
+        self.detach(number, owner).await;
         Ok(self.slots.remove(number, owner).await?)
     }
 

@@ -12,7 +12,6 @@ use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBu
 
 use super::rules::{self, Setting};
 use super::{GUEST, GUEST_GATEWAY, GUEST_MAC, PROXY_PORT, Range, Sockets, TAP, TAP_MAC, UP, nft, ns};
-use kelvin_api::network::Policy;
 
 fn failed(error: rtnetlink::Error) -> io::Error {
     match error {
@@ -31,16 +30,18 @@ fn socket() -> io::Result<OwnedFd> {
     Ok(socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?)
 }
 
-/// Runs `work` with a netlink connection to this thread's namespace, on a small runtime of its own.
-fn with_netlink<T>(work: impl AsyncFnOnce(Handle) -> io::Result<T>) -> io::Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-    runtime.block_on(async {
-        let (connection, handle, _) = rtnetlink::new_connection()?;
-        let task = tokio::spawn(connection);
-        let result = work(handle).await;
-        task.abort();
-        result
-    })
+/// Runs `work` with a netlink connection to this thread's namespace.
+async fn netlink<T>(work: impl AsyncFnOnce(Handle) -> io::Result<T>) -> io::Result<T> {
+    let (connection, handle, _) = rtnetlink::new_connection()?;
+    let task = tokio::spawn(connection);
+    let result = work(handle).await;
+    task.abort();
+    result
+}
+
+/// The same, on a small runtime of its own, for threads that are in a namespace.
+fn blocking_netlink<T>(work: impl AsyncFnOnce(Handle) -> io::Result<T>) -> io::Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_io().build()?.block_on(netlink(work))
 }
 
 async fn address(handle: &Handle, index: u32, address: Ipv4Addr) -> io::Result<()> {
@@ -107,7 +108,7 @@ pub struct Built {
 
 /// Builds a slot from nothing. Blocks for some milliseconds; on a thread of its own, which is left in the new
 /// namespace. What was made before a failure goes with the thread.
-pub fn build(setting: &Setting, policy: &Policy) -> io::Result<Built> {
+pub fn build(setting: &Setting) -> io::Result<Built> {
     let home = ns::current()?;
     ns::unshare()?;
     let namespace = ns::current()?;
@@ -126,7 +127,7 @@ pub fn build(setting: &Setting, policy: &Policy) -> io::Result<Built> {
     }
     let tap = tap()?;
     let (range, number) = (setting.range, setting.number);
-    with_netlink(async |handle| {
+    blocking_netlink(async |handle| {
         let host_name = range.link(number);
         let peer = LinkMessageBuilder::<LinkUnspec>::new()
             .name(host_name)
@@ -150,7 +151,7 @@ pub fn build(setting: &Setting, policy: &Policy) -> io::Result<Built> {
         let route = RouteMessageBuilder::<Ipv4Addr>::new().gateway(range.host_end(number)).build();
         handle.route().add(route).execute().await.map_err(failed)
     })?;
-    nft::run(&rules::slot(setting, policy))?;
+    nft::run(&rules::slot(setting))?;
     let sockets = sockets()?;
     ns::enter(home.as_fd())?;
     host_end(range, number)?;
@@ -170,7 +171,7 @@ fn host_end(range: Range, number: u16) -> io::Result<()> {
     let name = range.link(number);
     let _ = sysctl(&format!("ipv6/conf/{name}/disable_ipv6"), "1");
     sysctl(&format!("ipv4/conf/{name}/forwarding"), "1")?;
-    with_netlink(async |handle| {
+    blocking_netlink(async |handle| {
         let index = index(&name)?;
         up(&handle, index, None).await?;
         address(&handle, index, range.host_end(number)).await?;
@@ -185,46 +186,33 @@ pub async fn remove(name: &str) -> io::Result<()> {
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
         Err(error) => return Err(error),
     };
-    let (connection, handle, _) = rtnetlink::new_connection()?;
-    let task = tokio::spawn(connection);
-    let result = handle.link().del(index).execute().await.map_err(failed);
-    task.abort();
-    match result {
+    match netlink(async |handle| handle.link().del(index).execute().await.map_err(failed)).await {
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
         other => other,
     }
 }
 
-/// Every IPv4 address of this namespace with its prefix and the name of its link.
-pub async fn addresses() -> io::Result<Vec<(Ipv4Addr, u8, u32)>> {
+/// Every IPv4 address of this namespace.
+pub async fn addresses() -> io::Result<Vec<Ipv4Addr>> {
     use netlink_packet_route::address::AddressAttribute;
-    let (connection, handle, _) = rtnetlink::new_connection()?;
-    let task = tokio::spawn(connection);
-    let result: Result<Vec<_>, _> = handle.address().get().execute().try_collect().await;
-    task.abort();
-    Ok(result
-        .map_err(failed)?
-        .into_iter()
-        .filter_map(|message| {
-            let own = message.attributes.iter().find_map(|attribute| match attribute {
-                AddressAttribute::Local(IpAddr::V4(own)) => Some(*own),
-                _ => None,
-            })?;
-            Some((own, message.header.prefix_len, message.header.index))
-        })
-        .collect())
+    let messages: Vec<_> =
+        netlink(async |handle| handle.address().get().execute().try_collect().await.map_err(failed)).await?;
+    let own =
+        messages.into_iter().flat_map(|message| message.attributes).filter_map(|attribute| match attribute {
+            AddressAttribute::Local(IpAddr::V4(own)) => Some(own),
+            _ => None,
+        });
+    Ok(own.collect())
 }
 
 /// Every IPv4 route of this namespace: destination, prefix, output link.
 pub async fn routes() -> io::Result<Vec<(Ipv4Addr, u8, Option<u32>)>> {
     use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteHeader};
-    let (connection, handle, _) = rtnetlink::new_connection()?;
-    let task = tokio::spawn(connection);
     let filter = RouteMessageBuilder::<Ipv4Addr>::new().build();
-    let result: Result<Vec<_>, _> = handle.route().get(filter).execute().try_collect().await;
-    task.abort();
-    Ok(result
-        .map_err(failed)?
+    let messages: Vec<_> =
+        netlink(async |handle| handle.route().get(filter).execute().try_collect().await.map_err(failed))
+            .await?;
+    Ok(messages
         .into_iter()
         .filter(|message| message.header.table == RouteHeader::RT_TABLE_MAIN)
         .map(|message| {
@@ -244,12 +232,9 @@ pub async fn routes() -> io::Result<Vec<(Ipv4Addr, u8, Option<u32>)>> {
 
 /// Names of the links in this namespace that begin with `prefix`.
 pub async fn names(prefix: &str) -> io::Result<Vec<String>> {
-    let (connection, handle, _) = rtnetlink::new_connection()?;
-    let task = tokio::spawn(connection);
-    let result: Result<Vec<_>, _> = handle.link().get().execute().try_collect().await;
-    task.abort();
-    Ok(result
-        .map_err(failed)?
+    let messages: Vec<_> =
+        netlink(async |handle| handle.link().get().execute().try_collect().await.map_err(failed)).await?;
+    Ok(messages
         .into_iter()
         .flat_map(|message| message.attributes)
         .filter_map(|attribute| match attribute {

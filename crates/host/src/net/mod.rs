@@ -199,6 +199,11 @@ impl Slot {
         self.number
     }
 
+    /// Who it is to the ledger: numbers are used again, owners are not.
+    pub fn owner(&self) -> &VmId {
+        &self.owner
+    }
+
     /// Where the host reaches it: its guest's ports are this address's.
     pub fn address(&self) -> Ipv4Addr {
         self.setting.range.address(self.number)

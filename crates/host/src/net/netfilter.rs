@@ -4,6 +4,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use ipnet::Ipv4Net;
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
@@ -68,30 +69,24 @@ fn open() -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Which connections to forget.
-#[derive(Debug, Clone, Copy)]
-pub enum Which {
-    /// From or to an address.
-    Of(Ipv4Addr),
-    /// With a mark.
-    Marked(u32),
-}
-
-fn is_meant(which: Which, attributes: &[ConntrackAttribute]) -> bool {
-    attributes.iter().any(|attribute| match (which, attribute) {
-        (Which::Marked(mark), ConntrackAttribute::CtaMark(found)) => *found == mark,
-        (Which::Of(address), ConntrackAttribute::CtaTupleOrig(tuples)) => tuples.iter().any(|tuple| {
+/// Whether a connection came from or goes to `net`.
+fn touches(net: Ipv4Net, attributes: &[ConntrackAttribute]) -> bool {
+    let inside = |address: &IpAddr| matches!(address, IpAddr::V4(address) if net.contains(address));
+    attributes.iter().any(|attribute| match attribute {
+        ConntrackAttribute::CtaTupleOrig(tuples) => tuples.iter().any(|tuple| {
             matches!(tuple, Tuple::Ip(ips) if ips.iter().any(|ip| matches!(ip,
-                IPTuple::SourceAddress(found) | IPTuple::DestinationAddress(found)
-                    if *found == IpAddr::V4(address))))
+                IPTuple::SourceAddress(found) | IPTuple::DestinationAddress(found) if inside(found))))
         }),
         _ => false,
     })
 }
 
-/// Forgets connections of this thread's namespace; returns how many. Reads the whole table: never on a
-/// request's path.
-pub fn forget(which: Which) -> io::Result<u32> {
+/// Forgets connections of this thread's namespace from or to `net`; returns how many. Reads the whole table:
+/// never on a request's path.
+///
+/// # Errors
+/// As the kernel gives them.
+pub fn forget(net: Ipv4Net) -> io::Result<u32> {
     let socket = open()?;
     send(&socket, &request(ConntrackMessage::Get(Vec::new()), NLM_F_DUMP))?;
     let mut found = Vec::new();
@@ -103,7 +98,7 @@ pub fn forget(which: Which) -> io::Result<u32> {
                 if let NetfilterMessageInner::Conntrack(
                     ConntrackMessage::New(attributes) | ConntrackMessage::Get(attributes),
                 ) = message.inner
-                    && is_meant(which, &attributes)
+                    && touches(net, &attributes)
                 {
                     found.extend(
                         attributes

@@ -63,8 +63,8 @@ fn list<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
     items.into_iter().map(|item| item.to_string()).collect::<Vec<_>>().join(", ")
 }
 
-/// The whole table of a new slot, with the rules of `policy`.
-pub fn slot(setting: &Setting, policy: &Policy) -> String {
+/// The whole table of a new slot, with the default policy.
+pub fn slot(setting: &Setting) -> String {
     let (range, address, host_end) =
         (setting.range, setting.range.address(setting.number), setting.range.host_end(setting.number));
     let mut text = String::from("table inet kelvin {\n counter sent {}\n counter received {}\n");
@@ -78,8 +78,10 @@ pub fn slot(setting: &Setting, policy: &Policy) -> String {
         );
     }
     let never = list(NEVER);
-    let own: Vec<Ipv4Addr> = setting.host.clone();
-    let elements = if own.is_empty() { String::new() } else { format!(" elements = {{ {} }};", list(&own)) };
+    let elements = match list(&setting.host).as_str() {
+        "" => String::new(),
+        own => format!(" elements = {{ {own} }};"),
+    };
     let no_uplink = if setting.has_uplink { "" } else { "goto no_no_uplink" };
     let _ = write!(
         text,
@@ -124,7 +126,7 @@ pub fn slot(setting: &Setting, policy: &Policy) -> String {
  chain nat_in {{
   type nat hook prerouting priority dstnat; policy accept;
   iifname "{UP}" ip saddr {host_end} meta l4proto tcp dnat ip to {GUEST}
-  iifname "{TAP}" ip daddr != {{ {never} }} ip daddr != @host jump names
+  iifname "{TAP}" ip daddr != @never ip daddr != @host jump names
  }}
  chain nat_out {{
   type nat hook postrouting priority srcnat; policy accept;
@@ -158,7 +160,7 @@ table netdev kelvin {{
 }}
 "#
     );
-    text.push_str(&changes(setting, policy, FIRST));
+    text.push_str(&changes(setting, &Policy::default(), FIRST));
     text
 }
 

@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kelvin_api::id::VmId;
-use kelvin_api::network::Policy;
 use tokio::sync::Notify;
 
 use super::rules::{self, Setting};
@@ -206,7 +205,6 @@ impl Slots {
             .await
             .map_err(failed("reading the host's addresses"))?
             .into_iter()
-            .map(|(address, ..)| address)
             .filter(|address| !range.contains(address))
             .collect();
         self.state().host = Some((Instant::now(), own.clone()));
@@ -235,7 +233,7 @@ impl Slots {
         }
         let setting = Setting { number, ..setting };
         let building = setting.clone();
-        let built = ns::on_thread(move || link::build(&building, &Policy::default())).await;
+        let built = ns::on_thread(move || link::build(&building)).await;
         match built {
             Ok(link::Built { namespace, tap, sockets }) => Ok(Arc::new(Slot {
                 number,
@@ -292,7 +290,7 @@ impl Slots {
         let address = self.0.range.address(number);
         let removed = async {
             link::remove(&self.0.range.link(number)).await.map_err(failed("removing a slot's link"))?;
-            ns::on_thread(move || netfilter::forget(netfilter::Which::Of(address)))
+            ns::on_thread(move || netfilter::forget(address.into()))
                 .await
                 .map_err(failed("forgetting a slot's connections"))?;
             self.0.ledger.strike_all(owner).await?;

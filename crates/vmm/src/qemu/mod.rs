@@ -20,7 +20,6 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::ChildStderr;
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -216,8 +215,7 @@ impl Qemu {
         let (program, cwd) = (PROGRAM.into(), spec.data_dir.clone());
         let spawn = Spawn { program, args, env, cwd, user: spec.user, network, stdin };
         let (process, stderr) = Process::spawn(spawn).await.map_err(io)?;
-        let tail =
-            Tail::follow(stderr).map_err(|source| Error::Io { what: "reading the VMM's stderr", source })?;
+        let tail = Tail::follow(stderr);
         let opened = async {
             let sockets = Sockets::open(&spec.absolute())?;
             let stream = sockets.connect_new("qmp.sock", &process, &tail).await?;
@@ -269,12 +267,8 @@ struct Tail(Arc<StdMutex<VecDeque<u8>>>);
 
 impl Tail {
     /// Reads `stderr` until the VMM ends; the task ends with it.
-    fn follow(stderr: ChildStderr) -> io::Result<Self> {
+    fn follow(mut pipe: pipe::Receiver) -> Self {
         let tail = Self::default();
-        let fd = std::os::fd::OwnedFd::from(stderr);
-        let flags = rustix::fs::fcntl_getfl(&fd)?;
-        rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
-        let mut pipe = pipe::Receiver::from_owned_fd(fd)?;
         let kept = tail.clone();
         tokio::spawn(async move {
             let mut buffer = [0; 4096];
@@ -285,7 +279,7 @@ impl Tail {
                 bytes.drain(..excess);
             }
         });
-        Ok(tail)
+        tail
     }
 
     fn text(&self) -> String {
