@@ -7,12 +7,13 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use kelvin_api::guest::{self, Activation, Reply, Request};
+use kelvin_api::guest::{self, Activation, Reply, Request, Wake};
 use rustix::time::{ClockId, Timespec};
 
+use crate::hooks;
 use crate::state::State;
 
 /// Files that hold the machine's identity; `/etc` has links to them, so that activation writes memory
@@ -100,10 +101,17 @@ pub struct Control {
     random: File,
     hostname: IdentityFile,
     machine_id: IdentityFile,
+    boot_id: IdentityFile,
     hosts: IdentityFile,
+    /// Counts the times that the root file system was frozen; odd while it is.
+    frozen: Arc<AtomicU32>,
+    /// Whether the image's programs have to be told of the next activation.
+    tell: bool,
     /// What init could not do; a machine with problems refuses to be activated.
     problems: String,
     another: bool,
+    /// Whether the last request made this another machine for its programs.
+    renewed: bool,
 }
 
 impl Control {
@@ -122,15 +130,24 @@ impl Control {
             (&random).read_exact(&mut secret)?;
             state.settings().access_token = String::from_utf8_lossy(&hex(secret)).trim_end().to_owned();
         }
+        let boot_id = IdentityFile::create("boot-id", 37, again)?;
+        if !again {
+            // The kernel's own is made once for each boot, and a snapshot has one boot.
+            rustix::mount::mount_bind(format!("{RUN}/boot-id"), BOOT_ID)?;
+        }
         Ok(Self {
             state,
             port,
             random,
+            boot_id,
+            frozen: Arc::default(),
+            tell: again || hooks::exist(),
             hostname: IdentityFile::create("hostname", 21, again)?,
             machine_id: IdentityFile::create("machine-id", 33, again)?,
             hosts: IdentityFile::create("hosts", HOSTS.len() + 21, again)?,
             problems: std::env::var(crate::init::PROBLEMS).unwrap_or_default(),
             another: again,
+            renewed: false,
         })
     }
 
@@ -165,6 +182,9 @@ impl Control {
             if let Ok(bytes) = reply.encode(id) {
                 let _ = (&self.port).write_all(&bytes);
             }
+            if std::mem::take(&mut self.renewed) {
+                self.state.restored.notify_one();
+            }
         }
     }
 
@@ -189,6 +209,8 @@ impl Control {
                 rustix::fs::sync();
                 Ok(())
             }
+            Request::Freeze => self.freeze(),
+            Request::Wake(wake) => self.wake(&wake),
         };
         match result {
             Ok(()) => Reply::Done {
@@ -196,7 +218,7 @@ impl Control {
                     .duration_since(UNIX_EPOCH)
                     .map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)),
                 worked_us: u32::try_from(started.elapsed().as_micros()).unwrap_or(u32::MAX),
-                http_waiting: self.state.http_waiting.load(Ordering::Acquire),
+                http_waiting: self.state.is_http_waiting(),
             },
             Err(error) => Reply::Failed(error.to_string()),
         }
@@ -204,22 +226,104 @@ impl Control {
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
         // The clock first: it was read by the host just before the frame was sent.
-        let seconds = i64::try_from(activation.wall_clock_ns / 1_000_000_000).map_err(io::Error::other)?;
-        let nanos = i64::try_from(activation.wall_clock_ns % 1_000_000_000).map_err(io::Error::other)?;
-        rustix::time::clock_settime(ClockId::Realtime, Timespec { tv_sec: seconds, tv_nsec: nanos })?;
+        set_clock(activation.wall_clock_ns)?;
+        thaw(&self.frozen);
+        self.state.end_http(AT_REST);
         reseed(&self.random, &activation.entropy)?;
         rustix::system::sethostname(activation.hostname.as_bytes())?;
         let line = [activation.hostname.as_bytes(), b"\n"].concat();
         self.hostname.set(&line)?;
         self.machine_id.set(&hex(activation.machine_id))?;
+        self.boot_id.set(&uuid(activation.boot_id))?;
         self.hosts.set(&[HOSTS, &line].concat())?;
         let mut settings = self.state.settings();
         settings.sandbox_id = activation.sandbox_id;
         settings.template = activation.template;
         settings.env_vars = activation.env_vars;
         settings.access_token = activation.access_token;
+        self.renewed = self.tell;
+        // Whatever follows finds programs that ran as who this machine is now.
+        self.tell = true;
         Ok(())
     }
+
+    /// Goes on as who this machine is.
+    fn wake(&mut self, wake: &Wake) -> io::Result<()> {
+        set_clock(wake.wall_clock_ns)?;
+        thaw(&self.frozen);
+        reseed(&self.random, &wake.entropy)?;
+        if wake.restored {
+            self.state.end_http(AT_REST);
+            self.renewed = true;
+        }
+        Ok(())
+    }
+
+    /// Writes everything back and stops writes to the root file system.
+    fn freeze(&self) -> io::Result<()> {
+        if self.frozen.load(Ordering::Acquire) % 2 == 0 {
+            ioctl_root(FIFREEZE)?;
+            let count = self.frozen.fetch_add(1, Ordering::AcqRel) + 1;
+            let frozen = Arc::clone(&self.frozen);
+            // A host that dies must not leave a machine that can write nothing.
+            std::thread::Builder::new().name("thaw".to_owned()).spawn(move || {
+                std::thread::sleep(FROZEN);
+                if frozen.load(Ordering::Acquire) == count {
+                    thaw(&frozen);
+                }
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// How long the root file system stays frozen without a host that says more, by the guest's clock.
+const FROZEN: Duration = Duration::from_secs(20);
+/// How long the HTTP port may take to notice that its connection is another machine's.
+const AT_REST: Duration = Duration::from_secs(5);
+/// Where the kernel shows its boot-id.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// Source: Linux `linux/fs.h`.
+const FIFREEZE: libc::Ioctl = 0xc004_5877_u32 as libc::Ioctl;
+const FITHAW: libc::Ioctl = 0xc004_5878_u32 as libc::Ioctl;
+
+#[allow(unsafe_code)]
+fn ioctl_root(request: libc::Ioctl) -> io::Result<()> {
+    let root = File::open("/")?;
+    // SAFETY: neither request reads or writes its argument.
+    match unsafe { libc::ioctl(root.as_raw_fd(), request, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Lets the root file system be written again, when it was frozen.
+fn thaw(frozen: &AtomicU32) {
+    if frozen.load(Ordering::Acquire) % 2 == 1 {
+        if let Err(error) = ioctl_root(FITHAW) {
+            eprintln!("agent: thawing: {error}");
+        }
+        frozen.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+fn set_clock(wall_clock_ns: u64) -> io::Result<()> {
+    let seconds = i64::try_from(wall_clock_ns / 1_000_000_000).map_err(io::Error::other)?;
+    let nanos = i64::try_from(wall_clock_ns % 1_000_000_000).map_err(io::Error::other)?;
+    Ok(rustix::time::clock_settime(ClockId::Realtime, Timespec { tv_sec: seconds, tv_nsec: nanos })?)
+}
+
+/// A random UUID as the kernel writes one, with the end of its line. Source: RFC 9562, 5.4.
+fn uuid(mut bytes: [u8; 16]) -> [u8; 37] {
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let digits = hex(bytes);
+    let mut text = [b'-'; 37];
+    for (to, from) in [(0..8, 0..8), (9..13, 8..12), (14..18, 12..16), (19..23, 16..20), (24..36, 20..32)] {
+        text[to].copy_from_slice(&digits[from]);
+    }
+    text[36] = b'\n';
+    text
 }
 
 /// Mixes `entropy` into the kernel's pool, credits it, and makes the generator use it at once, so that
@@ -248,6 +352,12 @@ fn reseed(random: &File, entropy: &[u8; 64]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_boot_id_is_a_random_uuid() {
+        let bytes = std::array::from_fn(|index| index as u8 * 17);
+        assert_eq!(&uuid(bytes), b"00112233-4455-4677-8899-aabbccddeeff\n");
+    }
 
     #[test]
     fn a_machine_id_is_a_line_of_hexadecimal() {

@@ -24,7 +24,7 @@ use crate::filesystem::Files;
 use crate::metrics::{self, CpuMeter};
 use crate::process::Processes;
 use crate::state::State;
-use crate::{files, port};
+use crate::{files, hooks, port};
 
 /// The body of every reply.
 pub type Body = UnsyncBoxBody<Bytes, io::Error>;
@@ -68,11 +68,18 @@ async fn serve(state: Arc<State>, port: std::fs::File, again: bool) -> io::Resul
         // The host is in the middle of a conversation with an agent that is no more.
         listener.dismiss().await?;
     }
+    let hooks = Arc::clone(&agent.state);
+    tokio::spawn(async move {
+        loop {
+            hooks.restored.notified().await;
+            hooks::run(&hooks).await;
+        }
+    });
     loop {
         let stream = listener.accept().await?;
         let agent = Arc::clone(&agent);
-        // An error is the host's end going away; the next connection starts afresh.
-        let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+        let state = Arc::clone(&agent.state);
+        let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .initial_stream_window_size(1 << 20)
             .initial_connection_window_size(8 << 20)
@@ -86,8 +93,13 @@ async fn serve(state: Arc<State>, port: std::fs::File, again: bool) -> io::Resul
                     let agent = Arc::clone(&agent);
                     async move { Ok::<_, Infallible>(agent.answer(request).await) }
                 }),
-            )
-            .await;
+            );
+        tokio::select! {
+            // An error is the host's end going away; the next connection starts afresh.
+            _ = connection => {}
+            // The machine was restored: the host that spoke here is another machine's.
+            () = state.hang_up.notified() => {}
+        }
     }
 }
 

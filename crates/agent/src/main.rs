@@ -16,6 +16,7 @@
 mod control;
 mod files;
 mod filesystem;
+mod hooks;
 mod http;
 mod init;
 mod metrics;

@@ -10,7 +10,6 @@ use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -109,10 +108,10 @@ impl Listener {
         // Asked for before the look: a host that comes in between is not missed.
         self.announce(true)?;
         while !self.has_host()? {
-            self.state.http_waiting.store(true, Ordering::Release);
+            self.state.set_http_waiting(true);
             self.came.recv().await;
         }
-        self.state.http_waiting.store(false, Ordering::Release);
+        self.state.set_http_waiting(false);
         self.announce(false)?;
         // SAFETY: the descriptor is owned by the `AsyncFd` and stays the same until it is dropped.
         #[allow(unsafe_code)]

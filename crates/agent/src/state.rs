@@ -1,13 +1,14 @@
 //! What the agent knows of the sandbox it serves: set by activation, read by every request.
 
-use std::sync::atomic::AtomicBool;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use base64::Engine as _;
 use connectrpc::ConnectError;
 use http::HeaderMap;
 use kelvin_api::id::same_secret;
 use kelvin_api::sandbox::EnvVars;
+use tokio::sync::Notify;
 
 use crate::users::User;
 
@@ -53,13 +54,39 @@ impl Settings {
 pub struct State {
     settings: Mutex<Settings>,
     /// Whether the HTTP port has no connection and waits for one.
-    pub http_waiting: AtomicBool,
+    http_waiting: Mutex<bool>,
+    http_changed: Condvar,
+    /// Told when the connection on the HTTP port is one of a former VMM.
+    pub hang_up: Notify,
+    /// Told when programs of the image may have to make themselves distinct.
+    pub restored: Notify,
 }
 
 impl State {
     /// The settings, locked; hold it for a few reads or writes, never across a wait.
     pub fn settings(&self) -> MutexGuard<'_, Settings> {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says whether the HTTP port waits for a connection.
+    pub fn set_http_waiting(&self, waiting: bool) {
+        *self.http_waiting.lock().unwrap_or_else(PoisonError::into_inner) = waiting;
+        self.http_changed.notify_all();
+    }
+
+    /// Whether the HTTP port waits for a connection.
+    pub fn is_http_waiting(&self) -> bool {
+        *self.http_waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the HTTP port's connection and waits, for `limit` at the most, until the port is at rest.
+    pub fn end_http(&self, limit: Duration) {
+        if self.is_http_waiting() {
+            return;
+        }
+        self.hang_up.notify_one();
+        let waiting = self.http_waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = self.http_changed.wait_timeout_while(waiting, limit, |waiting| !*waiting);
     }
 
     /// Whether the caller may speak to the agent at all.

@@ -53,6 +53,21 @@ pub enum Request {
     Activate(Activation),
     /// Flush the file systems and say whether the HTTP port has come to rest: then a snapshot may be taken.
     Quiesce,
+    /// Flush and freeze the root file system until an activation or a wake-up; after some seconds it thaws by itself.
+    Freeze,
+    /// Go on as who you are: after a pause, or after the instant in which a snapshot was taken.
+    Wake(Wake),
+}
+
+/// What a machine that stays itself has to know when it goes on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wake {
+    /// Wall clock in nanoseconds since the epoch, taken just before the frame is sent.
+    pub wall_clock_ns: u64,
+    /// Bytes for the kernel's generator, from the host's.
+    pub entropy: [u8; 64],
+    /// Whether it was restored: connections of its former VMM are gone.
+    pub restored: bool,
 }
 
 /// Everything that makes a clone a machine of its own.
@@ -66,6 +81,8 @@ pub struct Activation {
     pub hostname: String,
     /// New machine-id.
     pub machine_id: [u8; 16],
+    /// New boot-id.
+    pub boot_id: [u8; 16],
     /// Bytes for the kernel's generator, from the host's.
     pub entropy: [u8; 64],
     /// Wall clock in nanoseconds since the epoch, taken just before the frame is sent.
@@ -187,11 +204,20 @@ impl Request {
         let activation = match self {
             Self::Ping => return Writer::frame(request_id, 0).finish(),
             Self::Quiesce => return Writer::frame(request_id, 2).finish(),
+            Self::Freeze => return Writer::frame(request_id, 3).finish(),
+            Self::Wake(wake) => {
+                let mut writer = Writer::frame(request_id, 4);
+                writer.0.extend_from_slice(&wake.wall_clock_ns.to_le_bytes());
+                writer.0.extend_from_slice(&wake.entropy);
+                writer.0.push(u8::from(wake.restored));
+                return writer.finish();
+            }
             Self::Activate(activation) => activation,
         };
         let mut writer = Writer::frame(request_id, 1);
         writer.0.extend_from_slice(&activation.wall_clock_ns.to_le_bytes());
         writer.0.extend_from_slice(&activation.machine_id);
+        writer.0.extend_from_slice(&activation.boot_id);
         writer.0.extend_from_slice(&activation.entropy);
         for text in
             [&activation.sandbox_id, &activation.template, &activation.hostname, &activation.access_token]
@@ -220,6 +246,7 @@ impl Request {
             1 => {
                 let wall_clock_ns = u64::from_le_bytes(reader.array()?);
                 let machine_id = reader.array()?;
+                let boot_id = reader.array()?;
                 let entropy = reader.array()?;
                 let sandbox_id = reader.text()?;
                 let template = reader.text()?;
@@ -236,6 +263,7 @@ impl Request {
                     template,
                     hostname,
                     machine_id,
+                    boot_id,
                     entropy,
                     wall_clock_ns,
                     access_token,
@@ -243,6 +271,12 @@ impl Request {
                 })
             }
             2 => Self::Quiesce,
+            3 => Self::Freeze,
+            4 => Self::Wake(Wake {
+                wall_clock_ns: u64::from_le_bytes(reader.array()?),
+                entropy: reader.array()?,
+                restored: reader.byte()? != 0,
+            }),
             other => return Err(Error::Operation(other)),
         };
         reader.end()?;
@@ -320,6 +354,7 @@ mod tests {
                 hostname: texts[2].clone(),
                 access_token: texts[3].clone(),
                 machine_id,
+                boot_id: machine_id,
                 entropy: [7; 64],
                 wall_clock_ns: clock,
                 env_vars: env,
@@ -330,6 +365,17 @@ mod tests {
             prop_assert_eq!(Request::decode(&frame[4..]).unwrap(), (id, request));
             // Every proper prefix is refused.
             prop_assert!(Request::decode(&frame[4..frame.len() - 1]).is_err());
+        }
+    }
+
+    #[test]
+    fn a_wake_up_survives_the_wire() {
+        for request in [
+            Request::Freeze,
+            Request::Wake(Wake { wall_clock_ns: 1 << 60, entropy: [9; 64], restored: true }),
+        ] {
+            let frame = request.encode(3).unwrap();
+            assert_eq!(Request::decode(&frame[4..]), Ok((3, request)));
         }
     }
 

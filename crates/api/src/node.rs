@@ -4,13 +4,15 @@
 //! names (see `docs/decisions/0003-one-process-and-its-seams.md`).
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{SandboxId, TemplateName, Token};
+use crate::error::Failure;
+use crate::id::{SandboxId, SnapshotId, TemplateName, Token};
 use crate::network::Wanted;
 use crate::phase::Timings;
-use crate::sandbox::{EnvVars, StartPath};
+use crate::sandbox::{Capture, EnvVars, Lifecycle, SandboxState, StartPath};
 use crate::units::{MemoryMib, Shape};
 
 /// Make one sandbox. The id is the idempotency key between control and node.
@@ -18,8 +20,8 @@ use crate::units::{MemoryMib, Shape};
 pub struct Create {
     /// Chosen by the control plane and recorded there before.
     pub sandbox: SandboxId,
-    /// Which template.
-    pub template: TemplateName,
+    /// What it starts as.
+    pub base: Base,
     /// Instead of the template's.
     pub vcpus: Option<u32>,
     /// Instead of the template's.
@@ -34,6 +36,47 @@ pub struct Create {
     pub start_path: Option<StartPath>,
     /// Its network.
     pub network: Wanted,
+    /// What happens without being asked for.
+    pub lifecycle: Lifecycle,
+    /// How long it lives when traffic resumes it.
+    pub timeout: Duration,
+}
+
+/// What a sandbox starts as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Base {
+    /// A machine of a template.
+    Template(TemplateName),
+    /// What a sandbox was when a snapshot was taken.
+    Snapshot(SnapshotId),
+}
+
+/// One child of a fork.
+#[derive(Debug, Clone)]
+pub struct Child {
+    /// Chosen by the control plane and recorded there before.
+    pub sandbox: SandboxId,
+    /// What callers of its agent must show.
+    pub access_token: Option<Token>,
+    /// What callers of its ports must show, where the source's are private.
+    pub traffic_token: Option<Token>,
+    /// Over the source's environment.
+    pub env_vars: EnvVars,
+    /// When the node ends it.
+    pub ends_at: jiff::Timestamp,
+    /// How long it lives when traffic resumes it.
+    pub timeout: Duration,
+}
+
+/// How a fork went.
+#[derive(Debug)]
+pub struct Forked {
+    /// For the source.
+    pub capture: Capture,
+    /// How long each phase lasted, up to the children's own.
+    pub timings: Timings,
+    /// For each child.
+    pub children: Vec<Result<Created, Failure>>,
 }
 
 /// What a gateway has to know of a sandbox.
@@ -62,7 +105,7 @@ pub struct Created {
     pub started_at: jiff::Timestamp,
 }
 
-/// A sandbox that runs on the node.
+/// A sandbox on the node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Live {
     /// Which one.
@@ -75,6 +118,17 @@ pub struct Live {
     pub start_path: StartPath,
     /// When it was ready.
     pub started_at: jiff::Timestamp,
+    /// Whether it runs.
+    pub state: SandboxState,
+    /// How often it was paused. With `state`, it tells which of two of these is newer.
+    pub generation: u64,
+}
+
+impl Live {
+    /// Grows with every pause and every resume.
+    pub fn rank(&self) -> u64 {
+        self.generation * 2 + u64::from(self.state == SandboxState::Running)
+    }
 }
 
 /// What happened on the node since a generation.
@@ -84,6 +138,8 @@ pub struct Changes {
     pub generation: u64,
     /// Sandboxes that ended, and why.
     pub ended: BTreeMap<SandboxId, String>,
+    /// Sandboxes that were paused or resumed, as they are now.
+    pub changed: BTreeMap<SandboxId, Live>,
     /// The generation was too old: compare with [`Live`] instead.
     pub resync: bool,
 }

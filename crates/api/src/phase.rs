@@ -1,10 +1,10 @@
-//! The phases of a create: one name each, the same in spans, `Server-Timing`, the bench and replies.
+//! The phases of a create, a pause, a snapshot and a fork: one name each, the same in spans, `Server-Timing`, the bench and replies.
 
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-/// One phase of the create path, in the order in which they happen.
+/// One phase, in the order in which they happen on the create path, then on that of a pause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
@@ -28,11 +28,19 @@ pub enum Phase {
     Activate,
     /// The sandbox is owned and visible.
     Commit,
+    /// The guest writes back and freezes its file system; what can be copied ahead is.
+    Quiesce,
+    /// The vCPUs are stopped and outstanding disk writes are done.
+    Pause,
+    /// Memory, device state and disk of the frozen instant are copied.
+    Save,
+    /// The copies get their name: from here on they can be restored from.
+    Publish,
 }
 
 impl Phase {
     /// Every phase, in order.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 14] = [
         Self::Reserve,
         Self::Queue,
         Self::Vmm,
@@ -43,6 +51,10 @@ impl Phase {
         Self::Boot,
         Self::Activate,
         Self::Commit,
+        Self::Quiesce,
+        Self::Pause,
+        Self::Save,
+        Self::Publish,
     ];
 
     /// The name as it appears everywhere.
@@ -58,6 +70,10 @@ impl Phase {
             Self::Boot => "boot",
             Self::Activate => "activate",
             Self::Commit => "commit",
+            Self::Quiesce => "quiesce",
+            Self::Pause => "pause",
+            Self::Save => "save",
+            Self::Publish => "publish",
         }
     }
 }

@@ -45,7 +45,7 @@ pub struct NewSandbox {
     #[serde(rename = "autoPauseMemory", default, skip_serializing_if = "Option::is_none")]
     pub auto_pause_memory: Option<bool>,
     #[serde(rename = "autoResume", default, skip_serializing_if = "Option::is_none")]
-    pub auto_resume: Option<serde_json::Value>,
+    pub auto_resume: Option<AutoResume>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NewNetwork>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -73,6 +73,8 @@ pub enum StartPath {
     Cold,
     /// Restored from a snapshot into a VMM that was started ahead of time.
     Clone,
+    /// Claimed: restored before, and it had answered.
+    Warm,
 }
 
 impl StartPath {
@@ -81,6 +83,7 @@ impl StartPath {
         match self {
             Self::Cold => "cold",
             Self::Clone => "clone",
+            Self::Warm => "warm",
         }
     }
 }
@@ -116,6 +119,144 @@ pub struct Sandbox {
     /// Kelvin: milliseconds per phase.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub phases: BTreeMap<Phase, f64>,
+}
+
+/// What happens at the end of a sandbox's time. Source: E2B's `SandboxOnTimeout`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnTimeout {
+    /// It ends.
+    #[default]
+    Kill,
+    /// It is paused.
+    Pause,
+}
+
+/// What happens without being asked for. Source: E2B's `SandboxLifecycle`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Lifecycle {
+    /// At the end of its time.
+    #[serde(default)]
+    pub on_timeout: OnTimeout,
+    /// Whether traffic resumes it when it is paused.
+    #[serde(default)]
+    pub auto_resume: bool,
+}
+
+/// `autoResume` of a create. Source: E2B's `SandboxAutoResumeConfig`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)]
+pub struct AutoResume {
+    pub enabled: bool,
+}
+
+/// `POST /sandboxes/{id}/pause`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)]
+pub struct PauseSandbox {
+    /// False is refused: this version keeps memory with the disk, always.
+    #[serde(default)]
+    pub memory: Option<bool>,
+    #[serde(rename = "requireHealthyGuest", default)]
+    pub require_healthy_guest: Option<bool>,
+}
+
+/// `POST /sandboxes/{id}/resume`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)]
+pub struct ResumeSandbox {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<u64>,
+    #[serde(rename = "autoPause", default, skip_serializing_if = "Option::is_none")]
+    pub auto_pause: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<bool>,
+}
+
+/// `POST /sandboxes/{id}/fork`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)]
+pub struct ForkSandbox {
+    /// Seconds that each child lives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<u64>,
+    /// How many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub count: Option<u32>,
+    /// Kelvin: labels of the children, instead of the source's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<Metadata>,
+    /// Kelvin: environment of processes that the children start, over the source's.
+    #[serde(rename = "envVars", default, skip_serializing_if = "Option::is_none")]
+    pub env_vars: Option<EnvVars>,
+}
+
+/// One element of the reply to a fork: a child, or why there is none.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct ForkResult {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sandbox: Option<Sandbox>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<crate::error::ApiError>,
+}
+
+/// `POST /sandboxes/{id}/snapshots`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)]
+pub struct SnapshotSandbox {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// False is refused: this version keeps memory with the disk, always.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<bool>,
+}
+
+/// A snapshot that is kept. The first two fields are E2B's, the others Kelvin's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct SnapshotInfo {
+    #[serde(rename = "snapshotID")]
+    pub snapshot_id: String,
+    pub names: Vec<String>,
+    /// Whose memory it is.
+    #[serde(rename = "sandboxID")]
+    pub sandbox_id: SandboxId,
+    #[serde(rename = "templateID")]
+    pub template_id: String,
+    /// The snapshot it descends from: kept, or a template's.
+    #[serde(rename = "parentID", default, skip_serializing_if = "Option::is_none")]
+    pub parent_id: Option<String>,
+    #[serde(rename = "createdAt")]
+    pub created_at: jiff::Timestamp,
+    #[serde(rename = "cpuCount")]
+    pub cpu_count: u32,
+    #[serde(rename = "memoryMB")]
+    pub memory_mb: u32,
+    /// Whether this node can restore it now; the reason if not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unusable: Option<String>,
+}
+
+/// The header with a [`Capture`] in replies to pauses, snapshots and forks.
+pub const CAPTURE_HEADER: &str = "kelvin-capture";
+
+/// How a snapshot, a pause or a fork went for its source.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Capture {
+    /// Milliseconds in which the source's vCPUs stood still.
+    pub paused_ms: f64,
+    /// Pages that it had written since it was restored; none for one that was booted.
+    pub dirty_pages: Option<u64>,
+    /// Whether its agent had flushed and frozen the file system.
+    pub quiesced: bool,
 }
 
 /// The states a client can see.
@@ -168,6 +309,12 @@ pub struct SandboxDetail {
     pub traffic_access_token: Option<Token>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
+    /// What happens without being asked for.
+    #[serde(default)]
+    pub lifecycle: Lifecycle,
+    /// Kelvin: the sandbox it was forked from.
+    #[serde(rename = "parentID", default, skip_serializing_if = "Option::is_none")]
+    pub parent_id: Option<SandboxId>,
 }
 
 /// `POST /sandboxes/{id}/timeout`.
@@ -185,6 +332,9 @@ pub struct ConnectSandbox {
     /// Seconds from now; never shortens a time to live.
     #[serde(default)]
     pub timeout: Option<u64>,
+    /// False is refused: what is paused goes on.
+    #[serde(default)]
+    pub memory: Option<bool>,
 }
 
 /// One line of `GET /sandboxes/{id}/logs`: the machine's console.

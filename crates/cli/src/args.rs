@@ -53,6 +53,11 @@ pub enum Command {
         #[command(subcommand)]
         command: SandboxCommand,
     },
+    /// List and delete the snapshots of sandboxes that are kept; `sandbox create --template` takes one.
+    Snapshot {
+        #[command(subcommand)]
+        command: SnapshotCommand,
+    },
     /// List, import and bake templates.
     Template {
         #[command(subcommand)]
@@ -96,7 +101,7 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct MachineArgs {
-    /// Template of the sandbox.
+    /// Template of the sandbox; or a snapshot, by id or name.
     #[arg(long, short, default_value = "base")]
     pub template: String,
     /// Memory in MiB, instead of the template's.
@@ -119,6 +124,33 @@ pub struct MachineArgs {
     /// The `Host` that servers in the sandbox see; `${PORT}` stands for the port.
     #[arg(long, value_name = "HOST")]
     pub mask_host: Option<String>,
+}
+
+/// What happens without being asked for.
+#[derive(Debug, Args)]
+pub struct LifecycleArgs {
+    /// Pause it at the end of its time instead of killing it.
+    #[arg(long)]
+    pub auto_pause: bool,
+    /// Resume it when somebody connects to it while it is paused.
+    #[arg(long)]
+    pub auto_resume: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// List them.
+    #[command(alias = "ls")]
+    List,
+    /// Delete one, by id or name.
+    #[command(alias = "rm")]
+    Delete {
+        /// Its id, or a name, of which the newest is meant.
+        name: String,
+        /// And those that descend from it. Sandboxes are never ended for it.
+        #[arg(long)]
+        cascade: bool,
+    },
 }
 
 /// What a sandbox may reach.
@@ -197,9 +229,11 @@ pub enum SandboxCommand {
     Create {
         #[command(flatten)]
         machine: MachineArgs,
-        /// Seconds until it is killed.
+        /// Seconds until it is killed, or paused with --auto-pause.
         #[arg(long, default_value_t = 300)]
         timeout: u64,
+        #[command(flatten)]
+        lifecycle: LifecycleArgs,
         /// Label; may be repeated.
         #[arg(long, short, value_name = "KEY=VALUE", value_parser = pair)]
         metadata: Vec<(String, String)>,
@@ -210,7 +244,7 @@ pub enum SandboxCommand {
         #[arg(long, value_name = "KEY")]
         idempotency_key: Option<String>,
     },
-    /// List the sandboxes that run.
+    /// List the sandboxes.
     #[command(alias = "ls")]
     List {
         /// Only those with this label; may be repeated.
@@ -255,6 +289,53 @@ pub enum SandboxCommand {
         /// All of them.
         #[arg(long)]
         all: bool,
+    },
+    /// Freeze sandboxes, with memory, processes and files: they cost disk space and nothing else.
+    Pause {
+        /// Their ids.
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+    /// Let paused sandboxes go on.
+    Resume {
+        /// Their ids.
+        #[arg(required = true)]
+        ids: Vec<String>,
+        /// Seconds until they end, or are paused again.
+        #[arg(long, default_value_t = 300)]
+        timeout: u64,
+    },
+    /// Make copies of a running sandbox, with memory, processes and files, and print their ids.
+    Fork {
+        /// Its id.
+        id: String,
+        /// How many.
+        #[arg(long, short = 'n', default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
+        count: u32,
+        /// Seconds that each lives.
+        #[arg(long, default_value_t = 300)]
+        timeout: u64,
+        /// Label, instead of the source's; may be repeated.
+        #[arg(long, short, value_name = "KEY=VALUE", value_parser = pair)]
+        metadata: Vec<(String, String)>,
+        /// Environment variable of processes that the copies start; may be repeated.
+        #[arg(long, short, value_name = "NAME=VALUE", value_parser = pair)]
+        env: Vec<(String, String)>,
+    },
+    /// Show which sandbox was forked from which.
+    Tree,
+    /// Keep one of the copies of a sandbox and end its siblings.
+    Promote {
+        /// Its id.
+        id: String,
+    },
+    /// Keep what a running sandbox is now, as something to create others from; print its id.
+    Snapshot {
+        /// Its id.
+        id: String,
+        /// Create from it by this name too; the newest of a name counts.
+        #[arg(long)]
+        name: Option<String>,
     },
     /// Set how long a sandbox may live, from now.
     Timeout {
@@ -413,6 +494,9 @@ pub struct ServeArgs {
     /// Its private key, PEM.
     #[arg(long, requires = "tls_listen", value_name = "FILE")]
     pub tls_key: Option<PathBuf>,
+    /// Free MiB on the data directory's file system below which nothing is created, paused or forked.
+    #[arg(long, default_value_t = 1024)]
+    pub disk_floor_mib: u64,
     /// Do not bake what a cold create found missing.
     #[arg(long)]
     pub no_auto_bake: bool,

@@ -12,6 +12,7 @@ mod output;
 mod sandbox;
 mod serve;
 mod setup;
+mod snapshot;
 mod template;
 
 use std::process::ExitCode;
@@ -28,6 +29,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
         Command::Serve(args) => serve::run(*args).await.map(|()| ExitCode::SUCCESS),
         Command::Run(args) => exec::run(&client()?, args).await,
         Command::Sandbox { command } => sandbox::dispatch(&client()?, output, command).await,
+        Command::Snapshot { command } => snapshot::dispatch(&client()?, output, command).await,
         Command::Template { command } => template::dispatch(&connection, output, command).await,
         Command::Node => {
             output::print(output, &client()?.node().await?, output::node_table);

@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use kelvin_api::error::chain;
 use kelvin_api::network::{NetworkState, Traffic};
 use kelvin_api::phase::Phase;
-use kelvin_api::sandbox::{NodeInfo, SandboxDetail, Template};
+use kelvin_api::sandbox::{NodeInfo, OnTimeout, SandboxDetail, SandboxState, Template};
 use kelvin_client::Error;
 use serde::Serialize;
 
@@ -92,7 +92,8 @@ fn pairs(rows: Vec<(&str, String)>) -> Table {
     table
 }
 
-fn ago(time: jiff::Timestamp) -> String {
+/// How long ago something was, or how soon it is.
+pub fn ago(time: jiff::Timestamp) -> String {
     let seconds = jiff::Timestamp::now().duration_since(time).as_secs();
     let text = |seconds: i64| match seconds {
         0..120 => format!("{seconds}s"),
@@ -106,6 +107,22 @@ fn labels(metadata: &BTreeMap<String, String>) -> String {
     metadata.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
 }
 
+/// `running` or `paused`.
+pub fn state_name(state: SandboxState) -> &'static str {
+    match state {
+        SandboxState::Running => "running",
+        SandboxState::Paused => "paused",
+    }
+}
+
+fn ends(sandbox: &SandboxDetail) -> String {
+    match (sandbox.state, sandbox.lifecycle.on_timeout) {
+        (SandboxState::Paused, _) => "never: paused".to_owned(),
+        (_, OnTimeout::Kill) => ago(sandbox.end_at),
+        (_, OnTimeout::Pause) => format!("{}, by a pause", ago(sandbox.end_at)),
+    }
+}
+
 /// Sandboxes.
 pub fn sandbox_table(sandboxes: &Vec<SandboxDetail>) -> Table {
     let mut table =
@@ -114,12 +131,12 @@ pub fn sandbox_table(sandboxes: &Vec<SandboxDetail>) -> Table {
         table.add_row([
             sandbox.sandbox_id.to_string(),
             sandbox.template_id.clone(),
-            "running".to_owned(),
+            state_name(sandbox.state).to_owned(),
             sandbox.cpu_count.to_string(),
             format!("{} MiB", sandbox.memory_mb),
             sandbox.start_path.name().to_owned(),
             ago(sandbox.started_at),
-            ago(sandbox.end_at),
+            ends(sandbox),
             labels(&sandbox.metadata),
         ]);
     }
@@ -131,13 +148,15 @@ pub fn detail_table(sandbox: &SandboxDetail) -> Table {
     pairs(vec![
         ("id", sandbox.sandbox_id.to_string()),
         ("template", sandbox.template_id.clone()),
-        ("state", "running".to_owned()),
+        ("state", state_name(sandbox.state).to_owned()),
         ("cpus", sandbox.cpu_count.to_string()),
         ("memory", format!("{} MiB", sandbox.memory_mb)),
         ("disk", format!("{} MiB", sandbox.disk_size_mb)),
         ("start path", sandbox.start_path.name().to_owned()),
         ("started", format!("{} ({})", sandbox.started_at, ago(sandbox.started_at))),
-        ("ends", format!("{} ({})", sandbox.end_at, ago(sandbox.end_at))),
+        ("ends", ends(sandbox)),
+        ("traffic resumes it", if sandbox.lifecycle.auto_resume { "yes" } else { "no" }.to_owned()),
+        ("forked from", sandbox.parent_id.as_ref().map(ToString::to_string).unwrap_or_default()),
         ("metadata", labels(&sandbox.metadata)),
     ])
 }

@@ -5,14 +5,15 @@ use std::time::Duration;
 
 use kelvin_api::envd::process::ProcessInfo;
 use kelvin_api::id::SandboxId;
+use kelvin_api::sandbox::{AutoResume, ForkSandbox};
 use kelvin_client::agent::{Agent, Told};
 use kelvin_client::{Client, Error};
 use serde::Serialize;
 
 use crate::args::{Output, SandboxCommand};
 use crate::exec::{command, deadline_code, follow, new_sandbox};
-use crate::network;
 use crate::output::{Failed, detail_table, line, print, progress, sandbox_table, table};
+use crate::{network, snapshot};
 
 async fn agent(client: &Client, id: &str, user: Option<String>) -> Result<Agent, Error> {
     let detail = client.sandbox(id).await?;
@@ -28,8 +29,10 @@ fn parse(id: &str) -> Result<SandboxId, Failed> {
 /// Runs one of the commands.
 pub async fn dispatch(client: &Client, output: Output, command: SandboxCommand) -> Result<ExitCode, Failed> {
     match command {
-        SandboxCommand::Create { machine, timeout, metadata, env, idempotency_key } => {
+        SandboxCommand::Create { machine, timeout, lifecycle, metadata, env, idempotency_key } => {
             let mut body = new_sandbox(&machine, timeout);
+            body.auto_pause = lifecycle.auto_pause.then_some(true);
+            body.auto_resume = lifecycle.auto_resume.then_some(AutoResume { enabled: true });
             body.metadata = Some(metadata.into_iter().collect())
                 .filter(|map: &std::collections::BTreeMap<_, _>| !map.is_empty());
             body.env_vars = Some(env.into_iter().collect())
@@ -58,6 +61,28 @@ pub async fn dispatch(client: &Client, output: Output, command: SandboxCommand) 
             print(output, &rows, ps_table);
         }
         SandboxCommand::Kill { ids, all } => return kill(client, ids, all).await,
+        SandboxCommand::Pause { ids } => return Ok(snapshot::pause(client, &ids).await),
+        SandboxCommand::Resume { ids, timeout } => return Ok(snapshot::resume(client, &ids, timeout).await),
+        SandboxCommand::Fork { id, count, timeout, metadata, env } => {
+            let filled = |pairs: Vec<(String, String)>| {
+                Some(pairs.into_iter().collect())
+                    .filter(|map: &std::collections::BTreeMap<_, _>| !map.is_empty())
+            };
+            let body = ForkSandbox {
+                timeout: Some(timeout),
+                count: Some(count),
+                metadata: filled(metadata),
+                env_vars: filled(env),
+            };
+            return snapshot::fork(client, output, &id, &body).await;
+        }
+        SandboxCommand::Tree => snapshot::tree(client, output).await?,
+        SandboxCommand::Promote { id } => {
+            client.promote(&id).await?.iter().for_each(|ended| line(ended));
+        }
+        SandboxCommand::Snapshot { id, name } => {
+            snapshot::take(client, output, &id, name.as_deref()).await?;
+        }
         SandboxCommand::Timeout { id, seconds } => client.set_timeout(&parse(&id)?, seconds).await?,
         SandboxCommand::Network { id, egress, open } => {
             network::show_or_set(client, output, &id, egress, open).await?;

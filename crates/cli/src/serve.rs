@@ -18,11 +18,11 @@ use kelvin_api::ENVD_VERSION;
 use kelvin_api::error::{Failure, Kind};
 use kelvin_api::id::{SandboxId, TemplateName};
 use kelvin_api::network::{NetworkState, Policy};
-use kelvin_api::node::{Changes, Create, Created, Live, Route};
-use kelvin_api::phase::Phase;
-use kelvin_api::sandbox::{BakeTemplate, NodeInfo, Template};
+use kelvin_api::node::{Base, Changes, Child, Create, Created, Forked, Live, Route};
+use kelvin_api::phase::{Phase, Timings};
+use kelvin_api::sandbox::{BakeTemplate, Capture, NodeInfo, SnapshotInfo, Template};
 use kelvin_api::units::MemoryMib;
-use kelvin_control::{ApiKey, Control};
+use kelvin_control::{ApiKey, Control, unknown_template};
 use kelvin_gateway::{Gateway, Inbound, Io, Outbound, Sandboxes, Secure, tls};
 use kelvin_host::net;
 use kelvin_node::Node;
@@ -61,6 +61,59 @@ impl kelvin_control::Node for Local {
 
     async fn console(&self, id: &SandboxId) -> Result<String, Failure> {
         Ok(self.0.console(id).await?)
+    }
+
+    async fn base(&self, text: &str) -> Result<Base, Failure> {
+        // E2B's clients name a snapshot with its tag; there is one.
+        let name = text.strip_suffix(":default").unwrap_or(text);
+        if let Ok(template) = name.parse::<TemplateName>()
+            && self.0.has_template(&template)
+        {
+            return Ok(Base::Template(template));
+        }
+        self.0.find_kept(name).map(Base::Snapshot).ok_or_else(|| unknown_template(text))
+    }
+
+    async fn pause(&self, id: &SandboxId) -> Result<(Capture, Timings), Failure> {
+        Ok(self.0.pause(id).await?)
+    }
+
+    async fn resume(&self, id: &SandboxId, ends_at: Option<jiff::Timestamp>) -> Result<Created, Failure> {
+        Ok(self.0.resume(id, ends_at).await?)
+    }
+
+    async fn snapshot(
+        &self,
+        id: &SandboxId,
+        name: Option<TemplateName>,
+    ) -> Result<(SnapshotInfo, Capture, Timings), Failure> {
+        Ok(self.0.snapshot(id, name).await?)
+    }
+
+    async fn fork(&self, source: &SandboxId, children: Vec<Child>) -> Result<Forked, Failure> {
+        Ok(self.0.fork(source, children).await?)
+    }
+
+    async fn snapshots(&self) -> Result<Vec<SnapshotInfo>, Failure> {
+        Ok(self.0.snapshots().await?)
+    }
+
+    async fn remove_snapshot(&self, text: &str, cascade: bool) -> Result<(), Failure> {
+        let name = text.strip_suffix(":default").unwrap_or(text);
+        let shown: String = text.chars().take(80).collect();
+        let id = self.0.find_kept(name).ok_or_else(|| {
+            Failure::new(
+                Kind::NotFound,
+                "snapshot_not_found",
+                format!("no snapshot {shown:?}"),
+                "`kelvin snapshot list` shows what there is",
+            )
+        })?;
+        Ok(self.0.remove_snapshot(&id, cascade).await?)
+    }
+
+    async fn one(&self, id: &SandboxId) -> Result<Option<Live>, Failure> {
+        Ok(self.0.one(id))
     }
 
     async fn live(&self) -> Result<Vec<Live>, Failure> {
@@ -133,7 +186,7 @@ impl Sandboxes for Local {
     }
 
     async fn route(&self, sandbox: &SandboxId) -> Result<Route, Failure> {
-        Ok(self.0.route(sandbox)?)
+        Ok(self.0.route(sandbox).await?)
     }
 
     async fn dial(&self, sandbox: &SandboxId, port: u16) -> Result<Box<dyn Io>, Failure> {
@@ -157,6 +210,7 @@ async fn options(args: &ServeArgs) -> Result<Options, Failed> {
     options.waiting_vmms = args.waiting_vmms;
     options.concurrent_restores = args.concurrent_restores.unwrap_or(options.concurrent_restores);
     options.auto_bake = !args.no_auto_bake;
+    options.disk_floor_mib = args.disk_floor_mib;
     if !args.no_network {
         options.network = Some(network(args, options.first_user).await?);
     }

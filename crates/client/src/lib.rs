@@ -20,7 +20,8 @@ use kelvin_api::error::ApiError;
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::network::{NetworkState, NetworkUpdate};
 use kelvin_api::sandbox::{
-    BakeTemplate, NewSandbox, NodeInfo, Sandbox, SandboxDetail, SandboxLogs, SetTimeout, Template,
+    BakeTemplate, CAPTURE_HEADER, Capture, ConnectSandbox, ForkResult, ForkSandbox, NewSandbox, NodeInfo,
+    ResumeSandbox, Sandbox, SandboxDetail, SandboxLogs, SetTimeout, SnapshotInfo, SnapshotSandbox, Template,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -215,7 +216,7 @@ impl Client {
         Ok(Created { sandbox: decode(&bytes)?, server_timing })
     }
 
-    /// One page of the sandboxes that run, newest first, narrowed by `metadata`.
+    /// One page of the sandboxes, running and paused, newest first, narrowed by `metadata`.
     ///
     /// # Errors
     /// Any of [`Error`].
@@ -245,7 +246,7 @@ impl Client {
         Ok(Page { sandboxes: decode(&bytes)?, next })
     }
 
-    /// Every sandbox that runs, page by page.
+    /// Every sandbox, running or paused, page by page.
     ///
     /// # Errors
     /// Any of [`Error`].
@@ -282,6 +283,94 @@ impl Client {
     pub async fn set_timeout(&self, id: &SandboxId, seconds: u64) -> Result<(), Error> {
         let body = SetTimeout { timeout: seconds };
         self.call(Method::POST, &format!("/sandboxes/{id}/timeout"), &[], Some(&body)).await.map(drop)
+    }
+
+    /// Pauses a sandbox.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn pause(&self, id: &str) -> Result<Capture, Error> {
+        let path = format!("/sandboxes/{}/pause", segment(id));
+        let (_, headers, _) = self.call::<()>(Method::POST, &path, &[], None).await?;
+        Ok(capture_of(&headers))
+    }
+
+    /// Lets a paused sandbox go on for `seconds`.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn resume(&self, id: &str, seconds: u64) -> Result<Sandbox, Error> {
+        let body = ResumeSandbox { timeout: Some(seconds), ..ResumeSandbox::default() };
+        let path = format!("/sandboxes/{}/resume", segment(id));
+        decode(&self.call(Method::POST, &path, &[], Some(&body)).await?.2)
+    }
+
+    /// A sandbox that runs for at least `seconds` from now: resumed when it is paused.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn connect(&self, id: &str, seconds: u64) -> Result<Sandbox, Error> {
+        let body = ConnectSandbox { timeout: Some(seconds), ..ConnectSandbox::default() };
+        let path = format!("/v2/sandboxes/{}/connect", segment(id));
+        decode(&self.call(Method::POST, &path, &[], Some(&body)).await?.2)
+    }
+
+    /// Makes children of one instant of a sandbox.
+    ///
+    /// # Errors
+    /// Any of [`Error`] when the source could not be saved; a child that failed has its error in the list.
+    pub async fn fork(&self, id: &str, body: &ForkSandbox) -> Result<(Vec<ForkResult>, Capture), Error> {
+        let path = format!("/sandboxes/{}/fork", segment(id));
+        let (_, headers, bytes) = self.call(Method::POST, &path, &[], Some(body)).await?;
+        Ok((decode(&bytes)?, capture_of(&headers)))
+    }
+
+    /// Ends the siblings of a forked sandbox; returns which.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn promote(&self, id: &str) -> Result<Vec<String>, Error> {
+        let path = format!("/sandboxes/{}/promote", segment(id));
+        let reply: serde_json::Value = decode(&self.call::<()>(Method::POST, &path, &[], None).await?.2)?;
+        let ended = reply["ended"].as_array().into_iter().flatten();
+        Ok(ended.filter_map(|id| id.as_str()).map(str::to_owned).collect())
+    }
+
+    /// Takes a snapshot of a sandbox that is kept; it goes on.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn snapshot(&self, id: &str, name: Option<&str>) -> Result<(SnapshotInfo, Capture), Error> {
+        let body = SnapshotSandbox { name: name.map(str::to_owned), ..SnapshotSandbox::default() };
+        let path = format!("/sandboxes/{}/snapshots", segment(id));
+        let (_, headers, bytes) = self.call(Method::POST, &path, &[], Some(&body)).await?;
+        Ok((decode(&bytes)?, capture_of(&headers)))
+    }
+
+    /// The snapshots that are kept, newest first, page by page.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn snapshots(&self) -> Result<Vec<SnapshotInfo>, Error> {
+        let mut all: Vec<SnapshotInfo> = Vec::new();
+        let mut path = "/snapshots".to_owned();
+        loop {
+            let (_, headers, bytes) = self.call::<()>(Method::GET, &path, &[], None).await?;
+            all.extend(decode::<Vec<SnapshotInfo>>(&bytes)?);
+            match headers.get("x-next-token").and_then(|value| value.to_str().ok()) {
+                Some(next) => path = format!("/snapshots?nextToken={}", segment(next)),
+                None => return Ok(all),
+            }
+        }
+    }
+
+    /// Deletes a kept snapshot, by id or name; with `cascade` those that descend from it too.
+    ///
+    /// # Errors
+    /// `Refused` with the names of what needs it, any of [`Error`].
+    pub async fn delete_snapshot(&self, name: &str, cascade: bool) -> Result<(), Error> {
+        let path = format!("/snapshots/{}?cascade={cascade}", segment(name));
+        self.call::<()>(Method::DELETE, &path, &[], None).await.map(drop)
     }
 
     /// What a sandbox may reach and what it was refused.
@@ -377,6 +466,11 @@ impl Client {
     pub async fn collect(&self, dry_run: bool) -> Result<serde_json::Value, Error> {
         decode(&self.call::<()>(Method::POST, &format!("/gc?dryRun={dry_run}"), &[], None).await?.2)
     }
+}
+
+fn capture_of(headers: &HeaderMap) -> Capture {
+    let text = headers.get(CAPTURE_HEADER).and_then(|value| value.to_str().ok());
+    text.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
 }
 
 fn refused(status: StatusCode, body: &[u8]) -> Error {

@@ -2,25 +2,30 @@
 //! Kelvin's own.
 
 use std::collections::HashMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, Query, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use kelvin_api::error::{Failure, Kind};
 use kelvin_api::network::NetworkUpdate;
-use kelvin_api::sandbox::{BakeTemplate, ConnectSandbox, MAX_TIMEOUT_S, Metadata, NewSandbox, SetTimeout};
+use kelvin_api::phase::Timings;
+use kelvin_api::sandbox::{
+    BakeTemplate, CAPTURE_HEADER, Capture, ConnectSandbox, ForkSandbox, MAX_TIMEOUT_S, Metadata, NewSandbox,
+    PauseSandbox, ResumeSandbox, SandboxState, SetTimeout, SnapshotInfo, SnapshotSandbox,
+};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::database::Filter;
+use crate::lifecycle::with_memory;
 use crate::reply::reply;
-use crate::service::{Control, parse_id, sandbox_of, unknown_template};
+use crate::service::{Control, DEFAULT_TIMEOUT_S, parse_id, sandbox_of, unknown_template};
 
 /// The largest body of a request.
 const MAX_BODY: usize = 4 << 20;
@@ -64,17 +69,24 @@ impl Control {
         let create = post(create);
         let list = get(list);
         Router::new()
-            .route("/sandboxes", create.clone().merge(list.clone()))
+            .route("/sandboxes", create.clone().merge(get(list_running)))
             .route("/v2/sandboxes", create.merge(list))
             .route("/sandboxes/{id}", get(detail).delete(kill))
             .route("/sandboxes/{id}/timeout", post(set_timeout))
             .route("/sandboxes/{id}/refreshes", post(refresh))
             .route("/sandboxes/{id}/connect", post(connect))
             .route("/v2/sandboxes/{id}/connect", post(connect))
+            .route("/sandboxes/{id}/pause", post(pause))
+            .route("/sandboxes/{id}/resume", post(resume))
+            .route("/sandboxes/{id}/fork", post(fork))
+            .route("/sandboxes/{id}/promote", post(promote))
+            .route("/sandboxes/{id}/snapshots", post(snapshot))
+            .route("/snapshots", get(snapshots))
+            .route("/snapshots/{name}", delete(remove_snapshot))
             .route("/sandboxes/{id}/logs", get(logs))
             .route("/sandboxes/{id}/network", get(network).put(set_network))
             .route("/templates", get(templates))
-            .route("/templates/{name}", get(template))
+            .route("/templates/{name}", get(template).delete(remove_snapshot))
             .route("/templates/{name}/bake", post(bake))
             .route("/node", get(node))
             .route("/gc", post(collect))
@@ -146,11 +158,7 @@ async fn create(State(control): State<Control>, request: Request) -> Outcome {
     let body: NewSandbox = parse_required(&bytes)?;
     let key = key.map(|key| (key, kelvin_store::hash::sha256(&bytes)));
     let created = control.create(body, key).await?;
-    let mut response = json(StatusCode::CREATED, &created.sandbox);
-    if let Ok(value) = HeaderValue::from_str(&created.timings.server_timing(started.elapsed())) {
-        response.headers_mut().insert("server-timing", value);
-    }
-    Ok(response)
+    Ok(timed(json(StatusCode::CREATED, &created.sandbox), &created.timings, started.elapsed()))
 }
 
 fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Failure> {
@@ -217,6 +225,7 @@ impl ListQuery {
         Ok(Filter {
             metadata: self.metadata.as_deref().map(metadata_filter).unwrap_or_default(),
             template: self.template.clone(),
+            state: None,
             started_after,
             ascending,
             after: None,
@@ -224,30 +233,38 @@ impl ListQuery {
         })
     }
 
-    /// Whether the wanted states have a sandbox that runs among them.
-    fn wants_running(&self) -> Result<bool, Failure> {
-        let Some(states) = &self.state else {
-            return Ok(true);
-        };
-        for state in states.split(',') {
-            if state != "running" && state != "paused" {
-                return Err(Failure::new(
-                    Kind::Invalid,
-                    "invalid_query",
-                    format!("no state {:?}", state.chars().take(80).collect::<String>()),
-                    "running or paused",
-                ));
+    /// The one state that is wanted; none when both are.
+    fn wanted_state(&self) -> Result<Option<SandboxState>, Failure> {
+        let (mut running, mut paused) = (false, false);
+        for state in self.state.as_deref().unwrap_or("running,paused").split(',') {
+            match state {
+                "running" => running = true,
+                "paused" => paused = true,
+                other => {
+                    return Err(Failure::new(
+                        Kind::Invalid,
+                        "invalid_query",
+                        format!("no state {:?}", other.chars().take(80).collect::<String>()),
+                        "running or paused",
+                    ));
+                }
             }
         }
-        Ok(states.split(',').any(|state| state == "running"))
+        Ok(match (running, paused) {
+            (true, false) => Some(SandboxState::Running),
+            (false, true) => Some(SandboxState::Paused),
+            _ => None,
+        })
     }
 }
 
+/// The older list knows no paused sandboxes. Source: E2B's OpenAPI, `GET /sandboxes`.
+async fn list_running(state: State<Control>, Query(query): Query<ListQuery>) -> Outcome {
+    list(state, Query(ListQuery { state: Some("running".to_owned()), ..query })).await
+}
+
 async fn list(State(control): State<Control>, Query(query): Query<ListQuery>) -> Outcome {
-    let filter = query.filter()?;
-    if !query.wants_running()? {
-        return Ok(json(StatusCode::OK, &Vec::<()>::new()));
-    }
+    let filter = Filter { state: query.wanted_state()?, ..query.filter()? };
     let page = control.inner.list(filter, query.next_token.as_deref()).await?;
     let mut response = json(StatusCode::OK, &page.sandboxes);
     if let Some(next) = page.next.and_then(|next| HeaderValue::from_str(&next).ok()) {
@@ -288,8 +305,123 @@ async fn refresh(State(control): State<Control>, Path(id): Path<String>, request
 async fn connect(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
     let id = parse_id(&id)?;
     let body: ConnectSandbox = parse(&read(request).await?)?;
-    let detail = control.inner.set_timeout(&id, body.timeout.unwrap_or(CONNECT_TIMEOUT_S), false).await?;
-    Ok(json(StatusCode::OK, &sandbox_of(&detail)))
+    with_memory(body.memory)?;
+    let started = Instant::now();
+    let seconds = body.timeout.unwrap_or(CONNECT_TIMEOUT_S);
+    match control.inner.connect(&id, seconds).await? {
+        (_, Some(resumed)) => {
+            Ok(timed(json(StatusCode::CREATED, &resumed.sandbox), &resumed.timings, started.elapsed()))
+        }
+        (detail, None) => Ok(json(StatusCode::OK, &sandbox_of(&detail))),
+    }
+}
+
+/// A reply that says how long each phase lasted.
+fn timed(mut response: Response, timings: &Timings, total: Duration) -> Response {
+    if let Ok(value) = HeaderValue::from_str(&timings.server_timing(total)) {
+        response.headers_mut().insert("server-timing", value);
+    }
+    response
+}
+
+/// A reply that says what a snapshot cost its source.
+fn captured(mut response: Response, capture: &Capture) -> Response {
+    let text = serde_json::to_string(capture).unwrap_or_default();
+    if let Ok(value) = HeaderValue::from_str(&text) {
+        response.headers_mut().insert(CAPTURE_HEADER, value);
+    }
+    response
+}
+
+async fn pause(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
+    let (id, started) = (parse_id(&id)?, Instant::now());
+    let body: PauseSandbox = parse(&read(request).await?)?;
+    with_memory(body.memory)?;
+    let (capture, timings) = control.inner.pause(&id).await?;
+    let response = timed(StatusCode::NO_CONTENT.into_response(), &timings, started.elapsed());
+    Ok(captured(response, &capture))
+}
+
+async fn resume(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
+    let (id, started) = (parse_id(&id)?, Instant::now());
+    let body: ResumeSandbox = parse(&read(request).await?)?;
+    with_memory(body.memory)?;
+    if body.auto_pause.is_some() {
+        let text = "autoPause is set when a sandbox is created, not when it is resumed";
+        return Err(Failure::new(Kind::Invalid, "unsupported_field", text, "leave the field out").into());
+    }
+    let resumed = control.inner.resume(&id, body.timeout.unwrap_or(DEFAULT_TIMEOUT_S)).await?;
+    Ok(timed(json(StatusCode::CREATED, &resumed.sandbox), &resumed.timings, started.elapsed()))
+}
+
+async fn fork(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
+    let (id, started) = (parse_id(&id)?, Instant::now());
+    if request.headers().contains_key("idempotency-key") {
+        let text = "a fork has no idempotency key: every fork is of another instant";
+        return Err(Failure::new(Kind::Invalid, "unsupported_header", text, "leave the header out").into());
+    }
+    let body: ForkSandbox = parse(&read(request).await?)?;
+    let forked = control.fork(id, body).await?;
+    let response = timed(json(StatusCode::CREATED, &forked.results), &forked.timings, started.elapsed());
+    Ok(captured(response, &forked.capture))
+}
+
+async fn promote(State(control): State<Control>, Path(id): Path<String>) -> Outcome {
+    let ended = control.inner.promote(&parse_id(&id)?).await?;
+    Ok(json(StatusCode::OK, &serde_json::json!({ "ended": ended })))
+}
+
+async fn snapshot(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
+    let (id, started) = (parse_id(&id)?, Instant::now());
+    let body: SnapshotSandbox = parse(&read(request).await?)?;
+    let (info, capture, timings) = control.inner.snapshot(&id, body).await?;
+    Ok(captured(timed(json(StatusCode::CREATED, &info), &timings, started.elapsed()), &capture))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct SnapshotQuery {
+    #[serde(rename = "sandboxID")]
+    sandbox_id: Option<String>,
+    name: Option<String>,
+    limit: Option<usize>,
+    next_token: Option<String>,
+}
+
+async fn snapshots(State(control): State<Control>, Query(query): Query<SnapshotQuery>) -> Outcome {
+    let wanted = |info: &SnapshotInfo| {
+        query.sandbox_id.as_ref().is_none_or(|id| info.sandbox_id.as_str() == id)
+            && query.name.as_ref().is_none_or(|name| info.snapshot_id == *name || info.names.contains(name))
+    };
+    let limit = query.limit.unwrap_or(PAGE);
+    if !(1..=PAGE).contains(&limit) {
+        let text = format!("limit={limit} is not allowed");
+        return Err(Failure::new(Kind::Invalid, "invalid_query", text, "ask for 1 to 100").into());
+    }
+    let mut found: Vec<SnapshotInfo> = control.inner.node.snapshots().await?;
+    found.retain(wanted);
+    if let Some(after) = &query.next_token {
+        let at = found.iter().position(|info| info.snapshot_id == *after);
+        found.drain(..at.map_or(found.len(), |at| at + 1));
+    }
+    let more = found.len() > limit;
+    found.truncate(limit);
+    let mut response = json(StatusCode::OK, &found);
+    let next = found.last().filter(|_| more).and_then(|info| HeaderValue::from_str(&info.snapshot_id).ok());
+    if let Some(next) = next {
+        response.headers_mut().insert("x-next-token", next);
+    }
+    Ok(response)
+}
+
+async fn remove_snapshot(
+    State(control): State<Control>,
+    Path(name): Path<String>,
+    Query(query): Query<HashMap<String, String>>,
+) -> Outcome {
+    let cascade = query.get("cascade").is_some_and(|value| value == "true");
+    control.inner.node.remove_snapshot(&name, cascade).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 async fn network(State(control): State<Control>, Path(id): Path<String>) -> Outcome {

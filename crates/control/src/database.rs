@@ -4,7 +4,7 @@ use std::path::Path;
 
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::node::Live;
-use kelvin_api::sandbox::{Metadata, StartPath};
+use kelvin_api::sandbox::{Lifecycle, Metadata, OnTimeout, SandboxState, StartPath};
 use kelvin_host::db::{Db, Error};
 use rusqlite::types::{Type, Value};
 use rusqlite::{OptionalExtension, Row, params_from_iter};
@@ -39,6 +39,35 @@ const MIGRATIONS: &[&str] = &[
     "
     ALTER TABLE sandboxes ADD COLUMN traffic_token TEXT;
 ",
+    // A constraint cannot be changed in place.
+    "
+    CREATE TABLE sandboxes_3 (
+        id TEXT PRIMARY KEY,
+        state TEXT NOT NULL CHECK (state IN ('creating', 'running', 'paused')),
+        template TEXT NOT NULL,
+        metadata TEXT NOT NULL,
+        access_token TEXT,
+        allow_internet INTEGER,
+        vcpus INTEGER NOT NULL DEFAULT 0,
+        memory_mib INTEGER NOT NULL DEFAULT 0,
+        disk_mib INTEGER NOT NULL DEFAULT 0,
+        start_path TEXT NOT NULL DEFAULT 'cold',
+        started_ms INTEGER NOT NULL,
+        ends_ms INTEGER NOT NULL,
+        traffic_token TEXT,
+        rank INTEGER NOT NULL DEFAULT 0,
+        on_timeout TEXT NOT NULL DEFAULT 'kill' CHECK (on_timeout IN ('kill', 'pause')),
+        auto_resume INTEGER NOT NULL DEFAULT 0,
+        parent TEXT
+    ) WITHOUT ROWID;
+    INSERT INTO sandboxes_3 (id, state, template, metadata, access_token, allow_internet, vcpus, memory_mib, disk_mib,
+        start_path, started_ms, ends_ms, traffic_token)
+        SELECT id, state, template, metadata, access_token, allow_internet, vcpus, memory_mib, disk_mib, start_path,
+        started_ms, ends_ms, traffic_token FROM sandboxes;
+    DROP TABLE sandboxes;
+    ALTER TABLE sandboxes_3 RENAME TO sandboxes;
+    CREATE INDEX sandboxes_by_start ON sandboxes (started_ms, id);
+",
 ];
 
 /// How long a key is remembered, in milliseconds: 24 hours.
@@ -59,6 +88,9 @@ pub struct SandboxRow {
     pub start_path: StartPath,
     pub started_at: jiff::Timestamp,
     pub ends_at: jiff::Timestamp,
+    pub state: SandboxState,
+    pub lifecycle: Lifecycle,
+    pub parent: Option<SandboxId>,
 }
 
 /// An idempotency key that was seen before.
@@ -74,6 +106,8 @@ pub struct KeyRow {
 pub struct Filter {
     pub metadata: Metadata,
     pub template: Option<String>,
+    /// None means all.
+    pub state: Option<SandboxState>,
     pub started_after: Option<jiff::Timestamp>,
     pub ascending: bool,
     /// Begin behind this sandbox.
@@ -89,12 +123,19 @@ fn time(ms: i64) -> Result<jiff::Timestamp, rusqlite::Error> {
     jiff::Timestamp::from_millisecond(ms).map_err(|error| bad(error.into()))
 }
 
+fn word(state: SandboxState) -> &'static str {
+    match state {
+        SandboxState::Running => "running",
+        SandboxState::Paused => "paused",
+    }
+}
+
 fn bad(error: Box<dyn std::error::Error + Send + Sync>) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(0, Type::Text, error)
 }
 
 const COLUMNS: &str = "id, template, metadata, access_token, allow_internet, vcpus, memory_mib, disk_mib, \
-                       start_path, started_ms, ends_ms, traffic_token";
+                       start_path, started_ms, ends_ms, traffic_token, state, on_timeout, auto_resume, parent";
 
 fn sandbox(row: &Row<'_>) -> Result<SandboxRow, rusqlite::Error> {
     let (id, metadata, path): (String, String, String) = (row.get(0)?, row.get(2)?, row.get(8)?);
@@ -107,10 +148,28 @@ fn sandbox(row: &Row<'_>) -> Result<SandboxRow, rusqlite::Error> {
         vcpus: row.get(5)?,
         memory_mib: row.get(6)?,
         disk_mib: row.get(7)?,
-        start_path: if path == "clone" { StartPath::Clone } else { StartPath::Cold },
+        start_path: match path.as_str() {
+            "warm" => StartPath::Warm,
+            "clone" => StartPath::Clone,
+            _ => StartPath::Cold,
+        },
         started_at: time(row.get(9)?)?,
         ends_at: time(row.get(10)?)?,
         traffic_token: row.get::<_, Option<String>>(11)?.map(Token::from_secret),
+        state: if row.get::<_, String>(12)? == "paused" {
+            SandboxState::Paused
+        } else {
+            SandboxState::Running
+        },
+        lifecycle: Lifecycle {
+            on_timeout: if row.get::<_, String>(13)? == "pause" { OnTimeout::Pause } else { OnTimeout::Kill },
+            auto_resume: row.get(14)?,
+        },
+        parent: row
+            .get::<_, Option<String>>(15)?
+            .map(|id| id.parse())
+            .transpose()
+            .map_err(|error: kelvin_api::id::ParseIdError| bad(error.into()))?,
     })
 }
 
@@ -131,7 +190,8 @@ impl Database {
                 transaction
                     .prepare_cached(
                         "INSERT INTO sandboxes (id, state, template, metadata, access_token, allow_internet, \
-                         started_ms, ends_ms, traffic_token) VALUES (?1, 'creating', ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+                         started_ms, ends_ms, traffic_token, on_timeout, auto_resume, parent) VALUES (?1, 'creating', \
+                         ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
                     )?
                     .execute((
                         row.id.as_str(),
@@ -142,6 +202,9 @@ impl Database {
                         row.started_at.as_millisecond(),
                         row.ends_at.as_millisecond(),
                         row.traffic_token.as_ref().map(Token::expose),
+                        if row.lifecycle.on_timeout == OnTimeout::Pause { "pause" } else { "kill" },
+                        row.lifecycle.auto_resume,
+                        row.parent.as_ref().map(SandboxId::as_str),
                     ))?;
                 if let Some((key, fingerprint)) = key {
                     transaction
@@ -183,8 +246,8 @@ impl Database {
                 let transaction = connection.transaction()?;
                 transaction
                     .prepare_cached(
-                        "UPDATE sandboxes SET state = 'running', vcpus = ?2, memory_mib = ?3, disk_mib = ?4, \
-                         start_path = ?5, started_ms = ?6 WHERE id = ?1",
+                        "UPDATE sandboxes SET state = ?7, vcpus = ?2, memory_mib = ?3, disk_mib = ?4, \
+                         start_path = ?5, started_ms = ?6, rank = ?8 WHERE id = ?1",
                     )?
                     .execute((
                         live.sandbox.as_str(),
@@ -193,6 +256,8 @@ impl Database {
                         live.shape.disk_mib.0,
                         live.start_path.name(),
                         live.started_at.as_millisecond(),
+                        word(live.state),
+                        i64::try_from(live.rank()).unwrap_or(i64::MAX),
                     ))?;
                 if let Some(reply) = reply {
                     transaction
@@ -200,6 +265,27 @@ impl Database {
                         .execute((live.sandbox.as_str(), reply))?;
                 }
                 transaction.commit()
+            })
+            .await
+    }
+
+    /// Notes that a sandbox was paused or resumed, unless something newer is known.
+    pub async fn set_live(&self, live: &Live) -> Result<(), Error> {
+        let live = live.clone();
+        self.0
+            .call(move |connection| {
+                connection
+                    .prepare_cached(
+                        "UPDATE sandboxes SET state = ?2, ends_ms = ?3, rank = ?4 \
+                         WHERE id = ?1 AND state != 'creating' AND rank <= ?4",
+                    )?
+                    .execute((
+                        live.sandbox.as_str(),
+                        word(live.state),
+                        live.ends_at.as_millisecond(),
+                        i64::try_from(live.rank()).unwrap_or(i64::MAX),
+                    ))
+                    .map(drop)
             })
             .await
     }
@@ -227,14 +313,14 @@ impl Database {
             .await
     }
 
-    /// A sandbox that runs.
+    /// A sandbox that runs or is paused.
     pub async fn get(&self, id: &SandboxId) -> Result<Option<SandboxRow>, Error> {
         let id = id.to_string();
         self.0
             .call(move |connection| {
                 connection
                     .prepare_cached(&format!(
-                        "SELECT {COLUMNS} FROM sandboxes WHERE id = ?1 AND state = 'running'"
+                        "SELECT {COLUMNS} FROM sandboxes WHERE id = ?1 AND state != 'creating'"
                     ))?
                     .query_row([id], sandbox)
                     .optional()
@@ -268,17 +354,21 @@ impl Database {
             .await
     }
 
-    /// Sandboxes that run, by start time.
+    /// Sandboxes that run or are paused, by start time.
     pub async fn list(&self, filter: Filter) -> Result<Vec<SandboxRow>, Error> {
         self.0
             .call(move |connection| {
-                let mut sql = format!("SELECT {COLUMNS} FROM sandboxes WHERE state = 'running'");
+                let mut sql = format!("SELECT {COLUMNS} FROM sandboxes WHERE state != 'creating'");
                 let mut values: Vec<Value> = Vec::new();
                 for (key, value) in filter.metadata {
                     sql.push_str(
                         " AND EXISTS (SELECT 1 FROM json_each(metadata) WHERE key = ? AND value = ?)",
                     );
                     values.extend([Value::from(key), Value::from(value)]);
+                }
+                if let Some(state) = filter.state {
+                    sql.push_str(" AND state = ?");
+                    values.push(word(state).to_owned().into());
                 }
                 if let Some(template) = filter.template {
                     sql.push_str(" AND template = ?");
@@ -296,6 +386,23 @@ impl Database {
                 sql.push_str(&format!(" ORDER BY started_ms {order}, id {order} LIMIT ?"));
                 values.push(Value::from(i64::try_from(filter.limit).unwrap_or(i64::MAX)));
                 connection.prepare(&sql)?.query_map(params_from_iter(values), sandbox)?.collect()
+            })
+            .await
+    }
+
+    /// Ids of the sandboxes that were forked from `parent`.
+    pub async fn children(&self, parent: &SandboxId) -> Result<Vec<SandboxId>, Error> {
+        let parent = parent.to_string();
+        self.0
+            .call(move |connection| {
+                connection
+                    .prepare("SELECT id FROM sandboxes WHERE parent = ?1 AND state != 'creating'")?
+                    .query_map([parent], |row| {
+                        row.get::<_, String>(0)?
+                            .parse()
+                            .map_err(|error: kelvin_api::id::ParseIdError| bad(error.into()))
+                    })?
+                    .collect()
             })
             .await
     }

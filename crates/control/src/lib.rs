@@ -10,6 +10,7 @@
 mod api;
 mod auth;
 mod database;
+mod lifecycle;
 mod network;
 mod reply;
 mod service;
@@ -18,12 +19,13 @@ use async_trait::async_trait;
 use kelvin_api::error::Failure;
 use kelvin_api::id::{SandboxId, TemplateName};
 use kelvin_api::network::{NetworkState, Policy};
-use kelvin_api::node::{Changes, Create, Created, Live};
-use kelvin_api::sandbox::{BakeTemplate, NodeInfo, Template};
+use kelvin_api::node::{Base, Changes, Child, Create, Created, Forked, Live};
+use kelvin_api::phase::Timings;
+use kelvin_api::sandbox::{BakeTemplate, Capture, NodeInfo, SnapshotInfo, Template};
 
 pub use auth::ApiKey;
 pub use reply::{reply, status};
-pub use service::Control;
+pub use service::{Control, unknown_template};
 
 /// What the control plane asks of a node.
 #[async_trait]
@@ -40,7 +42,27 @@ pub trait Node: Send + Sync + 'static {
     async fn network(&self, id: &SandboxId) -> Result<NetworkState, Failure>;
     /// The last of a sandbox's console.
     async fn console(&self, id: &SandboxId) -> Result<String, Failure>;
-    /// Every sandbox that runs.
+    /// What a `templateID` names: a template, or a snapshot that is kept, by id or name.
+    async fn base(&self, text: &str) -> Result<Base, Failure>;
+    /// Freezes a sandbox.
+    async fn pause(&self, id: &SandboxId) -> Result<(Capture, Timings), Failure>;
+    /// Lets a paused sandbox go on.
+    async fn resume(&self, id: &SandboxId, ends_at: Option<jiff::Timestamp>) -> Result<Created, Failure>;
+    /// Takes a snapshot that is kept.
+    async fn snapshot(
+        &self,
+        id: &SandboxId,
+        name: Option<TemplateName>,
+    ) -> Result<(SnapshotInfo, Capture, Timings), Failure>;
+    /// Makes children of one instant of a sandbox.
+    async fn fork(&self, source: &SandboxId, children: Vec<Child>) -> Result<Forked, Failure>;
+    /// The snapshots that are kept, newest first.
+    async fn snapshots(&self) -> Result<Vec<SnapshotInfo>, Failure>;
+    /// Deletes a kept snapshot, and with `cascade` those that descend from it.
+    async fn remove_snapshot(&self, text: &str, cascade: bool) -> Result<(), Failure>;
+    /// One sandbox as it is now.
+    async fn one(&self, id: &SandboxId) -> Result<Option<Live>, Failure>;
+    /// Every sandbox, running or paused.
     async fn live(&self) -> Result<Vec<Live>, Failure>;
     /// What ended after a generation; waits until something did.
     async fn changes(&self, generation: u64) -> Result<Changes, Failure>;

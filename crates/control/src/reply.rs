@@ -21,20 +21,24 @@ pub fn status(kind: Kind) -> StatusCode {
     }
 }
 
+/// `failure` as it leaves the platform.
+pub fn body(failure: &Failure) -> ApiError {
+    ApiError {
+        code: status(failure.kind).as_u16(),
+        message: failure.message.clone(),
+        error_code: Some(failure.error_code.to_owned()),
+        cause: failure.cause.clone(),
+        remediation: Some(failure.remediation.clone()),
+    }
+}
+
 /// `failure` as a reply. It is logged here, once, when it is our fault.
 pub fn reply(failure: &Failure) -> Response {
     let status = status(failure.kind);
     if status.is_server_error() {
         tracing::error!(code = failure.error_code, cause = failure.cause, "{}", failure.message);
     }
-    let body = ApiError {
-        code: status.as_u16(),
-        message: failure.message.clone(),
-        error_code: Some(failure.error_code.to_owned()),
-        cause: failure.cause.clone(),
-        remediation: Some(failure.remediation.clone()),
-    };
-    let bytes = serde_json::to_vec(&body).unwrap_or_default();
+    let bytes = serde_json::to_vec(&body(failure)).unwrap_or_default();
     let mut reply = (status, [(header::CONTENT_TYPE, "application/json")], Body::from(bytes)).into_response();
     if matches!(failure.kind, Kind::Exhausted | Kind::Busy) {
         reply.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use kelvin_api::ENVD_VERSION;
 use kelvin_api::error::{Failure, Kind, chain};
-use kelvin_api::id::{SandboxId, TemplateName, Token};
+use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::network::{NetworkState, NetworkUpdate};
-use kelvin_api::node::{Create, Created, Live};
+use kelvin_api::node::{Base, Create, Created, Live};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{
-    EnvVars, MAX_TIMEOUT_S, Metadata, NewSandbox, Sandbox, SandboxDetail, SandboxLog, SandboxLogs,
-    SandboxState,
+    EnvVars, Lifecycle, MAX_TIMEOUT_S, Metadata, NewSandbox, OnTimeout, Sandbox, SandboxDetail, SandboxLog,
+    SandboxLogs, SandboxState,
 };
 use kelvin_api::units::MemoryMib;
 use kelvin_host::db;
@@ -25,9 +25,9 @@ use crate::database::{Database, Filter, SandboxRow};
 use crate::{ApiKey, Node, network};
 
 /// The time to live of requests that name none, in seconds. Source: E2B's OpenAPI, `NewSandbox.timeout`.
-const DEFAULT_TIMEOUT_S: u64 = 15;
-const METADATA_BYTES: usize = 64 << 10;
-const ENV_BYTES: usize = 256 << 10;
+pub(crate) const DEFAULT_TIMEOUT_S: u64 = 15;
+pub(crate) const METADATA_BYTES: usize = 64 << 10;
+pub(crate) const ENV_BYTES: usize = 256 << 10;
 /// How long to wait before a node that failed is asked again for its changes.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -38,13 +38,13 @@ pub struct Control {
 }
 
 pub(crate) struct Inner {
-    database: Database,
+    pub(crate) database: Database,
     pub(crate) node: Arc<dyn Node>,
     pub(crate) key: ApiKey,
     domain: Option<String>,
     /// One lock for each idempotency key that is in use: a second request waits for the first.
     keys: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
-    tasks: TaskTracker,
+    pub(crate) tasks: TaskTracker,
     stop: CancellationToken,
 }
 
@@ -62,7 +62,7 @@ pub(crate) struct Page {
     pub next: Option<String>,
 }
 
-fn database_failed(error: db::Error) -> Failure {
+pub(crate) fn database_failed(error: db::Error) -> Failure {
     Failure::new(
         Kind::Internal,
         "database",
@@ -72,7 +72,11 @@ fn database_failed(error: db::Error) -> Failure {
     .with_cause(&error)
 }
 
-fn invalid(code: &'static str, message: impl Into<String>, remediation: impl Into<String>) -> Failure {
+pub(crate) fn invalid(
+    code: &'static str,
+    message: impl Into<String>,
+    remediation: impl Into<String>,
+) -> Failure {
     Failure::new(Kind::Invalid, code, message, remediation)
 }
 
@@ -157,7 +161,7 @@ impl Inner {
             }
             match (live.get(&id), creating) {
                 (Some(live), true) => self.finish(live).await.map_err(database_failed)?,
-                (Some(_), false) => {}
+                (Some(live), false) => self.database.set_live(live).await.map_err(database_failed)?,
                 (None, true) => self.database.undo(&id).await.map_err(database_failed)?,
                 (None, false) => self.database.end(&id).await.map_err(database_failed)?,
             }
@@ -184,6 +188,9 @@ impl Inner {
                 Ok(changes) => {
                     generation = changes.generation;
                     let mut result = Ok(());
+                    for live in changes.changed.values() {
+                        result = result.and(self.database.set_live(live).await.map_err(database_failed));
+                    }
                     for id in changes.ended.keys() {
                         result = result.and(self.database.end(id).await.map_err(database_failed));
                     }
@@ -256,7 +263,8 @@ impl Inner {
     async fn create_new(&self, body: NewSandbox, key: Option<(String, String)>) -> Result<Reply, Failure> {
         let mut since = Instant::now();
         let mut timings = Timings::default();
-        let (row, mut request) = prepare(body)?;
+        let base = self.node.base(&body.template_id).await?;
+        let (row, mut request) = prepare(body, base)?;
         self.database.begin(&row, key).await.map_err(database_failed)?;
         request.ends_at = row.ends_at;
         timings.lap(Phase::Reserve, &mut since);
@@ -274,7 +282,15 @@ impl Inner {
         for (phase, ms) in on_node.iter() {
             timings.add(phase, Duration::from_secs_f64(ms / 1e3));
         }
-        let live = Live { sandbox: row.id.clone(), ends_at: row.ends_at, shape, start_path, started_at };
+        let live = Live {
+            sandbox: row.id.clone(),
+            ends_at: row.ends_at,
+            shape,
+            start_path,
+            started_at,
+            state: SandboxState::Running,
+            generation: 0,
+        };
         let sandbox = self.reply_of(&row, start_path, reason, &timings);
         let text = serde_json::to_string(&sandbox).ok();
         if let Err(error) = self.database.commit(&live, text).await {
@@ -285,14 +301,14 @@ impl Inner {
         Ok(Reply { sandbox, timings })
     }
 
-    /// A sandbox that runs and whose time is not over.
+    /// A sandbox that is paused, or that runs and whose time is not over.
     pub(crate) async fn get(&self, id: &SandboxId) -> Result<SandboxDetail, Failure> {
         Ok(self.detail_of(self.row(id).await?, true))
     }
 
-    async fn row(&self, id: &SandboxId) -> Result<SandboxRow, Failure> {
+    pub(crate) async fn row(&self, id: &SandboxId) -> Result<SandboxRow, Failure> {
         let row = self.database.get(id).await.map_err(database_failed)?;
-        row.filter(|row| row.ends_at > jiff::Timestamp::now()).ok_or_else(|| not_found(id.as_str()))
+        row.filter(is_there).ok_or_else(|| not_found(id.as_str()))
     }
 
     pub(crate) async fn kill(&self, id: &SandboxId) -> Result<(), Failure> {
@@ -353,11 +369,16 @@ impl Inner {
         let more = rows.len() > limit;
         rows.truncate(limit);
         let next = rows.last().filter(|_| more).map(make_token);
-        let now = jiff::Timestamp::now();
-        let sandboxes =
-            rows.into_iter().filter(|row| row.ends_at > now).map(|row| self.detail_of(row, false)).collect();
+        let sandboxes = rows.into_iter().filter(is_there).map(|row| self.detail_of(row, false)).collect();
         Ok(Page { sandboxes, next })
     }
+}
+
+/// Whether a sandbox is there for its owner: its end may not have been recorded yet.
+fn is_there(row: &SandboxRow) -> bool {
+    row.state == SandboxState::Paused
+        || row.lifecycle.on_timeout == OnTimeout::Pause
+        || row.ends_at > jiff::Timestamp::now()
 }
 
 fn make_token(row: &SandboxRow) -> String {
@@ -381,7 +402,7 @@ fn parse_token(token: &str) -> Result<(i64, String), Failure> {
         })
 }
 
-fn deadline(seconds: u64) -> Result<jiff::Timestamp, Failure> {
+pub(crate) fn deadline(seconds: u64) -> Result<jiff::Timestamp, Failure> {
     if seconds > MAX_TIMEOUT_S {
         return Err(invalid(
             "invalid_timeout",
@@ -396,10 +417,9 @@ fn deadline(seconds: u64) -> Result<jiff::Timestamp, Failure> {
 }
 
 /// Checks a request and makes its row and what the node is asked. Every field is honoured or refused.
-fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
+fn prepare(body: NewSandbox, base: Base) -> Result<(SandboxRow, Create), Failure> {
     let unsupported = [
-        ("autoPause", body.auto_pause == Some(true)),
-        ("autoResume", body.auto_resume.as_ref().is_some_and(|value| value["enabled"] == true)),
+        ("autoPauseMemory: false", body.auto_pause == Some(true) && body.auto_pause_memory == Some(false)),
         ("mcp", body.mcp.as_ref().is_some_and(|value| !is_empty(value))),
         ("iam", body.iam.as_ref().is_some_and(|value| !is_empty(value))),
         ("volumeMounts", body.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty())),
@@ -411,7 +431,6 @@ fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
             "leave the field out",
         ));
     }
-    let template: TemplateName = body.template_id.parse().map_err(|_| unknown_template(&body.template_id))?;
     let metadata = body.metadata.unwrap_or_default();
     check_map("metadata", &metadata, METADATA_BYTES)?;
     let env_vars = body.env_vars.unwrap_or_default();
@@ -425,12 +444,17 @@ fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
         }
     };
     let network = network::wanted(body.network, body.allow_internet_access)?;
-    let ends_at = deadline(body.timeout.unwrap_or(DEFAULT_TIMEOUT_S))?;
+    let timeout = body.timeout.unwrap_or(DEFAULT_TIMEOUT_S);
+    let ends_at = deadline(timeout)?;
+    let lifecycle = Lifecycle {
+        on_timeout: if body.auto_pause == Some(true) { OnTimeout::Pause } else { OnTimeout::Kill },
+        auto_resume: body.auto_resume.is_some_and(|wanted| wanted.enabled),
+    };
     let id = SandboxId::random();
     let access_token = (body.secure != Some(false)).then(Token::random);
     let row = SandboxRow {
         id: id.clone(),
-        template: template.to_string(),
+        template: body.template_id,
         metadata,
         access_token: access_token.clone(),
         allow_internet: body.allow_internet_access,
@@ -441,10 +465,13 @@ fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
         start_path: kelvin_api::sandbox::StartPath::Cold,
         started_at: jiff::Timestamp::now(),
         ends_at,
+        state: SandboxState::Running,
+        lifecycle,
+        parent: None,
     };
     let create = Create {
         sandbox: id,
-        template,
+        base,
         vcpus: body.cpu_count,
         memory_mib,
         env_vars,
@@ -452,17 +479,20 @@ fn prepare(body: NewSandbox) -> Result<(SandboxRow, Create), Failure> {
         ends_at,
         start_path: body.start_path,
         network,
+        lifecycle,
+        timeout: Duration::from_secs(timeout),
     };
     Ok((row, create))
 }
 
-pub(crate) fn unknown_template(name: &str) -> Failure {
+/// What is said of a `templateID` that names nothing.
+pub fn unknown_template(name: &str) -> Failure {
     let shown: String = name.chars().take(80).collect();
     Failure::new(
         Kind::NotFound,
         "template_not_found",
         format!("no template {shown:?}"),
-        "`kelvin template list` shows what there is",
+        "`kelvin template list` and `kelvin snapshot list` show what there is",
     )
 }
 
@@ -470,7 +500,7 @@ fn is_empty(value: &serde_json::Value) -> bool {
     value.is_null() || value.as_object().is_some_and(serde_json::Map::is_empty)
 }
 
-fn check_map(field: &'static str, map: &Metadata, limit: usize) -> Result<(), Failure> {
+pub(crate) fn check_map(field: &'static str, map: &Metadata, limit: usize) -> Result<(), Failure> {
     let bytes: usize = map.iter().map(|(key, value)| key.len() + value.len()).sum();
     if bytes <= limit {
         return Ok(());
@@ -482,7 +512,7 @@ fn check_map(field: &'static str, map: &Metadata, limit: usize) -> Result<(), Fa
     ))
 }
 
-fn check_env(env_vars: &EnvVars) -> Result<(), Failure> {
+pub(crate) fn check_env(env_vars: &EnvVars) -> Result<(), Failure> {
     let bad = |key: &str, value: &str| {
         key.is_empty() || key.len() > 1024 || key.contains(['=', '\0']) || value.contains('\0')
     };
@@ -513,7 +543,7 @@ pub(crate) fn sandbox_of(detail: &SandboxDetail) -> Sandbox {
 }
 
 impl Inner {
-    fn reply_of(
+    pub(crate) fn reply_of(
         &self,
         row: &SandboxRow,
         path: kelvin_api::sandbox::StartPath,
@@ -535,7 +565,7 @@ impl Inner {
         }
     }
 
-    fn detail_of(&self, row: SandboxRow, with_secrets: bool) -> SandboxDetail {
+    pub(crate) fn detail_of(&self, row: SandboxRow, with_secrets: bool) -> SandboxDetail {
         SandboxDetail {
             alias: Some(row.template.clone()),
             template_id: row.template,
@@ -547,13 +577,15 @@ impl Inner {
             cpu_count: row.vcpus,
             memory_mb: row.memory_mib,
             disk_size_mb: row.disk_mib,
-            state: SandboxState::Running,
+            state: row.state,
             metadata: row.metadata,
             start_path: row.start_path,
             envd_access_token: row.access_token.filter(|_| with_secrets),
             allow_internet_access: row.allow_internet,
             traffic_access_token: row.traffic_token.filter(|_| with_secrets),
             domain: self.domain.clone(),
+            lifecycle: row.lifecycle,
+            parent_id: row.parent,
         }
     }
 }

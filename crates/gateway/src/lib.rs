@@ -433,6 +433,12 @@ impl Gateway {
         };
         let bad = StatusCode::BAD_GATEWAY;
         let (status, page_status, message, advice) = match (failure.kind, failure.error_code) {
+            (_, "sandbox_paused") => (
+                bad,
+                StatusCode::SERVICE_UNAVAILABLE,
+                "The sandbox was not found".to_owned(),
+                "It is paused. Resume it: `kelvin sandbox resume`.".to_owned(),
+            ),
             (Kind::NotFound, _) => match ended {
                 Some(reason) => (
                     bad,
@@ -479,7 +485,7 @@ impl Gateway {
             ),
             _ => (bad, bad, failure.message.clone(), failure.remediation.clone()),
         };
-        if !matches!(failure.kind, Kind::NotFound | Kind::Busy) {
+        if !is_gone(failure) && failure.kind != Kind::Busy {
             tracing::info!(
                 sandbox = target.shown,
                 port = target.port,
@@ -490,6 +496,11 @@ impl Gateway {
         }
         Problem { status, page_status, sandbox: target.shown.clone(), message, advice }
     }
+}
+
+/// Whether there is no machine to reach.
+fn is_gone(failure: &Failure) -> bool {
+    failure.kind == Kind::NotFound || failure.error_code == "sandbox_paused"
 }
 
 /// Why a request was not forwarded.

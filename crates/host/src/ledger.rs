@@ -171,6 +171,30 @@ impl Ledger {
             .await
     }
 
+    /// Writes `body` as the record of `to` and strikes that of `from`, in one transaction that survives a power
+    /// failure: what is remembered goes from one machine to another, or to none.
+    ///
+    /// # Errors
+    /// As the database gives them; then nothing has changed.
+    pub async fn move_record(&self, from: &VmId, to: &VmId, body: String) -> Result<(), Error> {
+        let (from, to) = (from.to_string(), to.to_string());
+        self.db
+            .call(move |connection| {
+                connection.pragma_update(None, "synchronous", "FULL")?;
+                let moved = (|| {
+                    let transaction = connection.transaction()?;
+                    transaction.prepare_cached("DELETE FROM records WHERE owner = ?1")?.execute([&from])?;
+                    transaction
+                        .prepare_cached("INSERT OR REPLACE INTO records (owner, body) VALUES (?1, ?2)")?
+                        .execute((to, body))?;
+                    transaction.commit()
+                })();
+                connection.pragma_update(None, "synchronous", "NORMAL")?;
+                moved
+            })
+            .await
+    }
+
     /// Writes or replaces the record of one machine.
     ///
     /// # Errors

@@ -16,7 +16,7 @@ use kelvin_api::error::chain;
 use kelvin_api::guest::Request;
 use kelvin_api::units::Shape;
 use kelvin_store::image::Template;
-use kelvin_store::snapshot::{Draft, Snapshot};
+use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
 use kelvin_vmm::control::Control;
 use kelvin_vmm::{MachineSpec, Port, Running};
 use tokio_util::sync::CancellationToken;
@@ -101,11 +101,12 @@ impl Inner {
                 template: template.name.clone(),
                 guest: template.guest.clone(),
                 parent: None,
+                origin: Origin::Bake,
                 identity: self.identity(template, shape, network),
                 arguments: self.driver.layout(shape, network),
             };
             let (store, staged) = (self.store.clone(), staged.clone());
-            tokio::task::spawn_blocking(move || store.publish_snapshot(&staged, draft))
+            tokio::task::spawn_blocking(move || store.publish_snapshot(&staged, draft, Care::Hashed))
                 .await
                 .map_err(|error| Error::Io { what: "publishing", source: std::io::Error::other(error) })?
                 .map_err(Error::from)

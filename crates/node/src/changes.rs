@@ -1,20 +1,26 @@
-//! What ended on this node, for a control plane that asks: a bounded log with generations.
+//! What ended, was paused or resumed on this node, for a control plane that asks: a bounded log with generations.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kelvin_api::id::SandboxId;
-use kelvin_api::node::Changes;
+use kelvin_api::node::{Changes, Live};
 use tokio::sync::Notify;
 
-/// Ends that are kept; who is further behind compares with what lives.
+/// Entries that are kept; who is further behind compares with what lives.
 const KEPT: usize = 10_000;
 
 #[derive(Debug, Default)]
 struct LogState {
     /// Generation of the newest entry.
     newest: u64,
-    ended: VecDeque<(u64, SandboxId, String)>,
+    entries: VecDeque<(u64, SandboxId, What)>,
+}
+
+#[derive(Debug, Clone)]
+enum What {
+    Ended(String),
+    Is(Live),
 }
 
 /// The log.
@@ -31,12 +37,21 @@ impl Log {
 
     /// Notes that `sandbox` ended.
     pub fn add(&self, sandbox: SandboxId, reason: &str) {
+        self.push(sandbox, What::Ended(reason.to_owned()));
+    }
+
+    /// Notes that a sandbox was paused or resumed.
+    pub fn is(&self, live: Live) {
+        self.push(live.sandbox.clone(), What::Is(live));
+    }
+
+    fn push(&self, sandbox: SandboxId, what: What) {
         let mut state = self.state();
         state.newest += 1;
         let generation = state.newest;
-        state.ended.push_back((generation, sandbox, reason.to_owned()));
-        if state.ended.len() > KEPT {
-            state.ended.pop_front();
+        state.entries.push_back((generation, sandbox, what));
+        if state.entries.len() > KEPT {
+            state.entries.pop_front();
         }
         drop(state);
         self.added.notify_waiters();
@@ -44,23 +59,33 @@ impl Log {
 
     /// Why `sandbox` ended, when that is still known. Looks at the newest first; only error paths ask.
     pub fn why(&self, sandbox: &SandboxId) -> Option<String> {
-        self.state().ended.iter().rev().find(|(_, id, _)| id == sandbox).map(|(.., reason)| reason.clone())
+        self.state().entries.iter().rev().find_map(|(_, id, what)| match what {
+            What::Ended(reason) if id == sandbox => Some(reason.clone()),
+            _ => None,
+        })
     }
 
     fn since(&self, generation: u64) -> Changes {
         let state = self.state();
-        let oldest = state.ended.front().map_or(state.newest + 1, |(generation, ..)| *generation);
-        Changes {
+        let oldest = state.entries.front().map_or(state.newest + 1, |(generation, ..)| *generation);
+        let mut changes = Changes {
             generation: state.newest,
             // Nothing was seen yet, or something was dropped that was not seen.
             resync: generation > state.newest || generation + 1 < oldest,
-            ended: state
-                .ended
-                .iter()
-                .filter(|(at, ..)| *at > generation)
-                .map(|(_, id, reason)| (id.clone(), reason.clone()))
-                .collect(),
+            ..Changes::default()
+        };
+        for (_, id, what) in state.entries.iter().filter(|(at, ..)| *at > generation) {
+            match what {
+                What::Ended(reason) => {
+                    changes.changed.remove(id);
+                    changes.ended.insert(id.clone(), reason.clone());
+                }
+                What::Is(live) => {
+                    changes.changed.insert(id.clone(), live.clone());
+                }
+            }
         }
+        changes
     }
 
     /// What happened after `generation`; waits until there is something.

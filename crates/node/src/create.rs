@@ -1,4 +1,5 @@
-//! The create path: reserve, then claim a waiting VMM and load (clone) or boot (cold), activate, commit.
+//! The create path: reserve, then claim a waiting VMM and load (clone) or boot (cold), activate, commit. Resumes and
+//! the children of forks take the same path, from another [`Seed`].
 //!
 //! ```text
 //! reserve ─> queue ─> vmm ─> load ─> resume ─> activate ─> commit        clone
@@ -12,13 +13,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kelvin_api::error::chain;
-use kelvin_api::guest::{Activation, Request};
+use kelvin_api::guest::{Activation, Request, Wake};
+use kelvin_api::id::{SandboxId, TemplateName};
 use kelvin_api::network::{Attachment, Policy, Wanted};
 use kelvin_api::node::{Create, Created};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::StartPath;
-use kelvin_api::units::Shape;
+use kelvin_api::units::{MemoryMib, Shape};
+use kelvin_store::identity::Identity;
 use kelvin_store::image::Template;
+use kelvin_store::snapshot::Snapshot;
 use kelvin_vmm::control::{Asked, Control};
 use kelvin_vmm::{MachineSpec, Port, Running};
 use tracing::Instrument;
@@ -26,9 +30,22 @@ use tracing::Instrument;
 use crate::Inner;
 use crate::capacity::Amount;
 use crate::error::Error;
-use crate::pool::{Pool, Ready};
+use crate::paused::Paused;
+use crate::pool::{Pool, Ready, manifest_shape};
 use crate::record::{Event, SandboxRecord, State, next};
-use crate::sandbox::Machine;
+use crate::sandbox::{Machine, body};
+use crate::snapshots::Lease;
+
+/// What a machine is made of.
+#[derive(Clone)]
+pub enum Seed {
+    /// A template: a pool's snapshot, or its kernel.
+    Template(Arc<Template>),
+    /// What a sandbox was; it becomes another. With the sandbox it is forked from.
+    Snapshot(Arc<Snapshot>, Option<SandboxId>),
+    /// What a sandbox was; it goes on as who it is.
+    Resume(Arc<Paused>),
+}
 
 /// A machine that answered, and how it came to be.
 struct Started {
@@ -36,13 +53,19 @@ struct Started {
     running: Running,
     control: Control,
     record: SandboxRecord,
+    identity: Identity,
+    lease: Option<Lease>,
 }
 
 /// One create on its way.
 struct Attempt<'a> {
     inner: &'a Arc<Inner>,
     request: &'a Create,
-    template: &'a Template,
+    seed: &'a Seed,
+    /// What is restored, when it is no template's.
+    snapshot: Option<Arc<Snapshot>>,
+    template: TemplateName,
+    guest: String,
     shape: Shape,
     network: Option<Attachment>,
     timings: Timings,
@@ -53,23 +76,45 @@ impl Inner {
     /// Creates a sandbox. When it returns, the agent has answered its activation.
     ///
     /// Not cancel-safe: callers run it on a task of its own.
-    pub async fn create(self: &Arc<Self>, request: Create) -> Result<Created, Error> {
+    pub async fn create(self: &Arc<Self>, request: Create, seed: Seed) -> Result<Created, Error> {
         let _request = self.enter();
         let since = Instant::now();
         self.crash_point(Phase::Reserve);
-        let template = self.template(&request.template).await?;
-        let shape = Shape {
-            vcpus: request.vcpus.unwrap_or(template.shape.vcpus),
-            memory_mib: request.memory_mib.unwrap_or(template.shape.memory_mib),
-            disk_mib: template.shape.disk_mib,
+        let mut network = self.attachment(&request.network)?;
+        let snapshot = match &seed {
+            Seed::Template(_) => None,
+            Seed::Snapshot(snapshot, _) => Some(Arc::clone(snapshot)),
+            Seed::Resume(paused) => {
+                let image = paused.record.snapshot.clone();
+                let image = image.ok_or_else(|| Error::Unknown(request.sandbox.to_string()))?;
+                Some(self.find_snapshot(&image)?)
+            }
         };
-        let network = self.attachment(&request.network)?;
+        let (template, guest, shape) = match (&seed, &snapshot) {
+            (_, Some(snapshot)) => {
+                let manifest = &snapshot.manifest;
+                network = self.fits(snapshot, &request, network)?;
+                (manifest.template.clone(), manifest.guest.clone(), manifest_shape(manifest))
+            }
+            (Seed::Template(template), None) => {
+                let shape = Shape {
+                    vcpus: request.vcpus.unwrap_or(template.shape.vcpus),
+                    memory_mib: request.memory_mib.unwrap_or(template.shape.memory_mib),
+                    disk_mib: template.shape.disk_mib,
+                };
+                (template.name.clone(), template.guest.clone(), shape)
+            }
+            _ => return Err(Error::Unknown(request.sandbox.to_string())),
+        };
         let amount = Amount::machine(shape);
         self.reserve(&request, shape, amount)?;
         let mut attempt = Attempt {
             inner: self,
             request: &request,
-            template: &template,
+            seed: &seed,
+            snapshot,
+            template,
+            guest,
             shape,
             network,
             timings: Timings::default(),
@@ -112,19 +157,52 @@ impl Inner {
         }
     }
 
+    /// Whether a snapshot can be restored here as `request` wants it; with its network.
+    fn fits(
+        &self,
+        snapshot: &Snapshot,
+        request: &Create,
+        network: Option<Attachment>,
+    ) -> Result<Option<Attachment>, Error> {
+        let manifest = &snapshot.manifest;
+        let differences = manifest.identity.differences(&self.identity_here(&manifest.identity));
+        if !differences.is_empty() {
+            return Err(Error::Incompatible {
+                snapshot: manifest.id.to_string(),
+                fields: differences.join(", "),
+            });
+        }
+        let fixed = |field, asked: u64, has: u64| {
+            Err(Error::Fixed { field, asked: asked.to_string(), has: has.to_string() })
+        };
+        if let Some(asked) = request.vcpus.filter(|asked| *asked != manifest.identity.vcpus) {
+            return fixed("cpuCount", asked.into(), manifest.identity.vcpus.into());
+        }
+        if let Some(MemoryMib(asked)) = request.memory_mib
+            && asked != manifest.identity.memory_mib
+        {
+            return fixed("memoryMB", asked.into(), manifest.identity.memory_mib.into());
+        }
+        match (self.has_network(&manifest.identity), network) {
+            (true, None) => Err(Error::Fixed {
+                field: "network",
+                asked: "none".to_owned(),
+                has: "a network, which can be denied everything".to_owned(),
+            }),
+            (true, network) => Ok(network),
+            (false, _) if matches!(request.network, Wanted::Required(_)) => Err(Error::NoNetwork {
+                what: format!("snapshot {}", manifest.id),
+                reason: Some("it was taken of a sandbox without one".to_owned()),
+            }),
+            (false, _) => Ok(None),
+        }
+    }
+
     fn reserve(&self, request: &Create, shape: Shape, amount: Amount) -> Result<(), Error> {
         if self.stop.is_cancelled() {
             return Err(Error::Stopping);
         }
-        let free = self.disk_free_mib()?;
-        if free < self.options.disk_floor_mib {
-            return Err(Error::Exhausted {
-                resource: "disk",
-                asked: self.options.disk_floor_mib,
-                free,
-                unit: "MiB",
-            });
-        }
+        self.check_disk()?;
         let mut creating = self.creating();
         if creating.contains(&request.sandbox) || self.sandboxes().contains_key(&request.sandbox) {
             return Err(Error::Exists(request.sandbox.to_string()));
@@ -157,13 +235,32 @@ impl Attempt<'_> {
 
     async fn start(&mut self) -> Result<(Started, String), Error> {
         let insisted = self.request.start_path;
+        let template = match (self.seed, self.snapshot.clone()) {
+            (Seed::Template(template), _) => template,
+            (seed, Some(snapshot)) => {
+                if insisted == Some(StartPath::Cold) {
+                    let reason = "a snapshot of a sandbox is restored, never booted".to_owned();
+                    return Err(Error::Path { path: "cold", reason });
+                }
+                let pool = Arc::new(Pool::new(Arc::clone(&snapshot), 0));
+                let (started, _) = self.clone(&pool).await?;
+                let reason = match seed {
+                    Seed::Resume(paused) => {
+                        format!("clone: resumed, generation {}", paused.record.generation)
+                    }
+                    _ => format!("clone: snapshot {}", snapshot.manifest.id),
+                };
+                return Ok((started, reason));
+            }
+            (_, None) => return Err(Error::Unknown(self.request.sandbox.to_string())),
+        };
         if insisted == Some(StartPath::Cold) {
-            return Ok((self.cold().await?, "cold: asked for".to_owned()));
+            return Ok((self.cold(template).await?, "cold: asked for".to_owned()));
         }
-        let reason = match self.inner.pool_for(self.template, self.shape, self.network.is_some()) {
+        let reason = match self.inner.pool_for(template, self.shape, self.network.is_some()) {
             Ok(pool) => match self.clone(&pool).await {
                 Ok((started, reason)) => return Ok((started, reason)),
-                Err(reason) => reason,
+                Err(error) => chain(&error),
             },
             Err(reason) => reason,
         };
@@ -171,26 +268,20 @@ impl Attempt<'_> {
             return Err(Error::Path { path: "clone", reason });
         }
         tracing::warn!(sandbox = %self.request.sandbox, reason, "no clone");
-        let started = self.cold().await?;
+        let started = self.cold(template).await?;
         if self.inner.options.auto_bake {
-            self.inner.bake_later(self.template.clone(), self.shape, self.network.is_some());
+            self.inner.bake_later(Template::clone(template), self.shape, self.network.is_some());
         }
         Ok((started, format!("cold: {reason}")))
     }
 
     /// Restores the pool's snapshot. A failure is the reason why it has to be a boot.
-    async fn clone(&mut self, pool: &Arc<Pool>) -> Result<(Started, String), String> {
+    async fn clone(&mut self, pool: &Arc<Pool>) -> Result<(Started, String), Error> {
         let span = self.begin(Phase::Queue);
-        let permit = self
-            .inner
-            .restores
-            .acquire()
-            .instrument(span)
-            .await
-            .map_err(|_| "the node is shutting down".to_owned())?;
+        let permit = self.inner.restores.acquire().instrument(span).await.map_err(|_| Error::Stopping)?;
         self.lap(Phase::Queue);
         let span = self.begin(Phase::Vmm);
-        let (ready, reason) = self.claim(pool).instrument(span).await.map_err(|error| chain(&error))?;
+        let (ready, reason) = self.claim(pool).instrument(span).await?;
         self.lap(Phase::Vmm);
         let started = self.restore(pool, ready).await;
         drop(permit);
@@ -198,9 +289,9 @@ impl Attempt<'_> {
             Ok(started) => Ok((started, reason)),
             Err(Error::Store(error @ kelvin_store::Error::Seal { .. })) => {
                 pool.refuse(error.to_string());
-                Err(error.to_string())
+                Err(error.into())
             }
-            Err(error) => Err(chain(&error)),
+            Err(error) => Err(error),
         }
     }
 
@@ -223,7 +314,13 @@ impl Attempt<'_> {
         let Ready { home, waiting, mut control } = ready;
         let key = waiting.key();
         let mut record = self.record(StartPath::Clone);
-        record.snapshot = Some(pool.snapshot_id());
+        let (id, manifest) = (pool.snapshot_id(), &pool.snapshot.manifest);
+        if record.lineage.is_none() {
+            record.lineage =
+                if manifest.origin.is_passing() { manifest.parent.clone() } else { Some(id.clone()) };
+        }
+        record.snapshot = Some(id.clone());
+        let lease = self.inner.snapshots.lease(&id);
         let work = async {
             let span = self.begin(Phase::Load);
             let paused = async {
@@ -238,7 +335,7 @@ impl Attempt<'_> {
             let span = self.begin(Phase::Resume);
             let resumed = async {
                 // Posted while the vCPUs stand still: the guest wakes up once, with its identity at hand.
-                let asked = control.post(&Request::Activate(activation(self.request)?)).await?;
+                let asked = control.post(&self.greeting()?).await?;
                 let running = paused.resume().await.map_err(|(_, error)| error)?;
                 Ok::<_, Error>((asked, running))
             };
@@ -248,7 +345,10 @@ impl Attempt<'_> {
             Ok::<_, Error>((running, control))
         };
         match work.await {
-            Ok((running, control)) => Ok(Started { spec: home.spec, running, control, record }),
+            Ok((running, control)) => {
+                let identity = manifest.identity.clone();
+                Ok(Started { spec: home.spec, running, control, record, identity, lease })
+            }
             Err(error) => {
                 self.inner.keeper.release_or_log(&home.spec, Some(key)).await;
                 Err(error)
@@ -256,14 +356,15 @@ impl Attempt<'_> {
         }
     }
 
-    async fn cold(&mut self) -> Result<Started, Error> {
+    async fn cold(&mut self, template: &Template) -> Result<Started, Error> {
         let span = self.begin(Phase::Disk);
-        let rootfs = self.inner.store.rootfs(&self.template.image);
+        let rootfs = self.inner.store.rootfs(&template.image);
         let network = self.network.is_some();
-        let build = self.inner.keeper.build(self.shape, &self.template.guest, rootfs, network);
+        let build = self.inner.keeper.build(self.shape, &self.guest, rootfs, network);
         let home = build.instrument(span).await?;
         self.lap(Phase::Disk);
-        let record = self.record(StartPath::Cold);
+        let identity = self.inner.identity(template, self.shape, network);
+        let record = SandboxRecord { identity: Some(identity.clone()), ..self.record(StartPath::Cold) };
         let work = async {
             self.rule(&home.spec).await?;
             let span = self.begin(Phase::Vmm);
@@ -278,12 +379,14 @@ impl Attempt<'_> {
             let span = self.begin(Phase::Boot);
             let mut control = self.inner.boot_guest(&running).instrument(span).await?;
             self.lap(Phase::Boot);
-            let asked = control.post(&Request::Activate(activation(self.request)?)).await?;
+            let asked = control.post(&self.greeting()?).await?;
             self.activated(&mut control, asked).await?;
             Ok::<_, Error>((running, control))
         };
         match work.await {
-            Ok((running, control)) => Ok(Started { spec: home.spec, running, control, record }),
+            Ok((running, control)) => {
+                Ok(Started { spec: home.spec, running, control, record, identity, lease: None })
+            }
             Err(error) => {
                 self.inner.keeper.release_or_log(&home.spec, None).await;
                 Err(error)
@@ -316,57 +419,112 @@ impl Attempt<'_> {
     }
 
     async fn commit(&self, started: Started) -> Result<SandboxRecord, Error> {
-        let Started { spec, running, control, mut record } = started;
-        if let Some(state) = next(record.state, Event::Ready) {
+        let Started { spec, running, control, mut record, identity, lease } = started;
+        let event = if matches!(self.seed, Seed::Resume(_)) { Event::Resume } else { Event::Ready };
+        if let Some(state) = next(record.state, event) {
             record.state = state;
         }
-        record.started_at = jiff::Timestamp::now();
-        if let Err(error) = self.inner.remember(&spec, &record).await {
+        let remembered = match self.seed {
+            // From here on its image is used up.
+            Seed::Resume(paused) => self
+                .inner
+                .keeper
+                .ledger
+                .move_record(&paused.owner, &spec.vm, body(&record)?)
+                .await
+                .map_err(Error::from),
+            _ => {
+                record.started_at = jiff::Timestamp::now();
+                self.inner.remember(&spec, &record).await
+            }
+        };
+        if let Err(error) = remembered {
             self.inner.keeper.release_or_log(&spec, Some(running.key())).await;
             return Err(error);
         }
-        self.inner.own(Machine { spec, running, control, record: record.clone() });
+        self.inner.own(Machine { spec, running, control, record: record.clone(), identity, lease });
+        if matches!(self.seed, Seed::Resume(_)) {
+            self.inner.changes.is(record.live());
+        }
         Ok(record)
     }
 
+    /// What the machine is told when it wakes up.
+    fn greeting(&self) -> Result<Request, Error> {
+        match self.seed {
+            Seed::Resume(_) => Ok(Request::Wake(wake(true)?)),
+            _ => Ok(Request::Activate(activation(self.request, &self.template)?)),
+        }
+    }
+
     fn record(&self, start_path: StartPath) -> SandboxRecord {
+        let parent = match self.seed {
+            Seed::Resume(paused) => {
+                return SandboxRecord { ends_at: self.request.ends_at, ..paused.record.clone() };
+            }
+            Seed::Snapshot(_, parent) => parent.clone(),
+            Seed::Template(_) => None,
+        };
         SandboxRecord {
             sandbox: self.request.sandbox.clone(),
             state: State::Starting,
             shape: self.shape,
-            guest: self.template.guest.clone(),
+            template: self.template.clone(),
+            guest: self.guest.clone(),
             snapshot: None,
+            lineage: None,
+            parent,
+            generation: 0,
+            identity: None,
             start_path,
             started_at: jiff::Timestamp::now(),
             ends_at: self.request.ends_at,
             access_token: self.request.access_token.clone(),
+            env_vars: self.request.env_vars.clone(),
             network: self.network.clone(),
+            lifecycle: self.request.lifecycle,
+            timeout_s: self.request.timeout.as_secs(),
         }
     }
 }
 
-/// What makes a machine the sandbox of `request`. The clock is read last: the frame leaves at once.
-fn activation(request: &Create) -> Result<Activation, Error> {
-    let mut random = [0; 80];
+fn random_bytes<const N: usize>() -> Result<[u8; N], Error> {
+    let mut random = [0; N];
     getrandom::fill(&mut random).map_err(|error| Error::Io {
         what: "reading random bytes",
         source: std::io::Error::other(error.to_string()),
     })?;
-    let (machine_id, entropy) = random.split_at(16);
+    Ok(random)
+}
+
+fn wall_clock_ns() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// What a machine that goes on as who it is is told. The clock is read last: the frame leaves at once.
+pub fn wake(restored: bool) -> Result<Wake, Error> {
+    let entropy = random_bytes()?;
+    Ok(Wake { entropy, restored, wall_clock_ns: wall_clock_ns() })
+}
+
+/// What makes a machine the sandbox of `request`. The clock is read last: the frame leaves at once.
+fn activation(request: &Create, template: &TemplateName) -> Result<Activation, Error> {
+    let (machine_id, boot_id, entropy) = (random_bytes()?, random_bytes()?, random_bytes()?);
     Ok(Activation {
         sandbox_id: request.sandbox.to_string(),
-        template: request.template.to_string(),
+        template: template.to_string(),
         hostname: request.sandbox.to_string(),
-        machine_id: machine_id.try_into().unwrap_or_default(),
-        entropy: entropy.try_into().unwrap_or([0; 64]),
-        wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+        machine_id,
+        boot_id,
+        entropy,
         access_token: request
             .access_token
             .as_ref()
             .map(|token| token.expose().to_owned())
             .unwrap_or_default(),
         env_vars: request.env_vars.clone(),
+        wall_clock_ns: wall_clock_ns(),
     })
 }
 

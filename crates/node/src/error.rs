@@ -43,6 +43,33 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// The sandbox is paused.
+    #[error("sandbox {0} is paused")]
+    Paused(String),
+    /// The sandbox runs.
+    #[error("sandbox {0} is running")]
+    Running(String),
+    /// A snapshot cannot be restored on this node.
+    #[error("snapshot {snapshot} cannot be restored here: {fields} differ")]
+    Incompatible {
+        /// Which one.
+        snapshot: String,
+        /// Fields of its identity.
+        fields: String,
+    },
+    /// A snapshot has what it has.
+    #[error("{field} of a snapshot is what it was: {has}, not {asked}")]
+    Fixed {
+        /// Which field.
+        field: &'static str,
+        /// What was asked for.
+        asked: String,
+        /// What it has.
+        has: String,
+    },
+    /// A name that is taken.
+    #[error("{0} is the name of a template")]
+    NameTaken(String),
     /// The agent does not answer HTTP.
     #[error("the agent of sandbox {sandbox} does not answer")]
     Agent {
@@ -129,6 +156,19 @@ impl From<Error> for Failure {
             Error::Unknown(_) => {
                 with(Kind::NotFound, "sandbox_not_found", "`kelvin sandbox list` shows what runs")
             }
+            Error::Paused(_) => with(
+                Kind::Conflict,
+                "sandbox_paused",
+                "resume it first: `kelvin sandbox resume`, or connect to it",
+            ),
+            Error::Running(_) => with(Kind::Conflict, "sandbox_running", "pause it first"),
+            Error::Incompatible { .. } => with(
+                Kind::Conflict,
+                "snapshot_incompatible",
+                "restore it where VMM, host and guest are those it was taken on",
+            ),
+            Error::Fixed { .. } => with(Kind::Invalid, "snapshot_fixed", "leave the field out"),
+            Error::NameTaken(_) => with(Kind::Conflict, "name_taken", "choose another name"),
             Error::Path { .. } => with(
                 Kind::Conflict,
                 "start_path_impossible",
@@ -160,6 +200,11 @@ impl From<Error> for Failure {
             }
             Error::Network(_) => with(Kind::Internal, "network", "`kelvin doctor` checks the network"),
             Error::Stopping => with(Kind::Unavailable, "node_stopping", "try again when the server is back"),
+            Error::Io { ref source, .. } if source.kind() == std::io::ErrorKind::StorageFull => with(
+                Kind::Exhausted,
+                "disk_full",
+                "free space on the data directory's file system, `kelvin gc` removes what nothing needs",
+            ),
             Error::Io { .. } => with(Kind::Internal, "node_io", "the server's log has the details"),
             Error::Ledger(_) => with(Kind::Internal, "ledger", "check the disk of the data directory"),
             Error::Store(error) => error.into(),

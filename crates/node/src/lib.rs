@@ -1,8 +1,8 @@
 //! One node: it owns what runs here.
 //!
 //! Read in this order: [`Node`] (the handle), `create` (the path of a create), `pool` (what is ready
-//! ahead of it), `home` (the resources of a machine), `sandbox` (a machine that runs), `bake`,
-//! `reconcile` (after a crash).
+//! ahead of it), `home` (the resources of a machine), `sandbox` (a machine that runs), `lifecycle` (pause, resume,
+//! snapshot, fork) with `capture`, `paused` and `snapshots`, `bake`, `reconcile` (after a crash).
 //!
 //! Who writes: the ledger, `sandboxes/` and, through `kelvin-store`, snapshots. A crash leaves machines
 //! that the ledger names; the next start adopts those that ran and removes the rest. Time limits are
@@ -11,17 +11,21 @@
 mod agent;
 mod bake;
 mod capacity;
+mod capture;
 mod changes;
 mod create;
 mod error;
 mod home;
+mod lifecycle;
 mod link;
 mod networks;
 pub mod options;
+mod paused;
 mod pool;
 mod reconcile;
 mod record;
 mod sandbox;
+mod snapshots;
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
@@ -31,7 +35,7 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
 use kelvin_api::network::{NetworkState, Policy};
-use kelvin_api::node::{Changes, Create, Created, Live, Route};
+use kelvin_api::node::{Base, Changes, Create, Created, Live, Route};
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{NodeInfo, NodeNetwork, TemplateSnapshot};
 use kelvin_api::units::{MemoryMib, Shape};
@@ -40,7 +44,7 @@ use kelvin_store::Store;
 use kelvin_store::gc::Garbage;
 use kelvin_store::identity::{Identity, SNAPSHOT_FORMAT};
 use kelvin_store::image::{Template, TemplateStamp};
-use kelvin_store::snapshot::Snapshot;
+use kelvin_store::snapshot::{Origin, Snapshot};
 use kelvin_vmm::{Driver, Port};
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -48,14 +52,17 @@ use tokio_util::task::TaskTracker;
 
 pub use agent::{Body, SendError};
 use capacity::Capacity;
+use create::Seed;
 pub use error::Error;
 use home::Keeper;
 use link::Network;
 pub use link::Stream;
 use networks::{EgressOptions, Networks};
 use options::Options;
+use paused::Paused;
 use pool::Pool;
 use sandbox::{Command, Sandbox};
+use snapshots::Snapshots;
 
 /// How often a release that failed is tried again.
 const REAP: std::time::Duration = std::time::Duration::from_secs(30);
@@ -68,6 +75,8 @@ pub(crate) struct Inner {
     keeper: Keeper,
     capacity: Mutex<Capacity>,
     sandboxes: Mutex<HashMap<SandboxId, Arc<Sandbox>>>,
+    paused: Mutex<HashMap<SandboxId, Arc<Paused>>>,
+    snapshots: Snapshots,
     creating: Mutex<BTreeSet<SandboxId>>,
     /// By identity digest.
     pools: Mutex<HashMap<String, Arc<Pool>>>,
@@ -119,6 +128,10 @@ impl Inner {
         lock(&self.sandboxes)
     }
 
+    fn paused_sandboxes(&self) -> MutexGuard<'_, HashMap<SandboxId, Arc<Paused>>> {
+        lock(&self.paused)
+    }
+
     fn creating(&self) -> MutexGuard<'_, BTreeSet<SandboxId>> {
         lock(&self.creating)
     }
@@ -161,6 +174,35 @@ impl Inner {
         let found = rustix::fs::statvfs(self.store.root())
             .map_err(|error| Error::Io { what: "asking for free space", source: error.into() })?;
         Ok((found.f_bavail * found.f_frsize) >> 20)
+    }
+
+    /// Refuses what needs space when there is too little.
+    fn check_disk(&self) -> Result<(), Error> {
+        let (free, floor) = (self.disk_free_mib()?, self.options.disk_floor_mib);
+        if free < floor {
+            return Err(Error::Exhausted { resource: "disk", asked: floor, free, unit: "MiB" });
+        }
+        Ok(())
+    }
+
+    fn find_snapshot(&self, id: &SnapshotId) -> Result<Arc<Snapshot>, Error> {
+        let missing = || kelvin_store::Error::Missing { kind: "snapshot", name: id.to_string() };
+        Ok(self.snapshots.get(id).ok_or_else(missing)?)
+    }
+
+    /// What `identity` would be on this node: the fields that are the host's are this host's.
+    fn identity_here(&self, identity: &Identity) -> Identity {
+        let network = self.has_network(identity);
+        Identity {
+            vmm: self.driver.kind().to_owned(),
+            vmm_build: self.driver.build().to_owned(),
+            accelerator: self.driver.accelerator().to_string(),
+            host_cpu: self.host_cpu.clone(),
+            host_kernel: self.host_kernel.clone(),
+            devices: self.devices[usize::from(network)].clone(),
+            snapshot_format: SNAPSHOT_FORMAT,
+            ..identity.clone()
+        }
     }
 
     /// The template called `name`, from memory; from the disk when its file is another than last time, as
@@ -242,6 +284,7 @@ impl Inner {
 
     /// Makes a snapshot usable. A pool of the same identity that was refused is replaced.
     fn add_pool(self: &Arc<Self>, snapshot: Arc<Snapshot>) {
+        self.snapshots.add(Arc::clone(&snapshot));
         let digest = snapshot.manifest.identity_digest.clone();
         let usable = self.is_usable(&snapshot.manifest.identity);
         let pool = Arc::new(Pool::new(snapshot, if usable { self.options.waiting_vmms } else { 0 }));
@@ -307,6 +350,8 @@ impl Node {
             driver,
             keeper,
             sandboxes: Mutex::default(),
+            paused: Mutex::default(),
+            snapshots: Snapshots::default(),
             creating: Mutex::default(),
             pools: Mutex::default(),
             templates: Mutex::default(),
@@ -324,10 +369,23 @@ impl Node {
             stop: CancellationToken::new(),
         });
         inner.know(&templates);
+        let snapshots: Vec<_> = snapshots.into_iter().map(Arc::new).collect();
+        for snapshot in &snapshots {
+            inner.snapshots.add(Arc::clone(snapshot));
+        }
         let (adopted, removed) = inner.reconcile(entries, records, &attached).await?;
-        tracing::info!(adopted, removed, "reconciled");
+        let paused = inner.paused_sandboxes().len();
+        tracing::info!(adopted, paused, removed, "reconciled");
+        inner.snapshots.sweep();
+        let removing = {
+            let (store, settled) = (inner.store.clone(), Arc::clone(&inner));
+            inner.snapshots.clone().run(store, move || settled.settled.notify_waiters(), inner.stop.clone())
+        };
+        inner.tasks.spawn(removing);
         for snapshot in snapshots {
-            inner.add_pool(Arc::new(snapshot));
+            if snapshot.manifest.origin == Origin::Bake {
+                inner.add_pool(snapshot);
+            }
         }
         if let Some(networks) = networks {
             inner.tasks.spawn(pool::fill_slots(Arc::clone(&inner), Arc::clone(&networks)));
@@ -337,6 +395,12 @@ impl Node {
         inner.tasks.spawn(async move {
             while reaper.stop.run_until_cancelled(tokio::time::sleep(REAP)).await.is_some() {
                 reaper.keeper.reap().await;
+                reaper.snapshots.reap(&reaper.store).await;
+                let sandboxes: Vec<_> = reaper.sandboxes().values().cloned().collect();
+                for sandbox in sandboxes {
+                    // Ended meanwhile, otherwise.
+                    let _ = sandbox.ask(Command::GoOn).await;
+                }
                 if let Some(networks) = &reaper.keeper.networks {
                     networks.slots.retry().await;
                 }
@@ -352,20 +416,43 @@ impl Node {
     pub async fn create(&self, request: Create) -> Result<Created, Error> {
         let inner = Arc::clone(&self.inner);
         // A caller that goes away must not leave a machine half-made.
-        let task = self.inner.tasks.spawn(async move { inner.create(request).await });
+        let seed = match &request.base {
+            Base::Template(name) => Seed::Template(inner.template(name).await?),
+            Base::Snapshot(id) => Seed::Snapshot(inner.find_snapshot(id)?, None),
+        };
+        let task = self.inner.tasks.spawn(async move { inner.create(request, seed).await });
         task.await.map_err(|error| Error::Io { what: "creating", source: std::io::Error::other(error) })?
     }
 
     fn find(&self, id: &SandboxId) -> Result<Arc<Sandbox>, Error> {
-        self.inner.sandboxes().get(id).cloned().ok_or_else(|| Error::Unknown(id.to_string()))
+        // In this order: a pause makes it visible as paused before it is invisible as running; a resume the other way.
+        if let Some(sandbox) = self.inner.sandboxes().get(id) {
+            return Ok(Arc::clone(sandbox));
+        }
+        if self.inner.paused(id).is_some() {
+            return Err(Error::Paused(id.to_string()));
+        }
+        match self.inner.sandboxes().get(id) {
+            Some(sandbox) => Ok(Arc::clone(sandbox)),
+            None => Err(Error::Unknown(id.to_string())),
+        }
     }
 
-    /// Ends a sandbox. Returns when it is no longer visible; its resources are released after that.
+    /// Ends a sandbox, also one that is paused. Returns when it is no longer visible; its resources are released
+    /// after that.
     ///
     /// # Errors
-    /// `Unknown` when it does not run.
+    /// `Unknown` when there is none.
     pub async fn kill(&self, id: &SandboxId) -> Result<(), Error> {
-        self.find(id)?.ask(Command::Kill).await
+        match self.find(id) {
+            Ok(sandbox) => match sandbox.ask(Command::Kill).await {
+                // It was being paused.
+                Err(Error::Unknown(_)) if self.inner.paused(id).is_some() => self.inner.end_paused(id).await,
+                other => other,
+            },
+            Err(Error::Paused(_)) => self.inner.end_paused(id).await,
+            Err(error) => Err(error),
+        }
     }
 
     /// Sets when the node ends a sandbox.
@@ -389,7 +476,7 @@ impl Node {
     /// # Errors
     /// `Unknown` when it does not run, `Agent` when its guest does not answer.
     pub async fn send(&self, id: &SandboxId, request: Request<Body>) -> Result<Response<Incoming>, Error> {
-        let sandbox = self.find(id)?;
+        let sandbox = self.awake(id).await?;
         let reconnect = async || -> Result<_, SendError> {
             Ok(sandbox.ask(|reply| Command::Connect(Port::Http, reply)).await??)
         };
@@ -400,9 +487,9 @@ impl Node {
             .map_err(|source| Error::Agent { sandbox: id.to_string(), source })
     }
 
-    fn network_of(&self, id: &SandboxId) -> Result<Arc<Network>, Error> {
+    async fn network_of(&self, id: &SandboxId) -> Result<Arc<Network>, Error> {
         let no_network = || Error::NoNetwork { what: format!("sandbox {id}"), reason: None };
-        self.find(id)?.network.clone().ok_or_else(no_network)
+        self.awake(id).await?.network.clone().ok_or_else(no_network)
     }
 
     /// Connects to a port of a sandbox. The connection is cut when the sandbox ends.
@@ -410,21 +497,18 @@ impl Node {
     /// # Errors
     /// `Unknown`, `NoNetwork`, `Busy`, `PortClosed`, `PortSilent`.
     pub async fn dial(&self, id: &SandboxId, port: u16) -> Result<Stream, Error> {
-        self.network_of(id)?.dial(id.as_str(), port).await
+        self.network_of(id).await?.dial(id.as_str(), port).await
     }
 
     /// What a gateway has to know of a sandbox.
     ///
     /// # Errors
     /// `Unknown` when it does not run.
-    pub fn route(&self, id: &SandboxId) -> Result<Route, Error> {
-        let sandbox = self.find(id)?;
-        let attachment = sandbox.network.as_ref().map(|network| network.attachment()).unwrap_or_default();
-        Ok(Route {
-            access_token: sandbox.access_token.clone(),
-            traffic_token: attachment.traffic_token,
-            mask_request_host: attachment.mask_request_host,
-        })
+    pub async fn route(&self, id: &SandboxId) -> Result<Route, Error> {
+        let sandbox = self.awake(id).await?;
+        let (traffic_token, mask_request_host) =
+            sandbox.network.as_ref().map(|network| network.way_in()).unwrap_or_default();
+        Ok(Route { access_token: sandbox.access_token.clone(), traffic_token, mask_request_host })
     }
 
     /// Why a sandbox ended, when that is not long ago.
@@ -471,9 +555,25 @@ impl Node {
         })
     }
 
-    /// Every sandbox that runs.
+    /// One sandbox as it is now.
+    pub fn one(&self, id: &SandboxId) -> Option<Live> {
+        match self.find(id) {
+            Ok(sandbox) => Some(sandbox.live()),
+            Err(_) => self.inner.paused(id).map(|paused| paused.record.live()),
+        }
+    }
+
+    /// Whether there is a template called `name`. One look at the file system.
+    pub fn has_template(&self, name: &TemplateName) -> bool {
+        self.inner.store.template_stamp(name).is_ok()
+    }
+
+    /// Every sandbox, running or paused.
     pub fn live(&self) -> Vec<Live> {
-        self.inner.sandboxes().values().map(|sandbox| sandbox.live()).collect()
+        let mut all: Vec<Live> =
+            self.inner.paused_sandboxes().values().map(|paused| paused.record.live()).collect();
+        all.extend(self.inner.sandboxes().values().map(|sandbox| sandbox.live()));
+        all
     }
 
     /// What ended after `generation`; waits until something did.
@@ -577,6 +677,7 @@ impl Node {
             sandboxes: u32::try_from(inner.sandboxes().len()).unwrap_or(u32::MAX),
             waiting_vmms: pools.iter().map(|pool| pool.count()).sum(),
             settled: busy == 0
+                && inner.snapshots.is_settled()
                 && pools.iter().all(|pool| pool.is_full())
                 && inner.keeper.networks.as_ref().is_none_or(|networks| networks.slots.is_full()),
             network: inner.keeper.networks.as_ref().map(|networks| {
@@ -606,7 +707,7 @@ impl Node {
     /// `Store` when something cannot be removed.
     pub async fn collect(&self, dry_run: bool) -> Result<Garbage, Error> {
         // Lineage is kept for every snapshot that a machine runs from or a pool may still use.
-        let mut in_use: BTreeSet<SnapshotId> = self.running_from().await?.into_iter().collect();
+        let mut in_use: BTreeSet<SnapshotId> = self.inner.snapshots.leased();
         in_use.extend(
             lock(&self.inner.pools)
                 .values()
@@ -620,6 +721,9 @@ impl Node {
             |error| Error::Io { what: "collecting garbage", source: std::io::Error::other(error) },
         )??;
         if !dry_run {
+            for id in garbage.snapshots.iter().filter_map(|id| id.parse().ok()) {
+                self.inner.snapshots.forget(&id);
+            }
             lock(&self.inner.pools).retain(|_, pool| {
                 let gone = garbage.snapshots.contains(&pool.snapshot_id().to_string());
                 if gone {
@@ -629,15 +733,6 @@ impl Node {
             });
         }
         Ok(garbage)
-    }
-
-    async fn running_from(&self) -> Result<Vec<SnapshotId>, Error> {
-        let (_, records) = self.inner.keeper.ledger.read().await?;
-        Ok(records
-            .iter()
-            .filter_map(|record| serde_json::from_str(&record.body).ok())
-            .filter_map(|record::Record::Sandbox(sandbox)| sandbox.snapshot)
-            .collect())
     }
 
     /// The data directory.

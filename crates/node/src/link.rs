@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use kelvin_api::id::Token;
 use kelvin_api::network::{Attachment, Refusal};
 use kelvin_host::net::Slot;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -60,6 +61,12 @@ impl Network {
     /// Its rules.
     pub fn attachment(&self) -> Attachment {
         self.attachment.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What callers of its ports must show, and the `Host` that servers see.
+    pub fn way_in(&self) -> (Option<Token>, Option<String>) {
+        let attachment = self.attachment.read().unwrap_or_else(PoisonError::into_inner);
+        (attachment.traffic_token.clone(), attachment.mask_request_host.clone())
     }
 
     /// Remembers other rules.

@@ -16,7 +16,9 @@ use kelvin_vmm::{MachineSpec, Port};
 
 use crate::Inner;
 use crate::capacity::Amount;
+use crate::create::wake;
 use crate::error::Error;
+use crate::paused::Paused;
 use crate::record::{Record, SandboxRecord, State};
 use crate::sandbox::Machine;
 
@@ -65,6 +67,15 @@ impl Inner {
             found.is_machine = true;
         }
         for record in records {
+            if let Ok(Record::Sandbox(sandbox)) = serde_json::from_str(&record.body)
+                && sandbox.state == State::Paused
+            {
+                let lease = sandbox.snapshot.as_ref().and_then(|id| self.snapshots.lease(id));
+                let paused = Paused::new(record.owner, sandbox, lease);
+                let id = paused.record.sandbox.clone();
+                self.paused_sandboxes().insert(id, Arc::new(paused));
+                continue;
+            }
             let found = machines.entry(record.owner).or_default();
             match serde_json::from_str(&record.body) {
                 Ok(Record::Sandbox(sandbox)) => found.record = Some(sandbox),
@@ -163,10 +174,19 @@ impl Inner {
         }
         let running = self.driver.adopt(spec, key).await?;
         let mut control = Control::new(running.connect(Port::Control).await?);
-        control.call("ping", &Request::Ping, ANSWER).await?;
+        // It may have been stopped for a snapshot, and its file system frozen.
+        control.call("going on", &Request::Wake(wake(false)?), ANSWER).await?;
         self.capacity().take(Amount::machine(record.shape));
         tracing::info!(sandbox = %record.sandbox, pid = key.pid, "adopted");
-        self.own(Machine { spec: spec.clone(), running, control, record });
+        let lease = record.snapshot.as_ref().and_then(|id| self.snapshots.lease(id));
+        let restored = record.snapshot.as_ref().and_then(|id| self.snapshots.get(id));
+        let identity =
+            restored.map(|snapshot| snapshot.manifest.identity.clone()).or(record.identity.clone());
+        let identity = identity.ok_or_else(|| kelvin_store::Error::Missing {
+            kind: "snapshot",
+            name: record.snapshot.as_ref().map(ToString::to_string).unwrap_or_default(),
+        })?;
+        self.own(Machine { spec: spec.clone(), running, control, record, identity, lease });
         Ok(())
     }
 }

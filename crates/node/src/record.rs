@@ -3,12 +3,19 @@
 //! ```text
 //! Starting ──ready──> Running ──end──> Stopping ──released──> (gone)
 //!     └──────────────end─────────────────^
+//! Running ──pause──> Paused ──end──> (gone)
+//!     ^──────resume─────┘
 //! ```
+//!
+//! A sandbox that is paused has a record and no machine. One transaction takes the record from the machine to
+//! nobody, another from there to the next machine: whichever a crash leaves is the whole truth.
 
-use kelvin_api::id::{SandboxId, SnapshotId, Token};
+use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, Token};
 use kelvin_api::network::Attachment;
-use kelvin_api::sandbox::StartPath;
+use kelvin_api::node::Live;
+use kelvin_api::sandbox::{EnvVars, Lifecycle, SandboxState, StartPath};
 use kelvin_api::units::Shape;
+use kelvin_store::identity::Identity;
 use serde::{Deserialize, Serialize};
 
 /// The persisted state of a sandbox.
@@ -19,6 +26,8 @@ pub enum State {
     Starting,
     /// Ready; a restart adopts it.
     Running,
+    /// Frozen in its snapshot; no machine.
+    Paused,
     /// Being torn down; a restart goes on with it.
     Stopping,
 }
@@ -28,6 +37,10 @@ pub enum State {
 pub enum Event {
     /// The agent answered its activation.
     Ready,
+    /// Its machine was saved.
+    Pause,
+    /// A machine was restored from what was saved, and has answered.
+    Resume,
     /// A user, a deadline, a failure or the VMM itself ended it.
     End,
 }
@@ -36,8 +49,13 @@ pub enum Event {
 pub fn next(state: State, event: Event) -> Option<State> {
     match (state, event) {
         (State::Starting, Event::Ready) => Some(State::Running),
-        (State::Starting | State::Running, Event::End) => Some(State::Stopping),
-        (State::Running, Event::Ready) | (State::Stopping, Event::Ready | Event::End) => None,
+        (State::Running, Event::Pause) => Some(State::Paused),
+        (State::Paused, Event::Resume) => Some(State::Running),
+        (State::Starting | State::Running | State::Paused, Event::End) => Some(State::Stopping),
+        (State::Starting | State::Paused | State::Stopping, Event::Pause)
+        | (State::Starting | State::Running | State::Stopping, Event::Resume)
+        | (State::Running | State::Paused | State::Stopping, Event::Ready)
+        | (State::Stopping, Event::End) => None,
     }
 }
 
@@ -59,22 +77,52 @@ pub struct SandboxRecord {
     pub state: State,
     /// What it has.
     pub shape: Shape,
+    /// Its template.
+    pub template: TemplateName,
     /// Digest of its guest.
     pub guest: String,
-    /// What it was restored from.
+    /// What it was restored from; while it is paused, what it is frozen in.
     pub snapshot: Option<SnapshotId>,
+    /// The last snapshot in its past that was baked or kept.
+    pub lineage: Option<SnapshotId>,
+    /// The sandbox it was forked from.
+    pub parent: Option<SandboxId>,
+    /// How often it was paused.
+    pub generation: u64,
+    /// What a snapshot of it must be restored as, when it was booted.
+    pub identity: Option<Identity>,
     /// How it started.
     pub start_path: StartPath,
     /// When it was ready.
     pub started_at: jiff::Timestamp,
     /// When the node ends it.
     pub ends_at: jiff::Timestamp,
-    /// What callers must show: a gateway asks the node, and the node may have to activate again.
-    #[serde(default)]
+    /// What callers must show: a gateway asks the node.
     pub access_token: Option<Token>,
+    /// Environment of its processes, for its forks.
+    pub env_vars: EnvVars,
     /// Its network.
-    #[serde(default)]
     pub network: Option<Attachment>,
+    /// What happens without being asked for.
+    pub lifecycle: Lifecycle,
+    /// How long it lives when traffic resumes it, in seconds.
+    pub timeout_s: u64,
+}
+
+impl SandboxRecord {
+    /// What the control plane is told.
+    pub fn live(&self) -> Live {
+        let paused = self.state == State::Paused;
+        Live {
+            sandbox: self.sandbox.clone(),
+            ends_at: self.ends_at,
+            shape: self.shape,
+            start_path: self.start_path,
+            started_at: self.started_at,
+            state: if paused { SandboxState::Paused } else { SandboxState::Running },
+            generation: self.generation,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -85,7 +133,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_life_ends_and_none_comes_back(events in proptest::collection::vec(prop_oneof![Just(Event::Ready), Just(Event::End)], 0..20)) {
+        fn every_life_ends_and_none_comes_back(events in proptest::collection::vec(prop_oneof![Just(Event::Ready), Just(Event::Pause), Just(Event::Resume), Just(Event::End)], 0..20)) {
             let mut state = State::Starting;
             let mut ended = false;
             for event in events {
@@ -95,7 +143,7 @@ mod tests {
                         ended = new == State::Stopping;
                         state = new;
                     }
-                    None => prop_assert!(ended || (state == State::Running && event == Event::Ready)),
+                    None => prop_assert!(ended || event != Event::End, "what lives can end"),
                 }
             }
             prop_assert_eq!(ended, state == State::Stopping);

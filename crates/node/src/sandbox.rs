@@ -1,24 +1,33 @@
 //! A sandbox that runs: one task owns its machine, everybody else sends it commands.
 //!
-//! The task ends with the sandbox: by command, at its deadline (the node enforces it alone), or because
-//! the VMM ended. It tears down in its own time, off every request's path.
+//! The task ends with the machine: by command, at its deadline (the node enforces it alone), or because the VMM
+//! ended. It tears down in its own time, off every request's path. Snapshots are taken here too (`capture`), one at
+//! a time.
 
 use std::sync::Arc;
 
-use kelvin_api::id::{SandboxId, Token};
+use kelvin_api::error::chain;
+use kelvin_api::id::{SandboxId, SnapshotId, Token, VmId};
 use kelvin_api::network::{Attachment, Policy};
 use kelvin_api::node::Live;
-use kelvin_vmm::control::Control;
-use kelvin_vmm::{MachineSpec, Port, Running};
+use kelvin_api::phase::Phase;
+use kelvin_api::sandbox::OnTimeout;
+use kelvin_host::process::ProcessKey;
+use kelvin_store::identity::Identity;
+use kelvin_store::snapshot::{Care, Origin};
+use kelvin_vmm::control::{Asked, Control};
+use kelvin_vmm::{MachineSpec, Paused, Port, Running};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::Inner;
 use crate::agent::Agent;
 use crate::capacity::Amount;
+use crate::capture::Captured;
 use crate::error::Error;
 use crate::link::Network;
 use crate::record::{Event, Record, SandboxRecord, next};
+use crate::snapshots::Lease;
 
 /// Commands that may wait for one sandbox.
 const QUEUE: usize = 64;
@@ -33,6 +42,12 @@ pub enum Command {
     Connect(Port, oneshot::Sender<Result<UnixStream, kelvin_vmm::Error>>),
     /// Replace its egress policy.
     SetPolicy(Policy, oneshot::Sender<Result<(), Error>>),
+    /// Freeze it; answered when it can be resumed.
+    Pause(oneshot::Sender<Result<Captured, Error>>),
+    /// Take a snapshot; it goes on. With what is known of it, for its children.
+    Snapshot(Origin, Care, oneshot::Sender<Result<(Captured, SandboxRecord), Error>>),
+    /// Let its vCPUs go on when the VMM stopped them, for want of disk space.
+    GoOn(oneshot::Sender<()>),
     /// The console's text.
     Console(oneshot::Sender<Result<String, kelvin_vmm::Error>>),
 }
@@ -47,6 +62,8 @@ pub struct Sandbox {
     pub network: Option<Arc<Network>>,
     /// What callers of its agent must show.
     pub access_token: Option<Token>,
+    /// Whose memory its machine maps.
+    pub snapshot: Option<SnapshotId>,
 }
 
 impl Sandbox {
@@ -77,23 +94,17 @@ pub struct Machine {
     pub control: Control,
     /// What the ledger says of it.
     pub record: SandboxRecord,
-}
-
-fn live_of(record: &SandboxRecord) -> Live {
-    Live {
-        sandbox: record.sandbox.clone(),
-        ends_at: record.ends_at,
-        shape: record.shape,
-        start_path: record.start_path,
-        started_at: record.started_at,
-    }
+    /// What a snapshot of it must be restored as.
+    pub identity: Identity,
+    /// Keeps what it was restored from.
+    pub lease: Option<Lease>,
 }
 
 impl Inner {
     /// Makes `machine` a sandbox: visible, owned by a task. Its capacity is held already.
     pub fn own(self: &Arc<Self>, machine: Machine) {
         let (commands, queue) = mpsc::channel(QUEUE);
-        let (live, watched) = watch::channel(live_of(&machine.record));
+        let (live, watched) = watch::channel(machine.record.live());
         let id = machine.record.sandbox.clone();
         let agent = Agent::new(self.tasks.clone(), self.stop.clone());
         let network = machine.spec.network.clone().zip(machine.record.network.clone());
@@ -107,15 +118,22 @@ impl Inner {
             });
         }
         let access_token = machine.record.access_token.clone();
-        let sandbox =
-            Arc::new(Sandbox { commands, live: watched, agent, network: network.clone(), access_token });
+        let snapshot = machine.record.snapshot.clone();
+        let network_of = network.clone();
+        let sandbox = Sandbox { commands, live: watched, agent, network: network_of, access_token, snapshot };
+        let sandbox = Arc::new(sandbox);
         self.sandboxes().insert(id, sandbox);
         let keeping = Keeping {
             inner: Arc::clone(self),
             spec: machine.spec,
-            running: machine.running,
-            _control: machine.control,
+            key: machine.running.key(),
+            running: Some(machine.running),
+            held: None,
+            posted: None,
+            control: machine.control,
             record: machine.record,
+            identity: machine.identity,
+            lease: machine.lease,
             network,
         };
         self.tasks.spawn(keeping.run(queue, live));
@@ -123,50 +141,150 @@ impl Inner {
 
     /// Writes a sandbox's record.
     pub async fn remember(&self, spec: &MachineSpec, record: &SandboxRecord) -> Result<(), Error> {
-        let body = serde_json::to_string(&Record::Sandbox(record.clone()))
-            .map_err(|error| Error::Io { what: "writing a record", source: error.into() })?;
-        Ok(self.keeper.ledger.put_record(&spec.vm, body).await?)
+        Ok(self.keeper.ledger.put_record(&spec.vm, body(record)?).await?)
     }
 }
 
-struct Keeping {
-    inner: Arc<Inner>,
-    spec: MachineSpec,
-    running: Running,
-    _control: Control,
-    record: SandboxRecord,
+/// A record as the ledger keeps it.
+pub fn body(record: &SandboxRecord) -> Result<String, Error> {
+    serde_json::to_string(&Record::Sandbox(record.clone()))
+        .map_err(|error| Error::Io { what: "writing a record", source: error.into() })
+}
+
+/// What the task of a sandbox owns.
+pub struct Keeping {
+    pub inner: Arc<Inner>,
+    pub spec: MachineSpec,
+    key: ProcessKey,
+    /// The machine while its vCPUs run.
+    pub running: Option<Running>,
+    /// The machine while they are stopped.
+    pub held: Option<Paused>,
+    /// A wake-up that was not answered yet.
+    pub posted: Option<Asked>,
+    pub control: Control,
+    pub record: SandboxRecord,
+    pub identity: Identity,
+    lease: Option<Lease>,
     network: Option<Arc<Network>>,
+}
+
+/// How long to wait before a pause at a deadline that failed is tried again.
+const AGAIN: std::time::Duration = std::time::Duration::from_secs(30);
+
+/// Why the task goes no further.
+enum Over {
+    /// The sandbox ends.
+    End(String, Option<oneshot::Sender<()>>),
+    /// The sandbox is paused: its machine ends.
+    Paused,
 }
 
 impl Keeping {
     async fn run(mut self, mut queue: mpsc::Receiver<Command>, live: watch::Sender<Live>) {
         let stop = self.inner.stop.clone();
-        let (reason, waiting) = loop {
+        let over = loop {
+            let Some(running) = &self.running else {
+                break Over::End("its VMM did not go on".to_owned(), None);
+            };
             let deadline = self.record.ends_at.duration_since(jiff::Timestamp::now());
             let left = std::time::Duration::try_from(deadline).unwrap_or_default();
             tokio::select! {
                 // A daemon that stops leaves its machines running.
                 () = stop.cancelled() => return,
-                () = self.running.ended() => break (format!("the VMM ended: {}", self.running.stderr()), None),
-                () = tokio::time::sleep(left) => break ("its time to live was over".to_owned(), None),
+                () = running.ended() => break Over::End(format!("the VMM ended: {}", running.stderr()), None),
+                () = tokio::time::sleep(left) => match self.time_is_over().await {
+                    Some(over) => break over,
+                    None => { live.send_replace(self.record.live()); }
+                },
                 command = queue.recv() => match command {
-                    Some(Command::Kill(done)) => break ("it was killed".to_owned(), Some(done)),
+                    Some(Command::Kill(done)) => break Over::End("it was killed".to_owned(), Some(done)),
                     Some(Command::SetDeadline(ends_at, done)) => {
-                        self.record.ends_at = ends_at;
-                        if let Err(error) = self.inner.remember(&self.spec, &self.record).await {
-                            tracing::error!(sandbox = %self.record.sandbox, error = kelvin_api::error::chain(&error), "deadline not recorded");
-                        }
-                        live.send_replace(live_of(&self.record));
+                        self.set_deadline(ends_at).await;
+                        live.send_replace(self.record.live());
                         let _ = done.send(());
                     }
                     Some(Command::SetPolicy(policy, done)) => { let _ = done.send(self.set_policy(policy).await); }
-                    Some(Command::Connect(port, reply)) => { let _ = reply.send(self.running.connect(port).await); }
-                    Some(Command::Console(reply)) => { let _ = reply.send(self.running.console().await); }
-                    None => break ("nobody holds it any more".to_owned(), None),
+                    Some(Command::Pause(done)) => {
+                        let paused = self.pause().await;
+                        let over = paused.is_ok();
+                        let _ = done.send(paused);
+                        if over {
+                            break Over::Paused;
+                        }
+                    }
+                    Some(Command::Snapshot(origin, care, done)) => {
+                        let taken = self.capture(origin, care, false).await;
+                        let _ = done.send(taken.map(|captured| (captured, self.record.clone())));
+                    }
+                    Some(Command::Connect(port, reply)) => { let _ = reply.send(running.connect(port).await); }
+                    Some(Command::Console(reply)) => { let _ = reply.send(running.console().await); }
+                    Some(Command::GoOn(done)) => {
+                        if let Err(error) = running.go_on().await {
+                            tracing::warn!(sandbox = %self.record.sandbox, error = chain(&error), "its VMM does not answer");
+                        }
+                        let _ = done.send(());
+                    }
+                    None => break Over::End("nobody holds it any more".to_owned(), None),
                 },
             }
         };
-        self.end(&reason, waiting).await;
+        match over {
+            Over::End(reason, waiting) => self.end(&reason, waiting).await,
+            Over::Paused => self.release().await,
+        }
+    }
+
+    async fn set_deadline(&mut self, ends_at: jiff::Timestamp) {
+        self.record.ends_at = ends_at;
+        if let Err(error) = self.inner.remember(&self.spec, &self.record).await {
+            tracing::error!(sandbox = %self.record.sandbox, error = chain(&error), "deadline not recorded");
+        }
+    }
+
+    /// Ends or pauses it, as its owner wanted. What cannot be paused is not ended instead: it is tried again.
+    async fn time_is_over(&mut self) -> Option<Over> {
+        if self.record.lifecycle.on_timeout == OnTimeout::Kill {
+            return Some(Over::End("its time to live was over".to_owned(), None));
+        }
+        match self.pause().await {
+            Ok(_) => Some(Over::Paused),
+            Err(error) => {
+                tracing::error!(sandbox = %self.record.sandbox, error = chain(&error), "not paused at its deadline, tried again");
+                self.set_deadline(jiff::Timestamp::now() + AGAIN).await;
+                None
+            }
+        }
+    }
+
+    /// Freezes it: from the transaction in here on, its record is in no machine's name.
+    async fn pause(&mut self) -> Result<Captured, Error> {
+        let (sandbox, generation) = (self.record.sandbox.clone(), self.record.generation + 1);
+        let origin = Origin::Pause { sandbox: sandbox.clone(), generation };
+        let captured = self.capture(origin, Care::Durable, true).await?;
+        let Some(state) = next(self.record.state, Event::Pause) else {
+            return Err(Error::Unknown(sandbox.to_string()));
+        };
+        let snapshot = Some(captured.snapshot.manifest.id.clone());
+        let record = SandboxRecord { state, generation, snapshot, ..self.record.clone() };
+        let (owner, body) = (VmId::random(), body(&record)?);
+        self.inner.crash_point(Phase::Commit);
+        if let Err(error) = self.inner.keeper.ledger.move_record(&self.spec.vm, &owner, body).await {
+            self.go_on().await?;
+            self.awake().await;
+            return Err(error.into());
+        }
+        let lease = self.inner.snapshots.lease(&captured.snapshot.manifest.id);
+        let live = record.live();
+        self.inner.begin_teardown();
+        // Visible as paused before it is invisible as running: it is never unknown.
+        self.inner
+            .paused_sandboxes()
+            .insert(sandbox.clone(), Arc::new(crate::paused::Paused::new(owner, record, lease)));
+        self.inner.sandboxes().remove(&sandbox);
+        self.inner.changes.is(live);
+        tracing::info!(sandbox = %sandbox, generation, "sandbox paused");
+        Ok(captured)
     }
 
     async fn set_policy(&mut self, policy: Policy) -> Result<(), Error> {
@@ -185,24 +303,31 @@ impl Keeping {
     async fn end(mut self, reason: &str, waiting: Option<oneshot::Sender<()>>) {
         let id: SandboxId = self.record.sandbox.clone();
         tracing::info!(sandbox = %id, reason, "sandbox ends");
-        self.inner.sandboxes().remove(&id);
         self.inner.begin_teardown();
+        self.inner.sandboxes().remove(&id);
         if let Some(state) = next(self.record.state, Event::End) {
             self.record.state = state;
         }
         // Recorded before the VMM is gone: a restart in between goes on with the end, not with the life.
         if let Err(error) = self.inner.remember(&self.spec, &self.record).await {
-            tracing::error!(sandbox = %id, error = kelvin_api::error::chain(&error), "end not recorded");
+            tracing::error!(sandbox = %id, error = chain(&error), "end not recorded");
         }
         self.inner.changes.add(id, reason);
         if let Some(done) = waiting {
             let _ = done.send(());
         }
+        self.release().await;
+    }
+
+    /// Ends the machine and gives back what it had.
+    async fn release(mut self) {
         if let Some(network) = self.network.take() {
             network.close().await;
         }
-        self.inner.keeper.release_or_log(&self.spec, Some(self.running.key())).await;
+        self.inner.keeper.release_or_log(&self.spec, Some(self.key)).await;
         self.inner.capacity().release(Amount::machine(self.record.shape));
+        // Its memory is mapped by nobody any more.
+        drop(self.lease.take());
         self.inner.end_teardown();
     }
 }

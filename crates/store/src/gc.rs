@@ -1,18 +1,17 @@
 //! Garbage collection: what nothing needs, by lineage.
 //!
-//! A snapshot is needed by a running machine, by a snapshot that descends from it, and by being the one
-//! that its template restores now. An image and a guest are needed by templates and snapshots. What is
+//! A snapshot is needed by a running machine, by a snapshot that descends from it, by being the one that its template
+//! restores now, and by being kept by a user. An image and a guest are needed by templates and snapshots. What is
 //! needed is never removed, and a removal that is asked for is refused with the names of the dependents.
 
 use std::collections::BTreeSet;
-use std::fs;
 
 use kelvin_api::id::SnapshotId;
 use rustix::fs::FlockOperation;
 use serde::Serialize;
 
-use crate::snapshot::Snapshot;
-use crate::{Error, Store, io_error, names};
+use crate::snapshot::{Origin, Snapshot};
+use crate::{Error, Store, names, unpublish};
 
 /// What a collection removed, or would remove.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -40,12 +39,16 @@ impl Store {
             .iter()
             .filter(|snapshot| {
                 let manifest = &snapshot.manifest;
-                in_use.contains(&manifest.id)
-                    || templates.iter().any(|template| {
+                let kept = match manifest.origin {
+                    Origin::Bake => templates.iter().any(|template| {
                         template.name == manifest.template
                             && template.image == manifest.identity.image
                             && template.guest == manifest.guest
-                    })
+                    }),
+                    // Theirs to delete who keep them; of the passing ones the node keeps books of its own.
+                    Origin::Kept { .. } | Origin::Pause { .. } | Origin::Fork { .. } => true,
+                };
+                kept || in_use.contains(&manifest.id)
             })
             .map(|snapshot| snapshot.manifest.id.clone())
             .collect();
@@ -90,8 +93,7 @@ impl Store {
                 [("snapshots", &found.snapshots), ("images", &found.images), ("guests", &found.guests)]
             {
                 for name in list {
-                    let path = self.root.join(kind).join(name);
-                    fs::remove_dir_all(&path).map_err(io_error("removing", &path))?;
+                    unpublish(self, &self.root.join(kind).join(name))?;
                 }
             }
         }
@@ -113,13 +115,17 @@ impl Store {
         if !dependents.is_empty() {
             return Err(Error::InUse { kind: "snapshot", name: id.to_string(), dependents });
         }
-        let path = self.root.join("snapshots").join(id.as_str());
-        match fs::remove_dir_all(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(io_error("removing", &path)(error))
-            }
-            _ => Ok(()),
-        }
+        unpublish(self, &self.root.join("snapshots").join(id.as_str()))
+    }
+}
+
+impl Store {
+    /// Removes one snapshot that the caller knows nothing needs. One that is gone is fine.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn discard_snapshot(&self, id: &SnapshotId) -> Result<(), Error> {
+        unpublish(self, &self.root.join("snapshots").join(id.as_str()))
     }
 }
 

@@ -102,7 +102,7 @@ impl Store {
             let staged = self.stage()?;
             copy(import.rootfs, &staged.join(ROOTFS))?;
             write_json(&staged.join("manifest.json"), &ImageManifest { rootfs })?;
-            publish(&staged, &image_dir)?;
+            publish(&staged, &image_dir, true)?;
         }
         let manifest = GuestManifest { kernel, initrd };
         let guest = sha256(format!("{} {}", manifest.kernel.digest, manifest.initrd.digest).as_bytes());
@@ -112,7 +112,7 @@ impl Store {
             copy(import.kernel, &staged.join(KERNEL))?;
             copy(import.initrd, &staged.join(INITRD))?;
             write_json(&staged.join("manifest.json"), &manifest)?;
-            publish(&staged, &guest_dir)?;
+            publish(&staged, &guest_dir, true)?;
         }
         let template = Template {
             name: import.name.clone(),

@@ -163,13 +163,17 @@ impl Store {
         Ok(file)
     }
 
+    fn staging_path(&self) -> PathBuf {
+        self.root.join("staging").join(kelvin_api::id::SnapshotId::random().as_str())
+    }
+
     /// A fresh directory on the same file system, to be published by a rename.
     ///
     /// # Errors
     /// `Io` when it cannot be made.
     pub fn stage(&self) -> Result<PathBuf, Error> {
         use std::os::unix::fs::PermissionsExt;
-        let path = self.root.join("staging").join(kelvin_api::id::SnapshotId::random().as_str());
+        let path = self.staging_path();
         fs::create_dir(&path).map_err(io_error("making", &path))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o711)).map_err(io_error("opening", &path))?;
         Ok(path)
@@ -204,21 +208,36 @@ fn sync_parent(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Publishes a staged directory: everything in it is synced, then one rename gives it its name. When
+/// Publishes a staged directory: everything in it is synced (when it is to be durable), then one rename gives it its name. When
 /// that name exists already, the staged one is dropped: names say what is inside.
-fn publish(staged: &Path, target: &Path) -> Result<(), Error> {
+fn publish(staged: &Path, target: &Path, durably: bool) -> Result<(), Error> {
     let sync = || -> io::Result<()> {
         for entry in fs::read_dir(staged)? {
             File::open(entry?.path())?.sync_all()?;
         }
         File::open(staged)?.sync_all()
     };
-    sync().map_err(io_error("syncing", staged))?;
+    if durably {
+        sync().map_err(io_error("syncing", staged))?;
+    }
     if target.exists() {
         return fs::remove_dir_all(staged).map_err(io_error("removing", staged));
     }
     fs::rename(staged, target).map_err(io_error("publishing", target))?;
+    if !durably {
+        return Ok(());
+    }
     sync_parent(target).map_err(io_error("syncing", target))
+}
+
+/// Removes a published directory as one step: what a crash leaves lies in `staging/`. Gone already is fine.
+fn unpublish(store: &Store, target: &Path) -> Result<(), Error> {
+    let staged = store.staging_path();
+    match fs::rename(target, &staged) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(io_error("removing", target)(error)),
+        Ok(()) => fs::remove_dir_all(&staged).map_err(io_error("removing", &staged)),
+    }
 }
 
 /// Names of the entries of a directory that parse as `T`.

@@ -1,5 +1,8 @@
 //! Snapshots: memory, device state and disk of one frozen instant, under one manifest.
 //!
+//! A template's golden snapshot, a paused sandbox, a fork point and a snapshot that a user keeps are all made here;
+//! [`Origin`] says which it is, [`Care`] how much is done for it.
+//!
 //! ```text
 //! staged ──sync──> hashed ──chmod──> sealed ──rename──> published ──check_seal──> restored from
 //!    └─ crash: removed at the next start            └─ touched: refused, by the file's name
@@ -14,7 +17,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use kelvin_api::id::{SnapshotId, TemplateName};
+use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
 use serde::{Deserialize, Serialize};
 
 use crate::hash::{FileDigest, digest_file};
@@ -23,6 +26,52 @@ use crate::{Error, Store, io_error, names, publish, read_json, write_json};
 
 /// The files of a snapshot.
 pub const FILES: [&str; 3] = ["memory", "state", "disk"];
+
+/// Why a snapshot was taken.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// A template's machine that nobody has used.
+    #[default]
+    Bake,
+    /// A sandbox that is paused: consumed by its resume.
+    Pause {
+        /// Whose memory it is.
+        sandbox: SandboxId,
+        /// How often it had been paused with this one.
+        generation: u64,
+    },
+    /// The instant of a fork: needed while a child runs from it.
+    Fork {
+        /// Whose memory it is.
+        sandbox: SandboxId,
+    },
+    /// Kept until somebody deletes it.
+    Kept {
+        /// Whose memory it is.
+        sandbox: SandboxId,
+        /// As which it can be created from, beside its id; the newest of a name counts.
+        name: Option<TemplateName>,
+    },
+}
+
+impl Origin {
+    /// Whether it goes when no machine needs it.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Pause { .. } | Self::Fork { .. })
+    }
+}
+
+/// How much is done for a snapshot when it is published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Care {
+    /// It survives a power failure and has digests of its content: what is restored from for long, or elsewhere.
+    Hashed,
+    /// It survives a power failure.
+    Durable,
+    /// It survives the daemon: no machine that needs it would survive more.
+    Passing,
+}
 
 /// What a snapshot is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,18 +85,24 @@ pub struct Manifest {
     pub template: TemplateName,
     /// Digest of the guest it runs.
     pub guest: String,
-    /// The snapshot whose pages it shares, when it was taken of a clone.
+    /// The snapshot it descends from: the last that was baked or kept.
     pub parent: Option<SnapshotId>,
+    /// Why it was taken.
+    #[serde(default)]
+    pub origin: Origin,
     /// Digest of `identity`.
     pub identity_digest: String,
     /// Its fields.
     pub identity: Identity,
-    /// Guest memory.
-    pub memory: FileDigest,
+    /// Guest memory; digests are there when they were asked for, see [`Care`].
+    #[serde(default)]
+    pub memory: Option<FileDigest>,
     /// Device state.
-    pub state: FileDigest,
+    #[serde(default)]
+    pub state: Option<FileDigest>,
     /// Disk.
-    pub disk: FileDigest,
+    #[serde(default)]
+    pub disk: Option<FileDigest>,
     /// The VMM's arguments at the bake, for a person and for the bench: paths are relative to the data
     /// directory, `{vm}` stands for the machine's directory, `{memory}` for the memory file.
     pub arguments: Vec<String>,
@@ -129,6 +184,8 @@ pub struct Draft {
     pub guest: String,
     /// Its parent.
     pub parent: Option<SnapshotId>,
+    /// Why it is taken.
+    pub origin: Origin,
     /// Its identity.
     pub identity: Identity,
     /// See [`Manifest::arguments`].
@@ -171,7 +228,7 @@ impl Snapshot {
         Ok(())
     }
 
-    /// Hashes every file and compares it with the manifest: for start-up and for people.
+    /// Hashes every file that has a digest and compares it with the manifest: for start-up and for people.
     ///
     /// # Errors
     /// `Seal` with the file's name and the chunk that differs; `Io` when a file cannot be read.
@@ -181,6 +238,7 @@ impl Snapshot {
             ("state", &self.manifest.state),
             ("disk", &self.manifest.disk),
         ] {
+            let Some(digest) = digest else { continue };
             let path = self.file(name);
             let now = digest_file(&path).map_err(io_error("reading", &path))?;
             if now != *digest {
@@ -201,17 +259,23 @@ impl Store {
         self.root.join("snapshots").join(id.as_str())
     }
 
-    /// Publishes what lies in `staged` as `memory`, `state` and `disk`. Afterwards `staged` is gone.
+    /// Publishes what lies in `staged` as `memory`, `state` and `disk`, with `care`. Afterwards `staged` is gone.
     ///
     /// # Errors
     /// `Io` when a file is missing or the disk is full; then nothing is published and the caller removes
     /// `staged`.
-    pub fn publish_snapshot(&self, staged: &Path, draft: Draft) -> Result<Snapshot, Error> {
+    pub fn publish_snapshot(&self, staged: &Path, draft: Draft, care: Care) -> Result<Snapshot, Error> {
         let digest = |name: &str| {
             let path = staged.join(name);
-            // Synced first: reflinking a file with dirty pages flushes it, once for each clone.
-            fs::File::open(&path).and_then(|file| file.sync_all()).map_err(io_error("syncing", &path))?;
-            digest_file(&path).map_err(io_error("hashing", &path))
+            if care != Care::Passing {
+                // Synced first: reflinking a file with dirty pages flushes it, once for each clone.
+                fs::File::open(&path).and_then(|file| file.sync_all()).map_err(io_error("syncing", &path))?;
+            }
+            match care {
+                Care::Hashed => digest_file(&path).map(Some).map_err(io_error("hashing", &path)),
+                // There, and a file.
+                _ => fs::metadata(&path).map(|_| None).map_err(io_error("reading", &path)),
+            }
         };
         let manifest = Manifest {
             id: SnapshotId::random(),
@@ -219,6 +283,7 @@ impl Store {
             template: draft.template,
             guest: draft.guest,
             parent: draft.parent,
+            origin: draft.origin,
             identity_digest: draft.identity.digest(),
             identity: draft.identity,
             memory: digest("memory")?,
@@ -238,12 +303,12 @@ impl Store {
         write_json(&staged.join("manifest.json"), &manifest)?;
         write_json(&staged.join("seal.json"), &seal)?;
         let directory = self.snapshot_path(&manifest.id);
-        publish(staged, &directory)?;
+        publish(staged, &directory, care != Care::Passing)?;
         Ok(Snapshot { manifest, directory, seal })
     }
 
     /// Opens a published snapshot. When its files are on another device than at the sealing and nothing
-    /// else differs, they are hashed and sealed anew.
+    /// else differs, those that have a digest are hashed, and all are sealed anew.
     ///
     /// # Errors
     /// `Missing`, `Manifest`, `Io`, and `Seal` when that hashing finds a difference.
@@ -308,10 +373,11 @@ pub(crate) mod tests_support {
             template: "base".parse().unwrap(),
             guest: "g".into(),
             parent,
+            origin: Origin::default(),
             identity,
             arguments: Vec::new(),
         };
-        store.publish_snapshot(&staged, draft).unwrap()
+        store.publish_snapshot(&staged, draft, Care::Hashed).unwrap()
     }
 }
 

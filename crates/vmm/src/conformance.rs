@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use kelvin_api::guest::{Activation, Request};
+use kelvin_api::guest::{Activation, Request, Wake};
 use kelvin_api::id::VmId;
 use kelvin_api::units::Shape;
 use kelvin_host::net::{Slot, Slots};
@@ -51,11 +51,17 @@ pub fn activation(name: &str) -> Activation {
         template: "conformance".to_owned(),
         hostname: name.to_owned(),
         machine_id: *b"conformance-suit",
+        boot_id: [3; 16],
         entropy: [42; 64],
         wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
         access_token: String::new(),
         env_vars: std::collections::BTreeMap::new(),
     }
+}
+
+fn wake(restored: bool) -> Wake {
+    let Activation { wall_clock_ns, entropy, .. } = activation("wake");
+    Wake { wall_clock_ns, entropy, restored }
 }
 
 impl Bench<'_> {
@@ -181,19 +187,24 @@ async fn steps(bench: &Bench<'_>) -> Outcome {
 
     // A snapshot of a running clone costs its written pages, and restores with what the clone knew.
     let saved_dir = first_dir(&first, bench)?;
+    first_control.call("freeze", &Request::Freeze, ANSWER).await?;
+    first.begin_save(&saved_dir.join("memory")).await?;
     let paused = first.pause().await.map_err(|(_, error)| error)?;
     let saved = paused.save(&saved_dir.join("memory"), &saved_dir.join("state")).await?;
     let all = bench.shape.memory_mib.bytes() / 4096;
     let dirty = saved.dirty_pages.ok_or("a clone shares its parent's memory")?;
     expect(dirty > 0 && dirty < all / 4, &format!("{dirty} of {all} pages were copied"))?;
     let first = paused.resume().await.map_err(|(_, error)| error)?;
-    first_control.call("ping", &Request::Ping, ANSWER).await?;
+    let wake = wake(false);
+    let done = first_control.call("wake", &Request::Wake(wake.clone()), ANSWER).await?;
+    expect(done.wall_clock_ns.abs_diff(wake.wall_clock_ns) < 1_000_000_000, "the clock is within 1 s")?;
     std::fs::set_permissions(saved_dir.join("memory"), std::os::unix::fs::PermissionsExt::from_mode(0o444))?;
     let saved_relative = saved_dir.strip_prefix(bench.data_dir)?.to_owned();
     let (third, mut third_control) = bench
         .restore(&saved_relative.join("memory"), &saved_relative.join("state"), &baked.join("disk"))
         .await?;
-    third_control.call("ping", &Request::Ping, ANSWER).await?;
+    let done = third_control.call("wake", &Request::Wake(self::wake(true)), ANSWER).await?;
+    expect(done.http_waiting, "a restored machine's HTTP port waits")?;
 
     // A former daemon's machine is adopted; a process that is gone is not.
     drop(second_control);

@@ -104,6 +104,7 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let code = match &error {
             Error::Unusable { .. } => "vmm_unusable",
+            Error::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => "disk_full",
             Error::Io { .. } => "vmm_io",
             Error::Refused { .. } => "vmm_refused",
             Error::Ended { .. } => "vmm_ended",
@@ -194,7 +195,7 @@ pub trait Driver: Send + Sync + 'static {
     /// When the VMM cannot be started; then its process is gone.
     async fn prepare(&self, spec: &MachineSpec, memory: &Path) -> Result<Waiting, Error>;
 
-    /// Takes over a machine that a former daemon started.
+    /// Takes over a machine that a former daemon started. Its vCPUs run afterwards, whatever that daemon was doing.
     ///
     /// # Errors
     /// `Io` with `NotFound` when the process is gone.
@@ -212,6 +213,10 @@ pub trait Handle: Send + Sync {
     async fn resume(&self) -> Result<(), Error>;
     /// Stops the vCPUs; outstanding disk writes are done when it returns.
     async fn pause(&self) -> Result<(), Error>;
+    /// Starts the vCPUs again that the VMM stopped by itself, because its disk was full.
+    async fn go_on(&self) -> Result<(), Error>;
+    /// Does what can be done of a save before the machine is stopped.
+    async fn begin_save(&self, memory: &Path) -> Result<(), Error>;
     /// Writes memory and device state of a stopped machine.
     async fn save(&self, memory: &Path, state: &Path) -> Result<Saved, Error>;
     /// Connects to a port of the guest.
@@ -323,7 +328,8 @@ impl Paused {
         }
     }
 
-    /// Writes memory and device state to `memory` and `state`, which must not exist. A clone's memory
+    /// Writes memory and device state to `memory`, which [`Running::begin_save`] may have begun, and `state`; neither
+    /// may exist otherwise. A clone's memory
     /// becomes a reflink of its parent's with the written pages laid over it: the cost follows the pages,
     /// not the size.
     ///
@@ -344,6 +350,23 @@ impl Running {
             Ok(()) => Ok(Paused(self.0)),
             Err(error) => Err((self, error)),
         }
+    }
+
+    /// Does what can be done of [`Paused::save`] to `memory` while the machine runs. May be left out.
+    ///
+    /// # Errors
+    /// `Io` when the disk is full; partial files are the caller's.
+    pub async fn begin_save(&self, memory: &Path) -> Result<(), Error> {
+        self.0.begin_save(memory).await
+    }
+
+    /// Starts the vCPUs again when the VMM has stopped them by itself: it does so when a write to its disk finds no
+    /// space, and tries that write again then.
+    ///
+    /// # Errors
+    /// When the VMM does not answer.
+    pub async fn go_on(&self) -> Result<(), Error> {
+        self.0.go_on().await
     }
 
     /// Waits until the VMM has ended.

@@ -251,6 +251,11 @@ fn version(text: &str) -> Option<((u32, u32), String)> {
     Some(((numbers.next()?.ok()?, numbers.next()?.ok()?), rest.trim().to_owned()))
 }
 
+/// Whether the file system of `path` has no space to speak of.
+fn is_full(path: &Path) -> bool {
+    rustix::fs::statvfs(path).is_ok_and(|found| found.f_bavail * found.f_frsize < 1 << 20)
+}
+
 fn install_shim(path: &Path) -> io::Result<()> {
     if std::fs::read(path).is_ok_and(|installed| installed == SHIM) {
         return Ok(());
@@ -378,7 +383,7 @@ impl Driver for Qemu {
         let qmp = Qmp::open(sockets.connect("qmp.sock").await.map_err(io)?).await?;
         let own = spec.absolute().join("memory");
         let private = !own.exists();
-        Ok(Running::new(Box::new(Machine {
+        let machine = Machine {
             process,
             qmp: Mutex::new(qmp),
             sockets,
@@ -387,7 +392,9 @@ impl Driver for Qemu {
             data_dir: spec.data_dir.clone(),
             memory: if private { pages::mapped_memory(key.pid, &spec.data_dir).map_err(io)? } else { own },
             private,
-        })))
+        };
+        machine.go_on().await?;
+        Ok(Running::new(Box::new(machine)))
     }
 }
 
@@ -447,19 +454,41 @@ impl Machine {
         let own = self.directory.join("state.new");
         let absolute = self.data_dir.join(&own);
         let _ = std::fs::remove_file(&absolute);
-        self.qmp
+        let (pid, from, to) = (self.process.key().pid, self.memory.clone(), memory.to_owned());
+        let private = self.private;
+        // Side by side: writing device state touches no page of the guest.
+        let copying = tokio::task::spawn_blocking(move || pages::save_memory(pid, &from, &to, private));
+        let saved = self
+            .qmp
             .lock()
             .await
             .call("xen-save-devices-state", json!({ "filename": own.to_string_lossy(), "live": false }))
-            .await?;
-        std::fs::rename(&absolute, state).map_err(io("moving the device state"))?;
-        let (pid, from, to) = (self.process.key().pid, self.memory.clone(), memory.to_owned());
-        let private = self.private;
-        let dirty_pages = tokio::task::spawn_blocking(move || pages::save_memory(pid, &from, &to, private))
+            .await;
+        let dirty_pages = copying
             .await
             .map_err(|error| io("copying memory")(io::Error::other(error)))?
             .map_err(io("copying memory"))?;
+        match saved {
+            // It says no more than that writing failed.
+            Err(Error::Refused { .. }) if is_full(&self.data_dir) => {
+                return Err(io("writing the device state")(io::ErrorKind::StorageFull.into()));
+            }
+            other => other?,
+        };
+        std::fs::rename(&absolute, state).map_err(io("moving the device state"))?;
         Ok(Saved { dirty_pages })
+    }
+
+    /// A VMM that opened another disk than its machine's must not run: paths are baked into device state.
+    fn check_disk(&self) -> io::Result<()> {
+        use std::os::unix::fs::MetadataExt;
+        let own = std::fs::metadata(self.data_dir.join(&self.directory).join("disk"))?;
+        let open = std::fs::read_dir(format!("/proc/{}/fd", self.process.key().pid))?;
+        let mut files = open.flatten().filter_map(|entry| std::fs::metadata(entry.path()).ok());
+        match files.any(|file| (file.dev(), file.ino()) == (own.dev(), own.ino())) {
+            true => Ok(()),
+            false => Err(io::Error::other("the VMM has opened another disk than its machine's")),
+        }
     }
 }
 
@@ -470,6 +499,7 @@ impl Handle for Machine {
     }
 
     async fn load(&self, state: &Path) -> Result<(), Error> {
+        self.check_disk().map_err(|source| Error::Io { what: "checking the VMM's disk", source })?;
         self.explain("loading", self.try_load(state).await).await
     }
 
@@ -481,6 +511,23 @@ impl Handle for Machine {
     async fn pause(&self) -> Result<(), Error> {
         let result = self.qmp.lock().await.call("stop", json!({})).await;
         self.explain("pausing", result.map(drop)).await
+    }
+
+    async fn go_on(&self) -> Result<(), Error> {
+        let mut qmp = self.qmp.lock().await;
+        let status = qmp.call("query-status", json!({})).await?;
+        match status["status"].as_str() {
+            Some("paused" | "io-error" | "postmigrate") => qmp.call("cont", json!({})).await.map(drop),
+            _ => Ok(()),
+        }
+    }
+
+    async fn begin_save(&self, memory: &Path) -> Result<(), Error> {
+        let (from, to, private) = (self.memory.clone(), memory.to_owned(), self.private);
+        tokio::task::spawn_blocking(move || pages::begin_memory(&from, &to, private))
+            .await
+            .unwrap_or_else(|error| Err(io::Error::other(error)))
+            .map_err(|source| Error::Io { what: "beginning to copy memory", source })
     }
 
     async fn save(&self, memory: &Path, state: &Path) -> Result<Saved, Error> {

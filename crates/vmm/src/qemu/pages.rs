@@ -51,22 +51,44 @@ pub fn mapped_memory(pid: i32, data_dir: &Path) -> io::Result<PathBuf> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the VMM maps no snapshot's memory"))
 }
 
-/// Writes the memory of the stopped machine `pid` to `to`, which must not exist: a reflink of `from` with
-/// the pages laid over it that the machine has written. Returns how many those were; `None` when the
-/// file is the memory itself.
+fn copy(source: &File, target: &File) -> io::Result<()> {
+    match ioctl_ficlone(target, source) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::NOSPC) => Err(io::ErrorKind::StorageFull.into()),
+        Err(_) => io::copy(&mut &*source, &mut &*target).map(drop),
+    }
+}
+
+/// Does what can be done of [`save_memory`] while the machine still runs: a snapshot's file does not change, so its
+/// copy is made; pages on their way to a file that is the memory itself are written.
+pub fn begin_memory(from: &Path, to: &Path, private: bool) -> io::Result<()> {
+    let source = File::open(from)?;
+    if !private {
+        return source.sync_data();
+    }
+    copy(&source, &File::options().write(true).create_new(true).open(to)?)
+}
+
+/// Writes the memory of the stopped machine `pid` to `to`, which [`begin_memory`] may have begun: a reflink of
+/// `from` with the pages laid over it that the machine has written. Returns how many those were; `None` when
+/// the file is the memory itself.
 pub fn save_memory(pid: i32, from: &Path, to: &Path, private: bool) -> io::Result<Option<u64>> {
     let source = File::open(from)?;
-    let target = File::options().write(true).create_new(true).open(to)?;
     if !private {
         // Pages that were written through the mapping belong to the file, on their way to the disk.
         source.sync_data()?;
-    }
-    if ioctl_ficlone(&target, &source).is_err() {
-        io::copy(&mut &source, &mut &target)?;
-    }
-    if !private {
+        copy(&source, &File::options().write(true).create_new(true).open(to)?)?;
         return Ok(None);
     }
+    let target = match File::options().write(true).open(to) {
+        Ok(begun) => begun,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let target = File::options().write(true).create_new(true).open(to)?;
+            copy(&source, &target)?;
+            target
+        }
+        Err(error) => return Err(error),
+    };
     let found = source.metadata()?;
     let mapping = mappings(pid)?
         .into_iter()

@@ -1,0 +1,234 @@
+//! The one way to a snapshot of a sandbox: for a pause, for a fork, and to be kept.
+//!
+//! ```text
+//! quiesce ──> pause ──> save ──> (resume) ──> publish
+//! running, frozen fs │ vCPUs stopped        │ running again; a sandbox that is to be paused stays stopped
+//! ```
+//!
+//! Ahead of the pause is done what can be: the parent's memory is cloned, the disk is flushed, the guest freezes its
+//! file system. Memory and disk are of one instant also when the guest does not answer: a hostile agent cannot
+//! prevent a pause, it only does without a clean file system. Whatever fails, the machine goes on and what was
+//! staged is removed; a crash leaves it to `staging/`, which the next start empties, and a stopped machine, which
+//! the next start lets go on.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kelvin_api::error::chain;
+use kelvin_api::guest::Request;
+use kelvin_api::phase::{Phase, Timings};
+use kelvin_api::sandbox::Capture;
+use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
+use kelvin_vmm::{Paused, Saved};
+use tracing::Instrument;
+
+use crate::create::wake;
+use crate::error::Error;
+use crate::sandbox::Keeping;
+use crate::snapshots::Lease;
+
+/// How long a guest may take to write everything back.
+const FREEZE: Duration = Duration::from_secs(10);
+/// How long the agent of a machine that goes on may take to say so.
+const AWAKE: Duration = Duration::from_secs(10);
+
+/// A snapshot that was taken.
+pub struct Captured {
+    /// It.
+    pub snapshot: Arc<Snapshot>,
+    /// Keeps it.
+    pub _lease: Lease,
+    /// What it cost its source.
+    pub capture: Capture,
+    /// The same by phase.
+    pub timings: Timings,
+}
+
+async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+        .map_err(|source| Error::Io { what, source })
+}
+
+impl Keeping {
+    /// Takes a snapshot. With `stay`, the machine stays stopped when that succeeds, in `self.held`.
+    ///
+    /// # Errors
+    /// Of the step that failed; then the machine runs and nothing is left of the snapshot. When it cannot go on,
+    /// its task ends it.
+    pub async fn capture(&mut self, origin: Origin, care: Care, stay: bool) -> Result<Captured, Error> {
+        self.inner.check_disk()?;
+        let store = self.inner.store.clone();
+        let staged = tokio::task::spawn_blocking(move || store.stage()).await;
+        let staged = staged.map_err(|error| Error::Io {
+            what: "making a staging directory",
+            source: std::io::Error::other(error),
+        })??;
+        let result = self.capture_to(&staged, origin, care, stay).await;
+        if result.is_err() {
+            let path = staged.clone();
+            let removed = blocking("removing", move || crate::home::remove_directory(&path)).await;
+            if let Err(error) = removed {
+                tracing::error!(error = chain(&error), path = %staged.display(), "not removed, the next start does");
+            }
+        }
+        result
+    }
+
+    async fn capture_to(
+        &mut self,
+        staged: &Path,
+        origin: Origin,
+        care: Care,
+        stay: bool,
+    ) -> Result<Captured, Error> {
+        let (mut timings, mut since) = (Timings::default(), Instant::now());
+        let inner = Arc::clone(&self.inner);
+        let begin = |phase: Phase| {
+            inner.crash_point(phase);
+            tracing::info_span!("phase", name = phase.name())
+        };
+        let span = begin(Phase::Quiesce);
+        let quiesced = self.quiesce(staged).instrument(span).await?;
+        timings.lap(Phase::Quiesce, &mut since);
+
+        let span = begin(Phase::Pause);
+        let stopped = Instant::now();
+        let Some(running) = self.running.take() else {
+            return Err(Error::Unknown(self.record.sandbox.to_string()));
+        };
+        let paused = match running.pause().instrument(span).await {
+            Ok(paused) => paused,
+            Err((running, error)) => {
+                self.running = Some(running);
+                self.awake().await;
+                return Err(error.into());
+            }
+        };
+        timings.lap(Phase::Pause, &mut since);
+
+        let span = begin(Phase::Save);
+        let saved = self.save(&paused, staged).instrument(span).await;
+        timings.lap(Phase::Save, &mut since);
+        self.held = Some(paused);
+        if !stay || saved.is_err() {
+            let span = begin(Phase::Resume);
+            self.go_on().instrument(span).await?;
+            timings.lap(Phase::Resume, &mut since);
+        }
+        let paused_ms = stopped.elapsed().as_secs_f64() * 1e3;
+        let saved = saved?;
+        if !stay {
+            self.awake().await;
+        }
+
+        let span = begin(Phase::Publish);
+        since = Instant::now();
+        let published = self.publish(staged, origin, care).instrument(span).await;
+        timings.lap(Phase::Publish, &mut since);
+        let snapshot = match published {
+            Ok(snapshot) => Arc::new(snapshot),
+            Err(error) => {
+                if stay {
+                    self.go_on().await?;
+                    self.awake().await;
+                }
+                return Err(error);
+            }
+        };
+        let capture = Capture { paused_ms, dirty_pages: saved.dirty_pages, quiesced };
+        tracing::info!(sandbox = %self.record.sandbox, snapshot = %snapshot.manifest.id, paused_ms,
+            dirty_pages = saved.dirty_pages, quiesced, timing = timings.server_timing(stopped.elapsed()), "captured");
+        let lease = self.inner.snapshots.add_leased(Arc::clone(&snapshot));
+        Ok(Captured { snapshot, _lease: lease, capture, timings })
+    }
+
+    /// What can be done while the machine runs.
+    async fn quiesce(&mut self, staged: &Path) -> Result<bool, Error> {
+        let Some(running) = &self.running else {
+            return Err(Error::Unknown(self.record.sandbox.to_string()));
+        };
+        running.begin_save(&staged.join("memory")).await?;
+        let frozen = self.control.call("freezing the file system", &Request::Freeze, FREEZE).await;
+        if let Err(error) = &frozen {
+            tracing::warn!(sandbox = %self.record.sandbox, error = chain(error), "its file system is not frozen");
+        }
+        let disk = self.spec.absolute().join("disk");
+        // What the guest has written is in the page cache: a clone of the file would write it back, with the
+        // vCPUs stopped.
+        blocking("flushing the disk", move || std::fs::File::open(disk)?.sync_data()).await?;
+        Ok(frozen.is_ok())
+    }
+
+    async fn save(&self, paused: &Paused, staged: &Path) -> Result<Saved, Error> {
+        let (from, to) = (self.spec.absolute().join("disk"), staged.join("disk"));
+        let (memory, state) = (staged.join("memory"), staged.join("state"));
+        let (saved, disk) = tokio::join!(
+            paused.save(&memory, &state),
+            blocking("saving the disk", move || kelvin_store::disk::clone_file(&from, &to).map(drop)),
+        );
+        disk?;
+        Ok(saved?)
+    }
+
+    async fn publish(&self, staged: &Path, origin: Origin, care: Care) -> Result<Snapshot, Error> {
+        let record = &self.record;
+        let draft = Draft {
+            template: record.template.clone(),
+            guest: record.guest.clone(),
+            parent: record.lineage.clone(),
+            origin,
+            identity: self.identity.clone(),
+            arguments: self.inner.driver.layout(record.shape, self.spec.network.is_some()),
+        };
+        let (store, staged) = (self.inner.store.clone(), staged.to_owned());
+        tokio::task::spawn_blocking(move || store.publish_snapshot(&staged, draft, care))
+            .await
+            .map_err(|error| Error::Io { what: "publishing", source: std::io::Error::other(error) })?
+            .map_err(Error::from)
+    }
+
+    /// Lets a machine that is held go on as who it is.
+    pub async fn go_on(&mut self) -> Result<(), Error> {
+        let Some(paused) = self.held.take() else {
+            return Ok(());
+        };
+        // Posted while the vCPUs stand still: the guest wakes up once.
+        self.posted = match wake(false) {
+            Ok(wake) => self.control.post(&Request::Wake(wake)).await.ok(),
+            Err(_) => None,
+        };
+        match paused.resume().await {
+            Ok(running) => {
+                self.running = Some(running);
+                Ok(())
+            }
+            Err((paused, error)) => {
+                self.held = Some(paused);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Waits until the agent of a machine that went on has stepped its clock and thawed its file system.
+    pub async fn awake(&mut self) {
+        let asked = match self.posted.take() {
+            Some(asked) => asked,
+            None => match wake(false).map(Request::Wake) {
+                Ok(request) => match self.control.post(&request).await {
+                    Ok(asked) => asked,
+                    Err(_) => return,
+                },
+                Err(_) => return,
+            },
+        };
+        if let Err(error) = self.control.wait("going on", asked, AWAKE).await {
+            tracing::warn!(sandbox = %self.record.sandbox, error = chain(&error), "its agent did not say that it goes on");
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! What a sandbox goes through beside its start and its end: pause, resume, snapshot, fork.
+//!
+//! The work is in `capture` (the snapshot), `sandbox` (the task that owns the source), `paused` and `create` (what
+//! becomes of a snapshot); here they are joined. Each call runs on a task of the node: a caller that goes away
+//! leaves nothing half-done.
+
+use std::sync::Arc;
+
+use kelvin_api::error::Failure;
+use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
+use kelvin_api::network::Wanted;
+use kelvin_api::node::{Base, Child, Create, Created, Forked};
+use kelvin_api::phase::Timings;
+use kelvin_api::sandbox::{Capture, SnapshotInfo, StartPath};
+use kelvin_store::snapshot::{Care, Origin, Snapshot};
+
+use crate::create::Seed;
+use crate::error::Error;
+use crate::record::SandboxRecord;
+use crate::sandbox::{Command, Sandbox};
+use crate::{Inner, Node};
+
+fn info(inner: &Inner, snapshot: &Snapshot) -> Option<SnapshotInfo> {
+    let manifest = &snapshot.manifest;
+    let Origin::Kept { sandbox, name } = &manifest.origin else {
+        return None;
+    };
+    let differences = manifest.identity.differences(&inner.identity_here(&manifest.identity));
+    let unusable = (!differences.is_empty()).then(|| format!("{} differs", differences.join(", ")));
+    let unusable = unusable.or_else(|| snapshot.check_seal().err().map(|error| error.to_string()));
+    Some(SnapshotInfo {
+        snapshot_id: manifest.id.to_string(),
+        names: name.iter().map(ToString::to_string).collect(),
+        sandbox_id: sandbox.clone(),
+        template_id: manifest.template.to_string(),
+        parent_id: manifest.parent.as_ref().map(ToString::to_string),
+        created_at: manifest.created,
+        cpu_count: manifest.identity.vcpus,
+        memory_mb: manifest.identity.memory_mib,
+        unusable,
+    })
+}
+
+/// What a child of `source` is to be.
+fn child_of(source: &SandboxRecord, child: Child, snapshot: SnapshotId) -> Create {
+    let network = source.network.clone().map(|mut attachment| {
+        attachment.traffic_token = child.traffic_token;
+        attachment
+    });
+    let mut env_vars = source.env_vars.clone();
+    env_vars.extend(child.env_vars);
+    Create {
+        sandbox: child.sandbox,
+        base: Base::Snapshot(snapshot),
+        vcpus: None,
+        memory_mib: None,
+        env_vars,
+        access_token: child.access_token,
+        ends_at: child.ends_at,
+        start_path: Some(StartPath::Clone),
+        network: network.map_or(Wanted::None, Wanted::Required),
+        lifecycle: source.lifecycle,
+        timeout: child.timeout,
+    }
+}
+
+impl Node {
+    async fn run<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Error> {
+        let request = self.inner.enter();
+        let task = self.inner.tasks.spawn(async move {
+            let _request = request;
+            work.await
+        });
+        task.await.map_err(|error| Error::Io { what, source: std::io::Error::other(error) })?
+    }
+
+    /// Freezes a sandbox: memory, device state and disk are kept, its machine ends, its capacity is free. Connections
+    /// to it are cut; its processes go on when it is resumed.
+    ///
+    /// # Errors
+    /// `Unknown`, `Paused`; `Exhausted`, `Vmm`, `Store` when it cannot be saved, and then it still runs.
+    pub async fn pause(&self, id: &SandboxId) -> Result<(Capture, Timings), Error> {
+        let sandbox = self.find(id)?;
+        self.run("pausing", async move {
+            let captured = sandbox.ask(Command::Pause).await??;
+            Ok((captured.capture, captured.timings))
+        })
+        .await
+    }
+
+    /// Lets a paused sandbox go on, until `ends_at` or for as long as its owner asked for at last.
+    ///
+    /// # Errors
+    /// `Running`, `Unknown`; as a create when it cannot be restored, and then it is still paused.
+    pub async fn resume(&self, id: &SandboxId, ends_at: Option<jiff::Timestamp>) -> Result<Created, Error> {
+        let (inner, id) = (Arc::clone(&self.inner), id.clone());
+        let resumed = self
+            .run("resuming", async move { inner.resume(&id, ends_at).await.map(|created| (created, id)) });
+        match resumed.await? {
+            (Some(created), _) => Ok(created),
+            (None, id) => Err(Error::Running(id.to_string())),
+        }
+    }
+
+    /// The sandbox called `id` for traffic: one that is paused is resumed when its owner wants that. Whoever comes
+    /// meanwhile waits for the same resume.
+    pub(crate) async fn awake(&self, id: &SandboxId) -> Result<Arc<Sandbox>, Error> {
+        match self.find(id) {
+            Err(Error::Paused(_))
+                if self.inner.paused(id).is_some_and(|paused| paused.record.lifecycle.auto_resume) =>
+            {
+                match self.resume(id, None).await {
+                    Ok(_) | Err(Error::Running(_)) => self.find(id),
+                    Err(error) => Err(error),
+                }
+            }
+            other => other,
+        }
+    }
+
+    /// Takes a snapshot of a sandbox that is kept until it is deleted; the sandbox goes on.
+    ///
+    /// # Errors
+    /// `Unknown`, `Paused`, `NameTaken`; as [`Node::pause`] when it cannot be saved.
+    pub async fn snapshot(
+        &self,
+        id: &SandboxId,
+        name: Option<TemplateName>,
+    ) -> Result<(SnapshotInfo, Capture, Timings), Error> {
+        let sandbox = self.find(id)?;
+        if let Some(name) = &name
+            && self.inner.store.template_stamp(name).is_ok()
+        {
+            return Err(Error::NameTaken(name.to_string()));
+        }
+        let (inner, id) = (Arc::clone(&self.inner), id.clone());
+        self.run("taking a snapshot", async move {
+            let origin = Origin::Kept { sandbox: id.clone(), name };
+            let taken = sandbox.ask(|done| Command::Snapshot(origin, Care::Durable, done)).await??;
+            let (captured, _) = taken;
+            let shown = info(&inner, &captured.snapshot).ok_or_else(|| Error::Unknown(id.to_string()))?;
+            Ok((shown, captured.capture, captured.timings))
+        })
+        .await
+    }
+
+    /// Makes `children` of a sandbox that runs, all of one instant of it. It stands still once, for as long as saving
+    /// what it has written takes.
+    ///
+    /// # Errors
+    /// `Unknown`, `Paused`; as [`Node::pause`] when the source cannot be saved, and then there are no children. A
+    /// child that fails is an error in its place; the others are there.
+    pub async fn fork(&self, source: &SandboxId, children: Vec<Child>) -> Result<Forked, Error> {
+        let sandbox = self.find(source)?;
+        let (inner, source) = (Arc::clone(&self.inner), source.clone());
+        self.run("forking", async move {
+            let origin = Origin::Fork { sandbox: source.clone() };
+            let taken = sandbox.ask(|done| Command::Snapshot(origin, Care::Passing, done)).await??;
+            let (captured, record) = taken;
+            let mut starting = Vec::new();
+            for child in children {
+                let request = child_of(&record, child, captured.snapshot.manifest.id.clone());
+                let seed = Seed::Snapshot(Arc::clone(&captured.snapshot), Some(source.clone()));
+                let inner = Arc::clone(&inner);
+                starting.push(inner.tasks.clone().spawn(async move { inner.create(request, seed).await }));
+            }
+            let mut children = Vec::new();
+            for child in starting {
+                let created: Result<Created, Error> = child.await.unwrap_or_else(|error| {
+                    Err(Error::Io { what: "starting a child", source: std::io::Error::other(error) })
+                });
+                children.push(created.map_err(Failure::from));
+            }
+            Ok(Forked { capture: captured.capture, timings: captured.timings, children })
+        })
+        .await
+    }
+
+    /// The snapshots that are kept, newest first.
+    ///
+    /// # Errors
+    /// None today; a store elsewhere will have some.
+    pub async fn snapshots(&self) -> Result<Vec<SnapshotInfo>, Error> {
+        let inner = Arc::clone(&self.inner);
+        let listed = tokio::task::spawn_blocking(move || {
+            inner.snapshots.kept().iter().filter_map(|snapshot| info(&inner, snapshot)).collect()
+        });
+        listed.await.map_err(|error| Error::Io { what: "listing", source: std::io::Error::other(error) })
+    }
+
+    /// The kept snapshot that `text` names: its id, or a name, of which the newest counts.
+    pub fn find_kept(&self, text: &str) -> Option<SnapshotId> {
+        let kept = self.inner.snapshots.kept();
+        let by_id = kept.iter().find(|snapshot| snapshot.manifest.id.as_str() == text);
+        let named = |snapshot: &&Arc<Snapshot>| match &snapshot.manifest.origin {
+            Origin::Kept { name: Some(name), .. } => name.as_str() == text,
+            _ => false,
+        };
+        by_id.or_else(|| kept.iter().find(named)).map(|snapshot| snapshot.manifest.id.clone())
+    }
+
+    /// Deletes a kept snapshot. With `cascade`, those that descend from it too; sandboxes are never ended for it.
+    ///
+    /// # Errors
+    /// `Store` with `Missing`, or `InUse` with the names of what needs it; then nothing is deleted.
+    pub async fn remove_snapshot(&self, id: &SnapshotId, cascade: bool) -> Result<(), Error> {
+        let missing = || kelvin_store::Error::Missing { kind: "snapshot", name: id.to_string() };
+        let snapshot = self.inner.snapshots.get(id).ok_or_else(missing)?;
+        if !matches!(snapshot.manifest.origin, Origin::Kept { .. }) {
+            return Err(missing().into());
+        }
+        // Deepest last: what goes, and what it would take with it.
+        let (mut doomed, mut dependents) = (vec![id.clone()], Vec::new());
+        let mut at = 0;
+        while let Some(next) = doomed.get(at).cloned() {
+            at += 1;
+            dependents.extend(self.running_from(&next));
+            for child in self.inner.snapshots.children(&next) {
+                match &child.manifest.origin {
+                    Origin::Kept { .. } if cascade => doomed.push(child.manifest.id.clone()),
+                    Origin::Kept { name, .. } => dependents.push(match name {
+                        Some(name) => format!("snapshot {} ({name})", child.manifest.id),
+                        None => format!("snapshot {}", child.manifest.id),
+                    }),
+                    Origin::Pause { sandbox, .. } => dependents.push(format!("sandbox {sandbox} (paused)")),
+                    Origin::Fork { sandbox } => dependents.push(format!("forks of sandbox {sandbox}")),
+                    Origin::Bake => {}
+                }
+            }
+        }
+        dependents.sort();
+        dependents.dedup();
+        let in_use = |dependents| {
+            Err(kelvin_store::Error::InUse { kind: "snapshot", name: id.to_string(), dependents }.into())
+        };
+        if !dependents.is_empty() {
+            return in_use(dependents);
+        }
+        for id in doomed.into_iter().rev() {
+            // Somebody may have begun to run from it since.
+            if !self.inner.snapshots.forget(&id) {
+                return in_use(self.running_from(&id));
+            }
+            let store = self.inner.store.clone();
+            tokio::task::spawn_blocking(move || store.discard_snapshot(&id))
+                .await
+                .map_err(|error| Error::Io { what: "removing", source: std::io::Error::other(error) })??;
+        }
+        Ok(())
+    }
+
+    /// Sandboxes whose machines map the memory of `snapshot`.
+    fn running_from(&self, snapshot: &SnapshotId) -> Vec<String> {
+        let sandboxes = self.inner.sandboxes();
+        let from = |sandbox: &&Arc<Sandbox>| sandbox.snapshot.as_ref() == Some(snapshot);
+        sandboxes.values().filter(from).map(|sandbox| format!("sandbox {}", sandbox.live().sandbox)).collect()
+    }
+}

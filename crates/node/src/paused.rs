@@ -1,0 +1,111 @@
+//! A sandbox that is paused: a record and a snapshot, no machine.
+//!
+//! Only the record says that a snapshot may be resumed. A resume takes the record to the new machine in one
+//! transaction, so each image is resumed once: what it was is never met by what its disk became. One gate for each
+//! sandbox: whoever comes while it is being resumed waits for that and joins it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kelvin_api::id::{SandboxId, VmId};
+use kelvin_api::network::Wanted;
+use kelvin_api::node::{Base, Create, Created};
+use kelvin_api::sandbox::StartPath;
+
+use crate::Inner;
+use crate::create::Seed;
+use crate::error::Error;
+use crate::record::SandboxRecord;
+use crate::snapshots::Lease;
+
+/// A sandbox that is paused.
+pub struct Paused {
+    /// Under which the ledger has its record.
+    pub owner: VmId,
+    /// What is known of it; `snapshot` is what it is frozen in.
+    pub record: SandboxRecord,
+    /// Keeps that snapshot; none when its files are not there, which a resume then says.
+    _lease: Option<Lease>,
+    gate: tokio::sync::Mutex<()>,
+    over: AtomicBool,
+}
+
+impl Paused {
+    /// The sandbox of `record`, which is in the ledger already.
+    pub fn new(owner: VmId, record: SandboxRecord, lease: Option<Lease>) -> Self {
+        Self {
+            owner,
+            record,
+            _lease: lease,
+            gate: tokio::sync::Mutex::default(),
+            over: AtomicBool::new(false),
+        }
+    }
+}
+
+impl Inner {
+    /// The sandbox called `id`, when it is paused.
+    pub fn paused(&self, id: &SandboxId) -> Option<Arc<Paused>> {
+        self.paused_sandboxes().get(id).cloned()
+    }
+
+    /// Resumes a sandbox until `ends_at`, or for as long as its owner asked for at last. `None` when somebody else
+    /// has just resumed it.
+    ///
+    /// # Errors
+    /// `Unknown`; `Exhausted`, `Store` and `Vmm` as a create; then it is still paused.
+    pub async fn resume(
+        self: &Arc<Self>,
+        id: &SandboxId,
+        ends_at: Option<jiff::Timestamp>,
+    ) -> Result<Option<Created>, Error> {
+        let unknown = || Error::Unknown(id.to_string());
+        let paused = match self.paused(id) {
+            Some(paused) => paused,
+            None if self.sandboxes().contains_key(id) => return Ok(None),
+            None => return Err(unknown()),
+        };
+        let _gate = paused.gate.lock().await;
+        if paused.over.load(Ordering::Acquire) {
+            return if self.sandboxes().contains_key(id) { Ok(None) } else { Err(unknown()) };
+        }
+        let record = &paused.record;
+        let for_as_long = || jiff::Timestamp::now() + std::time::Duration::from_secs(record.timeout_s);
+        let image = record.snapshot.clone().ok_or_else(unknown)?;
+        let request = Create {
+            sandbox: id.clone(),
+            base: Base::Snapshot(image),
+            vcpus: None,
+            memory_mib: None,
+            env_vars: record.env_vars.clone(),
+            access_token: record.access_token.clone(),
+            ends_at: ends_at.unwrap_or_else(for_as_long),
+            start_path: Some(StartPath::Clone),
+            network: record.network.clone().map_or(Wanted::None, Wanted::Required),
+            lifecycle: record.lifecycle,
+            timeout: std::time::Duration::from_secs(record.timeout_s),
+        };
+        let created = self.create(request, Seed::Resume(Arc::clone(&paused))).await?;
+        paused.over.store(true, Ordering::Release);
+        self.paused_sandboxes().remove(id);
+        Ok(Some(created))
+    }
+
+    /// Ends a sandbox that is paused.
+    ///
+    /// # Errors
+    /// `Unknown` when it was resumed or ended meanwhile, `Ledger`.
+    pub async fn end_paused(&self, id: &SandboxId) -> Result<(), Error> {
+        let unknown = || Error::Unknown(id.to_string());
+        let paused = self.paused(id).ok_or_else(unknown)?;
+        let _gate = paused.gate.lock().await;
+        if paused.over.load(Ordering::Acquire) {
+            return Err(unknown());
+        }
+        self.keeper.ledger.strike_all(&paused.owner).await?;
+        paused.over.store(true, Ordering::Release);
+        self.paused_sandboxes().remove(id);
+        self.changes.add(id.clone(), "it was killed while it was paused");
+        Ok(())
+    }
+}
