@@ -415,6 +415,71 @@ pub struct BakeTemplate {
     pub network: Option<bool>,
 }
 
+/// Kelvin: one row of `GET /pools`: the machines that wait for one snapshot.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PoolInfo {
+    /// Whose pool it is.
+    #[serde(rename = "templateID")]
+    pub template_id: String,
+    /// What its machines are restored from.
+    #[serde(rename = "snapshotID")]
+    pub snapshot_id: String,
+    /// vCPUs of each.
+    pub cpu_count: u32,
+    /// Memory of each, in MiB.
+    #[serde(rename = "memoryMB")]
+    pub memory_mb: u32,
+    /// Whether they have a network.
+    pub network: bool,
+    /// Warm machines that are always there.
+    pub min: u32,
+    /// The most.
+    pub max: u32,
+    /// After how many seconds an unclaimed one is replaced.
+    #[serde(rename = "maxAgeS")]
+    pub max_age_s: u64,
+    /// How many there should be now.
+    pub target: u32,
+    /// How many there are.
+    pub ready: u32,
+    /// Creates that got one.
+    pub hits: u64,
+    /// Creates that would have taken one.
+    pub misses: u64,
+    /// Hits of both; none before the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hit_rate: Option<f64>,
+    /// Creates per second that are expected.
+    pub arrivals_per_s: f64,
+    /// How long one takes to make, decayed, in milliseconds.
+    pub refill_ms: f64,
+    /// Age of the oldest, in seconds.
+    #[serde(rename = "oldestS", default, skip_serializing_if = "Option::is_none")]
+    pub oldest_s: Option<u64>,
+    /// Machines that were made and ended unclaimed.
+    pub wasted: u64,
+    /// VMMs that wait to be loaded: for creates that find no warm machine.
+    #[serde(rename = "waitingVMMs")]
+    pub waiting_vmms: u32,
+    /// Why its snapshot is not used any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
+}
+
+/// Kelvin: `PUT /pools/{template}`: what is left out stays.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)]
+pub struct SetPool {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max: Option<u32>,
+    #[serde(rename = "maxAgeS", default, skip_serializing_if = "Option::is_none")]
+    pub max_age_s: Option<u64>,
+}
+
 /// Kelvin: `GET /node`: what runs here and what is left.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs)]
@@ -428,7 +493,13 @@ pub struct NodeInfo {
     pub sandboxes: u32,
     #[serde(rename = "waitingVMMs")]
     pub waiting_vmms: u32,
-    /// Whether every pool of waiting VMMs is at its target and nothing is being prepared or torn down.
+    /// Warm machines that wait for a claim.
+    #[serde(default)]
+    pub warm: u32,
+    /// Sandboxes that are paused.
+    #[serde(default)]
+    pub paused: u32,
+    /// Whether every pool of waiting VMMs and warm machines is at its target and nothing is being prepared or torn down.
     pub settled: bool,
     #[serde(rename = "memoryMB")]
     pub memory_mb: u64,

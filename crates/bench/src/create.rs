@@ -6,22 +6,21 @@
 //! runs before each round, on the same machine at the same time of day.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use comfy_table::{Table, presets};
 use kelvin_api::network::{NewNetwork, Word};
 use kelvin_api::phase::Phase;
-use kelvin_api::sandbox::{BakeTemplate, NewSandbox, Sandbox, StartPath};
+use kelvin_api::sandbox::{BakeTemplate, NewSandbox, Sandbox, SetPool, StartPath};
 use kelvin_client::Client;
 use kelvin_client::agent::Command;
 use serde::Serialize;
 
-use crate::Percentiles;
 use crate::bare::{self, Bare};
+use crate::{Percentiles, ms, settle};
 
 /// How long a sandbox of the bench lives at the most, in seconds.
 const LIFE_S: u64 = 300;
-const SETTLE: Duration = Duration::from_secs(180);
 
 /// What to measure.
 #[derive(Debug, Clone, clap::Args)]
@@ -58,6 +57,9 @@ pub enum Path {
     Cold,
     /// Restore a snapshot.
     Clone,
+    /// Claim a machine that waits; the pool of the template is kept at the number of creates at one time, and one
+    /// more.
+    Warm,
 }
 
 /// Why a bench has no result.
@@ -76,10 +78,10 @@ pub enum Error {
     #[error("the first command exited with {0}")]
     Command(i32),
     /// The node did not come to rest.
-    #[error("the node did not settle within {SETTLE:?}")]
-    Settle,
+    #[error("the node did not settle")]
+    Settle(#[from] crate::Unsettled),
     /// The options contradict each other.
-    #[error("--baseline goes with --path clone")]
+    #[error("--baseline goes with --path clone or warm")]
     Baseline,
 }
 
@@ -139,12 +141,25 @@ impl Report {
 /// # Errors
 /// The first failure of anything that is measured: a bench of failures is no bench.
 pub async fn run(client: &Client, args: &Args) -> Result<Report, Error> {
+    if args.path != Path::Warm {
+        return measure(client, args).await;
+    }
+    let former = client.pools().await?.into_iter().find(|pool| pool.template_id == args.template);
+    let count = Some(args.concurrency + 1);
+    client.set_pool(&args.template, &SetPool { min: count, max: count, max_age_s: None }).await?;
+    let measured = measure(client, args).await;
+    let (min, max) = former.map_or((0, 0), |pool| (pool.min, pool.max));
+    client.set_pool(&args.template, &SetPool { min: Some(min), max: Some(max), max_age_s: None }).await?;
+    measured
+}
+
+async fn measure(client: &Client, args: &Args) -> Result<Report, Error> {
     if args.baseline && args.path == Path::Cold {
         return Err(Error::Baseline);
     }
     let node = client.node().await?;
     let mut bare = None;
-    if args.path == Path::Clone {
+    if args.path != Path::Cold {
         let network = args.no_network.then_some(false);
         let request = BakeTemplate { memory_mb: args.memory_mib, network, ..BakeTemplate::default() };
         let snapshot = client.bake(&args.template, &request).await?;
@@ -211,25 +226,11 @@ async fn memory(client: &Client, args: &Args) -> Result<u32, Error> {
         .map_or(0, |template| template.memory_mb))
 }
 
-async fn settle(client: &Client) -> Result<(), Error> {
-    let deadline = Instant::now() + SETTLE;
-    while !client.node().await?.settled {
-        if Instant::now() > deadline {
-            return Err(Error::Settle);
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    Ok(())
-}
-
-fn ms(since: Instant) -> f64 {
-    since.elapsed().as_secs_f64() * 1e3
-}
-
 async fn create(client: Client, args: Args) -> Result<(Sandbox, f64), Error> {
     let path = match args.path {
         Path::Cold => StartPath::Cold,
         Path::Clone => StartPath::Clone,
+        Path::Warm => StartPath::Warm,
     };
     let body = NewSandbox {
         template_id: args.template,

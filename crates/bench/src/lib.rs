@@ -5,9 +5,19 @@
 
 pub mod bare;
 pub mod create;
+pub mod fork;
+pub mod load;
+pub mod pause;
 pub mod slots;
 
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use kelvin_client::Client;
 use serde::Serialize;
+
+/// How long a node may take to come to rest.
+const SETTLE: Duration = Duration::from_secs(180);
 
 /// Percentiles, by nearest rank.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -32,6 +42,51 @@ impl Percentiles {
         };
         Some(Self { p50: rank(50), p95: rank(95), p99: rank(99) })
     }
+}
+
+/// Why a node is not waited for any longer.
+#[derive(Debug, thiserror::Error)]
+pub enum Unsettled {
+    /// The server failed.
+    #[error("the server failed")]
+    Client(#[from] kelvin_client::Error),
+    /// It has something left to do.
+    #[error("the node did not settle within {SETTLE:?}")]
+    Busy,
+}
+
+/// Waits until the node's pools are full and nothing is torn down: what is measured next is not slowed by it.
+async fn settle(client: &Client) -> Result<(), Unsettled> {
+    let deadline = Instant::now() + SETTLE;
+    while !client.node().await?.settled {
+        if Instant::now() > deadline {
+            return Err(Unsettled::Busy);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+fn ms(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+/// Processes that work in the data directory: the node's VMMs.
+pub fn vmms(data_dir: &str) -> BTreeSet<i32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|pid| {
+            std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.to_str() == Some(data_dir))
+        })
+        .collect()
+}
+
+/// Proportional set size of a process in KiB: pages that n processes map count 1/n. Zero when it is gone.
+pub fn proportional_kib(pid: i32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+    line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]

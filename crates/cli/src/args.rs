@@ -58,6 +58,11 @@ pub enum Command {
         #[command(subcommand)]
         command: SnapshotCommand,
     },
+    /// Show the machines that wait for creates, and say how many there should be.
+    Pool {
+        #[command(subcommand)]
+        command: PoolCommand,
+    },
     /// List, import and bake templates.
     Template {
         #[command(subcommand)]
@@ -138,6 +143,27 @@ pub struct LifecycleArgs {
 }
 
 #[derive(Debug, Subcommand)]
+pub enum PoolCommand {
+    /// Show every pool.
+    #[command(alias = "ls")]
+    List,
+    /// Set what is wanted of the warm machines of a template; what is left out stays.
+    Set {
+        /// Its name.
+        template: String,
+        /// Machines that are always there.
+        #[arg(long)]
+        min: Option<u32>,
+        /// The most; 0 makes none, the same as --min a fixed number.
+        #[arg(long)]
+        max: Option<u32>,
+        /// Seconds after which one that nobody claimed is replaced.
+        #[arg(long, value_name = "S")]
+        max_age: Option<u64>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 pub enum SnapshotCommand {
     /// List them.
     #[command(alias = "ls")]
@@ -179,6 +205,8 @@ pub enum PathArg {
     Cold,
     /// Restore a snapshot.
     Clone,
+    /// Claim a machine that waits, restored and answering.
+    Warm,
 }
 
 impl From<PathArg> for kelvin_api::sandbox::StartPath {
@@ -186,6 +214,7 @@ impl From<PathArg> for kelvin_api::sandbox::StartPath {
         match path {
             PathArg::Cold => Self::Cold,
             PathArg::Clone => Self::Clone,
+            PathArg::Warm => Self::Warm,
         }
     }
 }
@@ -457,6 +486,18 @@ pub struct ServeArgs {
     /// VMMs to keep waiting for each baked shape.
     #[arg(long, default_value_t = 8)]
     pub waiting_vmms: u32,
+    /// Warm machines of each template that are always there.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub warm_min: u32,
+    /// The most warm machines of each template; between the two, demand decides. 0 makes none.
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    pub warm_max: u32,
+    /// Seconds after which a warm machine that nobody claimed is replaced.
+    #[arg(long, default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..), value_name = "S")]
+    pub warm_max_age: u64,
+    /// Memory for warm machines of all templates in MiB [default: 20 % of this host's].
+    #[arg(long)]
+    pub warm_memory_mib: Option<u32>,
     /// Restores at one time [default: one for each processor].
     #[arg(long)]
     pub concurrent_restores: Option<usize>,
@@ -529,6 +570,12 @@ pub struct SetupArgs {
 pub enum BenchCommand {
     /// Create to ready, and create to the end of the first command.
     Create(kelvin_bench::create::Args),
+    /// Fork: how long the source stands still, how soon the children answer, what they cost.
+    Fork(kelvin_bench::fork::Args),
+    /// Pause and resume one sandbox again and again.
+    Pause(kelvin_bench::pause::Args),
+    /// A bursty load against pools that are off, of a fixed size, and led by demand.
+    Pool(kelvin_bench::load::Args),
     /// Network slots: claims from the pool, builds on demand, and that nothing is left of many. Needs root; runs in
     /// a network namespace of its own.
     Slots(kelvin_bench::slots::Args),

@@ -19,7 +19,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
-use args::{BenchCommand, Cli, Command};
+use args::{BenchCommand, Cli, Command, PoolCommand};
+use kelvin_api::sandbox::SetPool;
 use output::Failed;
 
 async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
@@ -30,6 +31,14 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
         Command::Run(args) => exec::run(&client()?, args).await,
         Command::Sandbox { command } => sandbox::dispatch(&client()?, output, command).await,
         Command::Snapshot { command } => snapshot::dispatch(&client()?, output, command).await,
+        Command::Pool { command: PoolCommand::List } => {
+            output::print(output, &client()?.pools().await?, output::pool_table);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Pool { command: PoolCommand::Set { template, min, max, max_age } } => {
+            client()?.set_pool(&template, &SetPool { min, max, max_age_s: max_age }).await?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Template { command } => template::dispatch(&connection, output, command).await,
         Command::Node => {
             output::print(output, &client()?.node().await?, output::node_table);
@@ -44,6 +53,24 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
         Command::Bench { command: BenchCommand::Create(args) } => {
             let report =
                 kelvin_bench::create::run(&client()?, &args).await.map_err(|error| Failed::other(&error))?;
+            output::print(output, &report, |report| report.table());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Bench { command: BenchCommand::Fork(args) } => {
+            let report =
+                kelvin_bench::fork::run(&client()?, &args).await.map_err(|error| Failed::other(&error))?;
+            output::print(output, &report, |report| report.table());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Bench { command: BenchCommand::Pause(args) } => {
+            let report =
+                kelvin_bench::pause::run(&client()?, &args).await.map_err(|error| Failed::other(&error))?;
+            output::print(output, &report, |report| report.table());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Bench { command: BenchCommand::Pool(args) } => {
+            let report =
+                kelvin_bench::load::run(&client()?, &args).await.map_err(|error| Failed::other(&error))?;
             output::print(output, &report, |report| report.table());
             Ok(ExitCode::SUCCESS)
         }

@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use kelvin_api::error::chain;
 use kelvin_api::network::{NetworkState, Traffic};
 use kelvin_api::phase::Phase;
-use kelvin_api::sandbox::{NodeInfo, OnTimeout, SandboxDetail, SandboxState, Template};
+use kelvin_api::sandbox::{NodeInfo, OnTimeout, PoolInfo, SandboxDetail, SandboxState, Template};
 use kelvin_client::Error;
 use serde::Serialize;
 
@@ -183,6 +183,32 @@ pub fn template_table(templates: &Vec<Template>) -> Table {
     table
 }
 
+/// Pools.
+pub fn pool_table(pools: &Vec<PoolInfo>) -> Table {
+    let mut table = table(&[
+        "template", "cpu", "memory", "network", "warm", "range", "hits", "rate", "arrivals", "refill",
+        "oldest", "wasted", "VMMs",
+    ]);
+    for pool in pools {
+        table.add_row([
+            pool.template_id.clone(),
+            pool.cpu_count.to_string(),
+            format!("{} MiB", pool.memory_mb),
+            if pool.network { "yes" } else { "no" }.to_owned(),
+            format!("{} of {}", pool.ready, pool.target),
+            format!("{}..{}", pool.min, pool.max),
+            format!("{} of {}", pool.hits, pool.hits + pool.misses),
+            pool.hit_rate.map(|rate| format!("{:.0} %", rate * 100.0)).unwrap_or_default(),
+            format!("{:.2}/s", pool.arrivals_per_s),
+            format!("{:.0} ms", pool.refill_ms),
+            pool.oldest_s.map(|age| format!("{age}s")).unwrap_or_default(),
+            pool.wasted.to_string(),
+            pool.waiting_vmms.to_string(),
+        ]);
+    }
+    table
+}
+
 /// The node.
 pub fn node_table(node: &NodeInfo) -> Table {
     pairs(vec![
@@ -192,6 +218,8 @@ pub fn node_table(node: &NodeInfo) -> Table {
         ("data directory", node.data_dir.clone()),
         ("reflink", if node.reflink { "yes" } else { "no: every disk is copied" }.to_owned()),
         ("sandboxes", node.sandboxes.to_string()),
+        ("paused", node.paused.to_string()),
+        ("warm machines", node.warm.to_string()),
         ("waiting VMMs", node.waiting_vmms.to_string()),
         ("memory", format!("{} of {} MiB reserved", node.memory_reserved_mb, node.memory_mb)),
         ("vCPUs", format!("{} of {} reserved", node.vcpus_reserved, node.vcpus)),

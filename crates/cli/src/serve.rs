@@ -20,7 +20,7 @@ use kelvin_api::id::{SandboxId, TemplateName};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::node::{Base, Changes, Child, Create, Created, Forked, Live, Route};
 use kelvin_api::phase::{Phase, Timings};
-use kelvin_api::sandbox::{BakeTemplate, Capture, NodeInfo, SnapshotInfo, Template};
+use kelvin_api::sandbox::{BakeTemplate, Capture, NodeInfo, PoolInfo, SetPool, SnapshotInfo, Template};
 use kelvin_api::units::MemoryMib;
 use kelvin_control::{ApiKey, Control, unknown_template};
 use kelvin_gateway::{Gateway, Inbound, Io, Outbound, Sandboxes, Secure, tls};
@@ -110,6 +110,14 @@ impl kelvin_control::Node for Local {
             )
         })?;
         Ok(self.0.remove_snapshot(&id, cascade).await?)
+    }
+
+    async fn pools(&self) -> Result<Vec<PoolInfo>, Failure> {
+        Ok(self.0.pools())
+    }
+
+    async fn set_pool(&self, template: &TemplateName, wanted: SetPool) -> Result<(), Failure> {
+        Ok(self.0.set_pool(template, wanted).await?)
     }
 
     async fn one(&self, id: &SandboxId) -> Result<Option<Live>, Failure> {
@@ -211,6 +219,15 @@ async fn options(args: &ServeArgs) -> Result<Options, Failed> {
     options.concurrent_restores = args.concurrent_restores.unwrap_or(options.concurrent_restores);
     options.auto_bake = !args.no_auto_bake;
     options.disk_floor_mib = args.disk_floor_mib;
+    options.warm.max = args.warm_max;
+    options.warm.min = args.warm_min;
+    options.warm.max_age_s = args.warm_max_age;
+    if args.warm_min > args.warm_max {
+        return Err(Failed::new("--warm-min is more than --warm-max".to_owned(), "name a range"));
+    }
+    if let Some(memory) = args.warm_memory_mib {
+        options.warm_memory = MemoryMib(memory);
+    }
     if !args.no_network {
         options.network = Some(network(args, options.first_user).await?);
     }

@@ -21,7 +21,8 @@ use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::network::{NetworkState, NetworkUpdate};
 use kelvin_api::sandbox::{
     BakeTemplate, CAPTURE_HEADER, Capture, ConnectSandbox, ForkResult, ForkSandbox, NewSandbox, NodeInfo,
-    ResumeSandbox, Sandbox, SandboxDetail, SandboxLogs, SetTimeout, SnapshotInfo, SnapshotSandbox, Template,
+    PoolInfo, ResumeSandbox, Sandbox, SandboxDetail, SandboxLogs, SetPool, SetTimeout, SnapshotInfo,
+    SnapshotSandbox, Template,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -449,6 +450,23 @@ impl Client {
         let path = format!("/templates/{}/bake", segment(template));
         let reply: serde_json::Value = decode(&self.call(Method::POST, &path, &[], Some(request)).await?.2)?;
         Ok(reply["snapshotID"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Every pool of machines that wait.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn pools(&self) -> Result<Vec<PoolInfo>, Error> {
+        self.get("/pools").await
+    }
+
+    /// Sets what is wanted of the warm machines of a template.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn set_pool(&self, template: &str, wanted: &SetPool) -> Result<(), Error> {
+        let path = format!("/pools/{}", segment(template));
+        self.call(Method::PUT, &path, &[], Some(wanted)).await.map(drop)
     }
 
     /// What runs on the node and what is left.

@@ -9,7 +9,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Path, Query, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, post, put};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use kelvin_api::error::{Failure, Kind};
@@ -17,13 +17,14 @@ use kelvin_api::network::NetworkUpdate;
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{
     BakeTemplate, CAPTURE_HEADER, Capture, ConnectSandbox, ForkSandbox, MAX_TIMEOUT_S, Metadata, NewSandbox,
-    PauseSandbox, ResumeSandbox, SandboxState, SetTimeout, SnapshotInfo, SnapshotSandbox,
+    PauseSandbox, ResumeSandbox, SandboxState, SetPool, SetTimeout, SnapshotInfo, SnapshotSandbox,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::database::Filter;
 use crate::lifecycle::with_memory;
+use crate::metrics;
 use crate::reply::reply;
 use crate::service::{Control, DEFAULT_TIMEOUT_S, parse_id, sandbox_of, unknown_template};
 
@@ -88,6 +89,9 @@ impl Control {
             .route("/templates", get(templates))
             .route("/templates/{name}", get(template).delete(remove_snapshot))
             .route("/templates/{name}/bake", post(bake))
+            .route("/pools", get(pools))
+            .route("/pools/{name}", put(set_pool))
+            .route("/metrics", get(metrics))
             .route("/node", get(node))
             .route("/gc", post(collect))
             .fallback(nowhere)
@@ -457,6 +461,23 @@ async fn bake(State(control): State<Control>, Path(name): Path<String>, request:
     let template = name.parse().map_err(|_| unknown_template(&name))?;
     let snapshot = control.inner.node.bake(&template, body).await?;
     Ok(json(StatusCode::OK, &serde_json::json!({ "snapshotID": snapshot })))
+}
+
+async fn pools(State(control): State<Control>) -> Outcome {
+    Ok(json(StatusCode::OK, &control.inner.node.pools().await?))
+}
+
+async fn set_pool(State(control): State<Control>, Path(name): Path<String>, request: Request) -> Outcome {
+    let wanted: SetPool = parse(&read(request).await?)?;
+    let template = name.parse().map_err(|_| unknown_template(&name))?;
+    control.inner.node.set_pool(&template, wanted).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+async fn metrics(State(control): State<Control>) -> Outcome {
+    let (node, pools) = (control.inner.node.info().await?, control.inner.node.pools().await?);
+    let text = metrics::text(&node, &pools);
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
 }
 
 async fn node(State(control): State<Control>) -> Outcome {

@@ -11,6 +11,7 @@ mod api;
 mod auth;
 mod database;
 mod lifecycle;
+mod metrics;
 mod network;
 mod reply;
 mod service;
@@ -21,7 +22,7 @@ use kelvin_api::id::{SandboxId, TemplateName};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::node::{Base, Changes, Child, Create, Created, Forked, Live};
 use kelvin_api::phase::Timings;
-use kelvin_api::sandbox::{BakeTemplate, Capture, NodeInfo, SnapshotInfo, Template};
+use kelvin_api::sandbox::{BakeTemplate, Capture, NodeInfo, PoolInfo, SetPool, SnapshotInfo, Template};
 
 pub use auth::ApiKey;
 pub use reply::{reply, status};
@@ -60,6 +61,10 @@ pub trait Node: Send + Sync + 'static {
     async fn snapshots(&self) -> Result<Vec<SnapshotInfo>, Failure>;
     /// Deletes a kept snapshot, and with `cascade` those that descend from it.
     async fn remove_snapshot(&self, text: &str, cascade: bool) -> Result<(), Failure>;
+    /// Every pool of machines that wait.
+    async fn pools(&self) -> Result<Vec<PoolInfo>, Failure>;
+    /// Sets what is wanted of the warm machines of a template.
+    async fn set_pool(&self, template: &TemplateName, wanted: SetPool) -> Result<(), Failure>;
     /// One sandbox as it is now.
     async fn one(&self, id: &SandboxId) -> Result<Option<Live>, Failure>;
     /// Every sandbox, running or paused.

@@ -63,6 +63,14 @@ pub(crate) struct Page {
 }
 
 pub(crate) fn database_failed(error: db::Error) -> Failure {
+    if error.is_full() {
+        return Failure::new(
+            Kind::Exhausted,
+            "disk_full",
+            "the database cannot be written: the disk is full",
+            "free space on the data directory's file system, `kelvin gc` removes what nothing needs",
+        );
+    }
     Failure::new(
         Kind::Internal,
         "database",

@@ -69,6 +69,31 @@ impl Ground {
     pub async fn server_as(&self, user: Option<u32>, name: &str, args: &[&str]) -> Server {
         let data_dir = self.directory.join(name);
         fs::create_dir(&data_dir).expect("a fresh data directory");
+        self.server_in(user, data_dir, None, args).await
+    }
+
+    /// The same on a file system of its own, `size_mib` large.
+    pub async fn server_on(&self, size_mib: u32, name: &str, args: &[&str]) -> Server {
+        let data_dir = self.directory.join(name);
+        fs::create_dir(&data_dir).expect("a fresh data directory");
+        let image = self.directory.join(format!("{name}.xfs"));
+        fs::File::create(&image).and_then(|file| file.set_len(u64::from(size_mib) << 20)).expect("an image");
+        let run = |program: &str, words: &[&std::ffi::OsStr]| {
+            let status = Command::new(program).args(words).stdout(Stdio::null()).status().expect("it starts");
+            assert!(status.success(), "{program}: {status}");
+        };
+        run("mkfs.xfs", &["-q".as_ref(), "-m".as_ref(), "reflink=1".as_ref(), image.as_ref()]);
+        run("mount", &["-o".as_ref(), "loop".as_ref(), image.as_ref(), data_dir.as_ref()]);
+        self.server_in(None, data_dir, Some(image), args).await
+    }
+
+    async fn server_in(
+        &self,
+        user: Option<u32>,
+        data_dir: PathBuf,
+        image: Option<PathBuf>,
+        args: &[&str],
+    ) -> Server {
         if user.is_some() {
             std::os::unix::fs::chown(&data_dir, user, user).expect("it can be given away");
         }
@@ -76,6 +101,8 @@ impl Ground {
             binary: self.binary.clone(),
             user,
             data_dir,
+            image,
+            guest: self.directory.join("guest"),
             process: None,
             url: String::new(),
             stopped: false,
@@ -114,6 +141,9 @@ pub struct Server {
     binary: PathBuf,
     user: Option<u32>,
     data_dir: PathBuf,
+    /// The file system that is mounted on the data directory, when it has one of its own.
+    image: Option<PathBuf>,
+    guest: PathBuf,
     process: Option<Child>,
     url: String,
     stopped: bool,
@@ -136,7 +166,7 @@ impl Server {
 
     /// Imports the base image under `name` with another kernel or agent.
     pub fn import(&self, name: &str, kernel: &Path, initrd: &Path) {
-        let rootfs = self.data_dir.join("../guest/rootfs.ext4");
+        let rootfs = self.guest.join("rootfs.ext4");
         let status = self
             .command()
             .args(["template", "import", name, "--memory-mib", "256", "--data-dir"])
@@ -331,7 +361,18 @@ impl Server {
         let staged = fs::read_dir(self.data_dir.join("staging")).expect("a directory").count();
         assert_eq!(staged, 0, "staging is not empty");
         self.stopped = true;
-        fs::remove_dir_all(&self.data_dir).expect("the data directory can be removed");
+        self.clear().expect("the data directory can be removed");
+    }
+
+    fn clear(&mut self) -> std::io::Result<()> {
+        if let Some(image) = self.image.take() {
+            let status = Command::new("umount").arg(&self.data_dir).status()?;
+            if !status.success() {
+                return Err(std::io::Error::other(format!("umount: {status}")));
+            }
+            fs::remove_file(image)?;
+        }
+        fs::remove_dir_all(&self.data_dir)
     }
 }
 
@@ -353,13 +394,15 @@ impl Drop for Server {
         let log = self.log();
         let tail: Vec<&str> = log.lines().rev().take(40).collect();
         eprintln!("--- the server's last words\n{}", tail.into_iter().rev().collect::<Vec<_>>().join("\n"));
-        let _ = fs::remove_dir_all(&self.data_dir);
+        // A file system is busy until its last process is gone.
+        let started = Instant::now();
+        while self.clear().is_err() && started.elapsed() < Duration::from_secs(5) {}
     }
 }
 
 /// What every server is told, unless a test tells it something else.
 fn defaults(args: &[&str]) -> Vec<&'static str> {
-    [("--listen", "127.0.0.1:0"), ("--uplink", "none"), ("--slots", "4")]
+    [("--listen", "127.0.0.1:0"), ("--uplink", "none"), ("--slots", "4"), ("--warm-max", "0")]
         .into_iter()
         .filter(|(name, _)| !args.contains(name))
         .flat_map(|(name, value)| [name, value])
@@ -383,6 +426,37 @@ pub fn shell(script: &str) -> agent::Command {
         args: vec!["-c".to_owned(), script.to_owned()],
         ..agent::Command::default()
     }
+}
+
+/// A process that counts, says so, and holds a token that it made: `COUNT TOKEN` in `/tmp/state` and on its standard
+/// output, twenty times a second.
+pub const COUNTER: &str = "import os, time\ntoken = os.urandom(16).hex()\nn = 0\nwhile True:\n    n += 1\n    open('/tmp/state.new', 'w').write(f'{n} {token}')\n    os.replace('/tmp/state.new', '/tmp/state')\n    print(n, token, flush=True)\n    time.sleep(0.05)\n";
+
+/// Starts [`COUNTER`] and waits until it has counted; its process id.
+pub async fn start_counter(agent: &Agent) -> u32 {
+    let command = agent::Command {
+        program: "python3".to_owned(),
+        args: ["-c", COUNTER].map(str::to_owned).to_vec(),
+        ..agent::Command::default()
+    };
+    let mut process = agent.start(&command).await.expect("it starts");
+    let mut pid = 0;
+    loop {
+        match process.next().await.expect("a stream").expect("output") {
+            agent::Told::Started { pid: started } => pid = started,
+            agent::Told::Stdout(_) => return pid,
+            other => panic!("the counter: {other:?}"),
+        }
+    }
+}
+
+/// What these processes take, in MiB: pages that n of them share count 1/n.
+pub fn proportional_mib(pids: BTreeSet<i32>) -> u64 {
+    let kib = |pid: &i32| -> Option<u64> {
+        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+        text.lines().find_map(|line| line.strip_prefix("Pss:"))?.trim().trim_end_matches(" kB").parse().ok()
+    };
+    pids.iter().filter_map(kib).sum::<u64>() / 1024
 }
 
 /// Runs a shell command and returns its standard output; it has to succeed.

@@ -19,7 +19,7 @@ async fn commands_run_and_tell_how_they_ended() {
     server.node_when("baked", |node| node.settled && node.waiting_vmms > 0).await;
     let cloned = run(&["run", "--timing", "--", "python3", "-c", "print(2 ** 10)"]);
     assert_eq!(text(&cloned.stdout), "1024\n");
-    assert!(text(&cloned.stderr).contains("clone: a VMM waited"), "{}", text(&cloned.stderr));
+    assert!(text(&cloned.stderr).contains("clone: no warm slot"), "{}", text(&cloned.stderr));
 
     // Exit codes, both streams, environment, directory, user.
     let output = run(&[

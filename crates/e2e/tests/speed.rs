@@ -7,7 +7,11 @@ use kelvin_e2e::{Ground, Server};
 use serde_json::Value;
 
 fn bench(server: &Server, args: &[&str]) -> Value {
-    let mut all = vec!["--output", "json", "bench", "create"];
+    bench_of(server, "create", args)
+}
+
+fn bench_of(server: &Server, what: &str, args: &[&str]) -> Value {
+    let mut all = vec!["--output", "json", "bench", what];
     all.extend(args);
     let output = server.cli(&all).output().expect("kelvin runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -41,6 +45,12 @@ async fn clones_are_as_fast_as_promised() {
     let with = |more: &[&'static str]| -> Vec<&'static str> { n.iter().chain(more).copied().collect() };
     promise("clone ÷ bare restore, p50", 0.5, false, || {
         bench(&server, &with(&["--path", "clone", "--baseline"]))["ratio_p50"].as_f64().expect("a ratio")
+    });
+    promise("warm ÷ bare restore, p50", 0.1, false, || {
+        bench(&server, &with(&["--path", "warm", "--baseline"]))["ratio_p50"].as_f64().expect("a ratio")
+    });
+    promise("forked source stands still ÷ prototype's fork, p50", 1.2, false, || {
+        bench_of(&server, "fork", &with(&["--baseline"]))["ratio_p50"].as_f64().expect("a ratio")
     });
     promise("cold ÷ clone, p50", 60.0, true, || {
         let cold = bench(&server, &["-n", "5", "--path", "cold"]);

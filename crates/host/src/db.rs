@@ -34,6 +34,14 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether the file system is full.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Sqlite(rusqlite::Error::SqliteFailure(error, _))
+            if error.code == rusqlite::ErrorCode::DiskFull)
+    }
+}
+
 /// A cheap handle.
 #[derive(Clone)]
 pub struct Db {

@@ -14,6 +14,7 @@ use kelvin_api::envd::process::{
 };
 use kelvin_api::error::chain;
 use kelvin_api::guest::Request;
+use kelvin_api::id::Token;
 use kelvin_api::units::Shape;
 use kelvin_store::image::Template;
 use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
@@ -129,7 +130,7 @@ impl Inner {
         staged: &std::path::Path,
     ) -> Result<(), Error> {
         let mut control = self.boot_guest(&running).await?;
-        if let Err(error) = warm_up(running.connect(Port::Http).await?, spec).await {
+        if let Err(error) = warm_up(running.connect(Port::Http).await?, spec, &WARM_UP, None).await {
             let console = running.console().await.unwrap_or_default();
             let tail: Vec<&str> = console.lines().rev().take(15).collect();
             let tail = tail.into_iter().rev().collect::<Vec<_>>().join(" | ");
@@ -155,7 +156,7 @@ impl Inner {
 }
 
 /// Flushes the guest and waits until its agent's HTTP port is at rest.
-async fn quiesce(control: &mut Control) -> Result<(), Error> {
+pub async fn quiesce(control: &mut Control) -> Result<(), Error> {
     let deadline = tokio::time::Instant::now() + QUIESCE_LIMIT;
     while !control.call("quiesce", &Request::Quiesce, QUIESCE_LIMIT).await?.http_waiting {
         if tokio::time::Instant::now() > deadline {
@@ -194,8 +195,13 @@ impl connectrpc::client::ClientTransport for Transport {
     }
 }
 
-/// Runs [`WARM_UP`] in the guest and closes the connection.
-async fn warm_up(http: tokio::net::UnixStream, spec: &MachineSpec) -> Result<(), Error> {
+/// Runs `commands` in the guest, one after the other, and closes the connection.
+pub async fn warm_up(
+    http: tokio::net::UnixStream,
+    spec: &MachineSpec,
+    commands: &[&str],
+    token: Option<&Token>,
+) -> Result<(), Error> {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     let agent = Arc::new(Agent::over(http, tasks.clone(), stop.clone()));
     let failed = |source: Box<dyn std::error::Error + Send + Sync>| Error::Agent {
@@ -203,12 +209,16 @@ async fn warm_up(http: tokio::net::UnixStream, spec: &MachineSpec) -> Result<(),
         source,
     };
     let uri = http::Uri::from_static("http://agent");
-    let client = ProcessClient::new(Transport(agent), connectrpc::client::ClientConfig::new(uri));
+    let mut config = connectrpc::client::ClientConfig::new(uri);
+    if let Some(token) = token {
+        config = config.with_default_header("x-access-token", token.expose());
+    }
+    let client = ProcessClient::new(Transport(agent), config);
     let work = async {
-        for command in WARM_UP {
+        for command in commands {
             let process = ProcessConfig {
                 cmd: "/bin/bash".to_owned(),
-                args: ["-l", "-c", command].map(str::to_owned).to_vec(),
+                args: ["-l", "-c", *command].map(str::to_owned).to_vec(),
                 ..Default::default()
             };
             let request = StartRequest { process: process.into(), stdin: Some(false), ..Default::default() };

@@ -28,6 +28,11 @@ impl Amount {
         Self { memory_mib: u64::from(shape.memory_mib.0) + u64::from(OVERHEAD.0), vcpus: shape.vcpus }
     }
 
+    /// Its memory, in MiB.
+    pub fn memory_mib(self) -> u64 {
+        self.memory_mib
+    }
+
     /// A VMM that waits.
     pub fn waiting() -> Self {
         Self { memory_mib: u64::from(OVERHEAD.0), vcpus: 0 }

@@ -1,7 +1,8 @@
-//! The create path: reserve, then claim a waiting VMM and load (clone) or boot (cold), activate, commit. Resumes and
+//! The create path: reserve, then claim a warm machine, or a waiting VMM and load (clone), or boot (cold), activate, commit. Resumes and
 //! the children of forks take the same path, from another [`Seed`].
 //!
 //! ```text
+//! reserve ──────────> vmm ────────> resume ─> activate ─> commit        warm
 //! reserve ─> queue ─> vmm ─> load ─> resume ─> activate ─> commit        clone
 //!       └──────────── disk ─> vmm ─> boot ────> activate ─> commit        cold
 //! ```
@@ -35,6 +36,10 @@ use crate::pool::{Pool, Ready, manifest_shape};
 use crate::record::{Event, SandboxRecord, State, next};
 use crate::sandbox::{Machine, body};
 use crate::snapshots::Lease;
+use crate::warm::Parked;
+
+/// How long a claim of a warm machine may take before the next way is tried.
+const CLAIM: Duration = Duration::from_secs(3);
 
 /// What a machine is made of.
 #[derive(Clone)]
@@ -198,7 +203,7 @@ impl Inner {
         }
     }
 
-    fn reserve(&self, request: &Create, shape: Shape, amount: Amount) -> Result<(), Error> {
+    fn reserve(self: &Arc<Self>, request: &Create, shape: Shape, amount: Amount) -> Result<(), Error> {
         if self.stop.is_cancelled() {
             return Err(Error::Stopping);
         }
@@ -207,9 +212,16 @@ impl Inner {
         if creating.contains(&request.sandbox) || self.sandboxes().contains_key(&request.sandbox) {
             return Err(Error::Exists(request.sandbox.to_string()));
         }
-        let mut capacity = self.capacity();
-        capacity.check(shape)?;
-        capacity.hold(amount)?;
+        self.capacity().check(shape)?;
+        loop {
+            let held = self.capacity().hold(amount);
+            match held {
+                Ok(()) => break,
+                // Machines that nobody has asked for make room for one that somebody does.
+                Err(_) if self.evict() => {}
+                Err(error) => return Err(error),
+            }
+        }
         creating.insert(request.sandbox.clone());
         Ok(())
     }
@@ -258,14 +270,27 @@ impl Attempt<'_> {
             return Ok((self.cold(template).await?, "cold: asked for".to_owned()));
         }
         let reason = match self.inner.pool_for(template, self.shape, self.network.is_some()) {
-            Ok(pool) => match self.clone(&pool).await {
-                Ok((started, reason)) => return Ok((started, reason)),
-                Err(error) => chain(&error),
-            },
+            Ok(pool) => {
+                let mut reason = "clone: asked for".to_owned();
+                if insisted != Some(StartPath::Clone) {
+                    if let Some(started) = self.warm(&pool).await {
+                        return Ok((started, "warm".to_owned()));
+                    }
+                    reason = "clone: no warm slot".to_owned();
+                }
+                if insisted == Some(StartPath::Warm) {
+                    return Err(Error::Path { path: "warm", reason: "no warm slot".to_owned() });
+                }
+                match self.clone(&pool).await {
+                    Ok((started, true)) => return Ok((started, reason)),
+                    Ok((started, false)) => return Ok((started, format!("{reason}; no VMM waited"))),
+                    Err(error) => chain(&error),
+                }
+            }
             Err(reason) => reason,
         };
-        if insisted == Some(StartPath::Clone) {
-            return Err(Error::Path { path: "clone", reason });
+        if let Some(path @ (StartPath::Clone | StartPath::Warm)) = insisted {
+            return Err(Error::Path { path: path.name(), reason });
         }
         tracing::warn!(sandbox = %self.request.sandbox, reason, "no clone");
         let started = self.cold(template).await?;
@@ -275,18 +300,84 @@ impl Attempt<'_> {
         Ok((started, format!("cold: {reason}")))
     }
 
-    /// Restores the pool's snapshot. A failure is the reason why it has to be a boot.
-    async fn clone(&mut self, pool: &Arc<Pool>) -> Result<(Started, String), Error> {
+    /// Claims a machine that is parked for exactly this snapshot. One that does not answer is ended, and the next tried.
+    async fn warm(&mut self, pool: &Arc<Pool>) -> Option<Started> {
+        let claimed = loop {
+            let (taken, dead) = pool.take_warm();
+            for corpse in dead {
+                tracing::warn!(vm = %corpse.home.spec.vm, "a warm machine had died");
+                self.inner.discard_parked_later(corpse);
+            }
+            let Some(parked) = taken else { break None };
+            match self.claim_parked(pool, parked).await {
+                Ok(started) => break Some(started),
+                Err(error) => {
+                    pool.spoilt();
+                    tracing::warn!(snapshot = %pool.snapshot_id(), error = chain(&error), "a warm machine did not answer");
+                }
+            }
+        };
+        pool.wanted(claimed.is_some());
+        self.inner.look_at_pools();
+        claimed
+    }
+
+    async fn claim_parked(&mut self, pool: &Arc<Pool>, parked: Parked) -> Result<Started, Error> {
+        let Parked { home, paused, mut control, lease, .. } = parked;
+        // What it held as a parked machine; the sandbox holds the same already.
+        self.inner.capacity().release(Amount::machine(self.shape));
+        let key = paused.key();
+        let mut record = self.record(StartPath::Warm);
+        record.snapshot = Some(pool.snapshot_id());
+        record.lineage = record.snapshot.clone();
+        self.lap(Phase::Vmm);
+        let work = async {
+            // Pages that it has not touched yet are still read from the snapshot.
+            pool.snapshot.check_seal()?;
+            self.rule(&home.spec, true).await?;
+            let span = self.begin(Phase::Resume);
+            let resumed = async {
+                let asked = control.post(&self.greeting()?).await?;
+                let running = paused.resume().await.map_err(|(_, error)| error)?;
+                Ok::<_, Error>((asked, running))
+            };
+            let (asked, running) = resumed.instrument(span).await?;
+            self.lap(Phase::Resume);
+            self.activated(&mut control, asked).await?;
+            Ok::<_, Error>((running, control))
+        };
+        // The claim is also the probe: a VMM that is stuck must not hold up a create that could be a clone.
+        let claimed = tokio::time::timeout(CLAIM, work).await.unwrap_or_else(|_| {
+            let detail = "the machine did not answer".to_owned();
+            Err(kelvin_vmm::Error::Deadline { what: "claiming a warm machine", after: CLAIM, detail }.into())
+        });
+        match claimed {
+            Ok((running, control)) => {
+                let identity = pool.snapshot.manifest.identity.clone();
+                Ok(Started { spec: home.spec, running, control, record, identity, lease })
+            }
+            Err(error) => {
+                if let Error::Store(kelvin_store::Error::Seal { .. }) = &error {
+                    pool.refuse(error.to_string());
+                }
+                self.inner.keeper.release_or_log(&home.spec, Some(key)).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Restores the pool's snapshot; whether a VMM waited for it. A failure is the reason why it has to be a boot.
+    async fn clone(&mut self, pool: &Arc<Pool>) -> Result<(Started, bool), Error> {
         let span = self.begin(Phase::Queue);
         let permit = self.inner.restores.acquire().instrument(span).await.map_err(|_| Error::Stopping)?;
         self.lap(Phase::Queue);
         let span = self.begin(Phase::Vmm);
-        let (ready, reason) = self.claim(pool).instrument(span).await?;
+        let (ready, waited) = self.claim(pool).instrument(span).await?;
         self.lap(Phase::Vmm);
         let started = self.restore(pool, ready).await;
         drop(permit);
         match started {
-            Ok(started) => Ok((started, reason)),
+            Ok(started) => Ok((started, waited)),
             Err(Error::Store(error @ kelvin_store::Error::Seal { .. })) => {
                 pool.refuse(error.to_string());
                 Err(error.into())
@@ -295,7 +386,7 @@ impl Attempt<'_> {
         }
     }
 
-    async fn claim(&self, pool: &Arc<Pool>) -> Result<(Ready, String), Error> {
+    async fn claim(&self, pool: &Arc<Pool>) -> Result<(Ready, bool), Error> {
         let (taken, dead) = pool.take();
         for corpse in dead {
             tracing::warn!(vm = %corpse.home.spec.vm, stderr = corpse.waiting.stderr(), "a waiting VMM had died");
@@ -304,9 +395,9 @@ impl Attempt<'_> {
         match taken {
             Some(ready) => {
                 self.inner.capacity().release(Amount::waiting());
-                Ok((ready, "clone: a VMM waited".to_owned()))
+                Ok((ready, true))
             }
-            None => Ok((self.inner.prepare(pool).await?, "clone: no VMM waited, one was started".to_owned())),
+            None => Ok((self.inner.prepare(pool).await?, false)),
         }
     }
 
@@ -331,7 +422,7 @@ impl Attempt<'_> {
             };
             let paused = paused.instrument(span).await?;
             self.lap(Phase::Load);
-            self.rule(&home.spec).await?;
+            self.rule(&home.spec, false).await?;
             let span = self.begin(Phase::Resume);
             let resumed = async {
                 // Posted while the vCPUs stand still: the guest wakes up once, with its identity at hand.
@@ -366,7 +457,7 @@ impl Attempt<'_> {
         let identity = self.inner.identity(template, self.shape, network);
         let record = SandboxRecord { identity: Some(identity.clone()), ..self.record(StartPath::Cold) };
         let work = async {
-            self.rule(&home.spec).await?;
+            self.rule(&home.spec, false).await?;
             let span = self.begin(Phase::Vmm);
             let running = async {
                 self.inner.remember(&home.spec, &record).await?;
@@ -395,7 +486,8 @@ impl Attempt<'_> {
     }
 
     /// Puts the sandbox's own rules in force before its machine runs. The slot's defaults are in force already.
-    async fn rule(&mut self, spec: &MachineSpec) -> Result<(), Error> {
+    /// `has_run`: whether the machine has been running under those.
+    async fn rule(&mut self, spec: &MachineSpec, has_run: bool) -> Result<(), Error> {
         let policy = self.network.as_ref().map(|network| &network.policy);
         let (Some(policy), Some(slot), Some(networks)) = (policy, &spec.network, &self.inner.keeper.networks)
         else {
@@ -403,7 +495,10 @@ impl Attempt<'_> {
         };
         if *policy != Policy::default() {
             let span = self.begin(Phase::Network);
-            networks.begin(slot, policy).instrument(span).await?;
+            match has_run {
+                true => networks.apply(slot, policy).instrument(span).await?,
+                false => networks.begin(slot, policy).instrument(span).await?,
+            }
             self.lap(Phase::Network);
         }
         Ok(())
@@ -488,7 +583,7 @@ impl Attempt<'_> {
     }
 }
 
-fn random_bytes<const N: usize>() -> Result<[u8; N], Error> {
+pub fn random_bytes<const N: usize>() -> Result<[u8; N], Error> {
     let mut random = [0; N];
     getrandom::fill(&mut random).map_err(|error| Error::Io {
         what: "reading random bytes",
@@ -497,7 +592,7 @@ fn random_bytes<const N: usize>() -> Result<[u8; N], Error> {
     Ok(random)
 }
 
-fn wall_clock_ns() -> u64 {
+pub fn wall_clock_ns() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }

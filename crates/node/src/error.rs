@@ -67,6 +67,16 @@ pub enum Error {
         /// What it has.
         has: String,
     },
+    /// Numbers that contradict each other.
+    #[error("a pool has min ≤ max ≤ {most} and a maximum age, not min {min} and max {max}")]
+    Rule {
+        /// As it would be.
+        min: u32,
+        /// As it would be.
+        max: u32,
+        /// The most.
+        most: u32,
+    },
     /// A name that is taken.
     #[error("{0} is the name of a template")]
     NameTaken(String),
@@ -168,6 +178,7 @@ impl From<Error> for Failure {
                 "restore it where VMM, host and guest are those it was taken on",
             ),
             Error::Fixed { .. } => with(Kind::Invalid, "snapshot_fixed", "leave the field out"),
+            Error::Rule { .. } => with(Kind::Invalid, "invalid_pool", "max 0 turns warm machines off"),
             Error::NameTaken(_) => with(Kind::Conflict, "name_taken", "choose another name"),
             Error::Path { .. } => with(
                 Kind::Conflict,
@@ -206,6 +217,11 @@ impl From<Error> for Failure {
                 "free space on the data directory's file system, `kelvin gc` removes what nothing needs",
             ),
             Error::Io { .. } => with(Kind::Internal, "node_io", "the server's log has the details"),
+            Error::Ledger(ref error) if error.is_full() => with(
+                Kind::Exhausted,
+                "disk_full",
+                "free space on the data directory's file system, `kelvin gc` removes what nothing needs",
+            ),
             Error::Ledger(_) => with(Kind::Internal, "ledger", "check the disk of the data directory"),
             Error::Store(error) => error.into(),
             Error::Vmm(error) => error.into(),

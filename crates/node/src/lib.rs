@@ -21,13 +21,15 @@ mod link;
 mod networks;
 pub mod options;
 mod paused;
+mod policy;
 mod pool;
 mod reconcile;
 mod record;
 mod sandbox;
 mod snapshots;
+mod warm;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -37,7 +39,7 @@ use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::node::{Base, Changes, Create, Created, Live, Route};
 use kelvin_api::phase::Phase;
-use kelvin_api::sandbox::{NodeInfo, NodeNetwork, TemplateSnapshot};
+use kelvin_api::sandbox::{NodeInfo, NodeNetwork, PoolInfo, SetPool, TemplateSnapshot};
 use kelvin_api::units::{MemoryMib, Shape};
 use kelvin_host::ledger::{Entry, Ledger};
 use kelvin_store::Store;
@@ -58,7 +60,7 @@ use home::Keeper;
 use link::Network;
 pub use link::Stream;
 use networks::{EgressOptions, Networks};
-use options::Options;
+use options::{Options, Rule};
 use paused::Paused;
 use pool::Pool;
 use sandbox::{Command, Sandbox};
@@ -80,6 +82,10 @@ pub(crate) struct Inner {
     creating: Mutex<BTreeSet<SandboxId>>,
     /// By identity digest.
     pools: Mutex<HashMap<String, Arc<Pool>>>,
+    /// What operators want of warm machines, by template.
+    rules: Mutex<BTreeMap<TemplateName, Rule>>,
+    /// Told when a target may have changed.
+    warm_wanted: Notify,
     /// With what the file system said of the file when it was read.
     templates: Mutex<HashMap<TemplateName, (TemplateStamp, Arc<Template>)>>,
     restores: Semaphore,
@@ -333,6 +339,7 @@ impl Node {
         let devices = [false, true]
             .map(|network| kelvin_store::hash::sha256(driver.layout(same, network).join("\0").as_bytes()));
         let (entries, records) = ledger.read().await?;
+        let rules = read_rules(&store.root().join(RULES))?;
         let (networks, attached, no_network) = open_networks(&options, &ledger, &entries).await?;
         let keeper = Keeper {
             ledger,
@@ -354,6 +361,8 @@ impl Node {
             snapshots: Snapshots::default(),
             creating: Mutex::default(),
             pools: Mutex::default(),
+            rules: Mutex::new(rules),
+            warm_wanted: Notify::new(),
             templates: Mutex::default(),
             bakes: tokio::sync::Mutex::default(),
             requests: Mutex::default(),
@@ -382,6 +391,7 @@ impl Node {
             inner.snapshots.clone().run(store, move || settled.settled.notify_waiters(), inner.stop.clone())
         };
         inner.tasks.spawn(removing);
+        inner.tasks.spawn(Arc::clone(&inner).govern());
         for snapshot in snapshots {
             if snapshot.manifest.origin == Origin::Bake {
                 inner.add_pool(snapshot);
@@ -658,6 +668,38 @@ impl Node {
         task.await.map_err(|error| Error::Io { what: "baking", source: std::io::Error::other(error) })?
     }
 
+    /// Every pool of machines that wait.
+    pub fn pools(&self) -> Vec<PoolInfo> {
+        self.inner.pool_infos()
+    }
+
+    /// Sets what is wanted of the warm machines of a template; what is `None` stays. Remembered across restarts.
+    ///
+    /// # Errors
+    /// `Store` for an unknown template, `Rule` for numbers that contradict each other, `Io`.
+    pub async fn set_pool(&self, template: &TemplateName, wanted: SetPool) -> Result<(), Error> {
+        self.inner.store.template_stamp(template)?;
+        let rules = {
+            let mut rules = lock(&self.inner.rules);
+            let mut rule = rules.get(template).copied().unwrap_or(self.inner.options.warm);
+            rule.min = wanted.min.unwrap_or(rule.min);
+            rule.max = wanted.max.unwrap_or(rule.max.max(rule.min));
+            rule.max_age_s = wanted.max_age_s.unwrap_or(rule.max_age_s);
+            if rule.min > rule.max || rule.max > MAX_WARM || rule.max_age_s == 0 {
+                return Err(Error::Rule { min: rule.min, max: rule.max, most: MAX_WARM });
+            }
+            rules.insert(template.clone(), rule);
+            rules.clone()
+        };
+        let path = self.inner.store.root().join(RULES);
+        let written = tokio::task::spawn_blocking(move || write_rules(&path, &rules)).await;
+        written
+            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+            .map_err(|source| Error::Io { what: "remembering what is wanted of a pool", source })?;
+        self.inner.look_at_pools();
+        Ok(())
+    }
+
     /// What runs here and what is left.
     ///
     /// # Errors
@@ -676,9 +718,12 @@ impl Node {
             reflink: inner.reflink,
             sandboxes: u32::try_from(inner.sandboxes().len()).unwrap_or(u32::MAX),
             waiting_vmms: pools.iter().map(|pool| pool.count()).sum(),
+            warm: pools.iter().map(|pool| pool.parked()).sum(),
+            paused: u32::try_from(inner.paused_sandboxes().len()).unwrap_or(u32::MAX),
             settled: busy == 0
                 && inner.snapshots.is_settled()
                 && pools.iter().all(|pool| pool.is_full())
+                && inner.is_warm()
                 && inner.keeper.networks.as_ref().is_none_or(|networks| networks.slots.is_full()),
             network: inner.keeper.networks.as_ref().map(|networks| {
                 let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
@@ -751,6 +796,9 @@ impl Node {
             for ready in pool.drain() {
                 self.inner.discard(ready).await;
             }
+            for parked in pool.drain_warm() {
+                self.inner.discard_parked(parked).await;
+            }
         }
         if let Some(networks) = &self.inner.keeper.networks
             && let Err(error) = networks.close().await
@@ -761,6 +809,28 @@ impl Node {
             );
         }
     }
+}
+
+/// What operators want of pools, below the data directory.
+const RULES: &str = "pools.json";
+/// Warm machines of one template.
+const MAX_WARM: u32 = 1000;
+
+fn read_rules(path: &Path) -> Result<BTreeMap<TemplateName, Rule>, Error> {
+    let failed = |source| Error::Io { what: "reading pools.json", source };
+    match std::fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| failed(error.into())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Leaves the old content or the new one, whatever happens.
+fn write_rules(path: &Path, rules: &BTreeMap<TemplateName, Rule>) -> std::io::Result<()> {
+    let fresh = path.with_extension("json.new");
+    std::fs::write(&fresh, serde_json::to_vec_pretty(rules)?)?;
+    std::fs::File::open(&fresh)?.sync_all()?;
+    std::fs::rename(fresh, path)
 }
 
 /// What tells one build of a program from another without reading it.

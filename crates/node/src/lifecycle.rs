@@ -243,7 +243,11 @@ impl Node {
         for id in doomed.into_iter().rev() {
             // Somebody may have begun to run from it since.
             if !self.inner.snapshots.forget(&id) {
-                return in_use(self.running_from(&id));
+                let mut users = self.running_from(&id);
+                if users.is_empty() {
+                    users.push("a machine that is ending".to_owned());
+                }
+                return in_use(users);
             }
             let store = self.inner.store.clone();
             tokio::task::spawn_blocking(move || store.discard_snapshot(&id))

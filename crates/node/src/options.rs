@@ -9,6 +9,8 @@ use kelvin_api::units::MemoryMib;
 use kelvin_host::accel::Accelerator;
 use kelvin_host::net::Range;
 
+pub use crate::policy::Rule;
+
 /// Everything a node can be told.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -36,6 +38,10 @@ pub struct Options {
     pub first_user: Option<u32>,
     /// Networks; `None` for a node that gives none.
     pub network: Option<NetworkOptions>,
+    /// What is wanted of warm machines of templates for which nothing else was said.
+    pub warm: Rule,
+    /// Memory for warm machines of all templates.
+    pub warm_memory: MemoryMib,
     /// Whether a cold create is followed by a bake of what was missing.
     pub auto_bake: bool,
     /// For tests: the daemon kills itself when a create enters this phase.
@@ -87,6 +93,8 @@ impl Options {
             activate_deadline: Duration::from_secs(15),
             first_user: rustix::process::geteuid().is_root().then_some(1_795_162_112),
             network: None,
+            warm: Rule { min: 0, max: 8, max_age_s: 1800 },
+            warm_memory: MemoryMib(u32::try_from(total_mib * 20 / 100).unwrap_or(u32::MAX)),
             auto_bake: true,
             crash_at: None,
         }

@@ -20,11 +20,12 @@ use crate::capacity::Amount;
 use crate::error::Error;
 use crate::home::Home;
 use crate::networks::Networks;
+use crate::warm::Warm;
 
 /// How long a filler lets requests go first.
-const PATIENCE: Duration = Duration::from_secs(2);
+pub const PATIENCE: Duration = Duration::from_secs(2);
 /// How long a filler waits after a failure: the cause is outside, and there is no event to wait for.
-const RETRY: Duration = Duration::from_secs(5);
+pub const RETRY: Duration = Duration::from_secs(5);
 
 /// A VMM that waits, with everything a clone needs.
 pub struct Ready {
@@ -45,6 +46,8 @@ pub struct Pool {
     /// Why the snapshot is not used any more.
     refused: Mutex<Option<String>>,
     wake: Notify,
+    /// Machines that are further: see `warm`.
+    pub(crate) warm: Mutex<Warm>,
 }
 
 impl Pool {
@@ -56,6 +59,7 @@ impl Pool {
             ready: Mutex::default(),
             refused: Mutex::default(),
             wake: Notify::new(),
+            warm: Mutex::default(),
         }
     }
 

@@ -1,0 +1,495 @@
+//! Pause, resume and snapshots: what was frozen goes on, whole, or is refused by name.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use kelvin_api::sandbox::{ForkSandbox, NewSandbox, SandboxState};
+use kelvin_client::agent::{Agent, Told};
+use kelvin_client::{Client, Error};
+use kelvin_e2e::{Ground, LIMIT, Server, agent_of, new_sandbox, sh, shell, start_counter};
+
+fn now_s() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs_f64()
+}
+
+fn refused(error: Error) -> (u16, String, String) {
+    match error {
+        Error::Refused(refused) => (refused.code, refused.error_code.unwrap_or_default(), refused.message),
+        other => panic!("not refused: {other}"),
+    }
+}
+
+/// The counter and the token of a process that runs [`COUNTER`].
+async fn state(agent: &Agent) -> (u64, String) {
+    let text = sh(agent, "cat /tmp/state").await;
+    let (count, token) = text.trim().split_once(' ').expect("two words");
+    (count.parse().expect("a number"), token.to_owned())
+}
+
+async fn goes_on(agent: &Agent, from: u64) -> u64 {
+    let started = Instant::now();
+    loop {
+        let (count, _) = state(agent).await;
+        if count > from {
+            return count;
+        }
+        assert!(started.elapsed() < LIMIT, "the counter stands still at {count}");
+    }
+}
+
+fn snapshots(server: &Server) -> usize {
+    fs::read_dir(server.data_dir().join("snapshots")).expect("a directory").count()
+}
+
+/// What a directory takes on its disk, shared blocks counted each time, in MiB.
+fn blocks_mib(directory: &Path) -> u64 {
+    let entries = fs::read_dir(directory).expect("a directory").flatten();
+    entries.map(|entry| entry.metadata().map_or(0, |found| found.blocks() * 512 >> 20)).sum()
+}
+
+#[tokio::test]
+async fn fifty_pauses_keep_memory_files_processes_and_time() {
+    let Some(ground) = Ground::find() else { return };
+    let server = ground.server("freeze", &["--waiting-vmms", "2"]).await;
+    server.bake(2).await;
+    let client = server.client();
+    let sandbox = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
+    let (id, agent) = (sandbox.sandbox_id.as_str(), agent_of(&client, &sandbox));
+    let pid = start_counter(&agent).await;
+    sh(
+        &agent,
+        "head -c 4M /dev/urandom > /home/user/kept; sha256sum /home/user/kept > /home/user/sum; \
+                cat /proc/sys/kernel/random/boot_id /etc/machine-id /etc/hostname > /home/user/who",
+    )
+    .await;
+    // A server that listens, and one that writes files all the while.
+    drop(agent.start(&shell("mkdir -p /tmp/www; echo hello > /tmp/www/hello; cd /tmp/www; exec python3 -m http.server 8000")).await.expect("a server"));
+    drop(agent.start(&shell("while :; do dd if=/dev/urandom of=/home/user/data bs=64k count=4 conv=notrunc; sync; done 2>/dev/null")).await.expect("a writer"));
+    let (mut count, token) = state(&agent).await;
+    let free = client.node().await.expect("a node").disk_free_mb;
+    let capacity = client.node().await.expect("a node").memory_reserved_mb;
+    let (mut worst_clock, mut worst_pause) = (0.0_f64, 0.0_f64);
+    for cycle in 1..=50 {
+        let capture =
+            client.pause(id).await.unwrap_or_else(|error| panic!("cycle {cycle}: {error}\n{}", server.log()));
+        assert!(capture.quiesced, "cycle {cycle}");
+        worst_pause = worst_pause.max(capture.paused_ms);
+        if cycle == 1 {
+            let detail = client.sandbox(id).await.expect("a detail");
+            assert_eq!(detail.state, SandboxState::Paused);
+            let node = server.node_when("given back", |node| node.sandboxes == 0 && node.settled).await;
+            assert_eq!(node.paused, 1);
+            assert!(node.memory_reserved_mb < capacity, "its capacity is free");
+            assert_eq!(refused(client.pause(id).await.expect_err("again")).0, 409);
+            assert!(agent.processes().await.is_err(), "nobody is woken up without being asked");
+        }
+        let resumed = client
+            .resume(id, 600)
+            .await
+            .unwrap_or_else(|error| panic!("cycle {cycle}: {error}\n{}", server.log()));
+        assert_eq!(resumed.envd_access_token, sandbox.envd_access_token);
+        let before = now_s();
+        let clock: f64 = sh(&agent, "date +%s.%N").await.trim().parse().expect("a time");
+        worst_clock = worst_clock.max(before - clock).max(clock - now_s());
+        let (now, same) = state(&agent).await;
+        assert!(now >= count, "cycle {cycle}: {now} after {count}");
+        assert_eq!(same, token, "cycle {cycle}: its memory is another's");
+        count = goes_on(&agent, now).await;
+        if cycle % 10 == 0 {
+            sh(&agent, "sha256sum -c --quiet /home/user/sum").await;
+            assert_eq!(sh(&agent, "curl -s http://localhost:8000/hello").await, "hello\n", "cycle {cycle}");
+            assert!(snapshots(&server) <= 3, "cycle {cycle}: {} snapshots", snapshots(&server));
+        }
+    }
+    assert_eq!(refused(client.resume(id, 600).await.expect_err("it runs")).0, 409);
+    sh(&agent, "cat /proc/sys/kernel/random/boot_id /etc/machine-id /etc/hostname | cmp - /home/user/who")
+        .await;
+    // Its output is still there for whoever comes back to it.
+    let mut attached = agent.attach(pid).await.expect("the same process");
+    loop {
+        match attached.next().await.expect("a stream").expect("output") {
+            Told::Stdout(bytes) if String::from_utf8_lossy(&bytes).contains(&token) => break,
+            Told::Ended { .. } => panic!("the counter has ended"),
+            _ => {}
+        }
+    }
+    server.settle().await;
+    let after = client.node().await.expect("a node").disk_free_mb;
+    println!(
+        "50 pauses: clock error at most {worst_clock:.3} s, stood still at most {worst_pause:.0} ms, {} MiB more of the disk",
+        free.saturating_sub(after)
+    );
+    assert!(worst_clock < 1.0, "{worst_clock}");
+    assert!(free.saturating_sub(after) < 300, "{free} MiB were free, now {after}");
+    // Paused and killed: nothing is left of it.
+    client.pause(id).await.expect("a pause");
+    client.kill(&sandbox.sandbox_id).await.expect("a kill");
+    server.settle().await;
+    assert_eq!(snapshots(&server), 1, "only the template's");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn at_its_deadline_it_is_paused_and_traffic_resumes_it_once() {
+    let Some(ground) = Ground::with_networks().await else { return };
+    let mut server = ground.server("auto", &["--waiting-vmms", "1"]).await;
+    server.bake(1).await;
+    let client = server.client();
+    let body = NewSandbox {
+        auto_pause: Some(true),
+        auto_resume: Some(kelvin_api::sandbox::AutoResume { enabled: true }),
+        ..new_sandbox()
+    };
+    let sandbox = client.create(&body, None).await.expect("a create").sandbox;
+    let agent = agent_of(&client, &sandbox);
+    drop(
+        agent
+            .start(&shell("cd /etc; exec python3 -m http.server 8000 --bind 0.0.0.0"))
+            .await
+            .expect("a server"),
+    );
+    let id = sandbox.sandbox_id.as_str();
+    let url = format!("{}/sandboxes/{id}/ports/8000/hostname", server.url());
+    let get = || {
+        let url = url.clone();
+        tokio::task::spawn_blocking(move || {
+            let output = std::process::Command::new("curl")
+                .args(["-s", "-m", "60", "-w", "%{http_code}", &url])
+                .output()
+                .expect("curl runs");
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        })
+    };
+    let answer = format!("{id}\n200");
+    let started = Instant::now();
+    while get().await.expect("a request") != answer {
+        assert!(started.elapsed() < LIMIT, "the server in the sandbox does not answer");
+    }
+    client.set_timeout(&sandbox.sandbox_id, 1).await.expect("a timeout");
+    server.node_when("paused", |node| node.paused == 1 && node.sandboxes == 0 && node.settled).await;
+    assert_eq!(client.sandbox(id).await.expect("a detail").state, SandboxState::Paused);
+    // Eight at once are held and join one resume.
+    let requests: Vec<_> = (0..8).map(|_| get()).collect();
+    for request in requests {
+        assert_eq!(request.await.expect("a request"), answer);
+    }
+    assert_eq!(server.log().matches("resumed, generation 1").count(), 1);
+    // It lives as long as it was asked to in the beginning, and the list says that it runs.
+    let started = Instant::now();
+    while client.sandbox(id).await.expect("a detail").state != SandboxState::Running {
+        assert!(started.elapsed() < LIMIT, "the control plane was not told");
+    }
+    // The same for a command, and after a restart: what is paused stays paused.
+    client.pause(id).await.expect("a pause");
+    server.settle().await;
+    server.kill_9();
+    server.start(&["--waiting-vmms", "1"]).await;
+    let client = server.client();
+    assert_eq!(client.list_all(&[]).await.expect("a list")[0].state, SandboxState::Paused);
+    let agent = client.agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), None).expect("an agent");
+    assert_eq!(sh(&agent, "hostname").await, format!("{id}\n"));
+    // Who does not want it is not woken up.
+    let quiet = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
+    client.pause(quiet.sandbox_id.as_str()).await.expect("a pause");
+    let error = sh_fails(&agent_of(&client, &quiet)).await;
+    assert!(error.contains("not found"), "{error}");
+    // A connect resumes it: 201 in E2B's words, and never shortens its time.
+    let connected = client.connect(quiet.sandbox_id.as_str(), 300).await.expect("a connect");
+    assert_eq!(connected.start_reason.as_deref(), Some("clone: resumed, generation 1"));
+    assert_eq!(sh(&agent_of(&client, &quiet), "echo back").await, "back\n");
+    server.stop().await;
+}
+
+async fn sh_fails(agent: &Agent) -> String {
+    agent.run(&shell("true"), 1024).await.expect_err("it is paused").to_string()
+}
+
+#[tokio::test]
+async fn snapshots_have_names_children_and_only_their_own_disks() {
+    let Some(ground) = Ground::find() else { return };
+    let server = ground.server("kept", &["--waiting-vmms", "1"]).await;
+    server.bake(1).await;
+    let client = server.client();
+    let sandbox = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
+    let (id, agent) = (sandbox.sandbox_id.as_str(), agent_of(&client, &sandbox));
+    start_counter(&agent).await;
+    sh(&agent, "echo first > /home/user/note").await;
+    let (first, capture) = client.snapshot(id, Some("mine")).await.expect("a snapshot");
+    assert!(capture.quiesced && capture.dirty_pages.is_some(), "{capture:?}");
+    sh(&agent, "echo second > /home/user/note").await;
+    client.snapshot(id, Some("mine")).await.expect("another");
+    assert_eq!(first.names, ["mine"]);
+    let (count, token) = state(&agent).await;
+    goes_on(&agent, count).await;
+    // From each, by id; the newest by name. What ran, runs.
+    let mut made = Vec::new();
+    for (template, note) in
+        [(first.snapshot_id.as_str(), "first\n"), ("mine", "second\n"), ("mine:default", "second\n")]
+    {
+        let body = NewSandbox { template_id: template.to_owned(), ..new_sandbox() };
+        let child = client.create(&body, None).await.expect("a create").sandbox;
+        let agent = agent_of(&client, &child);
+        assert_eq!(sh(&agent, "cat /home/user/note").await, note);
+        let (count, same) = state(&agent).await;
+        assert_eq!(same, token);
+        goes_on(&agent, count).await;
+        assert_eq!(sh(&agent, "hostname").await, format!("{}\n", child.sandbox_id));
+        made.push(child);
+    }
+    // Bad requests.
+    for (body, code) in [
+        (NewSandbox { template_id: "mine".into(), memory_mb: Some(512), ..new_sandbox() }, "snapshot_fixed"),
+        (
+            NewSandbox {
+                template_id: "mine".into(),
+                start_path: Some(kelvin_api::sandbox::StartPath::Cold),
+                ..new_sandbox()
+            },
+            "start_path_impossible",
+        ),
+        (NewSandbox { template_id: "yours".into(), ..new_sandbox() }, "template_not_found"),
+    ] {
+        assert_eq!(refused(client.create(&body, None).await.expect_err(code)).1, code);
+    }
+    assert_eq!(refused(client.snapshot(id, Some("Bad Name")).await.expect_err("a name")).1, "invalid_name");
+    assert_eq!(refused(client.snapshot(id, Some("base")).await.expect_err("a template's")).1, "name_taken");
+    assert_eq!(refused(client.snapshot("nosuchsandbox", None).await.expect_err("nobody")).0, 404);
+    // A snapshot of a sandbox that came from one descends from it.
+    let (third, _) = client.snapshot(made[0].sandbox_id.as_str(), None).await.expect("a snapshot");
+    assert_eq!(third.parent_id.as_deref(), Some(first.snapshot_id.as_str()));
+    assert_eq!(client.snapshots().await.expect("a list").len(), 3);
+    let (status, code, text) =
+        refused(client.delete_snapshot(&first.snapshot_id, false).await.expect_err("it is needed"));
+    assert_eq!((status, code.as_str()), (409, "in_use"));
+    assert!(text.contains(&third.snapshot_id) && text.contains(made[0].sandbox_id.as_str()), "{text}");
+    client.kill(&made[0].sandbox_id).await.expect("a kill");
+    server.settle().await;
+    let (_, _, text) =
+        refused(client.delete_snapshot(&first.snapshot_id, false).await.expect_err("it has a child"));
+    assert!(text.contains(&third.snapshot_id) && !text.contains("sandbox "), "{text}");
+    client.delete_snapshot(&first.snapshot_id, true).await.expect("with its child");
+    assert_eq!(client.snapshots().await.expect("a list").len(), 1);
+    assert_eq!(refused(client.delete_snapshot(&first.snapshot_id, true).await.expect_err("gone")).0, 404);
+
+    // Old memory over a newer disk, over another sandbox's, and a file that was touched.
+    let file = |snapshot: &str, name: &str| server.data_dir().join("snapshots").join(snapshot).join(name);
+    let (older, _) = client.snapshot(id, Some("older")).await.expect("a snapshot");
+    sh(&agent, "echo newer > /home/user/note; sync").await;
+    let (newer, _) = client.snapshot(id, Some("newer")).await.expect("a snapshot");
+    let other = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
+    let (others, _) = client.snapshot(other.sandbox_id.as_str(), Some("others")).await.expect("a snapshot");
+    let create = async |template: &str| {
+        let body = NewSandbox { template_id: template.to_owned(), ..new_sandbox() };
+        client.create(&body, None).await
+    };
+    fs::remove_file(file(&older.snapshot_id, "disk")).expect("a file");
+    fs::copy(file(&newer.snapshot_id, "disk"), file(&older.snapshot_id, "disk")).expect("a copy");
+    let (status, code, text) = refused(create("older").await.expect_err("a newer disk"));
+    assert_eq!((status, code.as_str()), (500, "snapshot_corrupt"));
+    assert!(text.contains(&format!("disk of snapshot {}", older.snapshot_id)), "{text}");
+    fs::rename(file(&others.snapshot_id, "disk"), file(&newer.snapshot_id, "disk")).expect("a rename");
+    let (_, _, text) = refused(create("newer").await.expect_err("another sandbox's disk"));
+    assert!(text.contains(&format!("disk of snapshot {}", newer.snapshot_id)), "{text}");
+    // A paused sandbox's memory, touched: it stays paused, with its name in the refusal.
+    client.pause(id).await.expect("a pause");
+    server.settle().await;
+    let images: Vec<_> = fs::read_dir(server.data_dir().join("snapshots"))
+        .expect("a directory")
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
+    let image = images
+        .iter()
+        .find(|path| {
+            fs::read_to_string(path.join("manifest.json")).is_ok_and(|text| text.contains("\"pause\""))
+        })
+        .expect("its image");
+    fs::set_permissions(image.join("memory"), std::os::unix::fs::PermissionsExt::from_mode(0o444))
+        .expect("a touch");
+    let (_, code, text) = refused(client.resume(id, 60).await.expect_err("it was touched"));
+    assert_eq!(code, "snapshot_corrupt");
+    assert!(text.contains("memory of snapshot") && text.contains("touched"), "{text}");
+    assert_eq!(client.sandbox(id).await.expect("a detail").state, SandboxState::Paused);
+    client.kill(&sandbox.sandbox_id).await.expect("a kill");
+    for sandbox in made.iter().skip(1).chain([&other]) {
+        client.kill(&sandbox.sandbox_id).await.expect("a kill");
+    }
+    server.settle().await;
+    for snapshot in ["older", "newer", "others", "mine"] {
+        client.delete_snapshot(snapshot, false).await.expect("nothing needs it");
+    }
+    assert_eq!(snapshots(&server), 1, "only the template's");
+    server.stop().await;
+}
+
+/// Starts `operation` on a sandbox and does not wait for more than its end.
+async fn operate(client: &Client, operation: &str, id: &str) -> Result<(), Error> {
+    match operation {
+        "pause" => client.pause(id).await.map(drop),
+        "snapshot" => client.snapshot(id, None).await.map(drop),
+        _ => {
+            let body = ForkSandbox { count: Some(2), timeout: Some(600), ..ForkSandbox::default() };
+            client.fork(id, &body).await.map(drop)
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_daemon_that_dies_while_it_saves_loses_nothing_and_leaves_nothing() {
+    let Some(ground) = Ground::find() else { return };
+    let usual = ["--waiting-vmms", "0"];
+    let mut server = ground.server("freeze-crash", &usual).await;
+    server.bake(0).await;
+    let sandbox = server.client().create(&new_sandbox(), None).await.expect("a create").sandbox;
+    let agent = agent_of(&server.client(), &sandbox);
+    start_counter(&agent).await;
+    let (mut count, token) = state(&agent).await;
+    let id = sandbox.sandbox_id.as_str();
+    server.settle().await;
+    let before = snapshots(&server);
+    let cases = [
+        ("pause", &["quiesce", "pause", "save", "publish", "commit"][..]),
+        ("snapshot", &["quiesce", "pause", "save", "resume", "publish"]),
+        ("fork", &["quiesce", "pause", "save", "resume", "publish", "load", "activate"]),
+    ];
+    for (operation, phases) in cases {
+        for phase in phases {
+            let case = format!("{operation}, killed at {phase}");
+            server.terminate().await;
+            server.start(&["--waiting-vmms", "0", "--crash-at", phase]).await;
+            operate(&server.client(), operation, id).await.expect_err("the server dies");
+            server.wait_for_death().await;
+            server.start(&usual).await;
+            let client = server.client();
+            let node = server.settle().await;
+            assert_eq!((node.sandboxes, node.paused), (1, 0), "{case}\n{}", server.log());
+            assert_eq!(snapshots(&server), before, "{case}");
+            assert_eq!(
+                fs::read_dir(server.data_dir().join("staging")).expect("a directory").count(),
+                0,
+                "{case}"
+            );
+            assert_eq!((server.vmms().len(), server.machines().len()), (1, 1), "{case}");
+            let agent = agent_of(&client, &sandbox);
+            let (now, same) = state(&agent).await;
+            assert_eq!(same, token, "{case}");
+            assert!(now >= count, "{case}");
+            count = goes_on(&agent, now).await;
+            sh(&agent, "echo writes > /home/user/written && sync").await;
+            assert_eq!(client.list_all(&[]).await.expect("a list").len(), 1, "{case}");
+        }
+    }
+    // A resume that dies: it is still paused, and can be resumed.
+    server.client().pause(id).await.expect("a pause");
+    for phase in ["load", "activate", "commit"] {
+        server.terminate().await;
+        server.start(&["--waiting-vmms", "0", "--crash-at", phase]).await;
+        server.client().resume(id, 600).await.expect_err("the server dies");
+        server.wait_for_death().await;
+        server.start(&usual).await;
+        let node = server.settle().await;
+        assert_eq!((node.sandboxes, node.paused), (0, 1), "resume, killed at {phase}\n{}", server.log());
+        assert_eq!(server.vmms().len(), 0);
+    }
+    server.client().resume(id, 600).await.expect("a resume");
+    let (now, same) = state(&agent_of(&server.client(), &sandbox)).await;
+    assert!(same == token && now >= count);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_full_disk_stops_no_sandbox_and_leaves_no_half() {
+    let Some(ground) = Ground::find() else { return };
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: not root, a file system has to be mounted");
+        return;
+    }
+    let args = ["--waiting-vmms", "0", "--disk-floor-mib", "0"];
+    let mut server = ground.server_on(1200, "full", &args).await;
+    server.bake(0).await;
+    let client = server.client();
+    let sandbox = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
+    let (id, agent) = (sandbox.sandbox_id.as_str(), agent_of(&client, &sandbox));
+    start_counter(&agent).await;
+    // Memory of its own that has to be saved.
+    drop(agent.start(&shell("exec python3 -c 'import time; held = bytearray(48 << 20); held[::4096] = b\"x\" * (12 << 10); time.sleep(10000)'")).await.expect("a process"));
+    sh(&agent, "while [ $(ps -o rss= -C python3 | sort -n | tail -1) -lt 50000 ]; do sleep 0.1; done; sync")
+        .await;
+    let (mut count, token) = state(&agent).await;
+    server.settle().await;
+    let before = snapshots(&server);
+    for left_mib in [24_u64, 2, 0] {
+        for operation in ["pause", "snapshot", "fork"] {
+            let case = format!("{operation} with {left_mib} MiB");
+            let ballast = Ballast::fill(server.data_dir(), left_mib);
+            let (status, code, text) = refused(operate(&client, operation, id).await.expect_err(&case));
+            assert_eq!((status, code.as_str()), (503, "disk_full"), "{case}: {text}");
+            drop(ballast);
+            assert_eq!(snapshots(&server), before, "{case}");
+            assert_eq!(
+                fs::read_dir(server.data_dir().join("staging")).expect("a directory").count(),
+                0,
+                "{case}"
+            );
+            let (now, same) = state(&agent).await;
+            assert_eq!(same, token, "{case}");
+            assert!(now >= count, "{case}");
+            count = goes_on(&agent, now).await;
+            assert_eq!(client.list_all(&[]).await.expect("a list").len(), 1, "{case}");
+        }
+    }
+    // With space again, all of it works; a restart finds a store that makes sense.
+    server.kill_9();
+    server.start(&args).await;
+    let client = server.client();
+    for operation in ["snapshot", "pause"] {
+        operate(&client, operation, id).await.unwrap_or_else(|error| panic!("{operation}: {error}"));
+    }
+    client.resume(id, 600).await.expect("a resume");
+    goes_on(&agent_of(&client, &sandbox), count).await;
+    // The floor refuses before anything is begun.
+    server.terminate().await;
+    server.start(&["--waiting-vmms", "0", "--disk-floor-mib", "100000"]).await;
+    let (status, code, _) = refused(operate(&server.client(), "pause", id).await.expect_err("the floor"));
+    assert_eq!((status, code.as_str()), (503, "capacity_exhausted"));
+    println!("{} MiB of snapshots on a disk of 1200", snapshot_blocks(&server));
+    server.stop().await;
+}
+
+fn snapshot_blocks(server: &Server) -> u64 {
+    let directories = fs::read_dir(server.data_dir().join("snapshots")).expect("a directory").flatten();
+    directories.map(|entry| blocks_mib(&entry.path())).sum()
+}
+
+/// A file that takes all but some MiB of a file system.
+struct Ballast(std::path::PathBuf);
+
+impl Ballast {
+    fn fill(directory: &Path, left_mib: u64) -> Self {
+        let path = directory.join("ballast");
+        let file = fs::File::create(&path).expect("a file");
+        let free = || {
+            let found = rustix::fs::statvfs(directory).expect("statvfs");
+            found.f_bavail * found.f_frsize
+        };
+        let mut size = 0;
+        // What the file system keeps for itself is not known before: taken in ever smaller steps.
+        for step in [64 << 20, 8 << 20, 1 << 20, 64 << 10, 4 << 10] {
+            while free() > (left_mib << 20) + step {
+                match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), size, step) {
+                    Ok(()) => size += step,
+                    Err(_) => break,
+                }
+            }
+        }
+        Self(path)
+    }
+}
+
+impl Drop for Ballast {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
