@@ -14,6 +14,7 @@ use kelvin_api::guest::{self, Activation, Reply, Request, Wake};
 use rustix::time::{ClockId, Timespec};
 
 use crate::hooks;
+use crate::network::Hardware;
 use crate::state::State;
 
 /// Files that hold the machine's identity; `/etc` has links to them, so that activation writes memory
@@ -103,6 +104,9 @@ pub struct Control {
     machine_id: IdentityFile,
     boot_id: IdentityFile,
     hosts: IdentityFile,
+    hardware: Hardware,
+    /// What the link has, when it was set here.
+    mac: [u8; 6],
     /// Counts the times that the root file system was frozen; odd while it is.
     frozen: Arc<AtomicU32>,
     /// Whether the image's programs have to be told of the next activation.
@@ -140,6 +144,8 @@ impl Control {
             port,
             random,
             boot_id,
+            hardware: Hardware::open()?,
+            mac: [0; 6],
             frozen: Arc::default(),
             tell: again || hooks::exist(),
             hostname: IdentityFile::create("hostname", 21, again)?,
@@ -235,6 +241,10 @@ impl Control {
         self.hostname.set(&line)?;
         self.machine_id.set(&hex(activation.machine_id))?;
         self.boot_id.set(&uuid(activation.boot_id))?;
+        if activation.mac != [0; 6] && activation.mac != self.mac {
+            self.hardware.set(activation.mac)?;
+            self.mac = activation.mac;
+        }
         self.hosts.set(&[HOSTS, &line].concat())?;
         let mut settings = self.state.settings();
         settings.sandbox_id = activation.sandbox_id;

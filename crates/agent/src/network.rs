@@ -74,6 +74,49 @@ pub fn loopback_up() -> io::Result<()> {
     up(&control()?, "lo")
 }
 
+fn hardware_address(mac: [u8; 6]) -> libc::sockaddr {
+    let mut address = socket_address(Ipv4Addr::UNSPECIFIED);
+    address.sa_family = libc::ARPHRD_ETHER;
+    for (to, from) in address.sa_data.iter_mut().zip(mac) {
+        *to = from.cast_signed();
+    }
+    address
+}
+
+/// Makes the gateway a permanent neighbour.
+fn set_neighbour(socket: &OwnedFd) -> io::Result<()> {
+    let mut neighbour = ArpRequest {
+        address: socket_address(GATEWAY),
+        hardware: hardware_address(GATEWAY_MAC),
+        flags: libc::ATF_PERM | libc::ATF_COM,
+        mask: socket_address(Ipv4Addr::UNSPECIFIED),
+        device: [0; 16],
+    };
+    for (to, from) in neighbour.device.iter_mut().zip(LINK.bytes()) {
+        *to = from.cast_signed();
+    }
+    ask(socket, libc::SIOCSARP, &mut neighbour)
+}
+
+/// The link's hardware address, which each machine gets of its own; opened before the snapshot.
+pub struct Hardware(OwnedFd);
+
+impl Hardware {
+    /// Ready to be set.
+    pub fn open() -> io::Result<Self> {
+        Ok(Self(control()?))
+    }
+
+    /// Takes `mac` from now on.
+    pub fn set(&self, mac: [u8; 6]) -> io::Result<()> {
+        let mut request = request(LINK);
+        request.ifr_ifru.ifru_hwaddr = hardware_address(mac);
+        ask(&self.0, libc::SIOCSIFHWADDR, &mut request)?;
+        // The kernel forgets neighbours with the address they knew, permanent ones too.
+        set_neighbour(&self.0)
+    }
+}
+
 /// Configures the link, when the machine has one.
 pub fn configure() -> io::Result<()> {
     if !std::path::Path::new("/sys/class/net").join(LINK).exists() {
@@ -92,22 +135,7 @@ pub fn configure() -> io::Result<()> {
         ask(&socket, number, &mut request)?;
     }
     up(&socket, LINK)?;
-    let mut hardware = socket_address(Ipv4Addr::UNSPECIFIED);
-    hardware.sa_family = libc::ARPHRD_ETHER;
-    for (to, from) in hardware.sa_data.iter_mut().zip(GATEWAY_MAC) {
-        *to = from.cast_signed();
-    }
-    let mut neighbour = ArpRequest {
-        address: socket_address(GATEWAY),
-        hardware,
-        flags: libc::ATF_PERM | libc::ATF_COM,
-        mask: socket_address(Ipv4Addr::UNSPECIFIED),
-        device: [0; 16],
-    };
-    for (to, from) in neighbour.device.iter_mut().zip(LINK.bytes()) {
-        *to = from.cast_signed();
-    }
-    ask(&socket, libc::SIOCSARP, &mut neighbour)?;
+    set_neighbour(&socket)?;
     // SAFETY: an all-zero `rtentry` is valid; its pointers stay null.
     #[allow(unsafe_code)]
     let mut route: libc::rtentry = unsafe { std::mem::zeroed() };

@@ -83,6 +83,8 @@ pub struct Activation {
     pub machine_id: [u8; 16],
     /// New boot-id.
     pub boot_id: [u8; 16],
+    /// New hardware address of the link; zeros for a machine without a network.
+    pub mac: [u8; 6],
     /// Bytes for the kernel's generator, from the host's.
     pub entropy: [u8; 64],
     /// Wall clock in nanoseconds since the epoch, taken just before the frame is sent.
@@ -218,6 +220,7 @@ impl Request {
         writer.0.extend_from_slice(&activation.wall_clock_ns.to_le_bytes());
         writer.0.extend_from_slice(&activation.machine_id);
         writer.0.extend_from_slice(&activation.boot_id);
+        writer.0.extend_from_slice(&activation.mac);
         writer.0.extend_from_slice(&activation.entropy);
         for text in
             [&activation.sandbox_id, &activation.template, &activation.hostname, &activation.access_token]
@@ -247,6 +250,7 @@ impl Request {
                 let wall_clock_ns = u64::from_le_bytes(reader.array()?);
                 let machine_id = reader.array()?;
                 let boot_id = reader.array()?;
+                let mac = reader.array()?;
                 let entropy = reader.array()?;
                 let sandbox_id = reader.text()?;
                 let template = reader.text()?;
@@ -264,6 +268,7 @@ impl Request {
                     hostname,
                     machine_id,
                     boot_id,
+                    mac,
                     entropy,
                     wall_clock_ns,
                     access_token,
@@ -355,6 +360,7 @@ mod tests {
                 access_token: texts[3].clone(),
                 machine_id,
                 boot_id: machine_id,
+                mac: [2, 0, 0, 0, 0, 9],
                 entropy: [7; 64],
                 wall_clock_ns: clock,
                 env_vars: env,

@@ -480,7 +480,7 @@ pub struct ServeArgs {
     /// Memory for machines in MiB [default: 85 % of this host's].
     #[arg(long)]
     pub memory_mib: Option<u32>,
-    /// vCPUs to give out [default: 32 for each processor].
+    /// vCPUs to give out [default: 64 for each processor].
     #[arg(long)]
     pub vcpus: Option<u32>,
     /// VMMs to keep waiting for each baked shape.

@@ -75,7 +75,7 @@ pub const OVERHEAD: MemoryMib = MemoryMib(48);
 pub const MIN_MEMORY: MemoryMib = MemoryMib(128);
 
 impl Options {
-    /// Defaults for this host: 85 % of its memory, eight vCPUs for each processor.
+    /// Defaults for this host: 85 % of its memory, 64 vCPUs for each processor.
     pub fn for_host(data_dir: PathBuf) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let count = u32::try_from(processors).unwrap_or(u32::MAX);
@@ -84,7 +84,7 @@ impl Options {
             data_dir,
             accelerator: kelvin_host::accel::detect().accelerator,
             memory: MemoryMib(u32::try_from(total_mib * 85 / 100).unwrap_or(u32::MAX)),
-            vcpus: count.saturating_mul(32),
+            vcpus: count.saturating_mul(64),
             max_vcpus_each: count,
             disk_floor_mib: 1024,
             waiting_vmms: 8,

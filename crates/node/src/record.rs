@@ -101,6 +101,8 @@ pub struct SandboxRecord {
     pub access_token: Option<Token>,
     /// Environment of its processes, for its forks.
     pub env_vars: EnvVars,
+    /// The hardware address of its link, when it is not every clone's.
+    pub mac: Option<[u8; 6]>,
     /// Its network.
     pub network: Option<Attachment>,
     /// What happens without being asked for.

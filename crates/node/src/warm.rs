@@ -21,6 +21,7 @@ use kelvin_api::error::chain;
 use kelvin_api::guest::{Activation, Request};
 use kelvin_api::id::Token;
 use kelvin_api::sandbox::{EnvVars, PoolInfo};
+use kelvin_host::net::Slot;
 use kelvin_vmm::control::Control;
 use kelvin_vmm::{Paused, Port};
 
@@ -49,6 +50,8 @@ pub struct Parked {
     pub control: Control,
     /// Keeps its snapshot.
     pub lease: Option<Lease>,
+    /// The hardware address of its link.
+    pub mac: Option<[u8; 6]>,
     since: Instant,
 }
 
@@ -236,19 +239,21 @@ impl Inner {
     async fn fill_warm(&self, pool: &Arc<Pool>) -> Result<(), Error> {
         let amount = Amount::machine(manifest_shape(&pool.snapshot.manifest));
         self.capacity().hold(amount)?;
+        // Given back until it is parked: a machine that is being made cannot be evicted, and must not be in the way of a
+        // request meanwhile.
+        self.capacity().release(amount);
         let started = Instant::now();
-        match self.park(pool).await {
-            Ok(parked) => {
-                let mut warm = pool.warm();
-                warm.demand.refilled(started.elapsed());
-                warm.parked.push_back(parked);
-                Ok(())
-            }
-            Err(error) => {
-                self.capacity().release(amount);
-                Err(error)
-            }
+        let parked = self.park(pool).await?;
+        let held = self.capacity().hold(amount);
+        if let Err(error) = held {
+            let key = parked.paused.key();
+            self.keeper.release_or_log(&parked.home.spec, Some(key)).await;
+            return Err(error);
         }
+        let mut warm = pool.warm();
+        warm.demand.refilled(started.elapsed());
+        warm.parked.push_back(parked);
+        Ok(())
     }
 
     async fn park(&self, pool: &Arc<Pool>) -> Result<Parked, Error> {
@@ -258,10 +263,14 @@ impl Inner {
         let lease = self.snapshots.lease(&pool.snapshot_id());
         // Known here and nowhere else; the claim replaces it.
         let token = Token::random();
+        let mac = if home.spec.network.is_some() { Some(Slot::random_mac()?) } else { None };
         let work = async {
             pool.snapshot.check_seal()?;
+            if let (Some(slot), Some(mac)) = (&home.spec.network, mac) {
+                slot.set_guest_mac(mac).await?;
+            }
             let paused = waiting.load(&pool.snapshot.file("state")).await.map_err(|(_, error)| error)?;
-            let asked = control.post(&Request::Activate(nobody(&home, &token)?)).await?;
+            let asked = control.post(&Request::Activate(nobody(&home, &token, mac)?)).await?;
             let running = paused.resume().await.map_err(|(_, error)| error)?;
             control.wait("activation", asked, self.options.activate_deadline).await?;
             warm_up(running.connect(Port::Http).await?, &home.spec, &FIRST, Some(&token)).await?;
@@ -269,7 +278,7 @@ impl Inner {
             Ok::<_, Error>(running.pause().await.map_err(|(_, error)| error)?)
         };
         match work.await {
-            Ok(paused) => Ok(Parked { home, paused, control, lease, since: Instant::now() }),
+            Ok(paused) => Ok(Parked { home, paused, control, lease, mac, since: Instant::now() }),
             Err(error) => {
                 self.keeper.release_or_log(&home.spec, Some(key)).await;
                 Err(error)
@@ -384,7 +393,7 @@ fn nobodys_name(home: &Home) -> String {
     home.spec.vm.to_string()
 }
 
-fn nobody(home: &Home, token: &Token) -> Result<Activation, Error> {
+fn nobody(home: &Home, token: &Token, mac: Option<[u8; 6]>) -> Result<Activation, Error> {
     let (machine_id, boot_id, entropy) = (random_bytes()?, random_bytes()?, random_bytes()?);
     Ok(Activation {
         sandbox_id: nobodys_name(home),
@@ -392,6 +401,7 @@ fn nobody(home: &Home, token: &Token) -> Result<Activation, Error> {
         hostname: nobodys_name(home),
         machine_id,
         boot_id,
+        mac: mac.unwrap_or_default(),
         entropy,
         access_token: token.expose().to_owned(),
         env_vars: EnvVars::new(),

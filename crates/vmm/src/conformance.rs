@@ -52,6 +52,7 @@ pub fn activation(name: &str) -> Activation {
         hostname: name.to_owned(),
         machine_id: *b"conformance-suit",
         boot_id: [3; 16],
+        mac: [0; 6],
         entropy: [42; 64],
         wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
         access_token: String::new(),
@@ -177,13 +178,21 @@ async fn steps(bench: &Bench<'_>) -> Outcome {
     let (first, mut first_control, slot) = bench
         .restore_connected(&relative.join("memory"), &relative.join("state"), &baked.join("disk"))
         .await?;
-    is_reachable(slot).await?;
     let (second, mut second_control) = restore().await?;
     for control in [&mut first_control, &mut second_control] {
         let asked = activation("clone");
         let done = control.call("activate", &Request::Activate(asked.clone()), ANSWER).await?;
         expect(done.wall_clock_ns.abs_diff(asked.wall_clock_ns) < 1_000_000_000, "the clock is within 1 s")?;
     }
+    is_reachable(slot.clone()).await?;
+    // A machine can have a hardware address of its own.
+    if let Some(slot) = &slot {
+        let mac = Slot::random_mac()?;
+        slot.set_guest_mac(mac).await?;
+        let renamed = Activation { mac, ..activation("clone") };
+        first_control.call("activate", &Request::Activate(renamed), ANSWER).await?;
+    }
+    is_reachable(slot).await?;
 
     // A snapshot of a running clone costs its written pages, and restores with what the clone knew.
     let saved_dir = first_dir(&first, bench)?;

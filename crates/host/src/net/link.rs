@@ -179,6 +179,15 @@ fn host_end(range: Range, number: u16) -> io::Result<()> {
     })
 }
 
+/// Makes `mac` the hardware address to which this namespace sends its guest's packets. Blocks; on a thread in the
+/// slot's namespace.
+///
+/// # Errors
+/// As the kernel gives them.
+pub fn set_guest(mac: [u8; 6]) -> io::Result<()> {
+    blocking_netlink(async |handle| neighbour(&handle, index(TAP)?, GUEST, mac).await)
+}
+
 /// Removes the host's end of a slot, and the slot's with it. Gone already is fine.
 pub async fn remove(name: &str) -> io::Result<()> {
     let index = match index(name) {

@@ -204,6 +204,27 @@ impl Slot {
         &self.owner
     }
 
+    /// A hardware address for one machine: administered locally, 32 random bits below the prefix of ours.
+    ///
+    /// # Errors
+    /// `Io` when the kernel gives no random bytes.
+    pub fn random_mac() -> Result<[u8; 6], Error> {
+        let mut mac = [GUEST_MAC[0], GUEST_MAC[1], 0, 0, 0, 0];
+        rustix::rand::getrandom(&mut mac[2..], rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| Error::Io { what: "reading random bytes", source: error.into() })?;
+        Ok(mac)
+    }
+
+    /// Sends its guest's packets to `mac` from now on, instead of to [`GUEST_MAC`]: its machine has or takes it.
+    ///
+    /// # Errors
+    /// `Io` with what the kernel said.
+    pub async fn set_guest_mac(&self, mac: [u8; 6]) -> Result<(), Error> {
+        ns::inside(self.namespace.as_fd(), move || link::set_guest(mac))
+            .await
+            .map_err(|source| Error::Io { what: "setting the guest's hardware address", source })
+    }
+
     /// Where the host reaches it: its guest's ports are this address's.
     pub fn address(&self) -> Ipv4Addr {
         self.setting.range.address(self.number)
