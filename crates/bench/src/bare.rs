@@ -191,8 +191,7 @@ fn copy(pid: u32, from: &Path, to: &Path) -> io::Result<u64> {
         entry >> 62 & 1 == 1 || (entry >> 63 & 1 == 1 && entry >> 61 & 1 == 0)
     };
     let (mut first, mut copied, mut buffer) = (None, 0, Vec::new());
-    let mut page = 0;
-    for entry in entries.chunks_exact(8).map(own).chain([false]) {
+    for (page, entry) in (0_u64..).zip(entries.chunks_exact(8).map(own).chain([false])) {
         match (entry, first) {
             (true, None) => first = Some(page),
             (false, Some(start)) => {
@@ -204,7 +203,6 @@ fn copy(pid: u32, from: &Path, to: &Path) -> io::Result<u64> {
             }
             _ => {}
         }
-        page += 1;
     }
     Ok(copied)
 }

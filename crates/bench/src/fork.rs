@@ -14,7 +14,9 @@ use kelvin_client::agent::Command;
 use serde::Serialize;
 
 use crate::bare::{self, Bare};
-use crate::{Percentiles, ms, proportional_kib, settle, vmms};
+use kelvin_host::process::{proportional_kib, working_in};
+
+use crate::{Percentiles, ms, settle};
 
 /// How long a sandbox of the bench lives at the most, in seconds.
 const LIFE_S: u64 = 300;
@@ -157,7 +159,7 @@ pub async fn run(client: &Client, args: &Args) -> Result<Report, Error> {
                 return Err(Error::Command(code));
             }
         }
-        let before = vmms(&node.data_dir);
+        let before = working_in(node.data_dir.as_ref());
         let body =
             ForkSandbox { timeout: Some(LIFE_S), count: Some(args.children), ..ForkSandbox::default() };
         let started = Instant::now();
@@ -166,7 +168,10 @@ pub async fn run(client: &Client, args: &Args) -> Result<Report, Error> {
         paused.push(capture.paused_ms);
         pages.push(capture.dirty_pages.unwrap_or_default() as f64);
         if args.memory {
-            let kib: u64 = vmms(&node.data_dir).difference(&before).map(|pid| proportional_kib(*pid)).sum();
+            let kib: u64 = working_in(node.data_dir.as_ref())
+                .difference(&before)
+                .map(|pid| proportional_kib(*pid))
+                .sum();
             memory.push(kib as f64 / 1024.0);
         }
         for child in children {

@@ -10,7 +10,6 @@ pub mod load;
 pub mod pause;
 pub mod slots;
 
-use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use kelvin_client::Client;
@@ -69,24 +68,6 @@ async fn settle(client: &Client) -> Result<(), Unsettled> {
 
 fn ms(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1e3
-}
-
-/// Processes that work in the data directory: the node's VMMs.
-pub fn vmms(data_dir: &str) -> BTreeSet<i32> {
-    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-        .filter(|pid| {
-            std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.to_str() == Some(data_dir))
-        })
-        .collect()
-}
-
-/// Proportional set size of a process in KiB: pages that n processes map count 1/n. Zero when it is gone.
-pub fn proportional_kib(pid: i32) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
-    line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]

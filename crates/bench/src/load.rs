@@ -15,7 +15,9 @@ use kelvin_api::sandbox::{BakeTemplate, NewSandbox, SetPool, StartPath};
 use kelvin_client::Client;
 use serde::Serialize;
 
-use crate::{Percentiles, ms, proportional_kib, settle};
+use kelvin_host::process::{proportional_kib, working_in};
+
+use crate::{Percentiles, ms, settle};
 
 /// Memory of the smallest shape, and the step to the next, in MiB.
 const SMALLEST: u64 = 144;
@@ -370,7 +372,7 @@ async fn sample_of(client: &Client, data_dir: &str) -> Result<(f64, f64, f64), E
     let pools = client.pools().await?;
     let warm: u32 = pools.iter().map(|pool| pool.ready).sum();
     let reserved: u32 = pools.iter().map(|pool| pool.ready * pool.memory_mb).sum();
-    let kib: u64 = crate::vmms(data_dir).into_iter().map(proportional_kib).sum();
+    let kib: u64 = working_in(data_dir.as_ref()).into_iter().map(proportional_kib).sum();
     Ok((f64::from(warm), f64::from(reserved), kib as f64 / 1024.0))
 }
 

@@ -194,7 +194,7 @@ impl Sandboxes for Local {
     }
 
     async fn route(&self, sandbox: &SandboxId) -> Result<Route, Failure> {
-        Ok(self.0.route(sandbox).await?)
+        Ok(self.0.route(sandbox)?)
     }
 
     async fn dial(&self, sandbox: &SandboxId, port: u16) -> Result<Box<dyn Io>, Failure> {

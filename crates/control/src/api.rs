@@ -209,14 +209,7 @@ impl ListQuery {
             let shown: String = text.chars().take(80).collect();
             Failure::new(Kind::Invalid, "invalid_query", format!("{field}={shown:?} is not allowed"), remedy)
         };
-        let limit = match &self.limit {
-            None => PAGE,
-            Some(text) => text
-                .parse()
-                .ok()
-                .filter(|limit| (1..=PAGE).contains(limit))
-                .ok_or_else(|| invalid("limit", text, "ask for 1 to 100"))?,
-        };
+        let limit = page_limit(self.limit.as_ref())?;
         let ascending = match self.order.as_deref() {
             None | Some("desc") => false,
             Some("asc") => true,
@@ -388,8 +381,19 @@ struct SnapshotQuery {
     #[serde(rename = "sandboxID")]
     sandbox_id: Option<String>,
     name: Option<String>,
-    limit: Option<usize>,
+    limit: Option<String>,
     next_token: Option<String>,
+}
+
+fn page_limit(text: Option<&String>) -> Result<usize, Failure> {
+    let Some(text) = text else {
+        return Ok(PAGE);
+    };
+    text.parse().ok().filter(|limit| (1..=PAGE).contains(limit)).ok_or_else(|| {
+        let shown: String = text.chars().take(80).collect();
+        let message = format!("limit={shown:?} is not allowed");
+        Failure::new(Kind::Invalid, "invalid_query", message, "ask for 1 to 100")
+    })
 }
 
 async fn snapshots(State(control): State<Control>, Query(query): Query<SnapshotQuery>) -> Outcome {
@@ -397,11 +401,7 @@ async fn snapshots(State(control): State<Control>, Query(query): Query<SnapshotQ
         query.sandbox_id.as_ref().is_none_or(|id| info.sandbox_id.as_str() == id)
             && query.name.as_ref().is_none_or(|name| info.snapshot_id == *name || info.names.contains(name))
     };
-    let limit = query.limit.unwrap_or(PAGE);
-    if !(1..=PAGE).contains(&limit) {
-        let text = format!("limit={limit} is not allowed");
-        return Err(Failure::new(Kind::Invalid, "invalid_query", text, "ask for 1 to 100").into());
-    }
+    let limit = page_limit(query.limit.as_ref())?;
     let mut found: Vec<SnapshotInfo> = control.inner.node.snapshots().await?;
     found.retain(wanted);
     if let Some(after) = &query.next_token {

@@ -17,6 +17,7 @@ use kelvin_api::id::Token;
 use kelvin_api::sandbox::{BakeTemplate, NewSandbox, NodeInfo, Sandbox};
 use kelvin_client::Client;
 use kelvin_client::agent::{self, Agent};
+use kelvin_host::process::{proportional_kib, working_in};
 
 /// How long anything may take on a busy machine before a test fails.
 pub const LIMIT: Duration = Duration::from_secs(120);
@@ -315,23 +316,12 @@ impl Server {
 
     /// VMMs of this server, by pid.
     pub fn vmms(&self) -> BTreeSet<i32> {
-        fs::read_dir("/proc")
-            .expect("proc")
-            .flatten()
-            .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-            .filter(|pid| fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == self.data_dir))
-            .collect()
+        working_in(&self.data_dir)
     }
 
     /// The egress process of this server.
     pub fn helpers(&self) -> BTreeSet<i32> {
-        let run = self.data_dir.join("run");
-        fs::read_dir("/proc")
-            .expect("proc")
-            .flatten()
-            .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-            .filter(|pid| fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == run))
-            .collect()
+        working_in(&self.data_dir.join("run"))
     }
 
     /// Directories of machines.
@@ -452,11 +442,7 @@ pub async fn start_counter(agent: &Agent) -> u32 {
 
 /// What these processes take, in MiB: pages that n of them share count 1/n.
 pub fn proportional_mib(pids: BTreeSet<i32>) -> u64 {
-    let kib = |pid: &i32| -> Option<u64> {
-        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-        text.lines().find_map(|line| line.strip_prefix("Pss:"))?.trim().trim_end_matches(" kB").parse().ok()
-    };
-    pids.iter().filter_map(kib).sum::<u64>() / 1024
+    pids.into_iter().map(proportional_kib).sum::<u64>() / 1024
 }
 
 /// Runs a shell command and returns its standard output; it has to succeed.

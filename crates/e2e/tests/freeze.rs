@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use kelvin_api::sandbox::{ForkSandbox, NewSandbox, SandboxState};
+use kelvin_api::sandbox::{ForkSandbox, NewSandbox, SandboxState, StartPath};
 use kelvin_client::agent::{Agent, Told};
 use kelvin_client::{Client, Error};
 use kelvin_e2e::{Ground, LIMIT, Server, agent_of, new_sandbox, sh, shell, start_counter};
@@ -191,7 +191,8 @@ async fn at_its_deadline_it_is_paused_and_traffic_resumes_it_once() {
     let agent = client.agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), None).expect("an agent");
     assert_eq!(sh(&agent, "hostname").await, format!("{id}\n"));
     // Who does not want it is not woken up.
-    let quiet = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
+    let booted = NewSandbox { start_path: Some(StartPath::Cold), ..new_sandbox() };
+    let quiet = client.create(&booted, None).await.expect("a boot").sandbox;
     client.pause(quiet.sandbox_id.as_str()).await.expect("a pause");
     let error = sh_fails(&agent_of(&client, &quiet)).await;
     assert!(error.contains("502"), "{error}");
@@ -199,6 +200,15 @@ async fn at_its_deadline_it_is_paused_and_traffic_resumes_it_once() {
     let connected = client.connect(quiet.sandbox_id.as_str(), 300).await.expect("a connect");
     assert_eq!(connected.start_reason.as_deref(), Some("clone: resumed, generation 1"));
     assert_eq!(sh(&agent_of(&client, &quiet), "echo back").await, "back\n");
+    // One that was booted has children too.
+    let body = ForkSandbox { count: Some(1), timeout: Some(600), ..ForkSandbox::default() };
+    let (children, _) = client.fork(quiet.sandbox_id.as_str(), &body).await.expect("a fork");
+    assert!(children[0].error.is_none(), "{children:?}");
+    // A stranger wakes nobody.
+    client.pause(id).await.expect("a pause");
+    let stranger = client.agent(&sandbox.sandbox_id, None, None).expect("an agent");
+    assert!(stranger.processes().await.is_err());
+    assert_eq!(client.sandbox(id).await.expect("a detail").state, SandboxState::Paused);
     server.stop().await;
 }
 
@@ -242,11 +252,7 @@ async fn snapshots_have_names_children_and_only_their_own_disks() {
     for (body, code) in [
         (NewSandbox { template_id: "mine".into(), memory_mb: Some(512), ..new_sandbox() }, "snapshot_fixed"),
         (
-            NewSandbox {
-                template_id: "mine".into(),
-                start_path: Some(kelvin_api::sandbox::StartPath::Cold),
-                ..new_sandbox()
-            },
+            NewSandbox { template_id: "mine".into(), start_path: Some(StartPath::Cold), ..new_sandbox() },
             "start_path_impossible",
         ),
         (NewSandbox { template_id: "yours".into(), ..new_sandbox() }, "template_not_found"),

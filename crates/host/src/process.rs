@@ -4,10 +4,11 @@
 //! `setsid setpriv ... program`: both exec in place, so the pid is the program's from the start. A bare
 //! pid is never signalled: a process is (pid, start time), checked after its pidfd is open.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{ChildStderr, Command, Stdio};
 
 use rustix::process::{
@@ -229,6 +230,22 @@ pub fn find_by_argument(marker: &str) -> Vec<ProcessKey> {
         })
         .filter_map(|pid| Some(ProcessKey { pid, start_time: start_time(pid).ok()? }))
         .collect()
+}
+
+/// Processes that work in `directory`: those that a node starts do.
+pub fn working_in(directory: &Path) -> BTreeSet<i32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|pid| std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == directory))
+        .collect()
+}
+
+/// Proportional set size of a process in KiB: pages that n processes map count 1/n. Zero when it is gone.
+pub fn proportional_kib(pid: i32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+    line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]

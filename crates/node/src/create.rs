@@ -251,9 +251,9 @@ impl Attempt<'_> {
         let template = match (self.seed, self.snapshot.clone()) {
             (Seed::Template(template), _) => template,
             (seed, Some(snapshot)) => {
-                if insisted == Some(StartPath::Cold) {
-                    let reason = "a snapshot of a sandbox is restored, never booted".to_owned();
-                    return Err(Error::Path { path: "cold", reason });
+                if let Some(path @ (StartPath::Cold | StartPath::Warm)) = insisted {
+                    let reason = "a snapshot of a sandbox is restored into a fresh VMM".to_owned();
+                    return Err(Error::Path { path: path.name(), reason });
                 }
                 let pool = Arc::new(Pool::new(Arc::clone(&snapshot), 0));
                 let (started, _) = self.clone(&pool).await?;
@@ -414,6 +414,11 @@ impl Attempt<'_> {
         }
         record.snapshot = Some(id.clone());
         let lease = self.inner.snapshots.lease(&id);
+        if lease.is_none() {
+            // Deleted since it was looked up.
+            self.inner.keeper.release_or_log(&home.spec, Some(key)).await;
+            return Err(kelvin_store::Error::Missing { kind: "snapshot", name: id.to_string() }.into());
+        }
         let work = async {
             let span = self.begin(Phase::Load);
             let paused = async {

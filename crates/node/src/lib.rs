@@ -2,7 +2,7 @@
 //!
 //! Read in this order: [`Node`] (the handle), `create` (the path of a create), `pool` (what is ready
 //! ahead of it), `home` (the resources of a machine), `sandbox` (a machine that runs), `lifecycle` (pause, resume,
-//! snapshot, fork) with `capture`, `paused` and `snapshots`, `bake`, `reconcile` (after a crash).
+//! snapshot, fork) with `capture`, `paused` and `snapshots`, `warm` (machines that wait), `traffic`, `bake`, `reconcile` (after a crash).
 //!
 //! Who writes: the ledger, `sandboxes/` and, through `kelvin-store`, snapshots. A crash leaves machines
 //! that the ledger names; the next start adopts those that ran and removes the rest. Time limits are
@@ -27,19 +27,17 @@ mod reconcile;
 mod record;
 mod sandbox;
 mod snapshots;
+mod traffic;
 mod warm;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use http::{Request, Response};
-use hyper::body::Incoming;
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
-use kelvin_api::network::{NetworkState, Policy};
-use kelvin_api::node::{Base, Changes, Create, Created, Live, Route};
+use kelvin_api::node::{Base, Changes, Create, Created, Live};
 use kelvin_api::phase::Phase;
-use kelvin_api::sandbox::{NodeInfo, NodeNetwork, PoolInfo, SetPool, TemplateSnapshot};
+use kelvin_api::sandbox::{NodeInfo, NodeNetwork, TemplateSnapshot};
 use kelvin_api::units::{MemoryMib, Shape};
 use kelvin_host::ledger::{Entry, Ledger};
 use kelvin_store::Store;
@@ -47,7 +45,7 @@ use kelvin_store::gc::Garbage;
 use kelvin_store::identity::{Identity, SNAPSHOT_FORMAT};
 use kelvin_store::image::{Template, TemplateStamp};
 use kelvin_store::snapshot::{Origin, Snapshot};
-use kelvin_vmm::{Driver, Port};
+use kelvin_vmm::Driver;
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -57,7 +55,6 @@ use capacity::Capacity;
 use create::Seed;
 pub use error::Error;
 use home::Keeper;
-use link::Network;
 pub use link::Stream;
 use networks::{EgressOptions, Networks};
 use options::{Options, Rule};
@@ -339,7 +336,7 @@ impl Node {
         let devices = [false, true]
             .map(|network| kelvin_store::hash::sha256(driver.layout(same, network).join("\0").as_bytes()));
         let (entries, records) = ledger.read().await?;
-        let rules = read_rules(&store.root().join(RULES))?;
+        let rules = warm::read_rules(store.root())?;
         let (networks, attached, no_network) = open_networks(&options, &ledger, &entries).await?;
         let keeper = Keeper {
             ledger,
@@ -481,90 +478,6 @@ impl Node {
         Ok(self.find(id)?.ask(Command::Console).await??)
     }
 
-    /// Sends an HTTP request to a sandbox's agent.
-    ///
-    /// # Errors
-    /// `Unknown` when it does not run, `Agent` when its guest does not answer.
-    pub async fn send(&self, id: &SandboxId, request: Request<Body>) -> Result<Response<Incoming>, Error> {
-        let sandbox = self.awake(id).await?;
-        let reconnect = async || -> Result<_, SendError> {
-            Ok(sandbox.ask(|reply| Command::Connect(Port::Http, reply)).await??)
-        };
-        sandbox
-            .agent
-            .send(request, reconnect)
-            .await
-            .map_err(|source| Error::Agent { sandbox: id.to_string(), source })
-    }
-
-    async fn network_of(&self, id: &SandboxId) -> Result<Arc<Network>, Error> {
-        let no_network = || Error::NoNetwork { what: format!("sandbox {id}"), reason: None };
-        self.awake(id).await?.network.clone().ok_or_else(no_network)
-    }
-
-    /// Connects to a port of a sandbox. The connection is cut when the sandbox ends.
-    ///
-    /// # Errors
-    /// `Unknown`, `NoNetwork`, `Busy`, `PortClosed`, `PortSilent`.
-    pub async fn dial(&self, id: &SandboxId, port: u16) -> Result<Stream, Error> {
-        self.network_of(id).await?.dial(id.as_str(), port).await
-    }
-
-    /// What a gateway has to know of a sandbox.
-    ///
-    /// # Errors
-    /// `Unknown` when it does not run.
-    pub async fn route(&self, id: &SandboxId) -> Result<Route, Error> {
-        let sandbox = self.awake(id).await?;
-        let (traffic_token, mask_request_host) =
-            sandbox.network.as_ref().map(|network| network.way_in()).unwrap_or_default();
-        Ok(Route { access_token: sandbox.access_token.clone(), traffic_token, mask_request_host })
-    }
-
-    /// Why a sandbox ended, when that is not long ago.
-    pub fn ended(&self, id: &SandboxId) -> Option<String> {
-        self.inner.changes.why(id)
-    }
-
-    /// Replaces the egress policy of a sandbox. Connections that it no longer allows are cut.
-    ///
-    /// # Errors
-    /// `Unknown`, `NoNetwork`, `Network`.
-    pub async fn set_policy(&self, id: &SandboxId, policy: Policy) -> Result<(), Error> {
-        self.find(id)?.ask(|done| Command::SetPolicy(policy, done)).await?
-    }
-
-    /// What a sandbox may reach and what it was refused.
-    ///
-    /// # Errors
-    /// `Unknown`, `Network`.
-    pub async fn network(&self, id: &SandboxId) -> Result<NetworkState, Error> {
-        let sandbox = self.find(id)?;
-        let (Some(network), Some(networks)) = (&sandbox.network, &self.inner.keeper.networks) else {
-            return Ok(NetworkState::default());
-        };
-        let counters = network.slot.counters().await?;
-        let by_name = networks.refused(&network.slot).await?;
-        let policy = network.attachment().policy;
-        let mut denied = counters.denied;
-        for (reason, count) in by_name.denied {
-            *denied.entry(reason).or_default() += count;
-        }
-        let mut recent = network.recent();
-        recent.extend(by_name.recent);
-        recent.sort_by_key(|refusal| refusal.at);
-        let allowed = policy.allow.iter().map(ToString::to_string);
-        Ok(NetworkState {
-            attached: true,
-            allow_out: allowed.chain(policy.domains.iter().map(ToString::to_string)).collect(),
-            deny_out: policy.deny.iter().map(ToString::to_string).collect(),
-            sent: counters.sent,
-            received: counters.received,
-            denied,
-            recent,
-        })
-    }
-
     /// One sandbox as it is now.
     pub fn one(&self, id: &SandboxId) -> Option<Live> {
         match self.find(id) {
@@ -666,38 +579,6 @@ impl Node {
             Ok(snapshot.manifest.id.clone())
         });
         task.await.map_err(|error| Error::Io { what: "baking", source: std::io::Error::other(error) })?
-    }
-
-    /// Every pool of machines that wait.
-    pub fn pools(&self) -> Vec<PoolInfo> {
-        self.inner.pool_infos()
-    }
-
-    /// Sets what is wanted of the warm machines of a template; what is `None` stays. Remembered across restarts.
-    ///
-    /// # Errors
-    /// `Store` for an unknown template, `Rule` for numbers that contradict each other, `Io`.
-    pub async fn set_pool(&self, template: &TemplateName, wanted: SetPool) -> Result<(), Error> {
-        self.inner.store.template_stamp(template)?;
-        let rules = {
-            let mut rules = lock(&self.inner.rules);
-            let mut rule = rules.get(template).copied().unwrap_or(self.inner.options.warm);
-            rule.min = wanted.min.unwrap_or(rule.min);
-            rule.max = wanted.max.unwrap_or(rule.max.max(rule.min));
-            rule.max_age_s = wanted.max_age_s.unwrap_or(rule.max_age_s);
-            if rule.min > rule.max || rule.max > MAX_WARM || rule.max_age_s == 0 {
-                return Err(Error::Rule { min: rule.min, max: rule.max, most: MAX_WARM });
-            }
-            rules.insert(template.clone(), rule);
-            rules.clone()
-        };
-        let path = self.inner.store.root().join(RULES);
-        let written = tokio::task::spawn_blocking(move || write_rules(&path, &rules)).await;
-        written
-            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-            .map_err(|source| Error::Io { what: "remembering what is wanted of a pool", source })?;
-        self.inner.look_at_pools();
-        Ok(())
     }
 
     /// What runs here and what is left.
@@ -809,28 +690,6 @@ impl Node {
             );
         }
     }
-}
-
-/// What operators want of pools, below the data directory.
-const RULES: &str = "pools.json";
-/// Warm machines of one template.
-const MAX_WARM: u32 = 1000;
-
-fn read_rules(path: &Path) -> Result<BTreeMap<TemplateName, Rule>, Error> {
-    let failed = |source| Error::Io { what: "reading pools.json", source };
-    match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| failed(error.into())),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),
-        Err(error) => Err(failed(error)),
-    }
-}
-
-/// Leaves the old content or the new one, whatever happens.
-fn write_rules(path: &Path, rules: &BTreeMap<TemplateName, Rule>) -> std::io::Result<()> {
-    let fresh = path.with_extension("json.new");
-    std::fs::write(&fresh, serde_json::to_vec_pretty(rules)?)?;
-    std::fs::File::open(&fresh)?.sync_all()?;
-    std::fs::rename(fresh, path)
 }
 
 /// What tells one build of a program from another without reading it.

@@ -13,14 +13,15 @@
 //! One task refills for all pools, one machine at a time, and only while no create is under way. Who writes: the
 //! ledger, as for every machine. A crash leaves machines that no sandbox owns; the next start removes them.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::path::Path;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kelvin_api::error::chain;
 use kelvin_api::guest::{Activation, Request};
-use kelvin_api::id::Token;
-use kelvin_api::sandbox::{EnvVars, PoolInfo};
+use kelvin_api::id::{TemplateName, Token};
+use kelvin_api::sandbox::{EnvVars, PoolInfo, SetPool};
 use kelvin_host::net::Slot;
 use kelvin_vmm::control::Control;
 use kelvin_vmm::{Paused, Port};
@@ -33,7 +34,7 @@ use crate::home::Home;
 use crate::policy::{Claim, Demand, Rule, share};
 use crate::pool::{PATIENCE, Pool, Ready, manifest_shape};
 use crate::snapshots::Lease;
-use crate::{Inner, lock};
+use crate::{Inner, Node, lock};
 
 /// How often targets are looked at when nothing happens: demand fades, machines age and die.
 const TICK: Duration = Duration::from_secs(1);
@@ -407,4 +408,64 @@ fn nobody(home: &Home, token: &Token, mac: Option<[u8; 6]>) -> Result<Activation
         env_vars: EnvVars::new(),
         wall_clock_ns: wall_clock_ns(),
     })
+}
+
+impl Node {
+    /// Every pool of machines that wait.
+    pub fn pools(&self) -> Vec<PoolInfo> {
+        self.inner.pool_infos()
+    }
+
+    /// Sets what is wanted of the warm machines of a template; what is `None` stays. Remembered across restarts.
+    ///
+    /// # Errors
+    /// `Store` for an unknown template, `Rule` for numbers that contradict each other, `Io`.
+    pub async fn set_pool(&self, template: &TemplateName, wanted: SetPool) -> Result<(), Error> {
+        self.inner.store.template_stamp(template)?;
+        let rules = {
+            let mut rules = lock(&self.inner.rules);
+            let mut rule = rules.get(template).copied().unwrap_or(self.inner.options.warm);
+            rule.min = wanted.min.unwrap_or(rule.min);
+            rule.max = wanted.max.unwrap_or(rule.max.max(rule.min));
+            rule.max_age_s = wanted.max_age_s.unwrap_or(rule.max_age_s);
+            if rule.min > rule.max || rule.max > MAX_WARM || rule.max_age_s == 0 {
+                return Err(Error::Rule { min: rule.min, max: rule.max, most: MAX_WARM });
+            }
+            rules.insert(template.clone(), rule);
+            rules.clone()
+        };
+        let path = self.inner.store.root().join(RULES);
+        let written = tokio::task::spawn_blocking(move || write_rules(&path, &rules)).await;
+        written
+            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+            .map_err(|source| Error::Io { what: "remembering what is wanted of a pool", source })?;
+        self.inner.look_at_pools();
+        Ok(())
+    }
+}
+
+/// What operators want of pools, below the data directory.
+const RULES: &str = "pools.json";
+/// Warm machines of one template.
+const MAX_WARM: u32 = 1000;
+
+/// What operators wanted when the last daemon ended.
+///
+/// # Errors
+/// `Io` when it cannot be read: rules that were set are not forgotten silently.
+pub fn read_rules(root: &Path) -> Result<BTreeMap<TemplateName, Rule>, Error> {
+    let failed = |source| Error::Io { what: "reading pools.json", source };
+    match std::fs::read(root.join(RULES)) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| failed(error.into())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Leaves the old content or the new one, whatever happens.
+fn write_rules(path: &Path, rules: &BTreeMap<TemplateName, Rule>) -> std::io::Result<()> {
+    let fresh = path.with_extension("json.new");
+    std::fs::write(&fresh, serde_json::to_vec_pretty(rules)?)?;
+    std::fs::File::open(&fresh)?.sync_all()?;
+    std::fs::rename(fresh, path)
 }

@@ -1,0 +1,127 @@
+//! Traffic into sandboxes, and what they may reach themselves.
+//!
+//! Who comes to a paused sandbox resumes it, where its owner wants that, once it has shown what a running one would ask
+//! for.
+
+use std::sync::Arc;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use kelvin_api::id::SandboxId;
+use kelvin_api::network::{NetworkState, Policy};
+use kelvin_api::node::Route;
+use kelvin_vmm::Port;
+
+use crate::Node;
+use crate::agent::{Body, SendError};
+use crate::error::Error;
+use crate::link::{Network, Stream};
+use crate::sandbox::Command;
+
+impl Node {
+    /// Sends an HTTP request to a sandbox's agent.
+    ///
+    /// # Errors
+    /// `Unknown` when it does not run, `Agent` when its guest does not answer.
+    pub async fn send(&self, id: &SandboxId, request: Request<Body>) -> Result<Response<Incoming>, Error> {
+        if let Some(paused) = self.inner.paused(id)
+            && let Some(token) = &paused.record.access_token
+        {
+            // Its agent would refuse: a stranger must not wake it up to hear that.
+            let shown = request.headers().get("x-access-token").and_then(|value| value.to_str().ok());
+            if !shown.is_some_and(|shown| token.matches(shown)) {
+                return Err(Error::Paused(id.to_string()));
+            }
+        }
+        let sandbox = self.awake(id).await?;
+        let reconnect = async || -> Result<_, SendError> {
+            Ok(sandbox.ask(|reply| Command::Connect(Port::Http, reply)).await??)
+        };
+        sandbox
+            .agent
+            .send(request, reconnect)
+            .await
+            .map_err(|source| Error::Agent { sandbox: id.to_string(), source })
+    }
+
+    async fn network_of(&self, id: &SandboxId) -> Result<Arc<Network>, Error> {
+        let no_network = || Error::NoNetwork { what: format!("sandbox {id}"), reason: None };
+        self.awake(id).await?.network.clone().ok_or_else(no_network)
+    }
+
+    /// Connects to a port of a sandbox. The connection is cut when the sandbox ends.
+    ///
+    /// # Errors
+    /// `Unknown`, `NoNetwork`, `Busy`, `PortClosed`, `PortSilent`.
+    pub async fn dial(&self, id: &SandboxId, port: u16) -> Result<Stream, Error> {
+        match self.network_of(id).await?.dial(id.as_str(), port).await {
+            // It was being paused: who wants it back gets it back.
+            Err(Error::Unknown(_)) => self.network_of(id).await?.dial(id.as_str(), port).await,
+            other => other,
+        }
+    }
+
+    /// What a gateway has to know of a sandbox.
+    ///
+    /// # Errors
+    /// `Unknown` when it does not run.
+    pub fn route(&self, id: &SandboxId) -> Result<Route, Error> {
+        // Looked at before it is woken up: who must not reach it must not wake it either.
+        if let Some(paused) = self.inner.paused(id).filter(|paused| paused.record.lifecycle.auto_resume) {
+            let attachment = paused.record.network.clone().unwrap_or_default();
+            return Ok(Route {
+                access_token: paused.record.access_token.clone(),
+                traffic_token: attachment.traffic_token,
+                mask_request_host: attachment.mask_request_host,
+            });
+        }
+        let sandbox = self.find(id)?;
+        let (traffic_token, mask_request_host) =
+            sandbox.network.as_ref().map(|network| network.way_in()).unwrap_or_default();
+        Ok(Route { access_token: sandbox.access_token.clone(), traffic_token, mask_request_host })
+    }
+
+    /// Why a sandbox ended, when that is not long ago.
+    pub fn ended(&self, id: &SandboxId) -> Option<String> {
+        self.inner.changes.why(id)
+    }
+
+    /// Replaces the egress policy of a sandbox. Connections that it no longer allows are cut.
+    ///
+    /// # Errors
+    /// `Unknown`, `NoNetwork`, `Network`.
+    pub async fn set_policy(&self, id: &SandboxId, policy: Policy) -> Result<(), Error> {
+        self.find(id)?.ask(|done| Command::SetPolicy(policy, done)).await?
+    }
+
+    /// What a sandbox may reach and what it was refused.
+    ///
+    /// # Errors
+    /// `Unknown`, `Network`.
+    pub async fn network(&self, id: &SandboxId) -> Result<NetworkState, Error> {
+        let sandbox = self.find(id)?;
+        let (Some(network), Some(networks)) = (&sandbox.network, &self.inner.keeper.networks) else {
+            return Ok(NetworkState::default());
+        };
+        let counters = network.slot.counters().await?;
+        let by_name = networks.refused(&network.slot).await?;
+        let policy = network.attachment().policy;
+        let mut denied = counters.denied;
+        for (reason, count) in by_name.denied {
+            *denied.entry(reason).or_default() += count;
+        }
+        let mut recent = network.recent();
+        recent.extend(by_name.recent);
+        recent.sort_by_key(|refusal| refusal.at);
+        let allowed = policy.allow.iter().map(ToString::to_string);
+        Ok(NetworkState {
+            attached: true,
+            allow_out: allowed.chain(policy.domains.iter().map(ToString::to_string)).collect(),
+            deny_out: policy.deny.iter().map(ToString::to_string).collect(),
+            sent: counters.sent,
+            received: counters.received,
+            denied,
+            recent,
+        })
+    }
+}
