@@ -353,14 +353,20 @@ async fn resume(State(control): State<Control>, Path(id): Path<String>, request:
 
 async fn fork(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
     let (id, started) = (parse_id(&id)?, Instant::now());
-    if request.headers().contains_key("idempotency-key") {
-        let text = "a fork has no idempotency key: every fork is of another instant";
-        return Err(Failure::new(Kind::Invalid, "unsupported_header", text, "leave the header out").into());
-    }
+    no_key(request.headers())?;
     let body: ForkSandbox = parse(&read(request).await?)?;
     let forked = control.fork(id, body).await?;
     let response = timed(json(StatusCode::CREATED, &forked.results), &forked.timings, started.elapsed());
     Ok(captured(response, &forked.capture))
+}
+
+/// Forks and snapshots are of another instant each time.
+fn no_key(headers: &HeaderMap) -> Result<(), Failure> {
+    if !headers.contains_key("idempotency-key") {
+        return Ok(());
+    }
+    let text = "forks and snapshots have no idempotency key: each is of another instant";
+    Err(Failure::new(Kind::Invalid, "unsupported_header", text, "leave the header out"))
 }
 
 async fn promote(State(control): State<Control>, Path(id): Path<String>) -> Outcome {
@@ -370,6 +376,7 @@ async fn promote(State(control): State<Control>, Path(id): Path<String>) -> Outc
 
 async fn snapshot(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
     let (id, started) = (parse_id(&id)?, Instant::now());
+    no_key(request.headers())?;
     let body: SnapshotSandbox = parse(&read(request).await?)?;
     let (info, capture, timings) = control.inner.snapshot(&id, body).await?;
     Ok(captured(timed(json(StatusCode::CREATED, &info), &timings, started.elapsed()), &capture))

@@ -46,7 +46,7 @@ fn snapshots(server: &Server) -> usize {
 /// What a directory takes on its disk, shared blocks counted each time, in MiB.
 fn blocks_mib(directory: &Path) -> u64 {
     let entries = fs::read_dir(directory).expect("a directory").flatten();
-    entries.map(|entry| entry.metadata().map_or(0, |found| found.blocks() * 512 >> 20)).sum()
+    entries.map(|entry| entry.metadata().map_or(0, |found| (found.blocks() * 512) >> 20)).sum()
 }
 
 #[tokio::test]
@@ -209,6 +209,50 @@ async fn at_its_deadline_it_is_paused_and_traffic_resumes_it_once() {
     let stranger = client.agent(&sandbox.sandbox_id, None, None).expect("an agent");
     assert!(stranger.processes().await.is_err());
     assert_eq!(client.sandbox(id).await.expect("a detail").state, SandboxState::Paused);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_paused_is_not_ended_and_a_silent_guest_can_be_paused() {
+    let Some(ground) = Ground::find() else { return };
+    let usual = ["--waiting-vmms", "0"];
+    let mut server = ground.server("stubborn", &usual).await;
+    server.bake(0).await;
+    let body = NewSandbox { auto_pause: Some(true), timeout: Some(600), ..new_sandbox() };
+    let sandbox = server.client().create(&body, None).await.expect("a create").sandbox;
+    let id = sandbox.sandbox_id.as_str();
+    // Its deadline comes while there is no space to pause it in.
+    server.terminate().await;
+    server.start(&["--waiting-vmms", "0", "--disk-floor-mib", "100000000"]).await;
+    server.client().set_timeout(&sandbox.sandbox_id, 1).await.expect("a timeout");
+    let started = Instant::now();
+    while !server.log().contains("not paused at its deadline, tried again") {
+        assert!(started.elapsed() < LIMIT, "it was not tried");
+    }
+    assert_eq!(sh(&agent_of(&server.client(), &sandbox), "echo alive").await, "alive\n");
+    server.terminate().await;
+    server.start(&usual).await;
+    server.client().set_timeout(&sandbox.sandbox_id, 1).await.expect("a timeout");
+    server.node_when("paused", |node| node.paused == 1 && node.settled).await;
+    // A guest whose agent stands still: captured all the same, and it says so.
+    let client = server.client();
+    client.resume(id, 600).await.expect("a resume");
+    let agent = client.agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), Some("root".to_owned()));
+    let stop = "setsid sh -c 'sleep 0.5; kill -STOP $(pgrep -f \"^/proc/self/exe agent\")' >/dev/null 2>&1 &";
+    sh(&agent.expect("an agent"), stop).await;
+    let capture = loop {
+        // Until the signal has come, the agent still answers.
+        let capture = client.pause(id).await.expect("a pause");
+        if !capture.quiesced {
+            break capture;
+        }
+        client.resume(id, 600).await.expect("a resume");
+        assert!(started.elapsed() < LIMIT, "the agent never stood still");
+    };
+    println!("a guest that does not answer stood still for {:.1} ms", capture.paused_ms);
+    let (status, code, _) = refused(client.resume(id, 600).await.expect_err("ready is the agent's answer"));
+    assert_eq!((status, code.as_str()), (504, "vmm_deadline"));
+    assert_eq!(client.sandbox(id).await.expect("a detail").state, SandboxState::Paused, "nothing is lost");
     server.stop().await;
 }
 

@@ -50,7 +50,7 @@ async fn bad_input_is_refused_by_name_and_makes_nothing() {
         body
     };
     let cases: Vec<(NewSandbox, u16, &str)> = vec![
-        (change(|body| body.template_id = "nosuch".into()), 404, "not_found"),
+        (change(|body| body.template_id = "nosuch".into()), 404, "template_not_found"),
         (change(|body| body.template_id = "../../etc/passwd".into()), 404, "template_not_found"),
         (change(|body| body.memory_mb = Some(0)), 400, "invalid_shape"),
         (change(|body| body.memory_mb = Some(64)), 400, "invalid_shape"),
@@ -63,7 +63,11 @@ async fn bad_input_is_refused_by_name_and_makes_nothing() {
         (change(|body| body.env_vars = Some([("A=B".into(), "x".into())].into())), 400, "invalid_env_var"),
         (change(|body| body.env_vars = Some([("A".into(), "x\0y".into())].into())), 400, "invalid_env_var"),
         (change(|body| body.env_vars = Some([("A".into(), "x".repeat(300_000))].into())), 400, "too_large"),
-        (change(|body| body.auto_pause = Some(true)), 400, "unsupported_field"),
+        (
+            change(|body| (body.auto_pause, body.auto_pause_memory) = (Some(true), Some(false))),
+            400,
+            "unsupported_field",
+        ),
         (change(|body| body.network = network(r#"{"rules": {"a.com": []}}"#)), 400, "unsupported_field"),
         (change(|body| body.network = network(r#"{"allowOut": ["10.0.0.0/8"]}"#)), 400, "invalid_network"),
         (change(|body| body.network = network(r#"{"allowOut": ["a.com"]}"#)), 400, "invalid_network"),
@@ -91,6 +95,41 @@ async fn bad_input_is_refused_by_name_and_makes_nothing() {
         (&format!("GET /v2/sandboxes?nextToken=%20 HTTP/1.1\r\n{key}"), "", 400, "invalid_token"),
         (&format!("GET /v2/sandboxes?state=odd HTTP/1.1\r\n{key}"), "", 400, "invalid_query"),
         (&format!("{post}\r\nidempotency-key: {}", "k".repeat(300)), "{}", 400, "invalid_idempotency_key"),
+        (&format!("POST /sandboxes/nosuch/pause HTTP/1.1\r\n{key}"), "", 404, "sandbox_not_found"),
+        (
+            &format!("POST /sandboxes/nosuch/pause HTTP/1.1\r\n{key}"),
+            r#"{"memory":false}"#,
+            400,
+            "unsupported_field",
+        ),
+        (&format!("POST /sandboxes/nosuch/resume HTTP/1.1\r\n{key}"), "{}", 404, "sandbox_not_found"),
+        (
+            &format!("POST /sandboxes/nosuch/resume HTTP/1.1\r\n{key}"),
+            r#"{"autoPause":true}"#,
+            400,
+            "unsupported_field",
+        ),
+        (
+            &format!("POST /sandboxes/nosuch/fork HTTP/1.1\r\n{key}"),
+            r#"{"count":-1}"#,
+            400,
+            "invalid_request",
+        ),
+        (
+            &format!("POST /sandboxes/x/fork HTTP/1.1\r\n{key}\r\nidempotency-key: k"),
+            "",
+            400,
+            "unsupported_header",
+        ),
+        (&format!("POST /sandboxes/nosuch/snapshots HTTP/1.1\r\n{key}"), "{}", 404, "sandbox_not_found"),
+        (&format!("POST /sandboxes/nosuch/promote HTTP/1.1\r\n{key}"), "", 404, "sandbox_not_found"),
+        (&format!("GET /snapshots?limit=x HTTP/1.1\r\n{key}"), "", 400, "invalid_query"),
+        (&format!("DELETE /snapshots/..%2Fx HTTP/1.1\r\n{key}"), "", 404, "snapshot_not_found"),
+        (&format!("DELETE /templates/base HTTP/1.1\r\n{key}"), "", 404, "snapshot_not_found"),
+        (&format!("PUT /pools/..%2Fx HTTP/1.1\r\n{key}"), "{}", 404, "template_not_found"),
+        (&format!("PUT /pools/base HTTP/1.1\r\n{key}"), r#"{"min":5,"max":2}"#, 400, "invalid_pool"),
+        (&format!("PUT /pools/base HTTP/1.1\r\n{key}"), r#"{"max":100000}"#, 400, "invalid_pool"),
+        ("GET /metrics HTTP/1.1", "", 401, "no_api_key"),
     ] {
         let (got, reply) = raw(&server, request, body.as_bytes()).await;
         let shown = request.replace(&server.key(), "KEY");

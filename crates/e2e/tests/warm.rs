@@ -161,6 +161,27 @@ async fn a_claim_is_exact_and_carries_everything() {
     server.stop().await;
 }
 
+#[tokio::test]
+async fn a_bursty_load_finds_machines_where_demand_leads() {
+    let Some(ground) = Ground::find() else { return };
+    let server = ground.server("bursty", &["--waiting-vmms", "1", "--warm-memory-mib", "2500"]).await;
+    let picture = server.data_dir().join("pools.svg");
+    let output = server
+        .cli(&["--output", "json", "bench", "pool", "--pools", "2", "--seconds", "15", "--rate", "1.5"])
+        .args(["--spike", "3", "--spike-every", "5", "--plot"])
+        .arg(&picture)
+        .output()
+        .expect("kelvin runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    println!("{report:#}");
+    let rate = |row: usize| report["rows"][row]["hit_rate"].as_f64().expect("a rate");
+    assert_eq!(rate(0), 0.0, "off");
+    assert!(rate(1) > 0.1 && rate(2) > 0.3, "fixed {}, led by demand {}", rate(1), rate(2));
+    assert!(fs::read_to_string(&picture).expect("a picture").contains("led by demand"));
+    server.stop().await;
+}
+
 fn now_s() -> i64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
     i64::try_from(now.as_secs()).expect("a time")

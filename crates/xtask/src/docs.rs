@@ -13,9 +13,12 @@ fn documents() -> Result<Vec<PathBuf>> {
     for name in ["README.md", "ARCHITECTURE.md", "SPEC.md"] {
         found.push(root().join(name));
     }
-    for entry in fs::read_dir(root().join("docs/decisions"))? {
-        found.push(entry?.path());
+    for directory in ["docs", "docs/decisions"] {
+        for entry in fs::read_dir(root().join(directory))? {
+            found.push(entry?.path());
+        }
     }
+    found.retain(|path| path.extension().is_some_and(|extension| extension == "md"));
     Ok(found)
 }
 

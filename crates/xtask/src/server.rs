@@ -197,12 +197,30 @@ fn with_server(work: impl FnOnce(&Built, &Server) -> Result<()>) -> Result<()> {
     result.and(stopped)
 }
 
+/// Waits until a machine is warm.
+fn warm_one(built: &Built, server: &Server) -> Result<()> {
+    run(client(built, server)?.args(["pool", "set", "base", "--min", "1"]).stdout(Stdio::null()))?;
+    let started = Instant::now();
+    while output(client(built, server)?.args(["--output", "json", "node"]))?.contains("\"warm\": 0") {
+        if started.elapsed() > START {
+            return Err("no machine is warm, see .cache/server.log".into());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
 /// `cargo xtask demo`.
 pub fn demo() -> Result<()> {
     with_server(|built, server| {
-        for (path, words) in
-            [("cold", "booted"), ("clone", "restored from a snapshot"), ("clone", "and once more")]
-        {
+        for (path, words) in [
+            ("cold", "booted"),
+            ("clone", "restored from a snapshot"),
+            ("warm", "restored before it was asked for"),
+        ] {
+            if path == "warm" {
+                warm_one(built, server)?;
+            }
             eprintln!("\n$ kelvin run --path {path} -- python3 -c 'print(2 ** 10)'      # {words}");
             let mut command = client(built, server)?;
             command.args(["run", "--timing", "--path", path, "--", "python3", "-c", "print(2 ** 10)"]);
@@ -213,7 +231,7 @@ pub fn demo() -> Result<()> {
             }
         }
         eprintln!();
-        Ok(())
+        run(client(built, server)?.args(["pool", "set", "base", "--min", "0"]).stdout(Stdio::null()))
     })
 }
 
