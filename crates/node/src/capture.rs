@@ -178,12 +178,17 @@ impl Keeping {
 
     async fn publish(&self, staged: &Path, origin: Origin, care: Care) -> Result<Snapshot, Error> {
         let record = &self.record;
+        let missing = || kelvin_store::Error::Missing {
+            kind: "snapshot",
+            name: record.snapshot.as_ref().map(ToString::to_string).unwrap_or_default(),
+        };
+        let identity = self.identity.clone().ok_or_else(missing)?;
         let draft = Draft {
             template: record.template.clone(),
             guest: record.guest.clone(),
             parent: record.lineage.clone(),
             origin,
-            identity: self.identity.clone(),
+            identity,
             arguments: self.inner.driver.layout(record.shape, self.spec.network.is_some()),
         };
         let (store, staged) = (self.inner.store.clone(), staged.to_owned());

@@ -548,7 +548,14 @@ impl Attempt<'_> {
             self.inner.keeper.release_or_log(&spec, Some(running.key())).await;
             return Err(error);
         }
-        self.inner.own(Machine { spec, running, control, record: record.clone(), identity, lease });
+        self.inner.own(Machine {
+            spec,
+            running,
+            control,
+            record: record.clone(),
+            identity: Some(identity),
+            lease,
+        });
         if matches!(self.seed, Seed::Resume(_)) {
             self.inner.changes.is(record.live());
         }

@@ -379,10 +379,12 @@ impl Node {
         for snapshot in &snapshots {
             inner.snapshots.add(Arc::clone(snapshot));
         }
-        let (adopted, removed) = inner.reconcile(entries, records, &attached).await?;
+        let found = inner.reconcile(entries, records, &attached).await?;
         let paused = inner.paused_sandboxes().len();
-        tracing::info!(adopted, paused, removed, "reconciled");
-        inner.snapshots.sweep();
+        tracing::info!(adopted = found.adopted, paused, removed = found.removed, "reconciled");
+        if found.unreadable == 0 {
+            inner.snapshots.sweep();
+        }
         let removing = {
             let (store, settled) = (inner.store.clone(), Arc::clone(&inner));
             inner.snapshots.clone().run(store, move || settled.settled.notify_waiters(), inner.stop.clone())

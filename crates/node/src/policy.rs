@@ -1,9 +1,8 @@
 //! How many warm machines there should be: pure arithmetic over arrivals, refill times and a memory budget.
 //!
 //! A pool's target covers the arrivals that are expected while one machine is refilled, with two standard deviations of
-//! a Poisson process to spare; and, where more of them have come at once, as many as that: creates come in bursts, and
-//! whose template had one is likely to have another. Two decayed rates are kept, one over seconds and one over a minute,
-//! and the larger counts; bursts fade over a minute too. A budget of memory is spent where a MiB brings most hits.
+//! a Poisson process to spare. Two decayed rates are kept, one over seconds and one over a minute, and the larger
+//! counts: a spike is believed at once and forgotten slowly. A budget of memory is spent where a MiB brings most hits.
 
 use std::time::{Duration, Instant};
 
@@ -59,33 +58,16 @@ pub struct Demand {
     short: Rate,
     long: Rate,
     refill_s: f64,
-    /// When the present burst began, and how many it has.
-    burst: (Instant, u32),
-    /// The largest burst, when it was, faded since.
-    peak: (Instant, f64),
 }
 
 impl Demand {
     /// Nothing has arrived; a refill is taken for a second until one was seen.
     pub fn new(now: Instant) -> Self {
-        Self {
-            short: Rate::new(SHORT, now),
-            long: Rate::new(LONG, now),
-            refill_s: 1.0,
-            burst: (now, 0),
-            peak: (now, 0.0),
-        }
+        Self { short: Rate::new(SHORT, now), long: Rate::new(LONG, now), refill_s: 1.0 }
     }
 
     /// Somebody wanted a machine.
     pub fn arrive(&mut self, now: Instant) {
-        // What comes while one machine is refilled comes at once.
-        let (since, count) = self.burst;
-        let goes_on = now.saturating_duration_since(since).as_secs_f64() < self.refill_s;
-        self.burst = if goes_on { (since, count + 1) } else { (now, 1) };
-        if f64::from(self.burst.1) > self.peak(now) {
-            self.peak = (now, f64::from(self.burst.1));
-        }
         self.short.arrive(now);
         self.long.arrive(now);
     }
@@ -105,20 +87,11 @@ impl Demand {
         self.short.now(now).max(self.long.now(now))
     }
 
-    fn peak(&self, now: Instant) -> f64 {
-        let (at, size) = self.peak;
-        size * (-now.saturating_duration_since(at).as_secs_f64() / LONG.as_secs_f64()).exp()
-    }
-
     /// How many machines should be ready under `rule`.
     pub fn target(&self, rule: Rule, now: Instant) -> u32 {
         let rate = self.rate(now);
         let expected = rate * self.refill_s;
-        let wanted = if rate < IDLE {
-            0.0
-        } else {
-            (expected + 2.0 * expected.sqrt()).ceil().max(self.peak(now).round()).max(1.0)
-        };
+        let wanted = if rate < IDLE { 0.0 } else { (expected + 2.0 * expected.sqrt()).ceil().max(1.0) };
         // A float that is too large saturates.
         (wanted as u32).max(rule.min).min(rule.max)
     }
@@ -208,9 +181,8 @@ mod tests {
             demand.arrive(after(start, f64::from(arrival) * 0.05));
         }
         assert!(demand.target(RULE, after(start, 0.5)) >= 4);
-        let (soon, later) =
-            (demand.target(RULE, after(start, 30.0)), demand.target(RULE, after(start, 180.0)));
-        assert!((5..8).contains(&soon) && (1..3).contains(&later), "and forgotten slowly: {soon}, {later}");
+        let later = demand.target(RULE, after(start, 30.0));
+        assert!((1..4).contains(&later), "and forgotten slowly: {later}");
     }
 
     #[test]

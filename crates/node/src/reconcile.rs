@@ -35,9 +35,19 @@ struct Found {
     is_machine: bool,
 }
 
+/// What a start found.
+#[derive(Debug, Clone, Copy)]
+pub struct Reconciled {
+    /// Sandboxes that go on.
+    pub adopted: u32,
+    /// Machines that were removed.
+    pub removed: u32,
+    /// Records that do not parse: of a newer or older version. One of them may be that of a paused sandbox.
+    pub unreadable: u32,
+}
+
 impl Inner {
-    /// Brings the host to what the ledger says. Returns how many sandboxes were adopted and how many
-    /// machines removed.
+    /// Brings the host to what the ledger says.
     ///
     /// `entries` and `records` are what the ledger had; `attached` the slots that the egress process answers.
     pub async fn reconcile(
@@ -45,7 +55,8 @@ impl Inner {
         entries: Vec<Entry>,
         records: Vec<LedgerRecord>,
         attached: &[u16],
-    ) -> Result<(u32, u32), Error> {
+    ) -> Result<Reconciled, Error> {
+        let mut unreadable = 0;
         let mut machines: BTreeMap<VmId, Found> = BTreeMap::new();
         for entry in entries {
             let found = machines.entry(entry.owner).or_default();
@@ -79,7 +90,10 @@ impl Inner {
             let found = machines.entry(record.owner).or_default();
             match serde_json::from_str(&record.body) {
                 Ok(Record::Sandbox(sandbox)) => found.record = Some(sandbox),
-                Err(error) => tracing::error!(%error, "a record does not parse, its machine is removed"),
+                Err(error) => {
+                    tracing::error!(%error, "a record does not parse: a machine is removed, an image is kept");
+                    unreadable += 1;
+                }
             }
         }
         // Slots are their own owners; a machine's entry says which one it has.
@@ -126,7 +140,7 @@ impl Inner {
             }
             networks.forget(attached).await;
         }
-        Ok((adopted, removed))
+        Ok(Reconciled { adopted, removed, unreadable })
     }
 
     fn spec(&self, vm: VmId, found: &Found) -> MachineSpec {
@@ -175,17 +189,17 @@ impl Inner {
         let running = self.driver.adopt(spec, key).await?;
         let mut control = Control::new(running.connect(Port::Control).await?);
         // It may have been stopped for a snapshot, and its file system frozen.
-        control.call("going on", &Request::Wake(wake(false)?), ANSWER).await?;
+        match control.call("going on", &Request::Wake(wake(false)?), ANSWER).await {
+            // It answers: one of a former version does not know the word.
+            Ok(_) | Err(kelvin_vmm::Error::Agent { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
         self.capacity().take(Amount::machine(record.shape));
         tracing::info!(sandbox = %record.sandbox, pid = key.pid, "adopted");
         let lease = record.snapshot.as_ref().and_then(|id| self.snapshots.lease(id));
         let restored = record.snapshot.as_ref().and_then(|id| self.snapshots.get(id));
         let identity =
             restored.map(|snapshot| snapshot.manifest.identity.clone()).or(record.identity.clone());
-        let identity = identity.ok_or_else(|| kelvin_store::Error::Missing {
-            kind: "snapshot",
-            name: record.snapshot.as_ref().map(ToString::to_string).unwrap_or_default(),
-        })?;
         self.own(Machine { spec: spec.clone(), running, control, record, identity, lease });
         Ok(())
     }

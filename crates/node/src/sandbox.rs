@@ -94,8 +94,8 @@ pub struct Machine {
     pub control: Control,
     /// What the ledger says of it.
     pub record: SandboxRecord,
-    /// What a snapshot of it must be restored as.
-    pub identity: Identity,
+    /// What a snapshot of it must be restored as; none when what it was restored from cannot be read any more.
+    pub identity: Option<Identity>,
     /// Keeps what it was restored from.
     pub lease: Option<Lease>,
 }
@@ -164,7 +164,7 @@ pub struct Keeping {
     pub posted: Option<Asked>,
     pub control: Control,
     pub record: SandboxRecord,
-    pub identity: Identity,
+    pub identity: Option<Identity>,
     lease: Option<Lease>,
     network: Option<Arc<Network>>,
 }
