@@ -108,7 +108,13 @@ pub struct Claim {
     pub memory_mib: u64,
     /// Arrivals per second.
     pub rate: f64,
+    /// Machines that it has already.
+    pub parked: u32,
 }
+
+/// How much more a machine that is there is worth than one that would have to be made: without it, pools that are
+/// wanted about equally take each other's memory again and again.
+const KEPT: f64 = 3.0;
 
 /// Spends `budget_mib`: minimums first, then one machine at a time where the chance that it is claimed before the next
 /// refill is largest for its memory. Returns how many each pool gets, never more than its target.
@@ -130,8 +136,9 @@ pub fn share(claims: &[Claim], budget_mib: u64) -> Vec<u32> {
     loop {
         let worth = |index: usize| {
             let claim = claims[index];
+            let there = if granted[index] < claim.parked { KEPT } else { 1.0 };
             // The nth machine is needed when n come at once.
-            claim.rate / f64::from(granted[index] + 1) / claim.memory_mib.max(1) as f64
+            there * claim.rate / f64::from(granted[index] + 1) / claim.memory_mib.max(1) as f64
         };
         let mut order: Vec<usize> =
             (0..claims.len()).filter(|index| granted[*index] < claims[*index].target).collect();
@@ -187,7 +194,7 @@ mod tests {
 
     #[test]
     fn memory_goes_where_it_is_used() {
-        let claim = |target, rate, memory_mib| Claim { target, min: 0, memory_mib, rate };
+        let claim = |target, rate, memory_mib| Claim { target, min: 0, memory_mib, rate, parked: 0 };
         assert_eq!(share(&[claim(4, 5.0, 100), claim(4, 0.1, 100)], 400), [4, 0]);
         assert_eq!(
             share(&[claim(1, 1.0, 1000), claim(4, 1.0, 100)], 1000),
@@ -196,6 +203,9 @@ mod tests {
         );
         let kept = Claim { min: 1, ..claim(1, 0.0, 100) };
         assert_eq!(share(&[claim(9, 9.0, 100), kept], 200), [1, 1], "a minimum is kept");
+        let there = Claim { parked: 1, ..claim(1, 1.0, 100) };
+        assert_eq!(share(&[claim(1, 2.0, 100), there], 100), [0, 1], "not made anew for a little more");
+        assert_eq!(share(&[claim(1, 5.0, 100), there], 100), [1, 0], "but for much more");
     }
 
     proptest! {
@@ -206,7 +216,7 @@ mod tests {
         ) {
             let claims: Vec<Claim> = pools
                 .iter()
-                .map(|(target, min, memory_mib, rate)| Claim { target: *target, min: *min, memory_mib: *memory_mib, rate: *rate })
+                .map(|(target, min, memory_mib, rate)| Claim { target: *target, min: *min, memory_mib: *memory_mib, rate: *rate, parked: *min })
                 .collect();
             let granted = share(&claims, budget);
             let spent: u64 = claims.iter().zip(&granted).map(|(claim, count)| claim.memory_mib * u64::from(*count)).sum();

@@ -178,6 +178,7 @@ impl Inner {
                     min: if on { rule.min.min(rule.max) } else { 0 },
                     memory_mib: Amount::machine(manifest_shape(&pool.snapshot.manifest)).memory_mib(),
                     rate: demand.rate(now),
+                    parked: pool.parked(),
                 }
             })
             .collect();
