@@ -271,7 +271,7 @@ impl Control {
 
     /// Writes everything back and stops writes to the root file system.
     fn freeze(&self) -> io::Result<()> {
-        if self.frozen.load(Ordering::Acquire) % 2 == 0 {
+        if self.frozen.load(Ordering::Acquire).is_multiple_of(2) {
             ioctl_root(FIFREEZE)?;
             let count = self.frozen.fetch_add(1, Ordering::AcqRel) + 1;
             let frozen = Arc::clone(&self.frozen);
@@ -309,7 +309,7 @@ fn ioctl_root(request: libc::Ioctl) -> io::Result<()> {
 
 /// Lets the root file system be written again, when it was frozen.
 fn thaw(frozen: &AtomicU32) {
-    if frozen.load(Ordering::Acquire) % 2 == 1 {
+    if !frozen.load(Ordering::Acquire).is_multiple_of(2) {
         if let Err(error) = ioctl_root(FITHAW) {
             eprintln!("agent: thawing: {error}");
         }
