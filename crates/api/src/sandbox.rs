@@ -158,9 +158,10 @@ pub struct AutoResume {
 #[allow(missing_docs)]
 pub struct PauseSandbox {
     /// False is refused: this version keeps memory with the disk, always.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<bool>,
-    #[serde(rename = "requireHealthyGuest", default)]
+    /// True refuses to pause a guest whose agent does not answer.
+    #[serde(rename = "requireHealthyGuest", default, skip_serializing_if = "Option::is_none")]
     pub require_healthy_guest: Option<bool>,
 }
 

@@ -74,8 +74,8 @@ impl kelvin_control::Node for Local {
         self.0.find_kept(name).map(Base::Snapshot).ok_or_else(|| unknown_template(text))
     }
 
-    async fn pause(&self, id: &SandboxId) -> Result<(Capture, Timings), Failure> {
-        Ok(self.0.pause(id).await?)
+    async fn pause(&self, id: &SandboxId, healthy: bool) -> Result<(Capture, Timings), Failure> {
+        Ok(self.0.pause(id, healthy).await?)
     }
 
     async fn resume(&self, id: &SandboxId, ends_at: Option<jiff::Timestamp>) -> Result<Created, Failure> {

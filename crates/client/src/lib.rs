@@ -21,8 +21,8 @@ use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::network::{NetworkState, NetworkUpdate};
 use kelvin_api::sandbox::{
     BakeTemplate, CAPTURE_HEADER, Capture, ConnectSandbox, ForkResult, ForkSandbox, NewSandbox, NodeInfo,
-    PoolInfo, ResumeSandbox, Sandbox, SandboxDetail, SandboxLogs, SetPool, SetTimeout, SnapshotInfo,
-    SnapshotSandbox, Template,
+    PauseSandbox, PoolInfo, ResumeSandbox, Sandbox, SandboxDetail, SandboxLogs, SetPool, SetTimeout,
+    SnapshotInfo, SnapshotSandbox, Template,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -291,8 +291,16 @@ impl Client {
     /// # Errors
     /// Any of [`Error`].
     pub async fn pause(&self, id: &str) -> Result<Capture, Error> {
+        self.pause_as(id, &PauseSandbox::default()).await
+    }
+
+    /// The same with options.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn pause_as(&self, id: &str, body: &PauseSandbox) -> Result<Capture, Error> {
         let path = format!("/sandboxes/{}/pause", segment(id));
-        let (_, headers, _) = self.call::<()>(Method::POST, &path, &[], None).await?;
+        let (_, headers, _) = self.call(Method::POST, &path, &[], Some(body)).await?;
         Ok(capture_of(&headers))
     }
 

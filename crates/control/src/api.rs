@@ -334,7 +334,7 @@ async fn pause(State(control): State<Control>, Path(id): Path<String>, request: 
     let (id, started) = (parse_id(&id)?, Instant::now());
     let body: PauseSandbox = parse(&read(request).await?)?;
     with_memory(body.memory)?;
-    let (capture, timings) = control.inner.pause(&id).await?;
+    let (capture, timings) = control.inner.pause(&id, body.require_healthy_guest == Some(true)).await?;
     let response = timed(StatusCode::NO_CONTENT.into_response(), &timings, started.elapsed());
     Ok(captured(response, &capture))
 }

@@ -45,8 +45,8 @@ pub trait Node: Send + Sync + 'static {
     async fn console(&self, id: &SandboxId) -> Result<String, Failure>;
     /// What a `templateID` names: a template, or a snapshot that is kept, by id or name.
     async fn base(&self, text: &str) -> Result<Base, Failure>;
-    /// Freezes a sandbox.
-    async fn pause(&self, id: &SandboxId) -> Result<(Capture, Timings), Failure>;
+    /// Freezes a sandbox; with `healthy`, only when its agent answers.
+    async fn pause(&self, id: &SandboxId, healthy: bool) -> Result<(Capture, Timings), Failure>;
     /// Lets a paused sandbox go on.
     async fn resume(&self, id: &SandboxId, ends_at: Option<jiff::Timestamp>) -> Result<Created, Failure>;
     /// Takes a snapshot that is kept.

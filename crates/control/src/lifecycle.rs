@@ -56,9 +56,9 @@ impl Control {
 }
 
 impl Inner {
-    pub(crate) async fn pause(&self, id: &SandboxId) -> Result<(Capture, Timings), Failure> {
+    pub(crate) async fn pause(&self, id: &SandboxId, healthy: bool) -> Result<(Capture, Timings), Failure> {
         self.row(id).await?;
-        let paused = self.node.pause(id).await?;
+        let paused = self.node.pause(id, healthy).await?;
         self.refresh(id).await?;
         Ok(paused)
     }

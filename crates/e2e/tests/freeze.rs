@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use kelvin_api::sandbox::{ForkSandbox, NewSandbox, SandboxState, StartPath};
+use kelvin_api::sandbox::{ForkSandbox, NewSandbox, PauseSandbox, SandboxState, StartPath};
 use kelvin_client::agent::{Agent, Told};
 use kelvin_client::{Client, Error};
 use kelvin_e2e::{Ground, LIMIT, Server, agent_of, new_sandbox, sh, shell, start_counter};
@@ -240,15 +240,19 @@ async fn what_cannot_be_paused_is_not_ended_and_a_silent_guest_can_be_paused() {
     let agent = client.agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), Some("root".to_owned()));
     let stop = "setsid sh -c 'sleep 0.5; kill -STOP $(pgrep -f \"^/proc/self/exe agent\")' >/dev/null 2>&1 &";
     sh(&agent.expect("an agent"), stop).await;
-    let capture = loop {
-        // Until the signal has come, the agent still answers.
-        let capture = client.pause(id).await.expect("a pause");
-        if !capture.quiesced {
-            break capture;
-        }
-        client.resume(id, 600).await.expect("a resume");
+    // Until the signal has come, the agent still answers.
+    let healthy = PauseSandbox { require_healthy_guest: Some(true), ..PauseSandbox::default() };
+    let refusal = loop {
+        match client.pause_as(id, &healthy).await {
+            Ok(_) => client.resume(id, 600).await.expect("a resume"),
+            Err(refusal) => break refusal,
+        };
         assert!(started.elapsed() < LIMIT, "the agent never stood still");
     };
+    assert_eq!(refused(refusal).1, "guest_unhealthy");
+    assert_eq!(client.sandbox(id).await.expect("a detail").state, SandboxState::Running);
+    let capture = client.pause(id).await.expect("a pause");
+    assert!(!capture.quiesced);
     println!("a guest that does not answer stood still for {:.1} ms", capture.paused_ms);
     let (status, code, _) = refused(client.resume(id, 600).await.expect_err("ready is the agent's answer"));
     assert_eq!((status, code.as_str()), (504, "vmm_deadline"));

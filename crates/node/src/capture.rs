@@ -45,6 +45,15 @@ pub struct Captured {
     pub timings: Timings,
 }
 
+/// What is wanted beside the snapshot.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Then {
+    /// The machine stays stopped when all went well: it is to be paused.
+    pub stay: bool,
+    /// Refuse when the guest's agent does not flush and freeze its file system.
+    pub healthy: bool,
+}
+
 async fn blocking<T: Send + 'static>(
     what: &'static str,
     work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
@@ -56,12 +65,12 @@ async fn blocking<T: Send + 'static>(
 }
 
 impl Keeping {
-    /// Takes a snapshot. With `stay`, the machine stays stopped when that succeeds, in `self.held`.
+    /// Takes a snapshot. With `then.stay`, the machine stays stopped when that succeeds, in `self.held`.
     ///
     /// # Errors
     /// Of the step that failed; then the machine runs and nothing is left of the snapshot. When it cannot go on,
     /// its task ends it.
-    pub async fn capture(&mut self, origin: Origin, care: Care, stay: bool) -> Result<Captured, Error> {
+    pub async fn capture(&mut self, origin: Origin, care: Care, then: Then) -> Result<Captured, Error> {
         self.inner.check_disk()?;
         let store = self.inner.store.clone();
         let staged = tokio::task::spawn_blocking(move || store.stage()).await;
@@ -69,7 +78,7 @@ impl Keeping {
             what: "making a staging directory",
             source: std::io::Error::other(error),
         })??;
-        let result = self.capture_to(&staged, origin, care, stay).await;
+        let result = self.capture_to(&staged, origin, care, then).await;
         if result.is_err() {
             let path = staged.clone();
             let removed = blocking("removing", move || crate::home::remove_directory(&path)).await;
@@ -85,7 +94,7 @@ impl Keeping {
         staged: &Path,
         origin: Origin,
         care: Care,
-        stay: bool,
+        Then { stay, healthy }: Then,
     ) -> Result<Captured, Error> {
         let (mut timings, mut since) = (Timings::default(), Instant::now());
         let inner = Arc::clone(&self.inner);
@@ -96,6 +105,11 @@ impl Keeping {
         let span = begin(Phase::Quiesce);
         let quiesced = self.quiesce(staged).instrument(span).await?;
         timings.lap(Phase::Quiesce, &mut since);
+        if healthy && !quiesced {
+            // It may still come to it.
+            self.awake().await;
+            return Err(Error::Unhealthy(self.record.sandbox.to_string()));
+        }
 
         let span = begin(Phase::Pause);
         let stopped = Instant::now();

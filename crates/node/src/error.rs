@@ -46,6 +46,9 @@ pub enum Error {
     /// The sandbox is paused.
     #[error("sandbox {0} is paused")]
     Paused(String),
+    /// The guest's agent did not flush and freeze its file system.
+    #[error("the agent of sandbox {0} does not answer, and a healthy guest was asked for")]
+    Unhealthy(String),
     /// The sandbox runs.
     #[error("sandbox {0} is running")]
     Running(String),
@@ -171,6 +174,9 @@ impl From<Error> for Failure {
                 "sandbox_paused",
                 "resume it first: `kelvin sandbox resume`, or connect to it",
             ),
+            Error::Unhealthy(_) => {
+                with(Kind::Conflict, "guest_unhealthy", "leave out requireHealthyGuest to pause it as it is")
+            }
             Error::Running(_) => with(Kind::Conflict, "sandbox_running", "pause it first"),
             Error::Incompatible { .. } => with(
                 Kind::Conflict,

@@ -81,12 +81,14 @@ impl Node {
     /// Freezes a sandbox: memory, device state and disk are kept, its machine ends, its capacity is free. Connections
     /// to it are cut; its processes go on when it is resumed.
     ///
+    /// With `healthy`, a guest whose agent does not answer is not paused.
+    ///
     /// # Errors
-    /// `Unknown`, `Paused`; `Exhausted`, `Vmm`, `Store` when it cannot be saved, and then it still runs.
-    pub async fn pause(&self, id: &SandboxId) -> Result<(Capture, Timings), Error> {
+    /// `Unknown`, `Paused`, `Unhealthy`; `Exhausted`, `Vmm`, `Store` when it cannot be saved, and then it still runs.
+    pub async fn pause(&self, id: &SandboxId, healthy: bool) -> Result<(Capture, Timings), Error> {
         let sandbox = self.find(id)?;
         self.run("pausing", async move {
-            let captured = sandbox.ask(Command::Pause).await??;
+            let captured = sandbox.ask(|done| Command::Pause(healthy, done)).await??;
             Ok((captured.capture, captured.timings))
         })
         .await

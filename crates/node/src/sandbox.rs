@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::Inner;
 use crate::agent::Agent;
 use crate::capacity::Amount;
-use crate::capture::Captured;
+use crate::capture::{Captured, Then};
 use crate::error::Error;
 use crate::link::Network;
 use crate::record::{Event, Record, SandboxRecord, next};
@@ -42,8 +42,8 @@ pub enum Command {
     Connect(Port, oneshot::Sender<Result<UnixStream, kelvin_vmm::Error>>),
     /// Replace its egress policy.
     SetPolicy(Policy, oneshot::Sender<Result<(), Error>>),
-    /// Freeze it; answered when it can be resumed.
-    Pause(oneshot::Sender<Result<Captured, Error>>),
+    /// Freeze it; answered when it can be resumed. Whether its agent has to have flushed and frozen its disk.
+    Pause(bool, oneshot::Sender<Result<Captured, Error>>),
     /// Take a snapshot; it goes on. With what is known of it, for its children.
     Snapshot(Origin, Care, oneshot::Sender<Result<(Captured, SandboxRecord), Error>>),
     /// Let its vCPUs go on when the VMM stopped them, for want of disk space.
@@ -205,8 +205,8 @@ impl Keeping {
                         let _ = done.send(());
                     }
                     Some(Command::SetPolicy(policy, done)) => { let _ = done.send(self.set_policy(policy).await); }
-                    Some(Command::Pause(done)) => {
-                        let paused = self.pause().await;
+                    Some(Command::Pause(healthy, done)) => {
+                        let paused = self.pause(healthy).await;
                         let over = paused.is_ok();
                         let _ = done.send(paused);
                         if over {
@@ -214,7 +214,7 @@ impl Keeping {
                         }
                     }
                     Some(Command::Snapshot(origin, care, done)) => {
-                        let taken = self.capture(origin, care, false).await;
+                        let taken = self.capture(origin, care, Then::default()).await;
                         let _ = done.send(taken.map(|captured| (captured, self.record.clone())));
                     }
                     Some(Command::Connect(port, reply)) => { let _ = reply.send(running.connect(port).await); }
@@ -247,7 +247,7 @@ impl Keeping {
         if self.record.lifecycle.on_timeout == OnTimeout::Kill {
             return Some(Over::End("its time to live was over".to_owned(), None));
         }
-        match self.pause().await {
+        match self.pause(false).await {
             Ok(_) => Some(Over::Paused),
             Err(error) => {
                 tracing::error!(sandbox = %self.record.sandbox, error = chain(&error), "not paused at its deadline, tried again");
@@ -258,10 +258,11 @@ impl Keeping {
     }
 
     /// Freezes it: from the transaction in here on, its record is in no machine's name.
-    async fn pause(&mut self) -> Result<Captured, Error> {
+    async fn pause(&mut self, healthy: bool) -> Result<Captured, Error> {
         let (sandbox, generation) = (self.record.sandbox.clone(), self.record.generation + 1);
         let origin = Origin::Pause { sandbox: sandbox.clone(), generation };
-        let captured = self.capture(origin, Care::Durable, true).await?;
+        let then = Then { stay: true, healthy };
+        let captured = self.capture(origin, Care::Durable, then).await?;
         let Some(state) = next(self.record.state, Event::Pause) else {
             return Err(Error::Unknown(sandbox.to_string()));
         };
