@@ -1,12 +1,17 @@
 //! Forks: one instant, many machines, each its own.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Instant;
 
 use kelvin_api::sandbox::{BakeTemplate, ForkSandbox, NewSandbox, Sandbox, StartPath};
 use kelvin_client::Error;
 use kelvin_client::agent::Told;
 use kelvin_e2e::{Ground, LIMIT, agent_of, new_sandbox, proportional_mib, sh, shell, start_counter};
+
+/// What must differ between copies of a machine, one line each.
+const EVERYTHING: &str = "cat /proc/sys/kernel/random/boot_id; cat /etc/machine-id; hostname; cat /sys/class/net/eth0/address; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo; \
+                      python3 -c 'import random, uuid; print(random.random()); print(uuid.uuid4()); print(uuid.uuid1().node)'";
 
 fn children(count: u32) -> ForkSandbox {
     ForkSandbox { count: Some(count), timeout: Some(600), ..ForkSandbox::default() }
@@ -149,9 +154,7 @@ async fn a_hundred_forks_answer_and_share_no_identity() {
     let source = client.create(&body, None).await.expect("a create").sandbox;
     let agent = agent_of(&client, &source);
     // Everything that could be copied has been read and used before.
-    let everything = "cat /proc/sys/kernel/random/boot_id; cat /etc/machine-id; hostname; cat /sys/class/net/eth0/address; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo; \
-                      python3 -c 'import random, uuid; print(random.random()); print(uuid.uuid4()); print(uuid.uuid1().node)'";
-    let own = sh(&agent, everything).await;
+    let own = sh(&agent, EVERYTHING).await;
     sh_root(&agent, "mkdir -p /etc/kelvin/restored.d; printf '#!/bin/sh\\necho $KELVIN_SANDBOX_ID >> /tmp/told\\n' > /etc/kelvin/restored.d/10-mark; chmod +x /etc/kelvin/restored.d/10-mark", &client, &source).await;
     let started = Instant::now();
     let (results, capture) = client.fork(source.sandbox_id.as_str(), &children(100)).await.expect("a fork");
@@ -165,21 +168,32 @@ async fn a_hundred_forks_answer_and_share_no_identity() {
     let forked: Vec<Sandbox> = results.into_iter().filter_map(|result| result.sandbox).collect();
     let mut seen: Vec<BTreeSet<String>> = own.lines().map(|line| [line.to_owned()].into()).collect();
     let mut tokens: BTreeSet<String> = BTreeSet::new();
-    for (index, child) in forked.iter().enumerate() {
-        let agent = agent_of(&client, child);
-        let text = sh(&agent, everything).await;
+    // A few at a time: each runs Python.
+    let places = Arc::new(tokio::sync::Semaphore::new(4));
+    let mut checks = tokio::task::JoinSet::new();
+    for (index, child) in forked.into_iter().enumerate() {
+        let (client, places) = (client.clone(), Arc::clone(&places));
+        checks.spawn(async move {
+            let _place = places.acquire().await;
+            let agent = agent_of(&client, &child);
+            let text = sh(&agent, EVERYTHING).await;
+            if index < 3 {
+                let waiting = Instant::now();
+                let told = "cat /tmp/told 2>/dev/null || true";
+                while sh(&agent, told).await != format!("{}\n", child.sandbox_id) {
+                    assert!(waiting.elapsed() < LIMIT, "the image's program was not told");
+                }
+            }
+            client.kill(&child.sandbox_id).await.expect("a kill");
+            (child, text)
+        });
+    }
+    for (child, text) in checks.join_all().await {
         for (set, line) in seen.iter_mut().zip(text.lines()) {
-            assert!(set.insert(line.to_owned()), "child {index} has {line:?} of another");
+            assert!(set.insert(line.to_owned()), "{} has {line:?} of another", child.sandbox_id);
         }
         assert_eq!(text.lines().nth(2), Some(child.sandbox_id.as_str()));
         tokens.insert(child.envd_access_token.as_ref().expect("a token").expose().to_owned());
-        if index < 3 {
-            let waiting = Instant::now();
-            while sh(&agent, "cat /tmp/told 2>/dev/null || true").await != format!("{}\n", child.sandbox_id) {
-                assert!(waiting.elapsed() < LIMIT, "the image's program was not told");
-            }
-        }
-        client.kill(&child.sandbox_id).await.expect("a kill");
     }
     assert_eq!((seen.len(), seen.iter().all(|set| set.len() == 101), tokens.len()), (8, true, 100));
     server.stop().await;
