@@ -6,8 +6,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kelvin_api::guest::{self, Activation, Reply, Request, Wake};
@@ -107,8 +106,8 @@ pub struct Control {
     hardware: Hardware,
     /// What the link has, when it was set here.
     mac: [u8; 6],
-    /// Counts the times that the root file system was frozen; odd while it is.
-    frozen: Arc<AtomicU32>,
+    /// Since when the root file system is frozen.
+    frozen: Arc<Mutex<Option<Instant>>>,
     /// Whether the image's programs have to be told of the next activation.
     tell: bool,
     /// What init could not do; a machine with problems refuses to be activated.
@@ -233,7 +232,7 @@ impl Control {
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
         // The clock first: it was read by the host just before the frame was sent.
         set_clock(activation.wall_clock_ns)?;
-        thaw(&self.frozen);
+        thaw(&self.frozen, None);
         self.state.end_http(AT_REST);
         reseed(&self.random, &activation.entropy)?;
         rustix::system::sethostname(activation.hostname.as_bytes())?;
@@ -260,7 +259,7 @@ impl Control {
     /// Goes on as who this machine is.
     fn wake(&mut self, wake: &Wake) -> io::Result<()> {
         set_clock(wake.wall_clock_ns)?;
-        thaw(&self.frozen);
+        thaw(&self.frozen, None);
         reseed(&self.random, &wake.entropy)?;
         if wake.restored {
             self.state.end_http(AT_REST);
@@ -271,18 +270,20 @@ impl Control {
 
     /// Writes everything back and stops writes to the root file system.
     fn freeze(&self) -> io::Result<()> {
-        if self.frozen.load(Ordering::Acquire).is_multiple_of(2) {
-            ioctl_root(FIFREEZE)?;
-            let count = self.frozen.fetch_add(1, Ordering::AcqRel) + 1;
-            let frozen = Arc::clone(&self.frozen);
-            // A host that dies must not leave a machine that can write nothing.
-            std::thread::Builder::new().name("thaw".to_owned()).spawn(move || {
-                std::thread::sleep(FROZEN);
-                if frozen.load(Ordering::Acquire) == count {
-                    thaw(&frozen);
-                }
-            })?;
+        let mut frozen = self.frozen.lock().unwrap_or_else(PoisonError::into_inner);
+        if frozen.is_some() {
+            return Ok(());
         }
+        let since = Instant::now();
+        let shared = Arc::clone(&self.frozen);
+        // A host that dies must not leave a machine that can write nothing. It sleeps to its deadline and is not told of
+        // an earlier thaw: a thread that ends just then is work for a machine that was restored a moment ago.
+        std::thread::Builder::new().name("thaw".to_owned()).spawn(move || {
+            std::thread::sleep(FROZEN);
+            thaw(&shared, Some(since));
+        })?;
+        ioctl_root(FIFREEZE)?;
+        *frozen = Some(since);
         Ok(())
     }
 }
@@ -307,14 +308,16 @@ fn ioctl_root(request: libc::Ioctl) -> io::Result<()> {
     }
 }
 
-/// Lets the root file system be written again, when it was frozen.
-fn thaw(frozen: &AtomicU32) {
-    if !frozen.load(Ordering::Acquire).is_multiple_of(2) {
-        if let Err(error) = ioctl_root(FITHAW) {
-            eprintln!("agent: thawing: {error}");
-        }
-        frozen.fetch_add(1, Ordering::AcqRel);
+/// Lets the root file system be written again, when it is frozen; with `since`, when it is frozen since then.
+fn thaw(frozen: &Mutex<Option<Instant>>, since: Option<Instant>) {
+    let mut frozen = frozen.lock().unwrap_or_else(PoisonError::into_inner);
+    if frozen.is_none() || since.is_some() && *frozen != since {
+        return;
     }
+    if let Err(error) = ioctl_root(FITHAW) {
+        eprintln!("agent: thawing: {error}");
+    }
+    *frozen = None;
 }
 
 fn set_clock(wall_clock_ns: u64) -> io::Result<()> {

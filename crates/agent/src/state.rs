@@ -70,7 +70,13 @@ impl State {
 
     /// Says whether the HTTP port waits for a connection.
     pub fn set_http_waiting(&self, waiting: bool) {
-        *self.http_waiting.lock().unwrap_or_else(PoisonError::into_inner) = waiting;
+        let mut is = self.http_waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if *is && !waiting {
+            // A connection that ended by itself in the instant of a hang-up leaves the word behind: it is not the next
+            // connection's.
+            let _ = std::pin::pin!(self.hang_up.notified()).enable();
+        }
+        *is = waiting;
         self.http_changed.notify_all();
     }
 
@@ -81,11 +87,12 @@ impl State {
 
     /// Ends the HTTP port's connection and waits, for `limit` at the most, until the port is at rest.
     pub fn end_http(&self, limit: Duration) {
-        if self.is_http_waiting() {
+        let waiting = self.http_waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if *waiting {
             return;
         }
+        // Under the lock: told only while a connection is served, never while the port waits.
         self.hang_up.notify_one();
-        let waiting = self.http_waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let _ = self.http_changed.wait_timeout_while(waiting, limit, |waiting| !*waiting);
     }
 

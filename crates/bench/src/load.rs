@@ -266,20 +266,26 @@ pub async fn run(client: &Client, args: &Args) -> Result<Report, Error> {
     }
     let former = client.pools().await?.into_iter().find(|pool| pool.template_id == args.template);
     let arrivals = arrivals(args);
-    let mut rows = Vec::new();
-    for (policy, min, max) in
-        [("off", 0, 0), ("fixed size", args.fixed, args.fixed), ("led by demand", 0, args.max)]
-    {
-        // Everything is forgotten first: demand of the last policy's load must not help the next.
-        client.set_pool(&args.template, &set(0, 0)).await?;
-        settle(client).await?;
-        client.set_pool(&args.template, &set(min, max)).await?;
-        settle(client).await?;
-        rows.push(load(client, args, policy, &arrivals, &node.data_dir).await?);
-    }
+    let measured = async {
+        let mut rows = Vec::new();
+        for (policy, min, max) in
+            [("off", 0, 0), ("fixed size", args.fixed, args.fixed), ("led by demand", 0, args.max)]
+        {
+            // Everything is forgotten first: demand of the last policy's load must not help the next.
+            client.set_pool(&args.template, &set(0, 0)).await?;
+            settle(client).await?;
+            client.set_pool(&args.template, &set(min, max)).await?;
+            settle(client).await?;
+            rows.push(load(client, args, policy, &arrivals, &node.data_dir).await?);
+        }
+        Ok::<_, Error>(rows)
+    };
+    let measured = measured.await;
+    // Whatever was measured or failed: the pool is as its operator wanted it.
     if let Some(former) = former {
         client.set_pool(&args.template, &set(former.min, former.max)).await?;
     }
+    let rows = measured?;
     let report = Report {
         pools: args.pools,
         seconds: args.seconds,
@@ -343,10 +349,9 @@ async fn load(
     }
     let mut results = BTreeMap::new();
     while let Some(joined) = running.join_next().await {
-        if let Ok(result) = joined {
-            let (index, warm, took) = result?;
-            results.insert(index, (warm, took));
-        }
+        let (index, warm, took) =
+            joined.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
+        results.insert(index, (warm, took));
     }
     let latencies: Vec<f64> = results.values().map(|(_, took)| *took).collect();
     let hits = results.values().filter(|(warm, _)| *warm).count();

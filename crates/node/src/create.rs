@@ -280,7 +280,8 @@ impl Attempt<'_> {
                     reason = "clone: no warm slot".to_owned();
                 }
                 if insisted == Some(StartPath::Warm) {
-                    return Err(Error::Path { path: "warm", reason: "no warm slot".to_owned() });
+                    let reason = pool.refusal().unwrap_or_else(|| "no warm slot".to_owned());
+                    return Err(Error::Path { path: "warm", reason });
                 }
                 match self.clone(&pool).await {
                     Ok((started, true)) => return Ok((started, reason)),
@@ -532,13 +533,16 @@ impl Attempt<'_> {
         }
         let remembered = match self.seed {
             // From here on its image is used up.
-            Seed::Resume(paused) => self
-                .inner
-                .keeper
-                .ledger
-                .move_record(&paused.owner, &spec.vm, body(&record)?)
-                .await
-                .map_err(Error::from),
+            Seed::Resume(paused) => match body(&record) {
+                Ok(body) => self
+                    .inner
+                    .keeper
+                    .ledger
+                    .move_record(&paused.owner, &spec.vm, body)
+                    .await
+                    .map_err(Error::from),
+                Err(error) => Err(error),
+            },
             _ => {
                 record.started_at = jiff::Timestamp::now();
                 self.inner.remember(&spec, &record).await

@@ -262,18 +262,25 @@ impl Keeping {
         let (sandbox, generation) = (self.record.sandbox.clone(), self.record.generation + 1);
         let origin = Origin::Pause { sandbox: sandbox.clone(), generation };
         let then = Then { stay: true, healthy };
-        let captured = self.capture(origin, Care::Durable, then).await?;
+        // Asked before the machine stands still: nothing but the ledger can fail after it.
         let Some(state) = next(self.record.state, Event::Pause) else {
             return Err(Error::Unknown(sandbox.to_string()));
         };
+        let captured = self.capture(origin, Care::Durable, then).await?;
         let snapshot = Some(captured.snapshot.manifest.id.clone());
         let record = SandboxRecord { state, generation, snapshot, ..self.record.clone() };
-        let (owner, body) = (VmId::random(), body(&record)?);
+        let owner = VmId::random();
         self.inner.crash_point(Phase::Commit);
-        if let Err(error) = self.inner.keeper.ledger.move_record(&self.spec.vm, &owner, body).await {
+        let moved = match body(&record) {
+            Ok(body) => {
+                self.inner.keeper.ledger.move_record(&self.spec.vm, &owner, body).await.map_err(Error::from)
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = moved {
             self.go_on().await?;
             self.awake().await;
-            return Err(error.into());
+            return Err(error);
         }
         let lease = self.inner.snapshots.lease(&captured.snapshot.manifest.id);
         let live = record.live();

@@ -259,13 +259,14 @@ impl Inner {
     }
 
     async fn park(&self, pool: &Arc<Pool>) -> Result<Parked, Error> {
-        // Its own VMM: those that wait are for creates.
+        let own = Slot::random_mac()?;
+        // Its own VMM: those that wait are for creates. From here on every error has to release it.
         let Ready { home, waiting, mut control } = self.prepare(pool).await?;
         let key = waiting.key();
         let lease = self.snapshots.lease(&pool.snapshot_id());
         // Known here and nowhere else; the claim replaces it.
         let token = Token::random();
-        let mac = if home.spec.network.is_some() { Some(Slot::random_mac()?) } else { None };
+        let mac = home.spec.network.is_some().then_some(own);
         let work = async {
             pool.snapshot.check_seal()?;
             if let (Some(slot), Some(mac)) = (&home.spec.network, mac) {
