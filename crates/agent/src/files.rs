@@ -3,81 +3,194 @@
 //! An upload writes in place, as envd does: watchers see one file, and a torn upload leaves what had
 //! arrived (the caller gets the error).
 
+use std::collections::HashMap;
 use std::io::{self, SeekFrom};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
+use async_compression::Level;
+use async_compression::tokio::bufread::{GzipDecoder, GzipEncoder};
 use bytes::Bytes;
-use http::header::{CONTENT_DISPOSITION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, RANGE};
-use http::{HeaderMap, Request, Response, StatusCode};
-use http_body_util::{BodyExt, StreamBody};
+use futures::{Stream, TryStreamExt};
+use http::header::{
+    ACCEPT_ENCODING, CONTENT_DISPOSITION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE,
+    RANGE, VARY,
+};
+use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, BodyStream, Limited, StreamBody};
 use hyper::body::{Frame, Incoming};
-use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
+use kelvin_api::signature::{Operation, Signed};
+use serde::Deserialize;
+use tokio::fs::File;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncSeekExt, AsyncWriteExt, BufReader};
+use tokio_util::io::{ReaderStream, StreamReader};
 
 use crate::filesystem::{clean, make_dirs};
 use crate::http::{Body, error, json, query};
+use crate::metadata;
 use crate::state::State;
 use crate::users::User;
 
 const CHUNK: usize = 64 << 10;
+/// How long the body of an upload may stand still.
+const IDLE: Duration = Duration::from_secs(60);
+/// The largest body of a request to compose, and the most files in one.
+const MAX_COMPOSE: usize = 1 << 20;
+/// Files in one upload.
+const MAX_PARTS: usize = 10_000;
 
-struct Target {
+type Reply = Response<Body>;
+type Content = Pin<Box<dyn AsyncRead + Send>>;
+
+/// What every request to `/files` names.
+struct Asked {
     user: User,
-    path: PathBuf,
+    path: Option<PathBuf>,
 }
 
-#[allow(clippy::result_large_err)] // the error is the reply itself
-fn target(state: &Arc<State>, request: &Request<Incoming>) -> Result<Target, Response<Body>> {
-    let parameters = query(request.uri());
+/// Whether a request without the access token shows a signature that stands in for it.
+///
+/// # Errors
+/// The reply, when it does not.
+pub fn admits(state: &State, request: &Request<Incoming>) -> Result<(), Box<Reply>> {
+    let parameters = parameters(request)?;
+    let get = |name| parameters.get(name).map(String::as_str);
+    let Some(signature) = get("signature").filter(|signature| !signature.is_empty()) else {
+        return Err(Box::new(error(StatusCode::UNAUTHORIZED, "missing signature query parameter")));
+    };
+    let operation = if request.method() == Method::POST { Operation::Write } else { Operation::Read };
+    let signed = Signed {
+        path: get("path").unwrap_or_default(),
+        user: get("username").unwrap_or_default(),
+        operation,
+        signature,
+        expiration: get("signature_expiration"),
+    };
+    let token = state.settings().access_token.clone();
+    signed.check(&token).map_err(|problem| Box::new(error(StatusCode::UNAUTHORIZED, &problem.to_string())))
+}
+
+fn parameters(request: &Request<Incoming>) -> Result<HashMap<String, String>, Box<Reply>> {
+    query(request.uri()).map_err(|text| Box::new(error(StatusCode::BAD_REQUEST, &text)))
+}
+
+fn ask(state: &Arc<State>, request: &Request<Incoming>) -> Result<Asked, Box<Reply>> {
+    let parameters = parameters(request)?;
     let user = state
         .user(parameters.get("username").map(String::as_str))
-        .map_err(|text| error(StatusCode::UNAUTHORIZED, &text))?;
-    match parameters.get("path").filter(|path| !path.is_empty()) {
-        Some(path) if !path.contains('\0') => Ok(Target { path: clean(&user.resolve(path)), user }),
-        Some(_) => Err(error(StatusCode::BAD_REQUEST, "the path has a NUL byte")),
-        None => Err(error(StatusCode::BAD_REQUEST, "the query parameter 'path' is missing")),
-    }
+        .map_err(|text| Box::new(error(StatusCode::UNAUTHORIZED, &text)))?;
+    let path = match parameters.get("path").filter(|path| !path.is_empty()) {
+        Some(path) => Some(resolve(&user, path)?),
+        None => None,
+    };
+    Ok(Asked { user, path })
 }
 
-fn failed(path: &std::path::Path, problem: &io::Error) -> Response<Body> {
-    match problem.kind() {
+fn resolve(user: &User, path: &str) -> Result<PathBuf, Box<Reply>> {
+    if path.contains('\0') {
+        return Err(Box::new(error(StatusCode::BAD_REQUEST, "the path has a NUL byte")));
+    }
+    Ok(clean(&user.resolve(path)))
+}
+
+fn no_path() -> Box<Reply> {
+    Box::new(error(StatusCode::BAD_REQUEST, "the query parameter 'path' is missing"))
+}
+
+fn failed(path: &Path, problem: &io::Error) -> Reply {
+    let (status, text) = match problem.kind() {
         io::ErrorKind::NotFound => {
-            error(StatusCode::NOT_FOUND, &format!("path '{}' does not exist", path.display()))
+            (StatusCode::NOT_FOUND, format!("path '{}' does not exist", path.display()))
         }
         io::ErrorKind::IsADirectory => {
-            error(StatusCode::BAD_REQUEST, &format!("path '{}' is a directory", path.display()))
+            (StatusCode::BAD_REQUEST, format!("path '{}' is a directory", path.display()))
         }
         io::ErrorKind::NotADirectory => {
-            error(StatusCode::BAD_REQUEST, &format!("a parent of '{}' is not a directory", path.display()))
+            (StatusCode::BAD_REQUEST, format!("a parent of '{}' is not a directory", path.display()))
         }
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            error(StatusCode::INSUFFICIENT_STORAGE, "not enough disk space available")
+            (StatusCode::INSUFFICIENT_STORAGE, "not enough disk space available".to_owned())
         }
-        _ => error(StatusCode::INTERNAL_SERVER_ERROR, &format!("'{}': {problem}", path.display())),
+        io::ErrorKind::TimedOut => {
+            (StatusCode::REQUEST_TIMEOUT, format!("'{}': the body stood still", path.display()))
+        }
+        io::ErrorKind::InvalidFilename
+        | io::ErrorKind::InvalidInput
+        | io::ErrorKind::InvalidData
+        | io::ErrorKind::UnexpectedEof => {
+            (StatusCode::BAD_REQUEST, format!("'{}': {problem}", path.display()))
+        }
+        _ => (StatusCode::INTERNAL_SERVER_ERROR, format!("'{}': {problem}", path.display())),
+    };
+    error(status, &text)
+}
+
+/// Opens what can be read or written without waiting for somebody: a FIFO or a device would.
+async fn open(path: &Path, options: &mut tokio::fs::OpenOptions) -> io::Result<(File, u64)> {
+    let file = options.custom_flags(libc::O_NONBLOCK).open(path).await?;
+    let found = file.metadata().await?;
+    if found.is_dir() {
+        return Err(io::ErrorKind::IsADirectory.into());
     }
+    if !found.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
+    }
+    Ok((file, found.len()))
 }
 
 /// `GET /files`.
-pub async fn download(state: &Arc<State>, request: &Request<Incoming>) -> Response<Body> {
-    let Target { path, .. } = match target(state, request) {
-        Ok(target) => target,
-        Err(reply) => return reply,
+pub async fn download(state: &Arc<State>, request: &Request<Incoming>) -> Reply {
+    let path = match ask(state, request).and_then(|asked| asked.path.ok_or_else(no_path)) {
+        Ok(path) => path,
+        Err(reply) => return *reply,
     };
-    let opened = async {
-        let file = tokio::fs::File::open(&path).await?;
-        let found = file.metadata().await?;
-        if found.is_dir() { Err(io::ErrorKind::IsADirectory.into()) } else { Ok((file, found.len())) }
+    let Some(coding) = coding(request.headers()) else {
+        return error(
+            StatusCode::NOT_ACCEPTABLE,
+            "no acceptable encoding found, supported: [identity, gzip]",
+        );
     };
-    let (mut file, size) = match opened.await {
+    let (file, size) = match open(&path, tokio::fs::OpenOptions::new().read(true)).await {
         Ok(opened) => opened,
         Err(problem) => return failed(&path, &problem),
     };
-    let name = path.file_name().unwrap_or_default().to_string_lossy().replace(['"', '\\', '\r', '\n'], "_");
-    let mut reply = Response::builder()
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let name: String =
+        name.chars().map(|c| if c.is_ascii_graphic() && c != '"' && c != '\\' { c } else { '_' }).collect();
+    let reply = Response::builder()
         .header(CONTENT_TYPE, "application/octet-stream")
         .header("accept-ranges", "bytes")
+        .header(VARY, "accept-encoding")
         .header(CONTENT_DISPOSITION, format!("inline; filename=\"{name}\""));
-    let (start, length) = match range(request.headers(), size) {
+    let made = if size == 0 {
+        // Files of /proc say 0 and have content: what there is goes out, its length unknown.
+        reply.body(stream(file))
+    } else if coding == Coding::Gzip && !request.headers().contains_key(RANGE) {
+        let packed = GzipEncoder::with_quality(BufReader::with_capacity(CHUNK, file), Level::Fastest);
+        reply.header(CONTENT_ENCODING, "gzip").body(stream(packed))
+    } else {
+        match part(reply, file, size, request.headers()).await {
+            Ok(made) => made,
+            Err(problem) => return failed(&path, &problem),
+        }
+    };
+    made.unwrap_or_else(|problem| error(StatusCode::INTERNAL_SERVER_ERROR, &problem.to_string()))
+}
+
+fn stream(content: impl AsyncRead + Send + 'static) -> Body {
+    StreamBody::new(ReaderStream::with_capacity(content, CHUNK).map_ok(Frame::data)).boxed_unsync()
+}
+
+/// The body of a download whose length is known: all of it, or the range that is asked for.
+async fn part(
+    mut reply: http::response::Builder,
+    mut file: File,
+    size: u64,
+    headers: &HeaderMap,
+) -> io::Result<Result<Reply, http::Error>> {
+    let (start, length) = match range(headers, size) {
         Wanted::All => (0, size),
         Wanted::Part(start, length) => {
             reply = reply
@@ -90,16 +203,16 @@ pub async fn download(state: &Arc<State>, request: &Request<Incoming>) -> Respon
             if let Ok(value) = format!("bytes */{size}").parse() {
                 reply.headers_mut().insert(CONTENT_RANGE, value);
             }
-            return reply;
+            return Ok(Ok(reply));
         }
     };
-    if let Err(problem) = file.seek(SeekFrom::Start(start)).await {
-        return failed(&path, &problem);
-    }
+    file.seek(SeekFrom::Start(start)).await?;
     let body = futures::stream::try_unfold((file, length), |(mut file, left)| async move {
+        if left == 0 {
+            return Ok(None);
+        }
         let mut buffer = vec![0; CHUNK.min(usize::try_from(left).unwrap_or(CHUNK))];
         match file.read(&mut buffer).await? {
-            _ if left == 0 => Ok(None),
             // Shorter than it was: cut the stream, so that nobody takes a part for the whole.
             0 => Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
             count => {
@@ -108,10 +221,43 @@ pub async fn download(state: &Arc<State>, request: &Request<Incoming>) -> Respon
             }
         }
     });
-    reply
-        .header(CONTENT_LENGTH, length)
-        .body(StreamBody::new(body).boxed_unsync())
-        .unwrap_or_else(|problem| error(StatusCode::INTERNAL_SERVER_ERROR, &problem.to_string()))
+    Ok(reply.header(CONTENT_LENGTH, length).body(StreamBody::new(body).boxed_unsync()))
+}
+
+#[derive(Debug, PartialEq, Eq, Clone, Copy)]
+enum Coding {
+    Identity,
+    Gzip,
+}
+
+/// The coding of a download; `None` when the caller takes neither. Source: RFC 9110, 12.5.3.
+///
+/// Compressing costs the guest more than carrying the bytes does, so it is done only for who asks for gzip and
+/// names nothing else: the list that every HTTP library sends says what it can read, not what it wants.
+fn coding(headers: &HeaderMap) -> Option<Coding> {
+    let text = headers.get(ACCEPT_ENCODING).map(|value| value.to_str().unwrap_or_default());
+    let mut named: Vec<(String, bool)> = Vec::new();
+    for item in text.unwrap_or_default().split(',') {
+        let mut parts = item.split(';').map(str::trim);
+        let name = parts.next().unwrap_or_default().to_ascii_lowercase();
+        let refused = parts
+            .filter_map(|parameter| parameter.strip_prefix("q="))
+            .any(|weight| weight.parse::<f32>().is_ok_and(|weight| weight <= 0.0));
+        if !name.is_empty() {
+            named.push((name, !refused));
+        }
+    }
+    let takes = |name: &str| named.iter().find(|(known, _)| known == name).map(|(_, takes)| *takes);
+    let any = takes("*");
+    let gzip = takes("gzip").or(any).unwrap_or(false);
+    let identity = takes("identity").or(any.filter(|takes| !takes)).unwrap_or(true);
+    let alone = named.len() == 1 && takes("gzip") == Some(true);
+    match (identity, gzip) {
+        (_, true) if alone => Some(Coding::Gzip),
+        (true, _) => Some(Coding::Identity),
+        (false, true) => Some(Coding::Gzip),
+        (false, false) => None,
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -145,47 +291,247 @@ fn range(headers: &HeaderMap, size: u64) -> Wanted {
     }
 }
 
-/// `POST /files` with the raw content as body.
-pub async fn upload(state: &Arc<State>, request: Request<Incoming>) -> Response<Body> {
-    let Target { user, path } = match target(state, &request) {
-        Ok(target) => target,
-        Err(reply) => return reply,
+/// The body of an upload, unpacked, that fails when it stands still.
+fn content(request: Request<Incoming>) -> Result<Content, Box<Reply>> {
+    let coding = request.headers().get(CONTENT_ENCODING).map(|value| value.to_str().unwrap_or("?").trim());
+    let gzip = match coding {
+        None | Some("" | "identity") => false,
+        Some(name) if name.eq_ignore_ascii_case("gzip") => true,
+        Some(name) => {
+            let text = format!("content encoding '{name}' is not supported, supported: [identity, gzip]");
+            return Err(Box::new(error(StatusCode::UNSUPPORTED_MEDIA_TYPE, &text)));
+        }
     };
+    let torn = |problem| io::Error::new(io::ErrorKind::UnexpectedEof, problem);
+    let frames = TryStreamExt::map_err(BodyStream::new(request.into_body()), torn)
+        .try_filter_map(|frame: Frame<Bytes>| async { Ok(frame.into_data().ok()) });
+    let reader = BufReader::with_capacity(CHUNK, StreamReader::new(Box::pin(impatient(frames))));
+    Ok(if gzip { Box::pin(GzipDecoder::new(reader)) } else { Box::pin(reader) })
+}
+
+/// `frames` with an error instead of a pause that is too long.
+fn impatient(
+    frames: impl Stream<Item = io::Result<Bytes>> + Send + 'static,
+) -> impl Stream<Item = io::Result<Bytes>> + Send {
+    futures::stream::try_unfold(Box::pin(frames), |mut frames| async move {
+        match tokio::time::timeout(IDLE, frames.try_next()).await {
+            Ok(next) => Ok(next?.map(|bytes| (bytes, frames))),
+            Err(_elapsed) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    })
+}
+
+/// `POST /files`: one file as it is, or one and more as a form.
+pub async fn upload(state: &Arc<State>, request: Request<Incoming>) -> Reply {
     let kind = request.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
-    if !kind.starts_with("application/octet-stream") || request.headers().contains_key("content-encoding") {
-        return error(
-            StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            "send the content as application/octet-stream without an encoding; other forms come with a later version",
-        );
+    let kind = kind.to_owned();
+    let result = async {
+        let asked = ask(state, &request)?;
+        let attributes = metadata::of_headers(request.headers())
+            .map_err(|text| Box::new(error(StatusCode::BAD_REQUEST, &text)))?;
+        let essence = kind.split(';').next().unwrap_or_default().trim();
+        if essence.eq_ignore_ascii_case("application/octet-stream") {
+            let path = asked.path.ok_or_else(no_path)?;
+            let content = content(request)?;
+            return Ok(vec![write(path, content, &asked.user, &attributes).await?]);
+        }
+        if !essence.eq_ignore_ascii_case("multipart/form-data") {
+            return Err(Box::new(error(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "send the content as multipart/form-data or application/octet-stream",
+            )));
+        }
+        let boundary = multer::parse_boundary(&kind).map_err(|problem| form_error(&problem))?;
+        let form = multer::Multipart::new(ReaderStream::with_capacity(content(request)?, CHUNK), boundary);
+        write_form(form, &asked, &attributes).await
+    };
+    match result.await {
+        Ok(written) => json(StatusCode::OK, &written),
+        Err(reply) => *reply,
     }
-    let mut body = request.into_body();
-    let written = async {
-        if let Some(parent) = path.parent() {
-            make_dirs(parent, &user)?;
+}
+
+fn form_error(problem: &multer::Error) -> Box<Reply> {
+    let mut source = std::error::Error::source(problem);
+    while let Some(inner) = source {
+        if let Some(inner) = inner.downcast_ref::<io::Error>() {
+            return Box::new(failed(Path::new("form"), inner));
         }
-        let new = !path.exists();
-        let mut file = tokio::fs::File::create(&path).await?;
-        if new {
-            std::os::unix::fs::chown(&path, Some(user.uid), Some(user.gid))?;
+        source = inner.source();
+    }
+    Box::new(error(StatusCode::BAD_REQUEST, &format!("the form cannot be read: {problem}")))
+}
+
+async fn write_form(
+    mut form: multer::Multipart<'static>,
+    asked: &Asked,
+    attributes: &[(String, String)],
+) -> Result<Vec<Written>, Box<Reply>> {
+    let mut written: Vec<Written> = Vec::new();
+    while let Some(field) = form.next_field().await.map_err(|problem| form_error(&problem))? {
+        if field.name() != Some("file") {
+            continue;
         }
-        while let Some(frame) = body.frame().await {
-            if let Ok(data) = frame.map_err(io::Error::other)?.into_data() {
-                file.write_all(&data).await?;
+        let path = match (&asked.path, field.file_name()) {
+            (Some(path), _) => path.clone(),
+            (None, Some(name)) if !name.is_empty() => resolve(&asked.user, name)?,
+            (None, _) => return Err(no_path()),
+        };
+        if written.iter().any(|known| known.is(&path)) {
+            let text = format!("path '{}' stands twice in one upload; the first was written", path.display());
+            return Err(Box::new(error(StatusCode::BAD_REQUEST, &text)));
+        }
+        if written.len() >= MAX_PARTS {
+            let text = format!("more than {MAX_PARTS} files in one upload");
+            return Err(Box::new(error(StatusCode::BAD_REQUEST, &text)));
+        }
+        let content = StreamReader::new(field.map_err(|problem| {
+            let kind = match std::error::Error::source(&problem).and_then(|inner| inner.downcast_ref()) {
+                Some(inner) => io::Error::kind(inner),
+                None => io::ErrorKind::InvalidData,
+            };
+            io::Error::new(kind, problem)
+        }));
+        written.push(write(path, Box::pin(content), &asked.user, attributes).await?);
+    }
+    if written.is_empty() {
+        return Err(Box::new(error(StatusCode::BAD_REQUEST, "the form has no field 'file'")));
+    }
+    Ok(written)
+}
+
+/// What the caller is told of a file that was written.
+#[derive(serde::Serialize)]
+struct Written {
+    name: String,
+    r#type: &'static str,
+    path: String,
+    #[serde(skip_serializing_if = "HashMap::is_empty")]
+    metadata: HashMap<String, String>,
+}
+
+impl Written {
+    fn at(path: &Path) -> Self {
+        Self {
+            name: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            r#type: "file",
+            path: path.to_string_lossy().into_owned(),
+            metadata: metadata::read(path),
+        }
+    }
+
+    fn is(&self, path: &Path) -> bool {
+        self.path == path.to_string_lossy()
+    }
+}
+
+/// Creates or empties the file at `path`; who makes it new owns it.
+async fn create(path: &Path, user: &User) -> io::Result<File> {
+    if let Some(parent) = path.parent() {
+        make_dirs(parent, user)?;
+    }
+    let new = !path.exists();
+    let (file, size) =
+        open(path, tokio::fs::OpenOptions::new().write(true).create(true).truncate(false)).await?;
+    if new {
+        std::os::unix::fs::fchown(&file, Some(user.uid), Some(user.gid))?;
+    } else if size > 0 {
+        file.set_len(0).await?;
+    }
+    Ok(file)
+}
+
+async fn write(
+    path: PathBuf,
+    mut content: Content,
+    user: &User,
+    attributes: &[(String, String)],
+) -> Result<Written, Box<Reply>> {
+    let result = async {
+        let mut file = create(&path, user).await?;
+        let mut buffer = vec![0; CHUNK];
+        loop {
+            match content.read(&mut buffer).await? {
+                0 => break,
+                count => file.write_all(&buffer[..count]).await?,
             }
         }
-        file.flush().await
+        file.flush().await?;
+        metadata::replace(&path, attributes)
     };
-    match written.await {
-        Ok(()) => json(
-            StatusCode::OK,
-            &serde_json::json!([{
-                "name": path.file_name().unwrap_or_default().to_string_lossy(),
-                "type": "file",
-                "path": path.to_string_lossy(),
-            }]),
-        ),
-        Err(problem) => failed(&path, &problem),
+    match result.await {
+        Ok(()) => Ok(Written::at(&path)),
+        Err(problem) => Err(Box::new(failed(&path, &problem))),
     }
+}
+
+#[derive(Debug, Deserialize)]
+struct Compose {
+    source_paths: Vec<String>,
+    destination: String,
+    username: Option<String>,
+}
+
+/// `POST /files/compose`: appends files to one another and removes them. The destination is written beside itself
+/// and renamed, so that it may be one of the sources and is whole or not there.
+pub async fn compose(state: &Arc<State>, request: Request<Incoming>) -> Reply {
+    let result = async {
+        let bad = |text: &str| Box::new(error(StatusCode::BAD_REQUEST, text));
+        let body = Limited::new(request.into_body(), MAX_COMPOSE).collect().await;
+        let body = body.map_err(|problem| bad(&problem.to_string()))?.to_bytes();
+        let asked: Compose = serde_json::from_slice(&body).map_err(|problem| bad(&problem.to_string()))?;
+        let user = state
+            .user(asked.username.as_deref())
+            .map_err(|text| Box::new(error(StatusCode::UNAUTHORIZED, &text)))?;
+        if asked.source_paths.is_empty() || asked.destination.is_empty() {
+            return Err(bad("source_paths and destination have to be given"));
+        }
+        let sources: Vec<PathBuf> =
+            asked.source_paths.iter().map(|path| resolve(&user, path)).collect::<Result<_, _>>()?;
+        let destination = resolve(&user, &asked.destination)?;
+        join(&sources, &destination, &user).await?;
+        Ok(Written::at(&destination))
+    };
+    match result.await {
+        Ok(written) => json(StatusCode::OK, &written),
+        Err(reply) => *reply,
+    }
+}
+
+async fn join(sources: &[PathBuf], destination: &Path, user: &User) -> Result<(), Box<Reply>> {
+    let at = |path: &Path, problem: &io::Error| Box::new(failed(path, problem));
+    let mut inputs = Vec::new();
+    for path in sources {
+        let opened = open(path, tokio::fs::OpenOptions::new().read(true)).await;
+        inputs.push(opened.map_err(|problem| at(path, &problem))?.0);
+    }
+    if destination.is_dir() {
+        return Err(at(destination, &io::ErrorKind::IsADirectory.into()));
+    }
+    let mut name = destination.file_name().unwrap_or_default().to_owned();
+    name.push(".compose");
+    let part = destination.with_file_name(name);
+    let written = async {
+        let mut file = create(&part, user).await?;
+        for mut input in inputs {
+            tokio::io::copy(&mut input, &mut file).await?;
+        }
+        file.flush().await?;
+        tokio::fs::rename(&part, destination).await
+    };
+    if let Err(problem) = written.await {
+        let _ = tokio::fs::remove_file(&part).await;
+        return Err(at(destination, &problem));
+    }
+    for path in sources.iter().filter(|path| *path != destination) {
+        match tokio::fs::remove_file(path).await {
+            // The same source twice.
+            Err(problem) if problem.kind() == io::ErrorKind::NotFound => {}
+            Err(problem) => return Err(at(path, &problem)),
+            Ok(()) => {}
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -207,5 +553,24 @@ mod tests {
         assert_eq!(ask("bytes=9-1", 100), Wanted::All);
         assert_eq!(ask("lines=1-2", 100), Wanted::All);
         assert_eq!(ask("bytes=0-", 0), Wanted::Nothing);
+    }
+
+    #[test]
+    fn only_who_asks_for_gzip_alone_gets_it() {
+        let ask = |text: Option<&str>| {
+            let mut headers = HeaderMap::new();
+            if let Some(text) = text {
+                headers.insert(ACCEPT_ENCODING, text.parse().unwrap());
+            }
+            coding(&headers)
+        };
+        assert_eq!(ask(None), Some(Coding::Identity));
+        assert_eq!(ask(Some("gzip")), Some(Coding::Gzip));
+        assert_eq!(ask(Some("gzip, deflate, br")), Some(Coding::Identity));
+        assert_eq!(ask(Some("gzip;q=1.0, identity;q=0")), Some(Coding::Gzip));
+        assert_eq!(ask(Some("br")), Some(Coding::Identity));
+        assert_eq!(ask(Some("br, identity;q=0")), None);
+        assert_eq!(ask(Some("*;q=0")), None);
+        assert_eq!(ask(Some("gzip;q=0")), Some(Coding::Identity));
     }
 }

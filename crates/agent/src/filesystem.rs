@@ -1,12 +1,14 @@
-//! `filesystem.Filesystem`: one request, one answer; watches come with a later version.
+//! `filesystem.Filesystem`: what is there, and what happens to it.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
+use futures::{StreamExt, stream};
+use kelvin_api::envd::filesystem::__buffa::oneof::watch_dir_response::Event as Told;
 use kelvin_api::envd::filesystem::{
     CreateWatcherRequest, CreateWatcherResponse, EntryInfo, FileType, Filesystem, GetWatcherEventsRequest,
     GetWatcherEventsResponse, ListDirRequest, ListDirResponse, MakeDirRequest, MakeDirResponse, MoveRequest,
@@ -14,16 +16,22 @@ use kelvin_api::envd::filesystem::{
     StatResponse, WatchDirRequest, WatchDirResponse,
 };
 
+use crate::process::keepalive;
 use crate::state::State;
 use crate::users::{User, group_name, user_name};
+use crate::watch::{Wanted, Watch, Watches};
 
 /// Entries of one `ListDir`; more are refused instead of filling memory.
 const MAX_ENTRIES: usize = 100_000;
 
 /// The service.
-pub struct Files(pub Arc<State>);
+pub struct Files {
+    state: Arc<State>,
+    watches: Watches,
+}
 
-fn failed(path: &Path, error: &io::Error) -> ConnectError {
+/// What the caller is told of an error at `path`.
+pub fn failed(path: &Path, error: &io::Error) -> ConnectError {
     let text = match error.kind() {
         io::ErrorKind::NotFound => {
             return ConnectError::not_found(format!("path '{}' does not exist", path.display()));
@@ -89,7 +97,7 @@ pub fn entry(path: &Path) -> io::Result<EntryInfo> {
         }
         .into(),
         symlink_target: target.map(|target| target.to_string_lossy().into_owned()),
-        metadata: HashMap::default(),
+        metadata: crate::metadata::read(path).into_iter().collect(),
         is_symlink: link,
         ..Default::default()
     })
@@ -159,8 +167,15 @@ fn list(path: &Path, depth: u32, entries: &mut Vec<EntryInfo>) -> Result<(), Con
 }
 
 impl Files {
+    pub fn new(state: Arc<State>) -> Self {
+        Self { state, watches: Watches::default() }
+    }
+
     fn path(&self, ctx: &RequestContext, path: &str) -> Result<(User, PathBuf), ConnectError> {
-        let user = self.0.user_of(ctx.headers())?;
+        let user = self.state.user_of(ctx.headers())?;
+        if path.contains('\0') {
+            return Err(ConnectError::invalid_argument("the path has a NUL byte"));
+        }
         let path = clean(&user.resolve(path));
         Ok((user, path))
     }
@@ -244,39 +259,83 @@ impl Filesystem for Files {
 
     async fn watch_dir(
         &self,
-        _: RequestContext,
-        _: ServiceRequest<'_, WatchDirRequest>,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, WatchDirRequest>,
     ) -> ServiceResult<ServiceStream<WatchDirResponse>> {
-        Err(later())
+        let (_, root) = self.path(&ctx, request.path)?;
+        local(&root, request.allow_network_mounts)?;
+        let (recursive, include_entry) = (request.recursive, request.include_entry);
+        let watch = self.watches.open(Wanted { root, recursive, include_entry })?;
+        let start = WatchDirResponse { event: Some(Told::Start(Box::default())), ..Default::default() };
+        Response::stream_ok(stream::iter([Ok(start)]).chain(told(watch, keepalive(&ctx))))
     }
 
     async fn create_watcher(
         &self,
-        _: RequestContext,
-        _: ServiceRequest<'_, CreateWatcherRequest>,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, CreateWatcherRequest>,
     ) -> ServiceResult<CreateWatcherResponse> {
-        Err::<Response<CreateWatcherResponse>, _>(later())
+        let (_, root) = self.path(&ctx, request.path)?;
+        local(&root, request.allow_network_mounts)?;
+        let (recursive, include_entry) = (request.recursive, request.include_entry);
+        let watcher_id = self.watches.create(Wanted { root, recursive, include_entry })?;
+        Response::ok(CreateWatcherResponse { watcher_id, ..Default::default() })
     }
 
     async fn get_watcher_events(
         &self,
         _: RequestContext,
-        _: ServiceRequest<'_, GetWatcherEventsRequest>,
+        request: ServiceRequest<'_, GetWatcherEventsRequest>,
     ) -> ServiceResult<GetWatcherEventsResponse> {
-        Err::<Response<GetWatcherEventsResponse>, _>(later())
+        let events = self.watches.fetch(request.watcher_id)?;
+        Response::ok(GetWatcherEventsResponse { events, ..Default::default() })
     }
 
     async fn remove_watcher(
         &self,
         _: RequestContext,
-        _: ServiceRequest<'_, RemoveWatcherRequest>,
+        request: ServiceRequest<'_, RemoveWatcherRequest>,
     ) -> ServiceResult<RemoveWatcherResponse> {
-        Err::<Response<RemoveWatcherResponse>, _>(later())
+        self.watches.remove(request.watcher_id)?;
+        Response::ok(RemoveWatcherResponse::default())
     }
 }
 
-fn later() -> ConnectError {
-    ConnectError::unimplemented("watching directories comes with a later version of the agent")
+/// Refuses what is mounted over a network: what others change there makes no event here.
+fn local(path: &Path, allowed: bool) -> Result<(), ConnectError> {
+    /// NFS, CIFS, SMB2, FUSE, 9P, Ceph. Source: Linux, `include/uapi/linux/magic.h`.
+    const REMOTE: [i64; 6] = [0x6969, 0xff53_4d42, 0xfe53_4d42, 0x6573_5546, 0x0102_1997, 0x00c3_6400];
+    let found = rustix::fs::statfs(path).map_err(|error| failed(path, &error.into()))?;
+    if !allowed && REMOTE.contains(&found.f_type) {
+        let text = format!("path '{}' is on a network mount", path.display());
+        return Err(ConnectError::invalid_argument(text));
+    }
+    Ok(())
+}
+
+/// What one client is told of `watch`, with keepalives in between.
+fn told(
+    watch: Watch,
+    keepalive: Option<Duration>,
+) -> impl futures::Stream<Item = Result<WatchDirResponse, ConnectError>> + Send {
+    let events = stream::unfold(Some(watch), move |watch| async move {
+        let mut watch = watch?;
+        let next = match keepalive {
+            Some(interval) => tokio::time::timeout(interval, watch.next()).await,
+            None => Ok(watch.next().await),
+        };
+        Some(match next {
+            Ok(Ok(events)) => {
+                let tell = |event| Told::Filesystem(Box::new(event));
+                (events.into_iter().map(tell).map(Ok).collect::<Vec<_>>(), Some(watch))
+            }
+            Ok(Err(error)) => (vec![Err(error)], None),
+            Err(_elapsed) => (vec![Ok(Told::Keepalive(Box::default()))], Some(watch)),
+        })
+    });
+    events
+        .flat_map(stream::iter)
+        .map(|told| told.map(|event| WatchDirResponse { event: Some(event), ..Default::default() }))
 }
 
 #[cfg(test)]

@@ -57,7 +57,7 @@ pub fn run() -> io::Result<()> {
 async fn serve(state: Arc<State>, port: std::fs::File, again: bool) -> io::Result<()> {
     let router = Router::new()
         .add_service(Arc::new(Processes::new(Arc::clone(&state))))
-        .add_service(Arc::new(Files(Arc::clone(&state))));
+        .add_service(Arc::new(Files::new(Arc::clone(&state))));
     let agent = Arc::new(Agent {
         state: Arc::clone(&state),
         rpc: ConnectRpcService::new(router),
@@ -110,7 +110,13 @@ impl Agent {
             return empty(StatusCode::NO_CONTENT);
         }
         if !self.state.admits(request.headers()) {
-            return unauthorized(request.headers());
+            // A signed URL carries its own permission; a token that is wrong is not helped by one.
+            if path != "/files" || request.headers().contains_key("x-access-token") {
+                return unauthorized(request.headers());
+            }
+            if let Err(reply) = files::admits(&self.state, &request) {
+                return *reply;
+            }
         }
         match (request.method(), path) {
             (&Method::GET, "/metrics") => match metrics::read(&self.meter) {
@@ -121,7 +127,8 @@ impl Agent {
             (&Method::POST, "/init") => self.init(request).await,
             (&Method::GET, "/files") => files::download(&self.state, &request).await,
             (&Method::POST, "/files") => files::upload(&self.state, request).await,
-            (_, "/metrics" | "/envs" | "/init" | "/files") => {
+            (&Method::POST, "/files/compose") => files::compose(&self.state, request).await,
+            (_, "/metrics" | "/envs" | "/init" | "/files" | "/files/compose") => {
                 error(StatusCode::METHOD_NOT_ALLOWED, "the method is not allowed here")
             }
             _ => {
@@ -224,15 +231,21 @@ pub fn error(status: StatusCode, message: &str) -> Response<Body> {
 }
 
 /// The parameters of a query string, decoded; of a name that stands twice, the last.
-pub fn query(uri: &Uri) -> HashMap<String, String> {
+///
+/// # Errors
+/// A text for the caller, when it is not UTF-8.
+pub fn query(uri: &Uri) -> Result<HashMap<String, String>, String> {
     let decode = |text: &str| {
-        percent_encoding::percent_decode_str(&text.replace('+', " ")).decode_utf8_lossy().into_owned()
+        percent_encoding::percent_decode_str(&text.replace('+', " "))
+            .decode_utf8()
+            .map(std::borrow::Cow::into_owned)
+            .map_err(|_| "the query string is not UTF-8".to_owned())
     };
     uri.query()
         .unwrap_or_default()
         .split('&')
         .filter(|pair| !pair.is_empty())
         .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
-        .map(|(name, value)| (decode(name), decode(value)))
+        .map(|(name, value)| Ok((decode(name)?, decode(value)?)))
         .collect()
 }

@@ -45,6 +45,8 @@ pub fn run() -> ! {
     step("/run", mount_at("tmpfs", "/run", "tmpfs", quiet));
     step("/sys/fs/cgroup", mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", quiet));
     step("/run/lock", std::fs::create_dir_all("/run/lock"));
+    // Each watch of a directory is an instance; the kernel allows 128 of a user.
+    step("inotify", std::fs::write("/proc/sys/fs/inotify/max_user_instances", "4096"));
     step("loopback", network::loopback_up());
     step("network", network::configure());
     for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]

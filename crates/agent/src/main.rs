@@ -19,12 +19,15 @@ mod filesystem;
 mod hooks;
 mod http;
 mod init;
+mod metadata;
 mod metrics;
 mod network;
 mod port;
 mod process;
+mod pty;
 mod state;
 mod users;
+mod watch;
 
 use std::process::ExitCode;
 

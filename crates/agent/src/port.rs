@@ -39,6 +39,16 @@ pub fn open(name: &str, nonblocking: bool) -> io::Result<File> {
     Err(io::Error::new(io::ErrorKind::NotFound, format!("no virtio port {name}")))
 }
 
+/// Takes over a descriptor and asks the runtime when it is ready.
+///
+/// # Errors
+/// When it cannot be polled.
+#[allow(unsafe_code)]
+pub fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor is owned by the `AsyncFd` and stays the same until it is dropped.
+    Ok(unsafe { AsyncFd::register(fd) }?)
+}
+
 /// An HTTP/2 frame that ends a connection: GOAWAY, INTERNAL_ERROR, no stream was done. Source: RFC 9113, 6.8.
 const GOAWAY: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
 /// How long a host may take to hang up before it is told again.
@@ -113,9 +123,7 @@ impl Listener {
         }
         self.state.set_http_waiting(false);
         self.announce(false)?;
-        // SAFETY: the descriptor is owned by the `AsyncFd` and stays the same until it is dropped.
-        #[allow(unsafe_code)]
-        let fd = unsafe { AsyncFd::register(OwnedFd::from(self.port.try_clone()?)) }?;
+        let fd = watched(OwnedFd::from(self.port.try_clone()?))?;
         Ok(PortStream { fd, ended: false })
     }
 }

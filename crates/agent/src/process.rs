@@ -1,7 +1,7 @@
 //! `process.Process`: processes that outlive their clients, with output in bounded memory.
 //!
 //! ```text
-//! pipe -> pump -> hub -> a bounded queue per attached client (a slow one slows the process: a pipe)
+//! pipe or PTY -> pump -> hub -> a bounded queue per attached client (a slow one slows the process: a pipe)
 //!                  └---> nobody attached: a backlog of the last 1 MiB, given to whoever attaches next
 //! ```
 //!
@@ -33,11 +33,13 @@ use kelvin_api::envd::process::{
     SendInputResponse, SendSignalRequest, SendSignalResponse, StartRequest, StartResponse,
     StreamInputRequest, StreamInputResponse, UpdateRequest, UpdateResponse, process_event,
 };
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process_group};
-use tokio::io::AsyncWriteExt;
-use tokio::net::unix::pipe;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 
+use crate::port::watched;
+use crate::pty;
 use crate::state::State;
 use crate::users::User;
 
@@ -56,13 +58,14 @@ const MAX_PROCESSES: usize = 4096;
 enum Chunk {
     Stdout(Vec<u8>),
     Stderr(Vec<u8>),
+    Pty(Vec<u8>),
     End { exit_code: i32, exited: bool, status: String, error: Option<String> },
 }
 
 impl Chunk {
     fn size(&self) -> usize {
         match self {
-            Self::Stdout(bytes) | Self::Stderr(bytes) => bytes.len(),
+            Self::Stdout(bytes) | Self::Stderr(bytes) | Self::Pty(bytes) => bytes.len(),
             Self::End { .. } => 0,
         }
     }
@@ -71,6 +74,7 @@ impl Chunk {
         let event = match self {
             Self::Stdout(bytes) => data(Output::Stdout(bytes)),
             Self::Stderr(bytes) => data(Output::Stderr(bytes)),
+            Self::Pty(bytes) => data(Output::Pty(bytes)),
             Self::End { exit_code, exited, status, error } => Event::End(Box::new(process_event::EndEvent {
                 exit_code,
                 exited,
@@ -155,7 +159,10 @@ struct Entry {
     config: ProcessConfig,
     tag: Option<String>,
     hub: Hub,
-    stdin: tokio::sync::Mutex<Option<pipe::Sender>>,
+    /// Where input goes; `None` when the process takes none, or no more.
+    stdin: tokio::sync::Mutex<Option<End>>,
+    /// The terminal, when it has one: the same file as `stdin`.
+    pty: Option<End>,
     ended: watch::Sender<bool>,
 }
 
@@ -165,6 +172,9 @@ impl Entry {
         kill_process_group(pid, signal).map_err(io::Error::from)
     }
 }
+
+/// Our end of a pipe or a terminal.
+type End = Arc<AsyncFd<OwnedFd>>;
 
 type Table = Arc<Mutex<HashMap<u32, Arc<Entry>>>>;
 
@@ -205,9 +215,6 @@ impl Processes {
         user: &User,
         deadline: Option<std::time::Instant>,
     ) -> Result<Arc<Entry>, ConnectError> {
-        if request.pty.is_set() {
-            return Err(ConnectError::unimplemented("PTYs come with a later version of the agent"));
-        }
         if self.table().len() >= MAX_PROCESSES {
             return Err(ConnectError::resource_exhausted(format!("{MAX_PROCESSES} processes run already")));
         }
@@ -225,16 +232,15 @@ impl Processes {
             return Err(ConnectError::invalid_argument(format!("cwd '{}' does not exist", cwd.display())));
         }
         let internal = |error: io::Error| ConnectError::internal(format!("making pipes: {error}"));
-        let (stdout, stdout_child) = output_pipe().map_err(internal)?;
-        let (stderr, stderr_child) = output_pipe().map_err(internal)?;
-        let (stdin, stdin_child) = if request.stdin.unwrap_or(true) {
-            let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-                .map_err(|error| internal(error.into()))?;
-            nonblocking(&writer).map_err(internal)?;
-            (Some(pipe::Sender::from_owned_fd(writer).map_err(internal)?), Stdio::from(reader))
-        } else {
-            (None, Stdio::null())
+        let pty = match request.pty.as_option() {
+            Some(pty) => Some(pty::size(pty).map_err(ConnectError::invalid_argument)?),
+            None => None,
         };
+        let streams = match pty {
+            Some(size) => Streams::terminal(size),
+            None => Streams::pipes(request.stdin.unwrap_or(true)),
+        }
+        .map_err(internal)?;
         let mut command = tokio::process::Command::new(&config.cmd);
         command
             .args(&config.args)
@@ -246,12 +252,13 @@ impl Processes {
             .env("USER", &user.name)
             .env("LOGNAME", &user.name)
             .env("SHELL", &user.shell)
+            .envs(pty.map(|_| ("TERM", "xterm-256color")))
             .envs(settings.environment())
             .envs(config.envs.iter())
-            .stdin(stdin_child)
-            .stdout(stdout_child)
-            .stderr(stderr_child);
-        become_user(&mut command, user);
+            .stdin(streams.child.0)
+            .stdout(streams.child.1)
+            .stderr(streams.child.2);
+        become_user(&mut command, user, pty.is_some());
         let mut child = command.spawn().map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => ConnectError::not_found(format!("command '{}' not found", config.cmd)),
             io::ErrorKind::PermissionDenied => {
@@ -268,7 +275,8 @@ impl Processes {
             config,
             tag: request.tag,
             hub: Hub::default(),
-            stdin: tokio::sync::Mutex::new(stdin),
+            stdin: tokio::sync::Mutex::new(streams.input),
+            pty: pty.and_then(|_| streams.outputs.first().map(|(end, _)| Arc::clone(end))),
             ended,
         });
         self.table().insert(pid, Arc::clone(&entry));
@@ -276,14 +284,17 @@ impl Processes {
             tokio::spawn(end_at(deadline.into(), Arc::clone(&entry)));
         }
         let (exited, exited_receiver) = watch::channel(false);
-        let out = tokio::spawn(pump(stdout, Chunk::Stdout, Arc::clone(&entry), exited_receiver.clone()));
-        let err = tokio::spawn(pump(stderr, Chunk::Stderr, Arc::clone(&entry), exited_receiver));
+        let pumps: Vec<_> = streams
+            .outputs
+            .into_iter()
+            .map(|(end, wrap)| tokio::spawn(pump(end, wrap, Arc::clone(&entry), exited_receiver.clone())))
+            .collect();
         let table = Arc::clone(&self.table);
         let supervised = Arc::clone(&entry);
         tokio::spawn(async move {
             let status = child.wait().await;
             exited.send_replace(true);
-            let _ = tokio::join!(out, err);
+            futures::future::join_all(pumps).await;
             supervised.ended.send_replace(true);
             supervised.hub.push(end_of(status)).await;
             // Nobody saw the end: keep it for a client that was cut off.
@@ -298,20 +309,53 @@ impl Processes {
     }
 }
 
-fn output_pipe() -> io::Result<(pipe::Receiver, Stdio)> {
-    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-    nonblocking(&reader)?;
-    Ok((pipe::Receiver::from_owned_fd(reader)?, Stdio::from(writer)))
+/// What a process reads and writes, and our ends of it.
+struct Streams {
+    child: (Stdio, Stdio, Stdio),
+    input: Option<End>,
+    outputs: Vec<(End, Wrap)>,
 }
 
-fn nonblocking(fd: &OwnedFd) -> io::Result<()> {
+type Wrap = fn(Vec<u8>) -> Chunk;
+
+impl Streams {
+    fn pipes(with_stdin: bool) -> io::Result<Self> {
+        let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
+        let (stdout, stdout_child) = pipe()?;
+        let (stderr, stderr_child) = pipe()?;
+        let (input, stdin_child) = if with_stdin {
+            let (reader, writer) = pipe()?;
+            (Some(end(writer)?), Stdio::from(reader))
+        } else {
+            (None, Stdio::null())
+        };
+        Ok(Self {
+            child: (stdin_child, stdout_child.into(), stderr_child.into()),
+            input,
+            outputs: vec![(end(stdout)?, Chunk::Stdout), (end(stderr)?, Chunk::Stderr)],
+        })
+    }
+
+    fn terminal(size: rustix::termios::Winsize) -> io::Result<Self> {
+        let (ours, theirs) = pty::open(size)?;
+        let ours = end(ours)?;
+        Ok(Self {
+            child: (theirs.try_clone()?.into(), theirs.try_clone()?.into(), theirs.into()),
+            input: Some(Arc::clone(&ours)),
+            outputs: vec![(ours, Chunk::Pty)],
+        })
+    }
+}
+
+fn end(fd: OwnedFd) -> io::Result<End> {
     let flags = rustix::fs::fcntl_getfl(fd.as_fd())?;
-    Ok(rustix::fs::fcntl_setfl(fd.as_fd(), flags | rustix::fs::OFlags::NONBLOCK)?)
+    rustix::fs::fcntl_setfl(fd.as_fd(), flags | rustix::fs::OFlags::NONBLOCK)?;
+    Ok(Arc::new(watched(fd)?))
 }
 
 /// Makes the child lead a session of its own and drop to `user`.
 #[allow(unsafe_code)]
-fn become_user(command: &mut tokio::process::Command, user: &User) {
+fn become_user(command: &mut tokio::process::Command, user: &User, terminal: bool) {
     let (uid, gid, groups) = (user.uid, user.gid, user.groups.clone());
     // SAFETY: between fork and exec only async-signal-safe system calls are made, on memory that was
     // allocated before.
@@ -321,6 +365,9 @@ fn become_user(command: &mut tokio::process::Command, user: &User) {
                 if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
             };
             check(libc::setsid())?;
+            if terminal {
+                check(libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY, 0))?;
+            }
             libc::umask(0o022);
             // The agent is spared by the OOM killer; what it starts is not.
             let score = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
@@ -337,29 +384,41 @@ fn become_user(command: &mut tokio::process::Command, user: &User) {
 
 /// Copies a pipe to the hub until it ends, or until it is empty after the process has exited: a
 /// grandchild in the background may hold it open for ever.
-async fn pump(
-    pipe: pipe::Receiver,
-    wrap: fn(Vec<u8>) -> Chunk,
-    entry: Arc<Entry>,
-    mut exited: watch::Receiver<bool>,
-) {
+async fn pump(end: End, wrap: Wrap, entry: Arc<Entry>, mut exited: watch::Receiver<bool>) {
     let mut buffer = vec![0; CHUNK];
     loop {
-        match pipe.try_read(&mut buffer) {
+        match rustix::io::read(end.get_ref(), &mut buffer) {
             Ok(0) => return,
             Ok(count) => entry.hub.push(wrap(buffer[..count].to_vec())).await,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => {
                 if *exited.borrow_and_update() {
                     return;
                 }
                 tokio::select! {
-                    ready = pipe.readable() => if ready.is_err() { return },
+                    // Cleared before the next read: what arrives after it makes it ready again.
+                    ready = end.readable() => match ready {
+                        Ok(mut ready) => ready.clear_ready(),
+                        Err(_) => return,
+                    },
                     changed = exited.changed() => if changed.is_err() { return },
                 }
             }
+            // EIO: nobody has the terminal open any more.
             Err(_) => return,
         }
     }
+}
+
+async fn write(end: &End, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let mut ready = end.writable().await?;
+        match ready.try_io(|end| rustix::io::write(end.get_ref(), bytes).map_err(io::Error::from)) {
+            Ok(written) => bytes = &bytes[written?..],
+            Err(_would_block) => {}
+        }
+    }
+    Ok(())
 }
 
 fn end_of(status: io::Result<ExitStatus>) -> Chunk {
@@ -439,24 +498,33 @@ fn events(
     first.chain(rest)
 }
 
-fn keepalive(ctx: &RequestContext) -> Option<Duration> {
+/// How often a stream that is silent says that it lives.
+pub fn keepalive(ctx: &RequestContext) -> Option<Duration> {
     let seconds: u64 = ctx.header("keepalive-ping-interval")?.to_str().ok()?.parse().ok()?;
     (seconds > 0).then(|| Duration::from_secs(seconds))
 }
 
 async fn feed(entry: &Entry, input: ProcessInput) -> Result<(), ConnectError> {
-    match input.input {
-        Some(Input::Stdin(bytes)) => {
-            let mut stdin = entry.stdin.lock().await;
-            let pipe =
-                stdin.as_mut().ok_or_else(|| ConnectError::failed_precondition("stdin is not open"))?;
-            pipe.write_all(&bytes)
-                .await
-                .map_err(|error| ConnectError::failed_precondition(format!("writing to stdin: {error}")))
+    let bytes = match (input.input, &entry.pty) {
+        (Some(Input::Stdin(bytes)), None) | (Some(Input::Pty(bytes)), Some(_)) => bytes,
+        (Some(Input::Stdin(_)), Some(_)) => {
+            return Err(ConnectError::failed_precondition("the process has a PTY: send the input as pty"));
         }
-        Some(Input::Pty(_)) => Err(ConnectError::failed_precondition("the process has no PTY")),
-        None => Err(ConnectError::invalid_argument("the input is empty")),
-    }
+        (Some(Input::Pty(_)), None) => {
+            return Err(ConnectError::failed_precondition("the process has no PTY"));
+        }
+        (None, _) => return Err(ConnectError::invalid_argument("the input is empty")),
+    };
+    // Held while it is written: two inputs never mix.
+    let stdin = entry.stdin.lock().await;
+    let end = stdin.as_ref().ok_or_else(|| ConnectError::failed_precondition("stdin is not open"))?;
+    let mut ended = entry.ended.subscribe();
+    let written = tokio::select! {
+        written = write(end, &bytes) => written,
+        // Whatever holds the other end by now, it is not the process.
+        _ = ended.wait_for(|ended| *ended) => Err(io::ErrorKind::BrokenPipe.into()),
+    };
+    written.map_err(|error| ConnectError::failed_precondition(format!("writing to stdin: {error}")))
 }
 
 #[allow(refining_impl_trait)] // a service names its reply types
@@ -511,8 +579,16 @@ impl Process for Processes {
         _: RequestContext,
         request: ServiceRequest<'_, UpdateRequest>,
     ) -> ServiceResult<UpdateResponse> {
-        self.find(&request.to_owned_message().process)?;
-        Err(ConnectError::failed_precondition("the process has no PTY"))
+        let request = request.to_owned_message();
+        let entry = self.find(&request.process)?;
+        let end =
+            entry.pty.as_ref().ok_or_else(|| ConnectError::failed_precondition("the process has no PTY"))?;
+        if let Some(wanted) = request.pty.as_option() {
+            let size = pty::size(wanted).map_err(ConnectError::invalid_argument)?;
+            pty::resize(end.get_ref(), size)
+                .map_err(|error| ConnectError::failed_precondition(format!("resizing: {error}")))?;
+        }
+        Response::ok(UpdateResponse::default())
     }
 
     async fn stream_input(
@@ -573,6 +649,11 @@ impl Process for Processes {
         request: ServiceRequest<'_, CloseStdinRequest>,
     ) -> ServiceResult<CloseStdinResponse> {
         let entry = self.find(&request.to_owned_message().process)?;
+        if entry.pty.is_some() {
+            return Err(ConnectError::failed_precondition(
+                "a PTY cannot be closed: send the byte 4 (Ctrl-D)",
+            ));
+        }
         entry.stdin.lock().await.take();
         Response::ok(CloseStdinResponse::default())
     }

@@ -11,6 +11,7 @@ pub mod network;
 pub mod node;
 pub mod phase;
 pub mod sandbox;
+pub mod signature;
 pub mod units;
 
 /// envd's services, generated from `proto/`.

@@ -1,0 +1,132 @@
+//! Signed URLs of `/files`: whoever holds one may read or write one path as one user until it expires,
+//! without the sandbox's access token. Source: `../shared/specs/e2b.md`, "Where the clients look".
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use base64::Engine as _;
+use sha2::{Digest, Sha256};
+
+use crate::id::same_secret;
+
+/// What a signature allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// `GET /files`.
+    Read,
+    /// `POST /files`.
+    Write,
+}
+
+/// What was signed, as the request shows it: nothing of it is resolved or cleaned.
+#[derive(Debug, Clone, Copy)]
+pub struct Signed<'a> {
+    /// The parameter `path`; empty when there is none.
+    pub path: &'a str,
+    /// The parameter `username`; empty when there is none.
+    pub user: &'a str,
+    /// What the URL is for.
+    pub operation: Operation,
+    /// The parameter `signature`.
+    pub signature: &'a str,
+    /// The parameter `signature_expiration`, seconds since 1970.
+    pub expiration: Option<&'a str>,
+}
+
+/// Why a signature admits nobody.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SignatureError {
+    /// It is not the signature of this token, or what it signs is something else.
+    #[error("invalid signature")]
+    Invalid,
+    /// It was right once.
+    #[error("signature is already expired")]
+    Expired,
+}
+
+/// The signature of one path for one operation.
+///
+/// # Arguments
+/// `token`: the sandbox's access token. `expiration`: seconds since 1970, as it stands in the URL.
+pub fn sign(path: &str, operation: Operation, user: &str, token: &str, expiration: Option<&str>) -> String {
+    let operation = match operation {
+        Operation::Read => "read",
+        Operation::Write => "write",
+    };
+    let mut text = format!("{path}:{operation}:{user}:{token}");
+    if let Some(expiration) = expiration {
+        text.push(':');
+        text.push_str(expiration);
+    }
+    let digest = Sha256::digest(text.as_bytes());
+    format!("v1_{}", base64::engine::general_purpose::STANDARD_NO_PAD.encode(digest))
+}
+
+impl Signed<'_> {
+    /// Whether the holder of `token` signed this, expired or not.
+    pub fn is_of(&self, token: &str) -> bool {
+        let right = sign(self.path, self.operation, self.user, token, self.expiration);
+        same_secret(self.signature.as_bytes(), right.as_bytes())
+    }
+
+    /// Admits the request or says why not.
+    ///
+    /// # Errors
+    /// `Invalid` before `Expired`: whoever cannot sign learns nothing about times.
+    pub fn check(&self, token: &str) -> Result<(), SignatureError> {
+        if !self.is_of(token) {
+            return Err(SignatureError::Invalid);
+        }
+        let Some(expiration) = self.expiration else {
+            return Ok(());
+        };
+        let until: i64 = expiration.parse().map_err(|_| SignatureError::Invalid)?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        if until < i64::try_from(now).unwrap_or(i64::MAX) { Err(SignatureError::Expired) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn signed<'a>(path: &'a str, signature: &'a str, expiration: Option<&'a str>) -> Signed<'a> {
+        Signed { path, user: "user", operation: Operation::Read, signature, expiration }
+    }
+
+    #[test]
+    fn a_signature_is_for_one_path_one_operation_one_user_and_one_token() {
+        let right = sign("a b", Operation::Read, "user", "token", None);
+        assert_eq!(signed("a b", &right, None).check("token"), Ok(()));
+        assert_eq!(signed("a c", &right, None).check("token"), Err(SignatureError::Invalid));
+        assert_eq!(signed("a b", &right, None).check("other"), Err(SignatureError::Invalid));
+        let write = Signed { operation: Operation::Write, ..signed("a b", &right, None) };
+        assert_eq!(write.check("token"), Err(SignatureError::Invalid));
+        let other = Signed { user: "root", ..signed("a b", &right, None) };
+        assert_eq!(other.check("token"), Err(SignatureError::Invalid));
+        assert_eq!(
+            signed("a b", &right, Some("99999999999")).check("token"),
+            Err(SignatureError::Invalid),
+            "an expiration that was not signed"
+        );
+    }
+
+    #[test]
+    fn a_signature_ends() {
+        for (expiration, outcome) in [
+            ("1", Err(SignatureError::Expired)),
+            ("99999999999", Ok(())),
+            ("soon", Err(SignatureError::Invalid)),
+        ] {
+            let text = sign("x", Operation::Read, "user", "t", Some(expiration));
+            assert_eq!(signed("x", &text, Some(expiration)).check("t"), outcome, "{expiration}");
+        }
+    }
+
+    #[test]
+    fn the_form_is_the_one_that_the_clients_make() {
+        // Made with Python: hashlib.sha256(b"f.txt:read:user:tok").digest(), base64 without padding.
+        assert_eq!(sign("f.txt", Operation::Read, "user", "tok", None), EXPECTED);
+    }
+
+    const EXPECTED: &str = "v1_iqDwmk/2vofIGBaFeTYxeQSKnnyi9gxYwXXTDtlGsQI";
+}
