@@ -189,7 +189,9 @@ impl Filesystem for Files {
         request: ServiceRequest<'_, StatRequest>,
     ) -> ServiceResult<StatResponse> {
         let (_, path) = self.path(&ctx, request.path)?;
-        let entry = entry(&path).map_err(|error| failed(&path, &error))?;
+        let mut entry = entry(&path).map_err(|error| failed(&path, &error))?;
+        // A Stat follows the link. Source: `../shared/specs/e2b.md`, "Files"; clients show what has the flag as a link.
+        entry.is_symlink = false;
         Response::ok(StatResponse { entry: entry.into(), ..Default::default() })
     }
 

@@ -142,6 +142,32 @@ pub struct Lifecycle {
     /// Whether traffic resumes it when it is paused.
     #[serde(default)]
     pub auto_resume: bool,
+    /// What the pause at the end of its time keeps.
+    #[serde(default, skip_serializing_if = "PauseMode::is_full")]
+    pub pause_mode: PauseMode,
+}
+
+/// What of a machine is kept. Source: E2B's `SandboxPauseMode`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PauseMode {
+    /// Memory, device state and disk: it goes on.
+    #[default]
+    Full,
+    /// The disk alone: it boots again.
+    Filesystem,
+}
+
+impl PauseMode {
+    /// What a field `memory` asks for.
+    pub fn of(memory: Option<bool>) -> Self {
+        if memory == Some(false) { Self::Filesystem } else { Self::Full }
+    }
+
+    /// Whether memory is kept too.
+    pub fn is_full(&self) -> bool {
+        *self == Self::Full
+    }
 }
 
 /// `autoResume` of a create. Source: E2B's `SandboxAutoResumeConfig`.
@@ -157,7 +183,7 @@ pub struct AutoResume {
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)]
 pub struct PauseSandbox {
-    /// False is refused: this version keeps memory with the disk, always.
+    /// False keeps the disk alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<bool>,
     /// True refuses to pause a guest whose agent does not answer.
@@ -214,7 +240,7 @@ pub struct ForkResult {
 pub struct SnapshotSandbox {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// False is refused: this version keeps memory with the disk, always.
+    /// False keeps the disk alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<bool>,
 }

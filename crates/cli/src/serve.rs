@@ -20,7 +20,9 @@ use kelvin_api::id::{SandboxId, TemplateName};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::node::{Base, Changes, Child, Create, Created, Forked, Live, Route};
 use kelvin_api::phase::{Phase, Timings};
-use kelvin_api::sandbox::{BakeTemplate, Capture, NodeInfo, PoolInfo, SetPool, SnapshotInfo, Template};
+use kelvin_api::sandbox::{
+    BakeTemplate, Capture, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, Template,
+};
 use kelvin_api::units::MemoryMib;
 use kelvin_control::{ApiKey, Control, unknown_template};
 use kelvin_gateway::{Gateway, Inbound, Io, Outbound, Sandboxes, Secure, tls};
@@ -74,20 +76,31 @@ impl kelvin_control::Node for Local {
         self.0.find_kept(name).map(Base::Snapshot).ok_or_else(|| unknown_template(text))
     }
 
-    async fn pause(&self, id: &SandboxId, healthy: bool) -> Result<(Capture, Timings), Failure> {
-        Ok(self.0.pause(id, healthy).await?)
+    async fn pause(
+        &self,
+        id: &SandboxId,
+        mode: PauseMode,
+        healthy: bool,
+    ) -> Result<(Capture, Timings), Failure> {
+        Ok(self.0.pause(id, mode, healthy).await?)
     }
 
-    async fn resume(&self, id: &SandboxId, ends_at: Option<jiff::Timestamp>) -> Result<Created, Failure> {
-        Ok(self.0.resume(id, ends_at).await?)
+    async fn resume(
+        &self,
+        id: &SandboxId,
+        ends_at: Option<jiff::Timestamp>,
+        mode: PauseMode,
+    ) -> Result<Created, Failure> {
+        Ok(self.0.resume(id, ends_at, mode).await?)
     }
 
     async fn snapshot(
         &self,
         id: &SandboxId,
         name: Option<TemplateName>,
+        mode: PauseMode,
     ) -> Result<(SnapshotInfo, Capture, Timings), Failure> {
-        Ok(self.0.snapshot(id, name).await?)
+        Ok(self.0.snapshot(id, name, mode).await?)
     }
 
     async fn fork(&self, source: &SandboxId, children: Vec<Child>) -> Result<Forked, Failure> {

@@ -17,13 +17,12 @@ use kelvin_api::network::NetworkUpdate;
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{
     BakeTemplate, CAPTURE_HEADER, Capture, ConnectSandbox, ForkSandbox, MAX_TIMEOUT_S, Metadata, NewSandbox,
-    PauseSandbox, ResumeSandbox, SandboxState, SetPool, SetTimeout, SnapshotInfo, SnapshotSandbox,
+    PauseMode, PauseSandbox, ResumeSandbox, SandboxState, SetPool, SetTimeout, SnapshotInfo, SnapshotSandbox,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::database::Filter;
-use crate::lifecycle::with_memory;
 use crate::metrics;
 use crate::reply::reply;
 use crate::service::{Control, DEFAULT_TIMEOUT_S, parse_id, sandbox_of, unknown_template};
@@ -302,10 +301,9 @@ async fn refresh(State(control): State<Control>, Path(id): Path<String>, request
 async fn connect(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
     let id = parse_id(&id)?;
     let body: ConnectSandbox = parse(&read(request).await?)?;
-    with_memory(body.memory)?;
     let started = Instant::now();
     let seconds = body.timeout.unwrap_or(CONNECT_TIMEOUT_S);
-    match control.inner.connect(&id, seconds).await? {
+    match control.inner.connect(&id, seconds, PauseMode::of(body.memory)).await? {
         (_, Some(resumed)) => {
             Ok(timed(json(StatusCode::CREATED, &resumed.sandbox), &resumed.timings, started.elapsed()))
         }
@@ -333,8 +331,8 @@ fn captured(mut response: Response, capture: &Capture) -> Response {
 async fn pause(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
     let (id, started) = (parse_id(&id)?, Instant::now());
     let body: PauseSandbox = parse(&read(request).await?)?;
-    with_memory(body.memory)?;
-    let (capture, timings) = control.inner.pause(&id, body.require_healthy_guest == Some(true)).await?;
+    let (mode, healthy) = (PauseMode::of(body.memory), body.require_healthy_guest == Some(true));
+    let (capture, timings) = control.inner.pause(&id, mode, healthy).await?;
     let response = timed(StatusCode::NO_CONTENT.into_response(), &timings, started.elapsed());
     Ok(captured(response, &capture))
 }
@@ -342,12 +340,12 @@ async fn pause(State(control): State<Control>, Path(id): Path<String>, request: 
 async fn resume(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
     let (id, started) = (parse_id(&id)?, Instant::now());
     let body: ResumeSandbox = parse(&read(request).await?)?;
-    with_memory(body.memory)?;
     if body.auto_pause.is_some() {
         let text = "autoPause is set when a sandbox is created, not when it is resumed";
         return Err(Failure::new(Kind::Invalid, "unsupported_field", text, "leave the field out").into());
     }
-    let resumed = control.inner.resume(&id, body.timeout.unwrap_or(DEFAULT_TIMEOUT_S)).await?;
+    let (timeout, mode) = (body.timeout.unwrap_or(DEFAULT_TIMEOUT_S), PauseMode::of(body.memory));
+    let resumed = control.inner.resume(&id, timeout, mode).await?;
     Ok(timed(json(StatusCode::CREATED, &resumed.sandbox), &resumed.timings, started.elapsed()))
 }
 

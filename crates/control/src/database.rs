@@ -4,7 +4,7 @@ use std::path::Path;
 
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::node::Live;
-use kelvin_api::sandbox::{Lifecycle, Metadata, OnTimeout, SandboxState, StartPath};
+use kelvin_api::sandbox::{Lifecycle, Metadata, OnTimeout, PauseMode, SandboxState, StartPath};
 use kelvin_host::db::{Db, Error};
 use rusqlite::types::{Type, Value};
 use rusqlite::{OptionalExtension, Row, params_from_iter};
@@ -67,6 +67,9 @@ const MIGRATIONS: &[&str] = &[
     DROP TABLE sandboxes;
     ALTER TABLE sandboxes_3 RENAME TO sandboxes;
     CREATE INDEX sandboxes_by_start ON sandboxes (started_ms, id);
+",
+    "
+    ALTER TABLE sandboxes ADD COLUMN pause_memory INTEGER NOT NULL DEFAULT 1;
 ",
 ];
 
@@ -135,7 +138,7 @@ fn bad(error: Box<dyn std::error::Error + Send + Sync>) -> rusqlite::Error {
 }
 
 const COLUMNS: &str = "id, template, metadata, access_token, allow_internet, vcpus, memory_mib, disk_mib, \
-                       start_path, started_ms, ends_ms, traffic_token, state, on_timeout, auto_resume, parent";
+                       start_path, started_ms, ends_ms, traffic_token, state, on_timeout, auto_resume, parent, pause_memory";
 
 fn sandbox(row: &Row<'_>) -> Result<SandboxRow, rusqlite::Error> {
     let (id, metadata, path): (String, String, String) = (row.get(0)?, row.get(2)?, row.get(8)?);
@@ -164,6 +167,7 @@ fn sandbox(row: &Row<'_>) -> Result<SandboxRow, rusqlite::Error> {
         lifecycle: Lifecycle {
             on_timeout: if row.get::<_, String>(13)? == "pause" { OnTimeout::Pause } else { OnTimeout::Kill },
             auto_resume: row.get(14)?,
+            pause_mode: PauseMode::of(Some(row.get(16)?)),
         },
         parent: row
             .get::<_, Option<String>>(15)?
@@ -190,8 +194,8 @@ impl Database {
                 transaction
                     .prepare_cached(
                         "INSERT INTO sandboxes (id, state, template, metadata, access_token, allow_internet, \
-                         started_ms, ends_ms, traffic_token, on_timeout, auto_resume, parent) VALUES (?1, 'creating', \
-                         ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+                         started_ms, ends_ms, traffic_token, on_timeout, auto_resume, parent, pause_memory) \
+                         VALUES (?1, 'creating', ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
                     )?
                     .execute((
                         row.id.as_str(),
@@ -205,6 +209,7 @@ impl Database {
                         if row.lifecycle.on_timeout == OnTimeout::Pause { "pause" } else { "kill" },
                         row.lifecycle.auto_resume,
                         row.parent.as_ref().map(SandboxId::as_str),
+                        row.lifecycle.pause_mode.is_full(),
                     ))?;
                 if let Some((key, fingerprint)) = key {
                     transaction

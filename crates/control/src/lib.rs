@@ -22,7 +22,9 @@ use kelvin_api::id::{SandboxId, TemplateName};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::node::{Base, Changes, Child, Create, Created, Forked, Live};
 use kelvin_api::phase::Timings;
-use kelvin_api::sandbox::{BakeTemplate, Capture, NodeInfo, PoolInfo, SetPool, SnapshotInfo, Template};
+use kelvin_api::sandbox::{
+    BakeTemplate, Capture, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, Template,
+};
 
 pub use auth::ApiKey;
 pub use reply::{reply, status};
@@ -46,14 +48,25 @@ pub trait Node: Send + Sync + 'static {
     /// What a `templateID` names: a template, or a snapshot that is kept, by id or name.
     async fn base(&self, text: &str) -> Result<Base, Failure>;
     /// Freezes a sandbox; with `healthy`, only when its agent answers.
-    async fn pause(&self, id: &SandboxId, healthy: bool) -> Result<(Capture, Timings), Failure>;
-    /// Lets a paused sandbox go on.
-    async fn resume(&self, id: &SandboxId, ends_at: Option<jiff::Timestamp>) -> Result<Created, Failure>;
+    async fn pause(
+        &self,
+        id: &SandboxId,
+        mode: PauseMode,
+        healthy: bool,
+    ) -> Result<(Capture, Timings), Failure>;
+    /// Lets a paused sandbox go on, or boot from its disk.
+    async fn resume(
+        &self,
+        id: &SandboxId,
+        ends_at: Option<jiff::Timestamp>,
+        mode: PauseMode,
+    ) -> Result<Created, Failure>;
     /// Takes a snapshot that is kept.
     async fn snapshot(
         &self,
         id: &SandboxId,
         name: Option<TemplateName>,
+        mode: PauseMode,
     ) -> Result<(SnapshotInfo, Capture, Timings), Failure>;
     /// Makes children of one instant of a sandbox.
     async fn fork(&self, source: &SandboxId, children: Vec<Child>) -> Result<Forked, Failure>;

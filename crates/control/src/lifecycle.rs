@@ -7,7 +7,8 @@ use kelvin_api::id::{SandboxId, TemplateName, Token};
 use kelvin_api::node::{Child, Created, Live};
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{
-    Capture, ForkResult, ForkSandbox, Sandbox, SandboxDetail, SandboxState, SnapshotInfo, SnapshotSandbox,
+    Capture, ForkResult, ForkSandbox, PauseMode, Sandbox, SandboxDetail, SandboxState, SnapshotInfo,
+    SnapshotSandbox,
 };
 
 use crate::database::SandboxRow;
@@ -27,18 +28,6 @@ pub(crate) struct Forked {
     pub timings: Timings,
 }
 
-/// Memory is always kept: a sandbox without it would come back as another one.
-pub(crate) fn with_memory(memory: Option<bool>) -> Result<(), Failure> {
-    match memory {
-        Some(false) => Err(invalid(
-            "unsupported_field",
-            "memory: false is not supported by this version",
-            "leave the field out: memory is kept with the disk",
-        )),
-        _ => Ok(()),
-    }
-}
-
 fn is(failure: &Failure, code: &str) -> bool {
     failure.error_code == code
 }
@@ -56,9 +45,14 @@ impl Control {
 }
 
 impl Inner {
-    pub(crate) async fn pause(&self, id: &SandboxId, healthy: bool) -> Result<(Capture, Timings), Failure> {
+    pub(crate) async fn pause(
+        &self,
+        id: &SandboxId,
+        mode: PauseMode,
+        healthy: bool,
+    ) -> Result<(Capture, Timings), Failure> {
         self.row(id).await?;
-        let paused = self.node.pause(id, healthy).await?;
+        let paused = self.node.pause(id, mode, healthy).await?;
         self.refresh(id).await?;
         Ok(paused)
     }
@@ -73,9 +67,14 @@ impl Inner {
     }
 
     /// Resumes a paused sandbox.
-    pub(crate) async fn resume(&self, id: &SandboxId, timeout_s: u64) -> Result<Reply, Failure> {
+    pub(crate) async fn resume(
+        &self,
+        id: &SandboxId,
+        timeout_s: u64,
+        mode: PauseMode,
+    ) -> Result<Reply, Failure> {
         let row = self.row(id).await?;
-        let created = self.node.resume(id, Some(deadline(timeout_s)?)).await?;
+        let created = self.node.resume(id, Some(deadline(timeout_s)?), mode).await?;
         self.refresh(id).await?;
         let sandbox = self.reply_of(&row, created.start_path, created.reason, &created.timings);
         Ok(Reply { sandbox, timings: created.timings })
@@ -86,11 +85,12 @@ impl Inner {
         &self,
         id: &SandboxId,
         timeout_s: u64,
+        mode: PauseMode,
     ) -> Result<(SandboxDetail, Option<Reply>), Failure> {
         // Twice: it may be paused or resumed by somebody else in between.
         for _ in 0..2 {
             if self.row(id).await?.state == SandboxState::Paused {
-                match self.resume(id, timeout_s).await {
+                match self.resume(id, timeout_s, mode).await {
                     Ok(reply) => return Ok((self.get(id).await?, Some(reply))),
                     Err(failure) if is(&failure, "sandbox_running") => self.refresh(id).await?,
                     Err(failure) => return Err(failure),
@@ -115,7 +115,6 @@ impl Inner {
         id: &SandboxId,
         body: SnapshotSandbox,
     ) -> Result<(SnapshotInfo, Capture, Timings), Failure> {
-        with_memory(body.memory)?;
         self.row(id).await?;
         let name = match body.name {
             None => None,
@@ -130,7 +129,7 @@ impl Inner {
                 Some(name)
             }
         };
-        self.node.snapshot(id, name).await
+        self.node.snapshot(id, name, PauseMode::of(body.memory)).await
     }
 
     async fn fork(&self, id: &SandboxId, body: ForkSandbox) -> Result<Forked, Failure> {

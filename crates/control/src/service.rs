@@ -13,8 +13,8 @@ use kelvin_api::network::{NetworkState, NetworkUpdate};
 use kelvin_api::node::{Base, Create, Created, Live};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{
-    EnvVars, Lifecycle, MAX_TIMEOUT_S, Metadata, NewSandbox, OnTimeout, Sandbox, SandboxDetail, SandboxLog,
-    SandboxLogs, SandboxState,
+    EnvVars, Lifecycle, MAX_TIMEOUT_S, Metadata, NewSandbox, OnTimeout, PauseMode, Sandbox, SandboxDetail,
+    SandboxLog, SandboxLogs, SandboxState,
 };
 use kelvin_api::units::MemoryMib;
 use kelvin_host::db;
@@ -427,8 +427,6 @@ pub(crate) fn deadline(seconds: u64) -> Result<jiff::Timestamp, Failure> {
 /// Checks a request and makes its row and what the node is asked. Every field is honoured or refused.
 fn prepare(body: NewSandbox, base: Base) -> Result<(SandboxRow, Create), Failure> {
     let unsupported = [
-        ("autoPauseMemory: false", body.auto_pause == Some(true) && body.auto_pause_memory == Some(false)),
-        ("mcp", body.mcp.as_ref().is_some_and(|value| !is_empty(value))),
         ("iam", body.iam.as_ref().is_some_and(|value| !is_empty(value))),
         ("volumeMounts", body.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty())),
     ];
@@ -457,7 +455,15 @@ fn prepare(body: NewSandbox, base: Base) -> Result<(SandboxRow, Create), Failure
     let lifecycle = Lifecycle {
         on_timeout: if body.auto_pause == Some(true) { OnTimeout::Pause } else { OnTimeout::Kill },
         auto_resume: body.auto_resume.is_some_and(|wanted| wanted.enabled),
+        pause_mode: PauseMode::of(body.auto_pause_memory),
     };
+    if lifecycle.auto_resume && !lifecycle.pause_mode.is_full() {
+        return Err(invalid(
+            "invalid_lifecycle",
+            "autoResume cannot be combined with autoPauseMemory: false",
+            "a sandbox without memory boots again: resume it with an explicit request",
+        ));
+    }
     let id = SandboxId::random();
     let access_token = (body.secure != Some(false)).then(Token::random);
     let row = SandboxRow {

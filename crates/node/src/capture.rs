@@ -5,7 +5,7 @@
 //! running, frozen fs │ vCPUs stopped        │ running again; a sandbox that is to be paused stays stopped
 //! ```
 //!
-//! Ahead of the pause is done what can be: the parent's memory is cloned, the disk is flushed, the guest freezes its
+//! Without memory it is the disk alone: to be booted, not to go on. Ahead of the pause is done what can be: the parent's memory is cloned, the disk is flushed, the guest freezes its
 //! file system. Memory and disk are of one instant also when the guest does not answer: a hostile agent cannot
 //! prevent a pause, it only does without a clean file system. Whatever fails, the machine goes on and what was
 //! staged is removed; a crash leaves it to `staging/`, which the next start empties, and a stopped machine, which
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use kelvin_api::error::chain;
 use kelvin_api::guest::Request;
 use kelvin_api::phase::{Phase, Timings};
-use kelvin_api::sandbox::Capture;
+use kelvin_api::sandbox::{Capture, PauseMode};
 use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
 use kelvin_vmm::{Paused, Saved};
 use tracing::Instrument;
@@ -52,6 +52,8 @@ pub struct Then {
     pub stay: bool,
     /// Refuse when the guest's agent does not flush and freeze its file system.
     pub healthy: bool,
+    /// What is kept.
+    pub mode: PauseMode,
 }
 
 async fn blocking<T: Send + 'static>(
@@ -94,7 +96,7 @@ impl Keeping {
         staged: &Path,
         origin: Origin,
         care: Care,
-        Then { stay, healthy }: Then,
+        Then { stay, healthy, mode }: Then,
     ) -> Result<Captured, Error> {
         let (mut timings, mut since) = (Timings::default(), Instant::now());
         let inner = Arc::clone(&self.inner);
@@ -103,7 +105,7 @@ impl Keeping {
             tracing::info_span!("phase", name = phase.name())
         };
         let span = begin(Phase::Quiesce);
-        let quiesced = self.quiesce(staged).instrument(span).await?;
+        let quiesced = self.quiesce(staged, mode).instrument(span).await?;
         timings.lap(Phase::Quiesce, &mut since);
         if healthy && !quiesced {
             // It may still come to it.
@@ -127,7 +129,7 @@ impl Keeping {
         timings.lap(Phase::Pause, &mut since);
 
         let span = begin(Phase::Save);
-        let saved = self.save(&paused, staged).instrument(span).await;
+        let saved = self.save(&paused, staged, mode).instrument(span).await;
         timings.lap(Phase::Save, &mut since);
         self.held = Some(paused);
         if !stay || saved.is_err() {
@@ -143,7 +145,7 @@ impl Keeping {
 
         let span = begin(Phase::Publish);
         since = Instant::now();
-        let published = self.publish(staged, origin, care).instrument(span).await;
+        let published = self.publish(staged, origin, mode, care).instrument(span).await;
         timings.lap(Phase::Publish, &mut since);
         let snapshot = match published {
             Ok(snapshot) => Arc::new(snapshot),
@@ -163,11 +165,13 @@ impl Keeping {
     }
 
     /// What can be done while the machine runs.
-    async fn quiesce(&mut self, staged: &Path) -> Result<bool, Error> {
+    async fn quiesce(&mut self, staged: &Path, mode: PauseMode) -> Result<bool, Error> {
         let Some(running) = &self.running else {
             return Err(Error::Unknown(self.record.sandbox.to_string()));
         };
-        running.begin_save(&staged.join("memory")).await?;
+        if mode.is_full() {
+            running.begin_save(&staged.join("memory")).await?;
+        }
         let frozen = self.control.call("freezing the file system", &Request::Freeze, FREEZE).await;
         if let Err(error) = &frozen {
             tracing::warn!(sandbox = %self.record.sandbox, error = chain(error), "its file system is not frozen");
@@ -179,18 +183,30 @@ impl Keeping {
         Ok(frozen.is_ok())
     }
 
-    async fn save(&self, paused: &Paused, staged: &Path) -> Result<Saved, Error> {
+    async fn save(&self, paused: &Paused, staged: &Path, mode: PauseMode) -> Result<Saved, Error> {
         let (from, to) = (self.spec.absolute().join("disk"), staged.join("disk"));
         let (memory, state) = (staged.join("memory"), staged.join("state"));
+        let save = async {
+            match mode {
+                PauseMode::Full => paused.save(&memory, &state).await,
+                PauseMode::Filesystem => Ok(Saved { dirty_pages: None }),
+            }
+        };
         let (saved, disk) = tokio::join!(
-            paused.save(&memory, &state),
+            save,
             blocking("saving the disk", move || kelvin_store::disk::clone_file(&from, &to).map(drop)),
         );
         disk?;
         Ok(saved?)
     }
 
-    async fn publish(&self, staged: &Path, origin: Origin, care: Care) -> Result<Snapshot, Error> {
+    async fn publish(
+        &self,
+        staged: &Path,
+        origin: Origin,
+        mode: PauseMode,
+        care: Care,
+    ) -> Result<Snapshot, Error> {
         let record = &self.record;
         let missing = || kelvin_store::Error::Missing {
             kind: "snapshot",
@@ -202,6 +218,7 @@ impl Keeping {
             guest: record.guest.clone(),
             parent: record.lineage.clone(),
             origin,
+            mode,
             identity,
             arguments: self.inner.driver.layout(record.shape, self.spec.network.is_some()),
         };

@@ -10,16 +10,17 @@
 //! Whatever fails after `reserve` is released in reverse order before the error is returned. A crash at
 //! any point leaves a record that is not `running`, and the next start reaps its machine.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kelvin_api::error::chain;
 use kelvin_api::guest::{Activation, Request, Wake};
-use kelvin_api::id::{SandboxId, TemplateName};
+use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
 use kelvin_api::network::{Attachment, Policy, Wanted};
 use kelvin_api::node::{Create, Created};
 use kelvin_api::phase::{Phase, Timings};
-use kelvin_api::sandbox::StartPath;
+use kelvin_api::sandbox::{PauseMode, StartPath};
 use kelvin_api::units::{MemoryMib, Shape};
 use kelvin_host::net::Slot;
 use kelvin_store::identity::Identity;
@@ -49,8 +50,8 @@ pub enum Seed {
     Template(Arc<Template>),
     /// What a sandbox was; it becomes another. With the sandbox it is forked from.
     Snapshot(Arc<Snapshot>, Option<SandboxId>),
-    /// What a sandbox was; it goes on as who it is.
-    Resume(Arc<Paused>),
+    /// What a sandbox was; it goes on as who it is. Or boots as that, when the disk alone is wanted.
+    Resume(Arc<Paused>, PauseMode),
 }
 
 /// A machine that answered, and how it came to be.
@@ -90,7 +91,7 @@ impl Inner {
         let snapshot = match &seed {
             Seed::Template(_) => None,
             Seed::Snapshot(snapshot, _) => Some(Arc::clone(snapshot)),
-            Seed::Resume(paused) => {
+            Seed::Resume(paused, _) => {
                 let image = paused.record.snapshot.clone();
                 let image = image.ok_or_else(|| Error::Unknown(request.sandbox.to_string()))?;
                 Some(self.find_snapshot(&image)?)
@@ -99,8 +100,15 @@ impl Inner {
         let (template, guest, shape) = match (&seed, &snapshot) {
             (_, Some(snapshot)) => {
                 let manifest = &snapshot.manifest;
-                network = self.fits(snapshot, &request, network)?;
-                (manifest.template.clone(), manifest.guest.clone(), manifest_shape(manifest))
+                let mut shape = manifest_shape(manifest);
+                if boots(&seed, snapshot) {
+                    // A disk fits any machine.
+                    shape.vcpus = request.vcpus.unwrap_or(shape.vcpus);
+                    shape.memory_mib = request.memory_mib.unwrap_or(shape.memory_mib);
+                } else {
+                    network = self.fits(snapshot, &request, network)?;
+                }
+                (manifest.template.clone(), manifest.guest.clone(), shape)
             }
             (Seed::Template(template), None) => {
                 let shape = Shape {
@@ -250,6 +258,19 @@ impl Attempt<'_> {
         let insisted = self.request.start_path;
         let template = match (self.seed, self.snapshot.clone()) {
             (Seed::Template(template), _) => template,
+            (seed, Some(snapshot)) if boots(seed, &snapshot) => {
+                if let Some(path @ (StartPath::Clone | StartPath::Warm)) = insisted {
+                    let reason = "a snapshot without memory is booted from its disk".to_owned();
+                    return Err(Error::Path { path: path.name(), reason });
+                }
+                let reason = match seed {
+                    Seed::Resume(paused, _) => {
+                        format!("cold: resumed from its disk, generation {}", paused.record.generation)
+                    }
+                    _ => format!("cold: the disk of snapshot {}", snapshot.manifest.id),
+                };
+                return Ok((self.boot_disk(&snapshot).await?, reason));
+            }
             (seed, Some(snapshot)) => {
                 if let Some(path @ (StartPath::Cold | StartPath::Warm)) = insisted {
                     let reason = "a snapshot of a sandbox is restored into a fresh VMM".to_owned();
@@ -258,7 +279,7 @@ impl Attempt<'_> {
                 let pool = Arc::new(Pool::new(Arc::clone(&snapshot), 0));
                 let (started, _) = self.clone(&pool).await?;
                 let reason = match seed {
-                    Seed::Resume(paused) => {
+                    Seed::Resume(paused, _) => {
                         format!("clone: resumed, generation {}", paused.record.generation)
                     }
                     _ => format!("clone: snapshot {}", snapshot.manifest.id),
@@ -268,7 +289,7 @@ impl Attempt<'_> {
             (_, None) => return Err(Error::Unknown(self.request.sandbox.to_string())),
         };
         if insisted == Some(StartPath::Cold) {
-            return Ok((self.cold(template).await?, "cold: asked for".to_owned()));
+            return Ok((self.boot_template(template).await?, "cold: asked for".to_owned()));
         }
         let reason = match self.inner.pool_for(template, self.shape, self.network.is_some()) {
             Ok(pool) => {
@@ -295,7 +316,7 @@ impl Attempt<'_> {
             return Err(Error::Path { path: path.name(), reason });
         }
         tracing::warn!(sandbox = %self.request.sandbox, reason, "no clone");
-        let started = self.cold(template).await?;
+        let started = self.boot_template(template).await?;
         if self.inner.options.auto_bake {
             self.inner.bake_later(Template::clone(template), self.shape, self.network.is_some());
         }
@@ -410,8 +431,7 @@ impl Attempt<'_> {
         let mut record = self.record(StartPath::Clone);
         let (id, manifest) = (pool.snapshot_id(), &pool.snapshot.manifest);
         if record.lineage.is_none() {
-            record.lineage =
-                if manifest.origin.is_passing() { manifest.parent.clone() } else { Some(id.clone()) };
+            record.lineage = lineage(&pool.snapshot);
         }
         record.snapshot = Some(id.clone());
         let lease = self.inner.snapshots.lease(&id);
@@ -458,15 +478,45 @@ impl Attempt<'_> {
         }
     }
 
-    async fn cold(&mut self, template: &Template) -> Result<Started, Error> {
+    async fn boot_template(&mut self, template: &Template) -> Result<Started, Error> {
+        let identity = self.inner.identity(template, self.shape, self.network.is_some());
+        self.cold(self.inner.store.rootfs(&template.image), identity).await
+    }
+
+    /// Boots from the disk of a snapshot, with the guest that wrote it.
+    async fn boot_disk(&mut self, snapshot: &Snapshot) -> Result<Started, Error> {
+        let id = &snapshot.manifest.id;
+        let missing = || kelvin_store::Error::Missing { kind: "snapshot", name: id.to_string() };
+        // Until its disk is cloned.
+        let lease = self.inner.snapshots.lease(id).ok_or_else(missing)?;
+        snapshot.check_seal()?;
+        let identity = Identity {
+            vcpus: self.shape.vcpus,
+            memory_mib: self.shape.memory_mib.0,
+            devices: self.inner.devices[usize::from(self.network.is_some())].clone(),
+            ..self.inner.identity_here(&snapshot.manifest.identity)
+        };
+        let started = self.cold(snapshot.file("disk"), identity).await;
+        drop(lease);
+        started
+    }
+
+    async fn cold(&mut self, disk: PathBuf, identity: Identity) -> Result<Started, Error> {
         let span = self.begin(Phase::Disk);
-        let rootfs = self.inner.store.rootfs(&template.image);
         let network = self.network.is_some();
-        let build = self.inner.keeper.build(self.shape, &self.guest, rootfs, network);
+        let build = self.inner.keeper.build(self.shape, &self.guest, disk, network);
         let home = build.instrument(span).await?;
         self.lap(Phase::Disk);
-        let identity = self.inner.identity(template, self.shape, network);
-        let mut record = SandboxRecord { identity: Some(identity.clone()), ..self.record(StartPath::Cold) };
+        let mut record = SandboxRecord {
+            identity: Some(identity.clone()),
+            shape: self.shape,
+            snapshot: None,
+            start_path: StartPath::Cold,
+            ..self.record(StartPath::Cold)
+        };
+        if let (None, Some(snapshot)) = (&record.lineage, &self.snapshot) {
+            record.lineage = lineage(snapshot);
+        }
         let work = async {
             self.hardware(&home.spec, &mut record).await?;
             self.rule(&home.spec, false).await?;
@@ -527,13 +577,13 @@ impl Attempt<'_> {
 
     async fn commit(&self, started: Started) -> Result<SandboxRecord, Error> {
         let Started { spec, running, control, mut record, identity, lease } = started;
-        let event = if matches!(self.seed, Seed::Resume(_)) { Event::Resume } else { Event::Ready };
+        let event = if matches!(self.seed, Seed::Resume(..)) { Event::Resume } else { Event::Ready };
         if let Some(state) = next(record.state, event) {
             record.state = state;
         }
         let remembered = match self.seed {
             // From here on its image is used up.
-            Seed::Resume(paused) => match body(&record) {
+            Seed::Resume(paused, _) => match body(&record) {
                 Ok(body) => self
                     .inner
                     .keeper
@@ -560,7 +610,7 @@ impl Attempt<'_> {
             identity: Some(identity),
             lease,
         });
-        if matches!(self.seed, Seed::Resume(_)) {
+        if matches!(self.seed, Seed::Resume(..)) {
             self.inner.changes.is(record.live());
         }
         Ok(record)
@@ -568,8 +618,10 @@ impl Attempt<'_> {
 
     /// What the machine of `record` is told when it wakes up.
     fn greeting(&self, record: &SandboxRecord) -> Result<Request, Error> {
-        match self.seed {
-            Seed::Resume(_) => Ok(Request::Wake(wake(true)?)),
+        match (self.seed, &self.snapshot) {
+            (seed @ Seed::Resume(..), Some(snapshot)) if !boots(seed, snapshot) => {
+                Ok(Request::Wake(wake(true)?))
+            }
             _ => Ok(Request::Activate(activation(self.request, &self.template, record.mac)?)),
         }
     }
@@ -580,7 +632,7 @@ impl Attempt<'_> {
         let Some(slot) = &spec.network else {
             return Ok(());
         };
-        if !matches!(self.seed, Seed::Resume(_)) {
+        if !matches!(self.seed, Seed::Resume(..)) {
             record.mac = Some(Slot::random_mac()?);
         }
         match record.mac {
@@ -591,7 +643,7 @@ impl Attempt<'_> {
 
     fn record(&self, start_path: StartPath) -> SandboxRecord {
         let parent = match self.seed {
-            Seed::Resume(paused) => {
+            Seed::Resume(paused, _) => {
                 return SandboxRecord { ends_at: self.request.ends_at, ..paused.record.clone() };
             }
             Seed::Snapshot(_, parent) => parent.clone(),
@@ -619,6 +671,17 @@ impl Attempt<'_> {
             timeout_s: self.request.timeout.as_secs(),
         }
     }
+}
+
+/// Whether a machine of `snapshot` boots: it has no memory, or the disk alone is wanted.
+fn boots(seed: &Seed, snapshot: &Snapshot) -> bool {
+    !snapshot.manifest.mode.is_full() || matches!(seed, Seed::Resume(_, PauseMode::Filesystem))
+}
+
+/// The last snapshot in the past of a machine of `snapshot` that was baked or kept.
+fn lineage(snapshot: &Snapshot) -> Option<SnapshotId> {
+    let manifest = &snapshot.manifest;
+    if manifest.origin.is_passing() { manifest.parent.clone() } else { Some(manifest.id.clone()) }
 }
 
 pub fn random_bytes<const N: usize>() -> Result<[u8; N], Error> {

@@ -5,13 +5,14 @@
 //! leaves nothing half-done.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kelvin_api::error::Failure;
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
 use kelvin_api::network::Wanted;
 use kelvin_api::node::{Base, Child, Create, Created, Forked};
 use kelvin_api::phase::Timings;
-use kelvin_api::sandbox::{Capture, SnapshotInfo, StartPath};
+use kelvin_api::sandbox::{Capture, PauseMode, SnapshotInfo, StartPath};
 use kelvin_store::snapshot::{Care, Origin, Snapshot};
 
 use crate::create::Seed;
@@ -19,6 +20,9 @@ use crate::error::Error;
 use crate::record::SandboxRecord;
 use crate::sandbox::{Command, Sandbox};
 use crate::{Inner, Node};
+
+/// How long a machine that is ending may hold up the removal of what it ran from.
+const ENDING: Duration = Duration::from_secs(10);
 
 fn info(inner: &Inner, snapshot: &Snapshot) -> Option<SnapshotInfo> {
     let manifest = &snapshot.manifest;
@@ -79,43 +83,57 @@ impl Node {
     }
 
     /// Freezes a sandbox: memory, device state and disk are kept, its machine ends, its capacity is free. Connections
-    /// to it are cut; its processes go on when it is resumed.
+    /// to it are cut; its processes go on when it is resumed. Of `Filesystem` the disk alone is kept, and it boots again.
     ///
     /// With `healthy`, a guest whose agent does not answer is not paused.
     ///
     /// # Errors
     /// `Unknown`, `Paused`, `Unhealthy`; `Exhausted`, `Vmm`, `Store` when it cannot be saved, and then it still runs.
-    pub async fn pause(&self, id: &SandboxId, healthy: bool) -> Result<(Capture, Timings), Error> {
+    pub async fn pause(
+        &self,
+        id: &SandboxId,
+        mode: PauseMode,
+        healthy: bool,
+    ) -> Result<(Capture, Timings), Error> {
         let sandbox = self.find(id)?;
         self.run("pausing", async move {
-            let captured = sandbox.ask(|done| Command::Pause(healthy, done)).await??;
+            let captured = sandbox.ask(|done| Command::Pause(mode, healthy, done)).await??;
             Ok((captured.capture, captured.timings))
         })
         .await
     }
 
-    /// Lets a paused sandbox go on, until `ends_at` or for as long as its owner asked for at last.
+    /// Lets a paused sandbox go on, until `ends_at` or for as long as its owner asked for at last. With `Filesystem` it
+    /// boots from its disk, whatever else was kept.
     ///
     /// # Errors
     /// `Running`, `Unknown`; as a create when it cannot be restored, and then it is still paused.
-    pub async fn resume(&self, id: &SandboxId, ends_at: Option<jiff::Timestamp>) -> Result<Created, Error> {
+    pub async fn resume(
+        &self,
+        id: &SandboxId,
+        ends_at: Option<jiff::Timestamp>,
+        mode: PauseMode,
+    ) -> Result<Created, Error> {
         let (inner, id) = (Arc::clone(&self.inner), id.clone());
-        let resumed = self
-            .run("resuming", async move { inner.resume(&id, ends_at).await.map(|created| (created, id)) });
+        let resumed = self.run("resuming", async move {
+            inner.resume(&id, ends_at, mode).await.map(|created| (created, id))
+        });
         match resumed.await? {
             (Some(created), _) => Ok(created),
             (None, id) => Err(Error::Running(id.to_string())),
         }
     }
 
-    /// The sandbox called `id` for traffic: one that is paused is resumed when its owner wants that. Whoever comes
-    /// meanwhile waits for the same resume.
+    /// The sandbox called `id` for traffic: one that is paused is resumed when its owner wants that and it goes on from
+    /// there; one that would boot again is not woken by strangers. Whoever comes meanwhile waits for the same resume.
     pub(crate) async fn awake(&self, id: &SandboxId) -> Result<Arc<Sandbox>, Error> {
         match self.find(id) {
             Err(Error::Paused(_))
-                if self.inner.paused(id).is_some_and(|paused| paused.record.lifecycle.auto_resume) =>
+                if self.inner.paused(id).is_some_and(|paused| {
+                    paused.record.lifecycle.auto_resume && self.inner.has_memory(&paused)
+                }) =>
             {
-                match self.resume(id, None).await {
+                match self.resume(id, None, PauseMode::Full).await {
                     Ok(_) | Err(Error::Running(_)) => self.find(id),
                     Err(error) => Err(error),
                 }
@@ -132,6 +150,7 @@ impl Node {
         &self,
         id: &SandboxId,
         name: Option<TemplateName>,
+        mode: PauseMode,
     ) -> Result<(SnapshotInfo, Capture, Timings), Error> {
         let sandbox = self.find(id)?;
         if let Some(name) = &name
@@ -142,7 +161,7 @@ impl Node {
         let (inner, id) = (Arc::clone(&self.inner), id.clone());
         self.run("taking a snapshot", async move {
             let origin = Origin::Kept { sandbox: id.clone(), name };
-            let taken = sandbox.ask(|done| Command::Snapshot(origin, Care::Durable, done)).await??;
+            let taken = sandbox.ask(|done| Command::Snapshot(origin, mode, Care::Durable, done)).await??;
             let (captured, _) = taken;
             let shown = info(&inner, &captured.snapshot).ok_or_else(|| Error::Unknown(id.to_string()))?;
             Ok((shown, captured.capture, captured.timings))
@@ -161,7 +180,8 @@ impl Node {
         let (inner, source) = (Arc::clone(&self.inner), source.clone());
         self.run("forking", async move {
             let origin = Origin::Fork { sandbox: source.clone() };
-            let taken = sandbox.ask(|done| Command::Snapshot(origin, Care::Passing, done)).await??;
+            let taken =
+                sandbox.ask(|done| Command::Snapshot(origin, PauseMode::Full, Care::Passing, done)).await??;
             let (captured, record) = taken;
             let mut starting = Vec::new();
             for child in children {
@@ -243,8 +263,7 @@ impl Node {
             return in_use(dependents);
         }
         for id in doomed.into_iter().rev() {
-            // Somebody may have begun to run from it since.
-            if !self.inner.snapshots.forget(&id) {
+            if !self.forget(&id).await {
                 let mut users = self.running_from(&id);
                 if users.is_empty() {
                     users.push("a machine that is ending".to_owned());
@@ -257,6 +276,26 @@ impl Node {
                 .map_err(|error| Error::Io { what: "removing", source: std::io::Error::other(error) })??;
         }
         Ok(())
+    }
+
+    /// Forgets a snapshot that no sandbox runs from; a machine that is ending is waited for. Whether it was: somebody
+    /// may have begun to run from it since.
+    async fn forget(&self, id: &SnapshotId) -> bool {
+        let ended = async {
+            loop {
+                let changed = self.inner.settled.notified();
+                tokio::pin!(changed);
+                changed.as_mut().enable();
+                if self.inner.snapshots.forget(id) {
+                    return true;
+                }
+                if !self.running_from(id).is_empty() {
+                    return false;
+                }
+                changed.await;
+            }
+        };
+        tokio::time::timeout(ENDING, ended).await.unwrap_or(false)
     }
 
     /// Sandboxes whose machines map the memory of `snapshot`.

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use kelvin_api::id::{SandboxId, VmId};
 use kelvin_api::network::Wanted;
 use kelvin_api::node::{Base, Create, Created};
-use kelvin_api::sandbox::StartPath;
+use kelvin_api::sandbox::PauseMode;
 
 use crate::Inner;
 use crate::create::Seed;
@@ -49,6 +49,12 @@ impl Inner {
         self.paused_sandboxes().get(id).cloned()
     }
 
+    /// Whether what `paused` is frozen in can go on.
+    pub fn has_memory(&self, paused: &Paused) -> bool {
+        let image = paused.record.snapshot.as_ref().and_then(|id| self.snapshots.get(id));
+        image.is_none_or(|image| image.manifest.mode.is_full())
+    }
+
     /// Resumes a sandbox until `ends_at`, or for as long as its owner asked for at last. `None` when somebody else
     /// has just resumed it.
     ///
@@ -58,6 +64,7 @@ impl Inner {
         self: &Arc<Self>,
         id: &SandboxId,
         ends_at: Option<jiff::Timestamp>,
+        mode: PauseMode,
     ) -> Result<Option<Created>, Error> {
         let unknown = || Error::Unknown(id.to_string());
         let paused = match self.paused(id) {
@@ -80,12 +87,12 @@ impl Inner {
             env_vars: record.env_vars.clone(),
             access_token: record.access_token.clone(),
             ends_at: ends_at.unwrap_or_else(for_as_long),
-            start_path: Some(StartPath::Clone),
+            start_path: None,
             network: record.network.clone().map_or(Wanted::None, Wanted::Required),
             lifecycle: record.lifecycle,
             timeout: std::time::Duration::from_secs(record.timeout_s),
         };
-        let created = self.create(request, Seed::Resume(Arc::clone(&paused))).await?;
+        let created = self.create(request, Seed::Resume(Arc::clone(&paused), mode)).await?;
         paused.over.store(true, Ordering::Release);
         self.paused_sandboxes().remove(id);
         Ok(Some(created))

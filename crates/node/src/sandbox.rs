@@ -11,7 +11,7 @@ use kelvin_api::id::{SandboxId, SnapshotId, Token, VmId};
 use kelvin_api::network::{Attachment, Policy};
 use kelvin_api::node::Live;
 use kelvin_api::phase::Phase;
-use kelvin_api::sandbox::OnTimeout;
+use kelvin_api::sandbox::{OnTimeout, PauseMode};
 use kelvin_host::process::ProcessKey;
 use kelvin_store::identity::Identity;
 use kelvin_store::snapshot::{Care, Origin};
@@ -42,10 +42,11 @@ pub enum Command {
     Connect(Port, oneshot::Sender<Result<UnixStream, kelvin_vmm::Error>>),
     /// Replace its egress policy.
     SetPolicy(Policy, oneshot::Sender<Result<(), Error>>),
-    /// Freeze it; answered when it can be resumed. Whether its agent has to have flushed and frozen its disk.
-    Pause(bool, oneshot::Sender<Result<Captured, Error>>),
+    /// Freeze it; answered when it can be resumed. What is kept, and whether its agent has to have flushed and frozen
+    /// its disk.
+    Pause(PauseMode, bool, oneshot::Sender<Result<Captured, Error>>),
     /// Take a snapshot; it goes on. With what is known of it, for its children.
-    Snapshot(Origin, Care, oneshot::Sender<Result<(Captured, SandboxRecord), Error>>),
+    Snapshot(Origin, PauseMode, Care, oneshot::Sender<Result<(Captured, SandboxRecord), Error>>),
     /// Let its vCPUs go on when the VMM stopped them, for want of disk space.
     GoOn(oneshot::Sender<()>),
     /// The console's text.
@@ -205,16 +206,16 @@ impl Keeping {
                         let _ = done.send(());
                     }
                     Some(Command::SetPolicy(policy, done)) => { let _ = done.send(self.set_policy(policy).await); }
-                    Some(Command::Pause(healthy, done)) => {
-                        let paused = self.pause(healthy).await;
+                    Some(Command::Pause(mode, healthy, done)) => {
+                        let paused = self.pause(mode, healthy).await;
                         let over = paused.is_ok();
                         let _ = done.send(paused);
                         if over {
                             break Over::Paused;
                         }
                     }
-                    Some(Command::Snapshot(origin, care, done)) => {
-                        let taken = self.capture(origin, care, Then::default()).await;
+                    Some(Command::Snapshot(origin, mode, care, done)) => {
+                        let taken = self.capture(origin, care, Then { mode, ..Then::default() }).await;
                         let _ = done.send(taken.map(|captured| (captured, self.record.clone())));
                     }
                     Some(Command::Connect(port, reply)) => { let _ = reply.send(running.connect(port).await); }
@@ -247,7 +248,7 @@ impl Keeping {
         if self.record.lifecycle.on_timeout == OnTimeout::Kill {
             return Some(Over::End("its time to live was over".to_owned(), None));
         }
-        match self.pause(false).await {
+        match self.pause(self.record.lifecycle.pause_mode, false).await {
             Ok(_) => Some(Over::Paused),
             Err(error) => {
                 tracing::error!(sandbox = %self.record.sandbox, error = chain(&error), "not paused at its deadline, tried again");
@@ -258,10 +259,10 @@ impl Keeping {
     }
 
     /// Freezes it: from the transaction in here on, its record is in no machine's name.
-    async fn pause(&mut self, healthy: bool) -> Result<Captured, Error> {
+    async fn pause(&mut self, mode: PauseMode, healthy: bool) -> Result<Captured, Error> {
         let (sandbox, generation) = (self.record.sandbox.clone(), self.record.generation + 1);
         let origin = Origin::Pause { sandbox: sandbox.clone(), generation };
-        let then = Then { stay: true, healthy };
+        let then = Then { stay: true, healthy, mode };
         // Asked before the machine stands still: nothing but the ledger can fail after it.
         let Some(state) = next(self.record.state, Event::Pause) else {
             return Err(Error::Unknown(sandbox.to_string()));

@@ -18,6 +18,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
+use kelvin_api::sandbox::PauseMode;
 use serde::{Deserialize, Serialize};
 
 use crate::hash::{FileDigest, digest_file};
@@ -26,6 +27,14 @@ use crate::{Error, Store, io_error, names, publish, read_json, write_json};
 
 /// The files of a snapshot.
 pub const FILES: [&str; 3] = ["memory", "state", "disk"];
+
+/// Those of them that a snapshot of `mode` has.
+pub fn files(mode: PauseMode) -> &'static [&'static str] {
+    match mode {
+        PauseMode::Full => &FILES,
+        PauseMode::Filesystem => &FILES[2..],
+    }
+}
 
 /// Why a snapshot was taken.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,6 +99,9 @@ pub struct Manifest {
     /// Why it was taken.
     #[serde(default)]
     pub origin: Origin,
+    /// What it keeps: without memory there are no files `memory` and `state`, and it is booted from its disk.
+    #[serde(default)]
+    pub mode: PauseMode,
     /// Digest of `identity`.
     pub identity_digest: String,
     /// Its fields.
@@ -122,8 +134,10 @@ struct FileSeal {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Seal {
-    memory: FileSeal,
-    state: FileSeal,
+    #[serde(default)]
+    memory: Option<FileSeal>,
+    #[serde(default)]
+    state: Option<FileSeal>,
     disk: FileSeal,
 }
 
@@ -158,19 +172,23 @@ impl FileSeal {
 }
 
 impl Seal {
-    fn of(directory: &Path) -> Result<Self, Error> {
+    fn of(directory: &Path, mode: PauseMode) -> Result<Self, Error> {
         let one = |name: &str| {
             let path = directory.join(name);
             FileSeal::of(&path).map_err(io_error("reading", &path))
         };
-        Ok(Self { memory: one("memory")?, state: one("state")?, disk: one("disk")? })
+        let (memory, state) = match mode {
+            PauseMode::Full => (Some(one("memory")?), Some(one("state")?)),
+            PauseMode::Filesystem => (None, None),
+        };
+        Ok(Self { memory, state, disk: one("disk")? })
     }
 
-    fn file(&self, name: &str) -> &FileSeal {
+    fn file(&self, name: &str) -> Option<&FileSeal> {
         match name {
-            "memory" => &self.memory,
-            "state" => &self.state,
-            _ => &self.disk,
+            "memory" => self.memory.as_ref(),
+            "state" => self.state.as_ref(),
+            _ => Some(&self.disk),
         }
     }
 }
@@ -186,6 +204,8 @@ pub struct Draft {
     pub parent: Option<SnapshotId>,
     /// Why it is taken.
     pub origin: Origin,
+    /// What it keeps.
+    pub mode: PauseMode,
     /// Its identity.
     pub identity: Identity,
     /// See [`Manifest::arguments`].
@@ -203,17 +223,17 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// The path of one of [`FILES`].
+    /// The path of one of [`FILES`], whether it has it or not.
     pub fn file(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
 
-    /// Compares every file with its seal. Three `stat` calls: made for the create path.
+    /// Compares every file with its seal. A `stat` of each: made for the create path.
     ///
     /// # Errors
     /// `Seal` with the file's name and what differs.
     pub fn check_seal(&self) -> Result<(), Error> {
-        for name in FILES {
+        for name in files(self.manifest.mode).iter().copied() {
             let refuse = |difference: String| Error::Seal {
                 snapshot: self.manifest.id.to_string(),
                 file: name,
@@ -221,7 +241,11 @@ impl Snapshot {
             };
             let now = FileSeal::of(&self.file(name))
                 .map_err(|error| refuse(format!("it cannot be read: {error}")))?;
-            if let Some(difference) = self.seal.file(name).difference(&now) {
+            let difference = match self.seal.file(name) {
+                Some(seal) => seal.difference(&now),
+                None => Some("it was never sealed"),
+            };
+            if let Some(difference) = difference {
                 return Err(refuse(difference.to_owned()));
             }
         }
@@ -265,7 +289,11 @@ impl Store {
     /// `Io` when a file is missing or the disk is full; then nothing is published and the caller removes
     /// `staged`.
     pub fn publish_snapshot(&self, staged: &Path, draft: Draft, care: Care) -> Result<Snapshot, Error> {
+        let there = files(draft.mode);
         let digest = |name: &str| {
+            if !there.contains(&name) {
+                return Ok(None);
+            }
             let path = staged.join(name);
             if care != Care::Passing {
                 // Synced first: reflinking a file with dirty pages flushes it, once for each clone.
@@ -284,6 +312,7 @@ impl Store {
             guest: draft.guest,
             parent: draft.parent,
             origin: draft.origin,
+            mode: draft.mode,
             identity_digest: draft.identity.digest(),
             identity: draft.identity,
             memory: digest("memory")?,
@@ -291,7 +320,7 @@ impl Store {
             disk: digest("disk")?,
             arguments: draft.arguments,
         };
-        for name in FILES {
+        for name in there {
             let path = staged.join(name);
             std::os::unix::fs::chown(&path, Some(rustix::process::geteuid().as_raw()), None)
                 .map_err(io_error("owning", &path))?;
@@ -299,7 +328,7 @@ impl Store {
             fs::set_permissions(&path, fs::Permissions::from_mode(0o444))
                 .map_err(io_error("sealing", &path))?;
         }
-        let seal = Seal::of(staged)?;
+        let seal = Seal::of(staged, manifest.mode)?;
         write_json(&staged.join("manifest.json"), &manifest)?;
         write_json(&staged.join("seal.json"), &seal)?;
         let directory = self.snapshot_path(&manifest.id);
@@ -322,11 +351,13 @@ impl Store {
             seal: read_json(&directory.join("seal.json"))?,
             directory,
         };
-        let now = Seal::of(&snapshot.directory)?;
-        let moved = |name: &&str| {
-            snapshot.seal.file(name).difference(now.file(name)) == Some("it is on another device")
+        let mode = snapshot.manifest.mode;
+        let now = Seal::of(&snapshot.directory, mode)?;
+        let moved = |name: &&str| match (snapshot.seal.file(name), now.file(name)) {
+            (Some(then), Some(now)) => then.difference(now) == Some("it is on another device"),
+            _ => false,
         };
-        if FILES.iter().all(moved) {
+        if files(mode).iter().all(moved) {
             snapshot.verify()?;
             write_json(&snapshot.directory.join("seal.json"), &now)?;
             snapshot.seal = now;
@@ -374,6 +405,7 @@ pub(crate) mod tests_support {
             guest: "g".into(),
             parent,
             origin: Origin::default(),
+            mode: PauseMode::Full,
             identity,
             arguments: Vec::new(),
         };
@@ -424,7 +456,7 @@ mod tests {
         let snapshot = publish_example(&store, None, "i");
         let path = snapshot.directory.join("seal.json");
         let mut seal: Seal = read_json(&path).unwrap();
-        for file in [&mut seal.memory, &mut seal.state, &mut seal.disk] {
+        for file in [seal.memory.as_mut(), seal.state.as_mut(), Some(&mut seal.disk)].into_iter().flatten() {
             file.device += 1;
         }
         write_json(&path, &seal).unwrap();
