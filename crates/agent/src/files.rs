@@ -18,17 +18,17 @@ use http::header::{
     ACCEPT_ENCODING, CONTENT_DISPOSITION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE,
     RANGE, VARY,
 };
-use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http::{HeaderMap, Request, Response, StatusCode};
 use http_body_util::{BodyExt, BodyStream, Limited, StreamBody};
 use hyper::body::{Frame, Incoming};
-use kelvin_api::signature::{Operation, Signed};
+use kelvin_api::signature::{Signature, query};
 use serde::Deserialize;
 use tokio::fs::File;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncSeekExt, AsyncWriteExt, BufReader};
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use crate::filesystem::{clean, make_dirs};
-use crate::http::{Body, error, json, query};
+use crate::http::{Body, error, json};
 use crate::metadata;
 use crate::state::State;
 use crate::users::User;
@@ -55,25 +55,18 @@ struct Asked {
 /// # Errors
 /// The reply, when it does not.
 pub fn admits(state: &State, request: &Request<Incoming>) -> Result<(), Box<Reply>> {
-    let parameters = parameters(request)?;
-    let get = |name| parameters.get(name).map(String::as_str);
-    let Some(signature) = get("signature").filter(|signature| !signature.is_empty()) else {
+    let Some(signature) = Signature::of(request.method(), request.uri()) else {
         return Err(Box::new(error(StatusCode::UNAUTHORIZED, "missing signature query parameter")));
     };
-    let operation = if request.method() == Method::POST { Operation::Write } else { Operation::Read };
-    let signed = Signed {
-        path: get("path").unwrap_or_default(),
-        user: get("username").unwrap_or_default(),
-        operation,
-        signature,
-        expiration: get("signature_expiration"),
-    };
     let token = state.settings().access_token.clone();
-    signed.check(&token).map_err(|problem| Box::new(error(StatusCode::UNAUTHORIZED, &problem.to_string())))
+    signature
+        .signed()
+        .check(&token)
+        .map_err(|problem| Box::new(error(StatusCode::UNAUTHORIZED, &problem.to_string())))
 }
 
 fn parameters(request: &Request<Incoming>) -> Result<HashMap<String, String>, Box<Reply>> {
-    query(request.uri()).map_err(|text| Box::new(error(StatusCode::BAD_REQUEST, &text)))
+    query(request.uri()).map_err(|text| Box::new(error(StatusCode::BAD_REQUEST, text)))
 }
 
 fn ask(state: &Arc<State>, request: &Request<Incoming>) -> Result<Asked, Box<Reply>> {

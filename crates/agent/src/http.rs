@@ -1,6 +1,5 @@
 //! HTTP/2 on the guest's HTTP port: envd's services and its plain endpoints.
 
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
@@ -8,7 +7,7 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 use connectrpc::{ConnectRpcService, Router};
-use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
+use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
@@ -228,24 +227,4 @@ pub fn json(status: StatusCode, body: &impl Serialize) -> Response<Body> {
 /// envd's error body.
 pub fn error(status: StatusCode, message: &str) -> Response<Body> {
     json(status, &serde_json::json!({ "code": status.as_u16(), "message": message }))
-}
-
-/// The parameters of a query string, decoded; of a name that stands twice, the last.
-///
-/// # Errors
-/// A text for the caller, when it is not UTF-8.
-pub fn query(uri: &Uri) -> Result<HashMap<String, String>, String> {
-    let decode = |text: &str| {
-        percent_encoding::percent_decode_str(&text.replace('+', " "))
-            .decode_utf8()
-            .map(std::borrow::Cow::into_owned)
-            .map_err(|_| "the query string is not UTF-8".to_owned())
-    };
-    uri.query()
-        .unwrap_or_default()
-        .split('&')
-        .filter(|pair| !pair.is_empty())
-        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
-        .map(|(name, value)| Ok((decode(name)?, decode(value)?)))
-        .collect()
 }

@@ -14,6 +14,8 @@ pub enum Kind {
     NotAllowed,
     /// No credentials, or unknown ones.
     Unauthenticated,
+    /// Known, and not allowed to do this.
+    Forbidden,
     /// It does not exist, or not for this caller.
     NotFound,
     /// It contradicts the present state.

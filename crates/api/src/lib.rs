@@ -4,6 +4,7 @@
 //! absent: how an error becomes an HTTP status (only a server knows that) and anything a driver
 //! needs.
 
+pub mod account;
 pub mod error;
 pub mod guest;
 pub mod id;

@@ -378,9 +378,80 @@ pub struct SandboxLog {
 pub struct SandboxLogs {
     /// Oldest first, bounded (see SPEC.md).
     pub logs: Vec<SandboxLog>,
-    /// E2B's structured form of the same; always empty here.
+    /// The same, structured.
     #[serde(rename = "logEntries")]
-    pub log_entries: Vec<serde_json::Value>,
+    pub log_entries: Vec<SandboxLogEntry>,
+}
+
+/// One measurement of a sandbox, from its guest's own counters. Source: E2B's `SandboxMetric`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SandboxMetric {
+    /// When.
+    pub timestamp: jiff::Timestamp,
+    /// The same, in seconds since 1970.
+    pub timestamp_unix: i64,
+    /// Its vCPUs.
+    pub cpu_count: u32,
+    /// Percent of one vCPU, since the measurement before.
+    pub cpu_used_pct: f64,
+    /// Bytes in use.
+    pub mem_used: i64,
+    /// Bytes that it has.
+    pub mem_total: i64,
+    /// Bytes of page cache.
+    pub mem_cache: i64,
+    /// Bytes of its root disk in use.
+    pub disk_used: i64,
+    /// Bytes of its root disk.
+    pub disk_total: i64,
+}
+
+/// One measurement of a project. Source: E2B's `TeamMetric`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[allow(missing_docs)]
+pub struct ProjectMetric {
+    pub timestamp: jiff::Timestamp,
+    pub timestamp_unix: i64,
+    pub concurrent_sandboxes: u32,
+    /// Per second.
+    pub sandbox_start_rate: f64,
+}
+
+/// What the guest's agent says of itself. Source: `../shared/specs/e2b/envd.yaml`, `Metrics`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct GuestMetrics {
+    pub ts: i64,
+    pub cpu_count: u32,
+    pub cpu_used_pct: f64,
+    pub mem_total: i64,
+    pub mem_used: i64,
+    pub mem_cache: i64,
+    pub disk_used: i64,
+    pub disk_total: i64,
+}
+
+/// How much a log entry matters. Source: E2B's `LogLevel`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum LogLevel {
+    Debug,
+    Info,
+    Warn,
+    Error,
+}
+
+/// One entry of `GET /v2/sandboxes/{id}/logs`. Source: E2B's `SandboxLogEntry`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct SandboxLogEntry {
+    pub timestamp: jiff::Timestamp,
+    pub message: String,
+    pub level: LogLevel,
+    pub fields: BTreeMap<String, String>,
 }
 
 /// One row of `GET /templates`.
@@ -400,6 +471,20 @@ pub struct Template {
     pub public: bool,
     pub aliases: Vec<String>,
     pub names: Vec<String>,
+    #[serde(rename = "createdAt")]
+    pub created_at: jiff::Timestamp,
+    #[serde(rename = "updatedAt")]
+    pub updated_at: jiff::Timestamp,
+    /// Nobody: templates are imported by whoever keeps the server.
+    #[serde(rename = "createdBy")]
+    pub created_by: Option<String>,
+    /// When a sandbox of it was started last.
+    #[serde(rename = "lastSpawnedAt")]
+    pub last_spawned_at: Option<jiff::Timestamp>,
+    #[serde(rename = "spawnCount")]
+    pub spawn_count: u64,
+    #[serde(rename = "buildCount")]
+    pub build_count: u32,
     #[serde(rename = "envdVersion")]
     pub envd_version: String,
     #[serde(rename = "buildStatus")]

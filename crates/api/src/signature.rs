@@ -1,9 +1,11 @@
 //! Signed URLs of `/files`: whoever holds one may read or write one path as one user until it expires,
 //! without the sandbox's access token. Source: `../shared/specs/e2b.md`, "Where the clients look".
 
+use std::collections::HashMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
+use http::{Method, Uri};
 use sha2::{Digest, Sha256};
 
 use crate::id::same_secret;
@@ -30,6 +32,61 @@ pub struct Signed<'a> {
     pub signature: &'a str,
     /// The parameter `signature_expiration`, seconds since 1970.
     pub expiration: Option<&'a str>,
+}
+
+/// The signature of a request, taken from its URL.
+#[derive(Debug, Clone)]
+pub struct Signature {
+    parameters: HashMap<String, String>,
+    operation: Operation,
+}
+
+impl Signature {
+    /// The signature of a request to `/files`, when it shows one.
+    pub fn of(method: &Method, uri: &Uri) -> Option<Self> {
+        let operation = match *method {
+            Method::GET | Method::HEAD => Operation::Read,
+            Method::POST => Operation::Write,
+            _ => return None,
+        };
+        if uri.path() != "/files" {
+            return None;
+        }
+        let parameters = query(uri).ok()?;
+        parameters.contains_key("signature").then_some(Self { parameters, operation })
+    }
+
+    /// What was signed.
+    pub fn signed(&self) -> Signed<'_> {
+        let get = |name: &str| self.parameters.get(name).map(String::as_str);
+        Signed {
+            path: get("path").unwrap_or_default(),
+            user: get("username").unwrap_or_default(),
+            operation: self.operation,
+            signature: get("signature").unwrap_or_default(),
+            expiration: get("signature_expiration"),
+        }
+    }
+}
+
+/// The parameters of a query string, decoded; of a name that stands twice, the last.
+///
+/// # Errors
+/// A text for the caller, when it is not UTF-8.
+pub fn query(uri: &Uri) -> Result<HashMap<String, String>, &'static str> {
+    let decode = |text: &str| {
+        percent_encoding::percent_decode_str(&text.replace('+', " "))
+            .decode_utf8()
+            .map(std::borrow::Cow::into_owned)
+            .map_err(|_| "the query string is not UTF-8")
+    };
+    uri.query()
+        .unwrap_or_default()
+        .split('&')
+        .filter(|pair| !pair.is_empty())
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+        .map(|(name, value)| Ok((decode(name)?, decode(value)?)))
+        .collect()
 }
 
 /// Why a signature admits nobody.

@@ -21,8 +21,9 @@ use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::node::{Base, Changes, Child, Create, Created, Forked, Live, Route};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{
-    BakeTemplate, Capture, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, Template,
+    BakeTemplate, Capture, GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, Template,
 };
+use kelvin_api::signature::Signature;
 use kelvin_api::units::MemoryMib;
 use kelvin_control::{ApiKey, Control, unknown_template};
 use kelvin_gateway::{Gateway, Inbound, Io, Outbound, Sandboxes, Secure, tls};
@@ -61,19 +62,21 @@ impl kelvin_control::Node for Local {
         Ok(self.0.network(id).await?)
     }
 
+    async fn metrics(&self, id: &SandboxId) -> Result<GuestMetrics, Failure> {
+        Ok(self.0.guest_metrics(id).await?)
+    }
+
     async fn console(&self, id: &SandboxId) -> Result<String, Failure> {
         Ok(self.0.console(id).await?)
     }
 
     async fn base(&self, text: &str) -> Result<Base, Failure> {
-        // E2B's clients name a snapshot with its tag; there is one.
-        let name = text.strip_suffix(":default").unwrap_or(text);
-        if let Ok(template) = name.parse::<TemplateName>()
+        if let Ok(template) = text.parse::<TemplateName>()
             && self.0.has_template(&template)
         {
             return Ok(Base::Template(template));
         }
-        self.0.find_kept(name).map(Base::Snapshot).ok_or_else(|| unknown_template(text))
+        self.0.find_kept(text).map(Base::Snapshot).ok_or_else(|| unknown_template(text))
     }
 
     async fn pause(
@@ -112,9 +115,8 @@ impl kelvin_control::Node for Local {
     }
 
     async fn remove_snapshot(&self, text: &str, cascade: bool) -> Result<(), Failure> {
-        let name = text.strip_suffix(":default").unwrap_or(text);
         let shown: String = text.chars().take(80).collect();
-        let id = self.0.find_kept(name).ok_or_else(|| {
+        let id = self.0.find_kept(text).ok_or_else(|| {
             Failure::new(
                 Kind::NotFound,
                 "snapshot_not_found",
@@ -149,7 +151,7 @@ impl kelvin_control::Node for Local {
         let templates = self.0.templates().await?;
         Ok(templates
             .into_iter()
-            .map(|(template, snapshots)| Template {
+            .map(|(template, created, snapshots)| Template {
                 template_id: template.name.to_string(),
                 build_id: template.image.clone(),
                 cpu_count: template.shape.vcpus,
@@ -158,6 +160,12 @@ impl kelvin_control::Node for Local {
                 public: false,
                 aliases: vec![template.name.to_string()],
                 names: vec![template.name.to_string()],
+                created_at: created,
+                updated_at: created,
+                created_by: None,
+                last_spawned_at: None,
+                spawn_count: 0,
+                build_count: 1,
                 envd_version: ENVD_VERSION.to_owned(),
                 build_status: "ready".to_owned(),
                 snapshots,
@@ -212,6 +220,10 @@ impl Sandboxes for Local {
 
     async fn dial(&self, sandbox: &SandboxId, port: u16) -> Result<Box<dyn Io>, Failure> {
         Ok(Box::new(self.0.dial(sandbox, port).await?))
+    }
+
+    async fn signer(&self, signature: &Signature) -> Option<SandboxId> {
+        self.0.signer(signature)
     }
 
     async fn ended(&self, sandbox: &SandboxId) -> Option<String> {

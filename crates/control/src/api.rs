@@ -2,30 +2,35 @@
 //! Kelvin's own.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, Query, Request, State};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::extract::{FromRequestParts, MatchedPath, Path, Query, Request, State};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post, put};
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::routing::{get, post, put};
+use http::request::Parts;
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use kelvin_api::account::{AuditEntry, Project};
 use kelvin_api::error::{Failure, Kind};
 use kelvin_api::network::NetworkUpdate;
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{
-    BakeTemplate, CAPTURE_HEADER, Capture, ConnectSandbox, ForkSandbox, MAX_TIMEOUT_S, Metadata, NewSandbox,
-    PauseMode, PauseSandbox, ResumeSandbox, SandboxState, SetPool, SetTimeout, SnapshotInfo, SnapshotSandbox,
+    BakeTemplate, CAPTURE_HEADER, Capture, ConnectSandbox, ForkSandbox, LogLevel, MAX_TIMEOUT_S, Metadata,
+    NewSandbox, PauseMode, PauseSandbox, ResumeSandbox, SandboxLogEntry, SandboxState, SetPool, SetTimeout,
+    SnapshotSandbox,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::accounts::Caller;
 use crate::database::Filter;
-use crate::metrics;
 use crate::reply::reply;
-use crate::service::{Control, DEFAULT_TIMEOUT_S, parse_id, sandbox_of, unknown_template};
+use crate::service::{Control, DEFAULT_TIMEOUT_S, invalid, sandbox_of, unknown_template};
+use crate::{catalog, meter, metrics, people};
 
 /// The largest body of a request.
 const MAX_BODY: usize = 4 << 20;
@@ -34,10 +39,15 @@ const PAGE: usize = 100;
 /// The time to live that a connect without a timeout asks for, in seconds. Source: E2B's clients.
 const CONNECT_TIMEOUT_S: u64 = 300;
 
-type Outcome = Result<Response, Failed>;
+/// Log entries that are given at once. Source: E2B's OpenAPI.
+const LOG_ENTRIES: usize = 1000;
+/// The longest wait that a caller who is over a limit is told.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+pub(crate) type Outcome = Result<Response, Failed>;
 
 /// A failure on its way out.
-struct Failed(Failure);
+pub(crate) struct Failed(Failure);
 
 impl From<Failure> for Failed {
     fn from(failure: Failure) -> Self {
@@ -51,7 +61,7 @@ impl IntoResponse for Failed {
     }
 }
 
-fn json(status: StatusCode, body: &impl Serialize) -> Response {
+pub(crate) fn json(status: StatusCode, body: &impl Serialize) -> Response {
     match serde_json::to_vec(body) {
         Ok(bytes) => {
             (status, [(header::CONTENT_TYPE, "application/json")], Body::from(bytes)).into_response()
@@ -64,10 +74,20 @@ fn json(status: StatusCode, body: &impl Serialize) -> Response {
 }
 
 impl Control {
-    /// The control API; every route but `/health` asks for the API key.
+    /// The control API; every route but `/health` asks for an API key.
     pub fn router(&self) -> Router {
         let create = post(create);
         let list = get(list);
+        // What belongs to everybody: for the server's own key.
+        let admin = Router::new()
+            .route("/templates/{name}/bake", post(bake))
+            .route("/pools", get(pools))
+            .route("/pools/{name}", put(set_pool))
+            .route("/metrics", get(metrics))
+            .route("/node", get(node))
+            .route("/gc", post(collect))
+            .merge(people::admin())
+            .route_layer(from_fn(for_admins));
         Router::new()
             .route("/sandboxes", create.clone().merge(get(list_running)))
             .route("/v2/sandboxes", create.merge(list))
@@ -81,18 +101,13 @@ impl Control {
             .route("/sandboxes/{id}/fork", post(fork))
             .route("/sandboxes/{id}/promote", post(promote))
             .route("/sandboxes/{id}/snapshots", post(snapshot))
-            .route("/snapshots", get(snapshots))
-            .route("/snapshots/{name}", delete(remove_snapshot))
             .route("/sandboxes/{id}/logs", get(logs))
+            .route("/v2/sandboxes/{id}/logs", get(log_entries))
             .route("/sandboxes/{id}/network", get(network).put(set_network))
-            .route("/templates", get(templates))
-            .route("/templates/{name}", get(template).delete(remove_snapshot))
-            .route("/templates/{name}/bake", post(bake))
-            .route("/pools", get(pools))
-            .route("/pools/{name}", put(set_pool))
-            .route("/metrics", get(metrics))
-            .route("/node", get(node))
-            .route("/gc", post(collect))
+            .merge(meter::routes())
+            .merge(catalog::routes())
+            .merge(people::routes())
+            .merge(admin)
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
             .layer(from_fn_with_state(self.clone(), authenticate))
@@ -101,11 +116,87 @@ impl Control {
     }
 }
 
-async fn authenticate(State(control): State<Control>, request: Request, next: Next) -> Response {
-    match control.inner.key.check(request.headers()) {
-        Ok(()) => next.run(request).await,
-        Err(failure) => reply(&failure),
+/// The account of a request, from the layer that admits it.
+pub(crate) struct Who(pub Caller);
+
+impl<S: Sync> FromRequestParts<S> for Who {
+    type Rejection = Failed;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Failed> {
+        let none = || Failure::new(Kind::Internal, "no_account", "the request has no account", "report this");
+        Ok(Self(parts.extensions.get::<Caller>().cloned().ok_or_else(none)?))
     }
+}
+
+/// What a reply is about, for the audit log, when the path does not say it.
+#[derive(Clone)]
+struct About(String);
+
+/// Notes what a reply is about.
+pub(crate) fn about(mut response: Response, target: &str) -> Response {
+    response.extensions_mut().insert(About(target.to_owned()));
+    response
+}
+
+/// Admits a request, counts it, and writes down what could change something.
+async fn authenticate(State(control): State<Control>, mut request: Request, next: Next) -> Response {
+    let caller = match control.inner.accounts.admit(request.headers()) {
+        Ok(caller) => caller,
+        Err(failure) => return reply(&failure),
+    };
+    if let Err(wait) = caller.count() {
+        let text = "this API key asks too often";
+        let failure =
+            Failure::new(Kind::Busy, "too_many_requests", text, "ask again after Retry-After seconds");
+        return retry_after(reply(&failure), wait);
+    }
+    request.extensions_mut().insert(Arc::clone(&caller));
+    if matches!(*request.method(), Method::GET | Method::HEAD) {
+        return next.run(request).await;
+    }
+    let path = request.extensions().get::<MatchedPath>().map_or("?", MatchedPath::as_str);
+    let action = format!("{} {path}", request.method());
+    // The one parameter of a path is what it is about.
+    let named = path.split('/').position(|part| part.starts_with('{'));
+    let target = named.and_then(|at| request.uri().path().split('/').nth(at)).unwrap_or_default();
+    let target: String = target.chars().take(120).collect();
+    let response = next.run(request).await;
+    let target = response.extensions().get::<About>().map_or(target, |about| about.0.clone());
+    let entry = AuditEntry {
+        id: 0,
+        at: jiff::Timestamp::now(),
+        project: caller.project.to_string(),
+        key_id: caller.key.clone(),
+        action,
+        target,
+        status: response.status().as_u16(),
+    };
+    if control.inner.audit.send(entry).await.is_err() {
+        tracing::error!("the audit log is not written any more");
+    }
+    if response.status() == StatusCode::TOO_MANY_REQUESTS {
+        let first = control.inner.database.running(&caller.key).await.ok().and_then(|(_, first)| first);
+        let left = first.map(|first| first.duration_since(jiff::Timestamp::now()));
+        let wait = left.and_then(|left| Duration::try_from(left).ok()).unwrap_or(Duration::from_secs(1));
+        return retry_after(response, wait.min(LONGEST_WAIT));
+    }
+    response
+}
+
+/// Tells a caller when to come again: in whole seconds, at least one.
+fn retry_after(mut response: Response, wait: Duration) -> Response {
+    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+    response
+}
+
+async fn for_admins(Who(caller): Who, request: Request, next: Next) -> Response {
+    if caller.is_admin {
+        return next.run(request).await;
+    }
+    let text = "this is for the server's own key";
+    let remedy = "the key is in <data-dir>/api-key of the server";
+    reply(&Failure::new(Kind::Forbidden, "not_an_admin", text, remedy))
 }
 
 async fn nowhere(request: Request) -> Response {
@@ -118,7 +209,7 @@ async fn wrong_method(request: Request) -> Response {
     reply(&Failure::new(Kind::NotAllowed, "method_not_allowed", text, "SPEC.md lists the routes"))
 }
 
-async fn read(request: Request) -> Result<Bytes, Failure> {
+pub(crate) async fn read(request: Request) -> Result<Bytes, Failure> {
     let too_large = || {
         Failure::new(
             Kind::TooLarge,
@@ -135,14 +226,14 @@ async fn read(request: Request) -> Result<Bytes, Failure> {
     }
 }
 
-fn parse<T: DeserializeOwned + Default>(bytes: &Bytes) -> Result<T, Failure> {
+pub(crate) fn parse<T: DeserializeOwned + Default>(bytes: &Bytes) -> Result<T, Failure> {
     if bytes.is_empty() {
         return Ok(T::default());
     }
     parse_required(bytes)
 }
 
-fn parse_required<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Failure> {
+pub(crate) fn parse_required<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Failure> {
     serde_json::from_slice(bytes).map_err(|error| {
         let code = if error.is_data() { "invalid_request" } else { "malformed_json" };
         Failure::new(
@@ -154,14 +245,15 @@ fn parse_required<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Failure> {
     })
 }
 
-async fn create(State(control): State<Control>, request: Request) -> Outcome {
+async fn create(State(control): State<Control>, Who(caller): Who, request: Request) -> Outcome {
     let started = Instant::now();
     let key = idempotency_key(request.headers())?;
     let bytes = read(request).await?;
     let body: NewSandbox = parse_required(&bytes)?;
     let key = key.map(|key| (key, kelvin_store::hash::sha256(&bytes)));
-    let created = control.create(body, key).await?;
-    Ok(timed(json(StatusCode::CREATED, &created.sandbox), &created.timings, started.elapsed()))
+    let created = control.create(caller, body, key).await?;
+    let reply = timed(json(StatusCode::CREATED, &created.sandbox), &created.timings, started.elapsed());
+    Ok(about(reply, created.sandbox.sandbox_id.as_str()))
 }
 
 fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Failure> {
@@ -203,7 +295,7 @@ fn metadata_filter(text: &str) -> Metadata {
 }
 
 impl ListQuery {
-    fn filter(&self) -> Result<Filter, Failure> {
+    fn filter(&self, project: Project) -> Result<Filter, Failure> {
         let invalid = |field: &str, text: &str, remedy: &str| {
             let shown: String = text.chars().take(80).collect();
             Failure::new(Kind::Invalid, "invalid_query", format!("{field}={shown:?} is not allowed"), remedy)
@@ -219,6 +311,7 @@ impl ListQuery {
             Some(text) => Some(text.parse().map_err(|_| invalid("startedAfter", text, "an RFC 3339 time"))?),
         };
         Ok(Filter {
+            project,
             metadata: self.metadata.as_deref().map(metadata_filter).unwrap_or_default(),
             template: self.template.clone(),
             state: None,
@@ -255,12 +348,12 @@ impl ListQuery {
 }
 
 /// The older list knows no paused sandboxes. Source: E2B's OpenAPI, `GET /sandboxes`.
-async fn list_running(state: State<Control>, Query(query): Query<ListQuery>) -> Outcome {
-    list(state, Query(ListQuery { state: Some("running".to_owned()), ..query })).await
+async fn list_running(state: State<Control>, who: Who, Query(query): Query<ListQuery>) -> Outcome {
+    list(state, who, Query(ListQuery { state: Some("running".to_owned()), ..query })).await
 }
 
-async fn list(State(control): State<Control>, Query(query): Query<ListQuery>) -> Outcome {
-    let filter = Filter { state: query.wanted_state()?, ..query.filter()? };
+async fn list(State(control): State<Control>, Who(caller): Who, Query(query): Query<ListQuery>) -> Outcome {
+    let filter = Filter { state: query.wanted_state()?, ..query.filter(caller.project.clone())? };
     let page = control.inner.list(filter, query.next_token.as_deref()).await?;
     let mut response = json(StatusCode::OK, &page.sandboxes);
     if let Some(next) = page.next.and_then(|next| HeaderValue::from_str(&next).ok()) {
@@ -269,17 +362,22 @@ async fn list(State(control): State<Control>, Query(query): Query<ListQuery>) ->
     Ok(response)
 }
 
-async fn detail(State(control): State<Control>, Path(id): Path<String>) -> Outcome {
-    Ok(json(StatusCode::OK, &control.inner.get(&parse_id(&id)?).await?))
+async fn detail(State(control): State<Control>, Who(caller): Who, Path(id): Path<String>) -> Outcome {
+    Ok(json(StatusCode::OK, &control.inner.get(&control.inner.owned(&caller, &id).await?).await?))
 }
 
-async fn kill(State(control): State<Control>, Path(id): Path<String>) -> Outcome {
-    control.inner.kill(&parse_id(&id)?).await?;
+async fn kill(State(control): State<Control>, Who(caller): Who, Path(id): Path<String>) -> Outcome {
+    control.inner.kill(&control.inner.owned(&caller, &id).await?).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-async fn set_timeout(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
-    let id = parse_id(&id)?;
+async fn set_timeout(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(id): Path<String>,
+    request: Request,
+) -> Outcome {
+    let id = control.inner.owned(&caller, &id).await?;
     let body: SetTimeout = parse_required(&read(request).await?)?;
     control.inner.set_timeout(&id, body.timeout, true).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
@@ -291,19 +389,29 @@ struct Refresh {
     duration: Option<u64>,
 }
 
-async fn refresh(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
-    let id = parse_id(&id)?;
+async fn refresh(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(id): Path<String>,
+    request: Request,
+) -> Outcome {
+    let id = control.inner.owned(&caller, &id).await?;
     let body: Refresh = parse(&read(request).await?)?;
     control.inner.set_timeout(&id, body.duration.unwrap_or(60).min(MAX_TIMEOUT_S), false).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-async fn connect(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
-    let id = parse_id(&id)?;
+async fn connect(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(id): Path<String>,
+    request: Request,
+) -> Outcome {
+    let id = control.inner.owned(&caller, &id).await?;
     let body: ConnectSandbox = parse(&read(request).await?)?;
     let started = Instant::now();
     let seconds = body.timeout.unwrap_or(CONNECT_TIMEOUT_S);
-    match control.inner.connect(&id, seconds, PauseMode::of(body.memory)).await? {
+    match control.inner.connect(&caller, &id, seconds, PauseMode::of(body.memory)).await? {
         (_, Some(resumed)) => {
             Ok(timed(json(StatusCode::CREATED, &resumed.sandbox), &resumed.timings, started.elapsed()))
         }
@@ -328,8 +436,14 @@ fn captured(mut response: Response, capture: &Capture) -> Response {
     response
 }
 
-async fn pause(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
-    let (id, started) = (parse_id(&id)?, Instant::now());
+async fn pause(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(id): Path<String>,
+    request: Request,
+) -> Outcome {
+    let started = Instant::now();
+    let id = control.inner.owned(&caller, &id).await?;
     let body: PauseSandbox = parse(&read(request).await?)?;
     let (mode, healthy) = (PauseMode::of(body.memory), body.require_healthy_guest == Some(true));
     let (capture, timings) = control.inner.pause(&id, mode, healthy).await?;
@@ -337,23 +451,35 @@ async fn pause(State(control): State<Control>, Path(id): Path<String>, request: 
     Ok(captured(response, &capture))
 }
 
-async fn resume(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
-    let (id, started) = (parse_id(&id)?, Instant::now());
+async fn resume(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(id): Path<String>,
+    request: Request,
+) -> Outcome {
+    let started = Instant::now();
+    let id = control.inner.owned(&caller, &id).await?;
     let body: ResumeSandbox = parse(&read(request).await?)?;
     if body.auto_pause.is_some() {
         let text = "autoPause is set when a sandbox is created, not when it is resumed";
         return Err(Failure::new(Kind::Invalid, "unsupported_field", text, "leave the field out").into());
     }
     let (timeout, mode) = (body.timeout.unwrap_or(DEFAULT_TIMEOUT_S), PauseMode::of(body.memory));
-    let resumed = control.inner.resume(&id, timeout, mode).await?;
+    let resumed = control.inner.resume(&caller, &id, timeout, mode).await?;
     Ok(timed(json(StatusCode::CREATED, &resumed.sandbox), &resumed.timings, started.elapsed()))
 }
 
-async fn fork(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
-    let (id, started) = (parse_id(&id)?, Instant::now());
+async fn fork(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(id): Path<String>,
+    request: Request,
+) -> Outcome {
+    let started = Instant::now();
+    let id = control.inner.owned(&caller, &id).await?;
     no_key(request.headers())?;
     let body: ForkSandbox = parse(&read(request).await?)?;
-    let forked = control.fork(id, body).await?;
+    let forked = control.fork(caller, id, body).await?;
     let response = timed(json(StatusCode::CREATED, &forked.results), &forked.timings, started.elapsed());
     Ok(captured(response, &forked.capture))
 }
@@ -367,30 +493,26 @@ fn no_key(headers: &HeaderMap) -> Result<(), Failure> {
     Err(Failure::new(Kind::Invalid, "unsupported_header", text, "leave the header out"))
 }
 
-async fn promote(State(control): State<Control>, Path(id): Path<String>) -> Outcome {
-    let ended = control.inner.promote(&parse_id(&id)?).await?;
+async fn promote(State(control): State<Control>, Who(caller): Who, Path(id): Path<String>) -> Outcome {
+    let ended = control.inner.promote(&control.inner.owned(&caller, &id).await?).await?;
     Ok(json(StatusCode::OK, &serde_json::json!({ "ended": ended })))
 }
 
-async fn snapshot(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
-    let (id, started) = (parse_id(&id)?, Instant::now());
+async fn snapshot(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(id): Path<String>,
+    request: Request,
+) -> Outcome {
+    let started = Instant::now();
+    let id = control.inner.owned(&caller, &id).await?;
     no_key(request.headers())?;
     let body: SnapshotSandbox = parse(&read(request).await?)?;
     let (info, capture, timings) = control.inner.snapshot(&id, body).await?;
     Ok(captured(timed(json(StatusCode::CREATED, &info), &timings, started.elapsed()), &capture))
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct SnapshotQuery {
-    #[serde(rename = "sandboxID")]
-    sandbox_id: Option<String>,
-    name: Option<String>,
-    limit: Option<String>,
-    next_token: Option<String>,
-}
-
-fn page_limit(text: Option<&String>) -> Result<usize, Failure> {
+pub(crate) fn page_limit(text: Option<&String>) -> Result<usize, Failure> {
     let Some(text) = text else {
         return Ok(PAGE);
     };
@@ -401,64 +523,64 @@ fn page_limit(text: Option<&String>) -> Result<usize, Failure> {
     })
 }
 
-async fn snapshots(State(control): State<Control>, Query(query): Query<SnapshotQuery>) -> Outcome {
-    let wanted = |info: &SnapshotInfo| {
-        query.sandbox_id.as_ref().is_none_or(|id| info.sandbox_id.as_str() == id)
-            && query.name.as_ref().is_none_or(|name| info.snapshot_id == *name || info.names.contains(name))
-    };
-    let limit = page_limit(query.limit.as_ref())?;
-    let mut found: Vec<SnapshotInfo> = control.inner.node.snapshots().await?;
-    found.retain(wanted);
-    if let Some(after) = &query.next_token {
-        let at = found.iter().position(|info| info.snapshot_id == *after);
-        found.drain(..at.map_or(found.len(), |at| at + 1));
-    }
-    let more = found.len() > limit;
-    found.truncate(limit);
-    let mut response = json(StatusCode::OK, &found);
-    let next = found.last().filter(|_| more).and_then(|info| HeaderValue::from_str(&info.snapshot_id).ok());
-    if let Some(next) = next {
-        response.headers_mut().insert("x-next-token", next);
-    }
-    Ok(response)
+async fn network(State(control): State<Control>, Who(caller): Who, Path(id): Path<String>) -> Outcome {
+    Ok(json(StatusCode::OK, &control.inner.network(&control.inner.owned(&caller, &id).await?).await?))
 }
 
-async fn remove_snapshot(
+async fn set_network(
     State(control): State<Control>,
-    Path(name): Path<String>,
-    Query(query): Query<HashMap<String, String>>,
+    Who(caller): Who,
+    Path(id): Path<String>,
+    request: Request,
 ) -> Outcome {
-    let cascade = query.get("cascade").is_some_and(|value| value == "true");
-    control.inner.node.remove_snapshot(&name, cascade).await?;
-    Ok(StatusCode::NO_CONTENT.into_response())
-}
-
-async fn network(State(control): State<Control>, Path(id): Path<String>) -> Outcome {
-    Ok(json(StatusCode::OK, &control.inner.network(&parse_id(&id)?).await?))
-}
-
-async fn set_network(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
-    let id = parse_id(&id)?;
+    let id = control.inner.owned(&caller, &id).await?;
     let update: NetworkUpdate = parse(&read(request).await?)?;
     control.inner.set_network(&id, update).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-async fn logs(State(control): State<Control>, Path(id): Path<String>) -> Outcome {
-    Ok(json(StatusCode::OK, &control.inner.logs(&parse_id(&id)?).await?))
+async fn logs(State(control): State<Control>, Who(caller): Who, Path(id): Path<String>) -> Outcome {
+    Ok(json(StatusCode::OK, &control.inner.logs(&control.inner.owned(&caller, &id).await?).await?))
 }
 
-async fn templates(State(control): State<Control>) -> Outcome {
-    Ok(json(StatusCode::OK, &control.inner.node.templates().await?))
+#[derive(Debug, Deserialize)]
+struct LogQuery {
+    cursor: Option<i64>,
+    limit: Option<usize>,
+    direction: Option<String>,
+    level: Option<LogLevel>,
+    search: Option<String>,
 }
 
-async fn template(State(control): State<Control>, Path(name): Path<String>) -> Outcome {
-    let templates = control.inner.node.templates().await?;
-    let found = templates
-        .iter()
-        .find(|template| template.template_id == name)
-        .ok_or_else(|| unknown_template(&name))?;
-    Ok(json(StatusCode::OK, found))
+async fn log_entries(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(id): Path<String>,
+    Query(query): Query<LogQuery>,
+) -> Outcome {
+    let id = control.inner.owned(&caller, &id).await?;
+    let backward = match query.direction.as_deref() {
+        None | Some("forward") => false,
+        Some("backward") => true,
+        Some(_) => {
+            return Err(invalid("invalid_query", "direction is not allowed", "forward or backward").into());
+        }
+    };
+    let mut entries = control.inner.logs(&id).await?.log_entries;
+    if backward {
+        entries.reverse();
+    }
+    let after = |entry: &SandboxLogEntry| {
+        let at = entry.timestamp.as_millisecond();
+        query.cursor.is_none_or(|cursor| if backward { at <= cursor } else { at >= cursor })
+    };
+    entries.retain(|entry| {
+        after(entry)
+            && query.level.is_none_or(|level| entry.level >= level)
+            && query.search.as_ref().is_none_or(|text| entry.message.contains(text.as_str()))
+    });
+    entries.truncate(query.limit.unwrap_or(LOG_ENTRIES).min(LOG_ENTRIES));
+    Ok(json(StatusCode::OK, &serde_json::json!({ "logs": entries })))
 }
 
 async fn bake(State(control): State<Control>, Path(name): Path<String>, request: Request) -> Outcome {

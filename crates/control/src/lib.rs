@@ -7,12 +7,16 @@
 //! which of them exist, keeps those and forgets the others, so that a retry with the same idempotency key
 //! gives exactly one sandbox.
 
+mod accounts;
 mod api;
 mod auth;
+mod catalog;
 mod database;
 mod lifecycle;
+mod meter;
 mod metrics;
 mod network;
+mod people;
 mod reply;
 mod service;
 
@@ -23,7 +27,7 @@ use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::node::{Base, Changes, Child, Create, Created, Forked, Live};
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{
-    BakeTemplate, Capture, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, Template,
+    BakeTemplate, Capture, GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, Template,
 };
 
 pub use auth::ApiKey;
@@ -43,6 +47,8 @@ pub trait Node: Send + Sync + 'static {
     async fn set_policy(&self, id: &SandboxId, policy: Policy) -> Result<(), Failure>;
     /// What a sandbox may reach and what it was refused.
     async fn network(&self, id: &SandboxId) -> Result<NetworkState, Failure>;
+    /// What a running sandbox's guest says that it uses.
+    async fn metrics(&self, id: &SandboxId) -> Result<GuestMetrics, Failure>;
     /// The last of a sandbox's console.
     async fn console(&self, id: &SandboxId) -> Result<String, Failure>;
     /// What a `templateID` names: a template, or a snapshot that is kept, by id or name.

@@ -11,6 +11,7 @@ use kelvin_api::sandbox::{
     SnapshotSandbox,
 };
 
+use crate::accounts::{Account, Caller};
 use crate::database::SandboxRow;
 use crate::reply;
 use crate::service::{
@@ -33,10 +34,15 @@ fn is(failure: &Failure, code: &str) -> bool {
 }
 
 impl Control {
-    pub(crate) async fn fork(&self, id: SandboxId, body: ForkSandbox) -> Result<Forked, Failure> {
+    pub(crate) async fn fork(
+        &self,
+        caller: Caller,
+        id: SandboxId,
+        body: ForkSandbox,
+    ) -> Result<Forked, Failure> {
         let inner = std::sync::Arc::clone(&self.inner);
         // A client that goes away must not leave intent without a result.
-        let task = self.inner.tasks.spawn(async move { inner.fork(&id, body).await });
+        let task = self.inner.tasks.spawn(async move { inner.fork(&caller, &id, body).await });
         task.await.unwrap_or_else(|error| {
             Err(Failure::new(Kind::Internal, "fork_aborted", "the fork was aborted", "try again")
                 .with_cause(&error))
@@ -69,11 +75,15 @@ impl Inner {
     /// Resumes a paused sandbox.
     pub(crate) async fn resume(
         &self,
+        caller: &Account,
         id: &SandboxId,
         timeout_s: u64,
         mode: PauseMode,
     ) -> Result<Reply, Failure> {
         let row = self.row(id).await?;
+        if row.state == SandboxState::Paused {
+            self.check_room(caller).await?;
+        }
         let created = self.node.resume(id, Some(deadline(timeout_s)?), mode).await?;
         self.refresh(id).await?;
         let sandbox = self.reply_of(&row, created.start_path, created.reason, &created.timings);
@@ -83,6 +93,7 @@ impl Inner {
     /// A sandbox that runs for at least `timeout_s` from now: resumed when it is paused. Whether it was.
     pub(crate) async fn connect(
         &self,
+        caller: &Account,
         id: &SandboxId,
         timeout_s: u64,
         mode: PauseMode,
@@ -90,7 +101,7 @@ impl Inner {
         // Twice: it may be paused or resumed by somebody else in between.
         for _ in 0..2 {
             if self.row(id).await?.state == SandboxState::Paused {
-                match self.resume(id, timeout_s, mode).await {
+                match self.resume(caller, id, timeout_s, mode).await {
                     Ok(reply) => return Ok((self.get(id).await?, Some(reply))),
                     Err(failure) if is(&failure, "sandbox_running") => self.refresh(id).await?,
                     Err(failure) => return Err(failure),
@@ -115,7 +126,7 @@ impl Inner {
         id: &SandboxId,
         body: SnapshotSandbox,
     ) -> Result<(SnapshotInfo, Capture, Timings), Failure> {
-        self.row(id).await?;
+        let row = self.row(id).await?;
         let name = match body.name {
             None => None,
             Some(text) => {
@@ -129,10 +140,18 @@ impl Inner {
                 Some(name)
             }
         };
-        self.node.snapshot(id, name, PauseMode::of(body.memory)).await
+        let called = name.as_ref().map(ToString::to_string);
+        let taken = self.node.snapshot(id, name, PauseMode::of(body.memory)).await?;
+        let (snapshot, project) = (taken.0.snapshot_id.clone(), row.project.to_string());
+        if let Err(error) = self.database.add_snapshot(snapshot, project, called).await {
+            // Nobody would know whose it is.
+            let _ = self.node.remove_snapshot(&taken.0.snapshot_id, false).await;
+            return Err(database_failed(error));
+        }
+        Ok(taken)
     }
 
-    async fn fork(&self, id: &SandboxId, body: ForkSandbox) -> Result<Forked, Failure> {
+    async fn fork(&self, caller: &Account, id: &SandboxId, body: ForkSandbox) -> Result<Forked, Failure> {
         let source = self.row(id).await?;
         let count = body.count.unwrap_or(1);
         if !(1..=MAX_CHILDREN).contains(&count) {
@@ -157,6 +176,7 @@ impl Inner {
                 ends_at,
                 state: SandboxState::Running,
                 parent: Some(id.clone()),
+                key: caller.key.clone(),
                 ..source.clone()
             };
             children.push(Child {
@@ -169,7 +189,7 @@ impl Inner {
             });
             rows.push(row);
         }
-        let result = self.fork_rows(id, &rows, children).await;
+        let result = self.fork_rows(caller, id, &rows, children).await;
         if result.is_err() {
             for row in &rows {
                 self.undo(&row.id).await;
@@ -180,12 +200,13 @@ impl Inner {
 
     async fn fork_rows(
         &self,
+        caller: &Account,
         id: &SandboxId,
         rows: &[SandboxRow],
         children: Vec<Child>,
     ) -> Result<Forked, Failure> {
         for row in rows {
-            self.database.begin(row, None).await.map_err(database_failed)?;
+            self.begin(caller, row, None).await?;
         }
         let forked = self.node.fork(id, children).await?;
         let mut results = Vec::new();
@@ -220,6 +241,7 @@ impl Inner {
             let _ = self.node.kill(&row.id).await;
             return Err(database_failed(error));
         }
+        self.count_start(&row.project);
         Ok(self.reply_of(row, start_path, reason, &timings))
     }
 

@@ -7,20 +7,23 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use kelvin_api::ENVD_VERSION;
+use kelvin_api::account::{AuditEntry, Project};
 use kelvin_api::error::{Failure, Kind, chain};
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::network::{NetworkState, NetworkUpdate};
 use kelvin_api::node::{Base, Create, Created, Live};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{
-    EnvVars, Lifecycle, MAX_TIMEOUT_S, Metadata, NewSandbox, OnTimeout, PauseMode, Sandbox, SandboxDetail,
-    SandboxLog, SandboxLogs, SandboxState,
+    EnvVars, Lifecycle, LogLevel, MAX_TIMEOUT_S, Metadata, NewSandbox, OnTimeout, PauseMode, Sandbox,
+    SandboxDetail, SandboxLog, SandboxLogEntry, SandboxLogs, SandboxState,
 };
 use kelvin_api::units::MemoryMib;
 use kelvin_host::db;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::accounts::{Account, Accounts, Caller};
 use crate::database::{Database, Filter, SandboxRow};
 use crate::{ApiKey, Node, network};
 
@@ -28,6 +31,8 @@ use crate::{ApiKey, Node, network};
 pub(crate) const DEFAULT_TIMEOUT_S: u64 = 15;
 pub(crate) const METADATA_BYTES: usize = 64 << 10;
 pub(crate) const ENV_BYTES: usize = 256 << 10;
+/// Entries of the audit log that wait to be written; requests wait behind them.
+const AUDIT_QUEUE: usize = 1024;
 /// How long to wait before a node that failed is asked again for its changes.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -40,12 +45,25 @@ pub struct Control {
 pub(crate) struct Inner {
     pub(crate) database: Database,
     pub(crate) node: Arc<dyn Node>,
-    pub(crate) key: ApiKey,
+    pub(crate) accounts: Accounts,
+    pub(crate) audit: mpsc::Sender<AuditEntry>,
+    /// Sandboxes that were started since the last measurement, by project.
+    pub(crate) started: Mutex<HashMap<Project, u32>>,
     domain: Option<String>,
     /// One lock for each idempotency key that is in use: a second request waits for the first.
     keys: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     pub(crate) tasks: TaskTracker,
-    stop: CancellationToken,
+    pub(crate) stop: CancellationToken,
+}
+
+fn too_many_sandboxes(caller: &Account) -> Failure {
+    let most = caller.max_sandboxes.unwrap_or_default();
+    Failure::new(
+        Kind::Busy,
+        "too_many_sandboxes",
+        format!("{most} sandboxes of this API key run already"),
+        "end one, or ask for another limit: `kelvin key create --max-sandboxes`",
+    )
 }
 
 /// What a create replies.
@@ -117,10 +135,14 @@ impl Control {
         domain: Option<String>,
     ) -> Result<Self, Failure> {
         let database = Database::open(&data_dir.join("kelvin.db")).map_err(database_failed)?;
+        let accounts = Accounts::open(key, &database).await?;
+        let (audit, entries) = mpsc::channel(AUDIT_QUEUE);
         let inner = Arc::new(Inner {
             database,
             node,
-            key,
+            accounts,
+            audit,
+            started: Mutex::default(),
             domain,
             keys: Mutex::default(),
             tasks: TaskTracker::new(),
@@ -131,6 +153,13 @@ impl Control {
         inner.tasks.spawn(async move {
             let stop = follower.stop.clone();
             stop.run_until_cancelled(follower.follow()).await;
+        });
+        let writer = Arc::clone(&inner);
+        inner.tasks.spawn(async move { writer.write_audit(entries).await });
+        let meter = Arc::clone(&inner);
+        inner.tasks.spawn(async move {
+            let stop = meter.stop.clone();
+            stop.run_until_cancelled(meter.measure()).await;
         });
         Ok(Self { inner })
     }
@@ -144,12 +173,13 @@ impl Control {
 
     pub(crate) async fn create(
         &self,
+        caller: Caller,
         body: NewSandbox,
         key: Option<(String, String)>,
     ) -> Result<Reply, Failure> {
         let inner = Arc::clone(&self.inner);
         // A client that goes away must not leave intent without a result.
-        let task = self.inner.tasks.spawn(async move { inner.create_once(body, key).await });
+        let task = self.inner.tasks.spawn(async move { inner.create_once(&caller, body, key).await });
         task.await.unwrap_or_else(|error| {
             Err(Failure::new(Kind::Internal, "create_aborted", "the create was aborted", "try again")
                 .with_cause(&error))
@@ -219,16 +249,23 @@ impl Inner {
         }
     }
 
-    async fn create_once(&self, body: NewSandbox, key: Option<(String, String)>) -> Result<Reply, Failure> {
+    async fn create_once(
+        &self,
+        caller: &Account,
+        body: NewSandbox,
+        key: Option<(String, String)>,
+    ) -> Result<Reply, Failure> {
         let Some((key, fingerprint)) = key else {
-            return self.create_new(body, None).await;
+            return self.create_new(caller, body, None).await;
         };
+        // Each project has its own.
+        let key = format!("{}:{key}", caller.project);
         let lock = {
             let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(keys.entry(key.clone()).or_default())
         };
         let guard = lock.lock().await;
-        let result = self.create_with_key(body, &key, fingerprint).await;
+        let result = self.create_with_key(caller, body, &key, fingerprint).await;
         drop(guard);
         let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
         // Two are this task's own and the map's.
@@ -240,13 +277,14 @@ impl Inner {
 
     async fn create_with_key(
         &self,
+        caller: &Account,
         body: NewSandbox,
         key: &str,
         fingerprint: String,
     ) -> Result<Reply, Failure> {
         let known = self.database.key(key.to_owned()).await.map_err(database_failed)?;
         let Some(known) = known else {
-            return self.create_new(body, Some((key.to_owned(), fingerprint))).await;
+            return self.create_new(caller, body, Some((key.to_owned(), fingerprint))).await;
         };
         if known.fingerprint != fingerprint {
             return Err(Failure::new(
@@ -268,12 +306,17 @@ impl Inner {
         }
     }
 
-    async fn create_new(&self, body: NewSandbox, key: Option<(String, String)>) -> Result<Reply, Failure> {
+    async fn create_new(
+        &self,
+        caller: &Account,
+        body: NewSandbox,
+        key: Option<(String, String)>,
+    ) -> Result<Reply, Failure> {
         let mut since = Instant::now();
         let mut timings = Timings::default();
-        let base = self.node.base(&body.template_id).await?;
-        let (row, mut request) = prepare(body, base)?;
-        self.database.begin(&row, key).await.map_err(database_failed)?;
+        let base = self.base(caller, &body.template_id).await?;
+        let (row, mut request) = prepare(caller, body, base)?;
+        self.begin(caller, &row, key).await?;
         request.ends_at = row.ends_at;
         timings.lap(Phase::Reserve, &mut since);
         let created = match self.node.create(request).await {
@@ -306,7 +349,41 @@ impl Inner {
             return Err(database_failed(error));
         }
         timings.lap(Phase::Commit, &mut since);
+        self.count_start(&row.project);
         Ok(Reply { sandbox, timings })
+    }
+
+    /// Records intent, when the key has room for one more.
+    pub(crate) async fn begin(
+        &self,
+        caller: &Account,
+        row: &SandboxRow,
+        key: Option<(String, String)>,
+    ) -> Result<(), Failure> {
+        match self.database.begin(row, key, caller.max_sandboxes).await.map_err(database_failed)? {
+            true => Ok(()),
+            false => Err(too_many_sandboxes(caller)),
+        }
+    }
+
+    /// Refuses what would be one sandbox more than the key may have.
+    pub(crate) async fn check_room(&self, caller: &Account) -> Result<(), Failure> {
+        let Some(most) = caller.max_sandboxes else { return Ok(()) };
+        let (running, _) = self.database.running(&caller.key).await.map_err(database_failed)?;
+        if running < most { Ok(()) } else { Err(too_many_sandboxes(caller)) }
+    }
+
+    pub(crate) fn count_start(&self, project: &Project) {
+        let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
+        *started.entry(project.clone()).or_default() += 1;
+    }
+
+    /// The sandbox that a caller calls `text`, when it is one of its own.
+    pub(crate) async fn owned(&self, caller: &Account, text: &str) -> Result<SandboxId, Failure> {
+        let id = parse_id(text)?;
+        let row = self.row(&id).await?;
+        // The same words as for one that is not there.
+        if row.project == caller.project || caller.is_admin { Ok(id) } else { Err(not_found(text)) }
     }
 
     /// A sandbox that is paused, or that runs and whose time is not over.
@@ -357,18 +434,26 @@ impl Inner {
         self.row(id).await?;
         let console = self.node.console(id).await?;
         let timestamp = jiff::Timestamp::now();
-        let logs = console
+        let lines = console
             .lines()
             // A console is a guest's bytes on their way to a terminal.
-            .map(|line| line.chars().filter(|c| !c.is_control() || *c == '\t').collect())
-            .map(|line| SandboxLog { timestamp, line })
-            .collect();
-        Ok(SandboxLogs { logs, log_entries: Vec::new() })
+            .map(|line| line.chars().filter(|c| !c.is_control() || *c == '\t').collect::<String>());
+        let (mut logs, mut log_entries) = (Vec::new(), Vec::new());
+        for line in lines {
+            log_entries.push(SandboxLogEntry {
+                timestamp,
+                message: line.clone(),
+                level: LogLevel::Info,
+                fields: BTreeMap::from([("source".to_owned(), "console".to_owned())]),
+            });
+            logs.push(SandboxLog { timestamp, line });
+        }
+        Ok(SandboxLogs { logs, log_entries })
     }
 
     pub(crate) async fn list(&self, mut filter: Filter, token: Option<&str>) -> Result<Page, Failure> {
         if let Some(token) = token {
-            filter.after = Some(parse_token(token)?);
+            filter.after = Some(parse_page_token(token)?);
         }
         let limit = filter.limit;
         // One more than asked tells whether there is a next page.
@@ -376,7 +461,10 @@ impl Inner {
         let mut rows = self.database.list(filter).await.map_err(database_failed)?;
         let more = rows.len() > limit;
         rows.truncate(limit);
-        let next = rows.last().filter(|_| more).map(make_token);
+        let next = rows
+            .last()
+            .filter(|_| more)
+            .map(|row| make_page_token(&(row.started_at.as_millisecond(), row.id.to_string())));
         let sandboxes = rows.into_iter().filter(is_there).map(|row| self.detail_of(row, false)).collect();
         Ok(Page { sandboxes, next })
     }
@@ -389,12 +477,13 @@ fn is_there(row: &SandboxRow) -> bool {
         || row.ends_at > jiff::Timestamp::now()
 }
 
-fn make_token(row: &SandboxRow) -> String {
-    let text = format!("{}:{}", row.started_at.as_millisecond(), row.id);
+/// A place in a list: a time in milliseconds and an id.
+pub(crate) fn make_page_token((ms, id): &(i64, String)) -> String {
+    let text = format!("{ms}:{id}");
     base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text)
 }
 
-fn parse_token(token: &str) -> Result<(i64, String), Failure> {
+pub(crate) fn parse_page_token(token: &str) -> Result<(i64, String), Failure> {
     base64::engine::general_purpose::URL_SAFE_NO_PAD
         .decode(token)
         .ok()
@@ -425,7 +514,7 @@ pub(crate) fn deadline(seconds: u64) -> Result<jiff::Timestamp, Failure> {
 }
 
 /// Checks a request and makes its row and what the node is asked. Every field is honoured or refused.
-fn prepare(body: NewSandbox, base: Base) -> Result<(SandboxRow, Create), Failure> {
+fn prepare(caller: &Account, body: NewSandbox, base: Base) -> Result<(SandboxRow, Create), Failure> {
     let unsupported = [
         ("iam", body.iam.as_ref().is_some_and(|value| !is_empty(value))),
         ("volumeMounts", body.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty())),
@@ -482,6 +571,8 @@ fn prepare(body: NewSandbox, base: Base) -> Result<(SandboxRow, Create), Failure
         state: SandboxState::Running,
         lifecycle,
         parent: None,
+        project: caller.project.clone(),
+        key: caller.key.clone(),
     };
     let create = Create {
         sandbox: id,

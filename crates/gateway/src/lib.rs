@@ -36,6 +36,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use kelvin_api::error::{Failure, Kind, chain};
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::node::Route;
+use kelvin_api::signature::Signature;
 use kelvin_api::{AGENT_PORT, PORT_HEADER, SANDBOX_HEADER};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
@@ -82,6 +83,9 @@ pub trait Sandboxes: Send + Sync + 'static {
     /// # Errors
     /// `NotFound`, `Unavailable` when nobody listens, `Timeout`, `Busy`, `Conflict` without a network.
     async fn dial(&self, sandbox: &SandboxId, port: u16) -> Result<Box<dyn Io>, Failure>;
+
+    /// Whose token signed a URL that names no sandbox.
+    async fn signer(&self, signature: &Signature) -> Option<SandboxId>;
 
     /// Why a sandbox ended, when that is known.
     async fn ended(&self, sandbox: &SandboxId) -> Option<String>;
@@ -212,8 +216,15 @@ impl Gateway {
     /// # Errors
     /// The request, when it is not for a sandbox.
     pub async fn forward(&self, request: Request<Body>) -> Result<Response, Request<Body>> {
-        let Some(target) = target::target(&request, &self.domain) else {
-            return Err(request);
+        let target = match target::target(&request, &self.domain) {
+            Some(target) => target,
+            None => {
+                let path = request.uri().path_and_query().map_or("/", |path| path.as_str()).to_owned();
+                match self.signed(Signature::of(request.method(), request.uri()), path).await {
+                    Some(target) => target,
+                    None => return Err(request),
+                }
+            }
         };
         // What a page needs to know is kept: the request goes away.
         let mut shown = HeaderMap::new();
@@ -226,6 +237,12 @@ impl Gateway {
             Err(Refusal::Problem(problem)) => problem.reply(&shown),
             Err(Refusal::Failure(failure)) => self.explain(&target, &failure).await.reply(&shown),
         })
+    }
+
+    /// The agent that a signed URL is for: with one address for everybody, nothing else in it says so.
+    async fn signed(&self, signature: Option<Signature>, path: String) -> Option<Target> {
+        let sandbox = self.sandboxes.signer(&signature?).await?;
+        Some(Target { shown: sandbox.to_string(), port: Some(AGENT_PORT), way: Way::Header, path })
     }
 
     async fn to(&self, target: &Target, request: Request<Body>) -> Result<Response, Refusal> {

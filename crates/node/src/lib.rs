@@ -506,11 +506,11 @@ impl Node {
         self.inner.changes.after(generation).await
     }
 
-    /// Every template, with its usable snapshots.
+    /// Every template, when it was imported, and its usable snapshots.
     ///
     /// # Errors
     /// `Store` when they cannot be read.
-    pub async fn templates(&self) -> Result<Vec<(Template, Vec<TemplateSnapshot>)>, Error> {
+    pub async fn templates(&self) -> Result<Vec<(Template, jiff::Timestamp, Vec<TemplateSnapshot>)>, Error> {
         let store = self.inner.store.clone();
         let templates = tokio::task::spawn_blocking(move || store.templates()).await.map_err(|error| {
             Error::Io { what: "reading templates", source: std::io::Error::other(error) }
@@ -541,7 +541,9 @@ impl Node {
                     })
                     .collect();
                 snapshots.sort_by_key(|snapshot| (snapshot.cpu_count, snapshot.memory_mb));
-                (template, snapshots)
+                let stamp = self.inner.store.template_stamp(&template.name);
+                let imported = stamp.map(|stamp| stamp.imported()).unwrap_or_default();
+                (template, imported, snapshots)
             })
             .collect())
     }

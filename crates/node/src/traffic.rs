@@ -6,10 +6,13 @@
 use std::sync::Arc;
 
 use http::{Request, Response};
+use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
-use kelvin_api::id::SandboxId;
+use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::node::Route;
+use kelvin_api::sandbox::GuestMetrics;
+use kelvin_api::signature::Signature;
 use kelvin_vmm::Port;
 
 use crate::Node;
@@ -17,6 +20,9 @@ use crate::agent::{Body, SendError};
 use crate::error::Error;
 use crate::link::{Network, Stream};
 use crate::sandbox::Command;
+
+/// What a guest may say of itself, in bytes.
+const MAX_METRICS: usize = 16 << 10;
 
 impl Node {
     /// Sends an HTTP request to a sandbox's agent.
@@ -29,7 +35,12 @@ impl Node {
         {
             // Its agent would refuse: a stranger must not wake it up to hear that.
             let shown = request.headers().get("x-access-token").and_then(|value| value.to_str().ok());
-            if !shown.is_some_and(|shown| token.matches(shown)) {
+            let admitted = match shown {
+                Some(shown) => token.matches(shown),
+                None => Signature::of(request.method(), request.uri())
+                    .is_some_and(|signature| signature.signed().check(token.expose()).is_ok()),
+            };
+            if !admitted {
                 return Err(Error::Paused(id.to_string()));
             }
         }
@@ -42,6 +53,45 @@ impl Node {
             .send(request, reconnect)
             .await
             .map_err(|source| Error::Agent { sandbox: id.to_string(), source })
+    }
+
+    /// Whose token signed a URL that does not name its sandbox. Looks through all of them: a signature is the only
+    /// thing that such a URL carries, see `../shared/specs/e2b.md`.
+    pub fn signer(&self, signature: &Signature) -> Option<SandboxId> {
+        let signed = signature.signed();
+        let is_of = |token: Option<&Token>| token.is_some_and(|token| signed.is_of(token.expose()));
+        let running: Vec<_> = {
+            let sandboxes = self.inner.sandboxes();
+            sandboxes.iter().map(|(id, sandbox)| (id.clone(), Arc::clone(sandbox))).collect()
+        };
+        let found = running.into_iter().find(|(_, sandbox)| is_of(sandbox.access_token.as_ref()));
+        found.map(|(id, _)| id).or_else(|| {
+            let paused: Vec<_> = self.inner.paused_sandboxes().values().cloned().collect();
+            let found = paused.into_iter().find(|paused| is_of(paused.record.access_token.as_ref()));
+            found.map(|paused| paused.record.sandbox.clone())
+        })
+    }
+
+    /// What the guest of a running sandbox says that it uses. One that is paused is not woken up for it.
+    ///
+    /// # Errors
+    /// `Unknown`, `Paused`, `Agent` when it does not answer, or not with that.
+    pub async fn guest_metrics(&self, id: &SandboxId) -> Result<GuestMetrics, Error> {
+        let sandbox = self.find(id)?;
+        let failed = |source: SendError| Error::Agent { sandbox: id.to_string(), source };
+        let mut request = Request::get("http://agent/metrics");
+        if let Some(token) = &sandbox.access_token {
+            request = request.header("x-access-token", token.expose());
+        }
+        let empty = http_body_util::Empty::new().map_err(|never| match never {}).boxed_unsync();
+        let request = request.body(empty).map_err(|error| failed(error.into()))?;
+        let response = self.send(id, request).await?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), MAX_METRICS).collect().await.map_err(failed)?;
+        if !status.is_success() {
+            return Err(failed(format!("it answered {status}").into()));
+        }
+        serde_json::from_slice(&body.to_bytes()).map_err(|error| failed(error.into()))
     }
 
     async fn network_of(&self, id: &SandboxId) -> Result<Arc<Network>, Error> {

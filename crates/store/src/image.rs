@@ -57,6 +57,14 @@ pub struct TemplateStamp {
     mtime: (i64, i64),
 }
 
+impl TemplateStamp {
+    /// When it was imported.
+    pub fn imported(&self) -> jiff::Timestamp {
+        let (seconds, ns) = self.mtime;
+        jiff::Timestamp::new(seconds, i32::try_from(ns).unwrap_or(0)).unwrap_or_default()
+    }
+}
+
 /// Files and shape to import as a template.
 #[derive(Debug)]
 pub struct Import<'a> {

@@ -1,13 +1,21 @@
-//! `kelvin.db`: sandboxes and idempotency keys.
+//! `kelvin.db`: sandboxes and idempotency keys; API keys and the audit log (`accounts`), what is known of templates
+//! and snapshots (`catalog`), measurements (`meter`).
+
+mod accounts;
+mod catalog;
+mod meter;
+
+pub use catalog::TagRow;
 
 use std::path::Path;
 
+use kelvin_api::account::Project;
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::node::Live;
 use kelvin_api::sandbox::{Lifecycle, Metadata, OnTimeout, PauseMode, SandboxState, StartPath};
 use kelvin_host::db::{Db, Error};
 use rusqlite::types::{Type, Value};
-use rusqlite::{OptionalExtension, Row, params_from_iter};
+use rusqlite::{Connection, OptionalExtension, Row, params_from_iter};
 
 const MIGRATIONS: &[&str] = &[
     "
@@ -71,6 +79,73 @@ const MIGRATIONS: &[&str] = &[
     "
     ALTER TABLE sandboxes ADD COLUMN pause_memory INTEGER NOT NULL DEFAULT 1;
 ",
+    // What was there before there were projects is of the default one. A snapshot without a row is too.
+    "
+    ALTER TABLE sandboxes ADD COLUMN project TEXT NOT NULL DEFAULT 'default';
+    ALTER TABLE sandboxes ADD COLUMN key TEXT NOT NULL DEFAULT '';
+    CREATE INDEX sandboxes_by_project ON sandboxes (project, started_ms, id);
+    CREATE INDEX sandboxes_by_key ON sandboxes (key, state);
+    CREATE TABLE keys (
+        id TEXT PRIMARY KEY,
+        hash TEXT NOT NULL UNIQUE,
+        project TEXT NOT NULL,
+        name TEXT NOT NULL,
+        mask TEXT NOT NULL,
+        created_ms INTEGER NOT NULL,
+        used_ms INTEGER,
+        max_sandboxes INTEGER,
+        requests_per_s INTEGER
+    ) WITHOUT ROWID;
+    CREATE TABLE audit (
+        id INTEGER PRIMARY KEY,
+        at_ms INTEGER NOT NULL,
+        project TEXT NOT NULL,
+        key TEXT NOT NULL,
+        action TEXT NOT NULL,
+        target TEXT NOT NULL,
+        status INTEGER NOT NULL
+    );
+    CREATE TABLE snapshots (
+        id TEXT PRIMARY KEY,
+        project TEXT NOT NULL,
+        name TEXT,
+        created_ms INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX snapshots_by_name ON snapshots (project, name, created_ms);
+    CREATE TABLE tags (
+        project TEXT NOT NULL,
+        template TEXT NOT NULL,
+        tag TEXT NOT NULL,
+        build TEXT NOT NULL,
+        created_ms INTEGER NOT NULL,
+        PRIMARY KEY (project, template, tag)
+    ) WITHOUT ROWID;
+    CREATE TABLE spawns (
+        template TEXT PRIMARY KEY,
+        count INTEGER NOT NULL,
+        last_ms INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE metrics (
+        sandbox TEXT NOT NULL,
+        at_s INTEGER NOT NULL,
+        cpu_count INTEGER NOT NULL,
+        cpu_pct REAL NOT NULL,
+        mem_used INTEGER NOT NULL,
+        mem_total INTEGER NOT NULL,
+        mem_cache INTEGER NOT NULL,
+        disk_used INTEGER NOT NULL,
+        disk_total INTEGER NOT NULL,
+        PRIMARY KEY (sandbox, at_s)
+    ) WITHOUT ROWID;
+    CREATE TABLE project_metrics (
+        project TEXT NOT NULL,
+        at_s INTEGER NOT NULL,
+        running INTEGER NOT NULL,
+        started INTEGER NOT NULL,
+        span_s INTEGER NOT NULL,
+        PRIMARY KEY (project, at_s)
+    ) WITHOUT ROWID;
+",
 ];
 
 /// How long a key is remembered, in milliseconds: 24 hours.
@@ -94,6 +169,10 @@ pub struct SandboxRow {
     pub state: SandboxState,
     pub lifecycle: Lifecycle,
     pub parent: Option<SandboxId>,
+    /// Whose it is.
+    pub project: Project,
+    /// Id of the key that made it.
+    pub key: String,
 }
 
 /// An idempotency key that was seen before.
@@ -107,6 +186,7 @@ pub struct KeyRow {
 /// What a list is narrowed by.
 #[derive(Debug, Clone, Default)]
 pub struct Filter {
+    pub project: Project,
     pub metadata: Metadata,
     pub template: Option<String>,
     /// None means all.
@@ -138,7 +218,8 @@ fn bad(error: Box<dyn std::error::Error + Send + Sync>) -> rusqlite::Error {
 }
 
 const COLUMNS: &str = "id, template, metadata, access_token, allow_internet, vcpus, memory_mib, disk_mib, \
-                       start_path, started_ms, ends_ms, traffic_token, state, on_timeout, auto_resume, parent, pause_memory";
+                       start_path, started_ms, ends_ms, traffic_token, state, on_timeout, auto_resume, parent, pause_memory, \
+                       project, key";
 
 fn sandbox(row: &Row<'_>) -> Result<SandboxRow, rusqlite::Error> {
     let (id, metadata, path): (String, String, String) = (row.get(0)?, row.get(2)?, row.get(8)?);
@@ -174,7 +255,16 @@ fn sandbox(row: &Row<'_>) -> Result<SandboxRow, rusqlite::Error> {
             .map(|id| id.parse())
             .transpose()
             .map_err(|error: kelvin_api::id::ParseIdError| bad(error.into()))?,
+        project: row.get::<_, String>(17)?.parse().map_err(|error: &str| bad(error.into()))?,
+        key: row.get(18)?,
     })
+}
+
+/// Sandboxes of an API key that run or are being made.
+fn running(connection: &Connection, key: &str) -> Result<u32, rusqlite::Error> {
+    connection
+        .prepare_cached("SELECT COUNT(*) FROM sandboxes WHERE key = ?1 AND state IN ('creating', 'running')")?
+        .query_row([key], |row| row.get(0))
 }
 
 impl Database {
@@ -183,19 +273,30 @@ impl Database {
         Ok(Self(Db::open(path, MIGRATIONS)?))
     }
 
-    /// Records the intent to make a sandbox, and its key, in one transaction. Keys that are too old go.
-    pub async fn begin(&self, row: &SandboxRow, key: Option<(String, String)>) -> Result<(), Error> {
+    /// Records the intent to make a sandbox, and its idempotency key, in one transaction. Keys that are too old go.
+    /// `quota`: how many sandboxes of the same API key may run at one time; whether there was room for this one.
+    pub async fn begin(
+        &self,
+        row: &SandboxRow,
+        key: Option<(String, String)>,
+        quota: Option<u32>,
+    ) -> Result<bool, Error> {
         let row = row.clone();
         let metadata = serde_json::to_string(&row.metadata).unwrap_or_default();
         let now = jiff::Timestamp::now().as_millisecond();
         self.0
             .call(move |connection| {
                 let transaction = connection.transaction()?;
+                if let Some(quota) = quota
+                    && running(&transaction, &row.key)? >= quota
+                {
+                    return Ok(false);
+                }
                 transaction
                     .prepare_cached(
                         "INSERT INTO sandboxes (id, state, template, metadata, access_token, allow_internet, \
-                         started_ms, ends_ms, traffic_token, on_timeout, auto_resume, parent, pause_memory) \
-                         VALUES (?1, 'creating', ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+                         started_ms, ends_ms, traffic_token, on_timeout, auto_resume, parent, pause_memory, \
+                         project, key) VALUES (?1, 'creating', ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
                     )?
                     .execute((
                         row.id.as_str(),
@@ -210,6 +311,8 @@ impl Database {
                         row.lifecycle.auto_resume,
                         row.parent.as_ref().map(SandboxId::as_str),
                         row.lifecycle.pause_mode.is_full(),
+                        row.project.as_str(),
+                        &row.key,
                     ))?;
                 if let Some((key, fingerprint)) = key {
                     transaction
@@ -221,7 +324,7 @@ impl Database {
                         )?
                         .execute((key, fingerprint, row.id.as_str(), now))?;
                 }
-                transaction.commit()
+                transaction.commit().map(|()| true)
             })
             .await
     }
@@ -264,6 +367,12 @@ impl Database {
                         word(live.state),
                         i64::try_from(live.rank()).unwrap_or(i64::MAX),
                     ))?;
+                transaction
+                    .prepare_cached(
+                        "INSERT INTO spawns (template, count, last_ms) SELECT template, 1, ?2 FROM sandboxes \
+                         WHERE id = ?1 ON CONFLICT (template) DO UPDATE SET count = count + 1, last_ms = ?2",
+                    )?
+                    .execute((live.sandbox.as_str(), live.started_at.as_millisecond()))?;
                 if let Some(reply) = reply {
                     transaction
                         .prepare_cached("UPDATE idempotency SET reply = ?2 WHERE sandbox = ?1")?
@@ -313,7 +422,10 @@ impl Database {
         let id = id.to_string();
         self.0
             .call(move |connection| {
-                connection.prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?.execute([id]).map(drop)
+                let transaction = connection.transaction()?;
+                transaction.prepare_cached("DELETE FROM metrics WHERE sandbox = ?1")?.execute([&id])?;
+                transaction.prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?.execute([&id])?;
+                transaction.commit()
             })
             .await
     }
@@ -363,8 +475,9 @@ impl Database {
     pub async fn list(&self, filter: Filter) -> Result<Vec<SandboxRow>, Error> {
         self.0
             .call(move |connection| {
-                let mut sql = format!("SELECT {COLUMNS} FROM sandboxes WHERE state != 'creating'");
-                let mut values: Vec<Value> = Vec::new();
+                let mut sql =
+                    format!("SELECT {COLUMNS} FROM sandboxes WHERE project = ? AND state != 'creating'");
+                let mut values: Vec<Value> = vec![filter.project.to_string().into()];
                 for (key, value) in filter.metadata {
                     sql.push_str(
                         " AND EXISTS (SELECT 1 FROM json_each(metadata) WHERE key = ? AND value = ?)",
@@ -391,6 +504,21 @@ impl Database {
                 sql.push_str(&format!(" ORDER BY started_ms {order}, id {order} LIMIT ?"));
                 values.push(Value::from(i64::try_from(filter.limit).unwrap_or(i64::MAX)));
                 connection.prepare(&sql)?.query_map(params_from_iter(values), sandbox)?.collect()
+            })
+            .await
+    }
+
+    /// Sandboxes of an API key that run, and when the first of them ends.
+    pub async fn running(&self, key: &str) -> Result<(u32, Option<jiff::Timestamp>), Error> {
+        let key = key.to_owned();
+        self.0
+            .call(move |connection| {
+                let first: Option<i64> = connection
+                    .prepare_cached(
+                        "SELECT MIN(ends_ms) FROM sandboxes WHERE key = ?1 AND state = 'running'",
+                    )?
+                    .query_row([&key], |row| row.get(0))?;
+                Ok((running(connection, &key)?, first.map(time).transpose()?))
             })
             .await
     }

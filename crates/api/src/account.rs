@@ -1,0 +1,157 @@
+//! Projects and API keys: who may do what, and how much of it.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+/// The project of everything that was made before there were others, and of the server's own key.
+pub const DEFAULT_PROJECT: &str = "default";
+
+/// A project: what owns sandboxes and snapshots. 1 to 40 characters of `[a-z0-9-]`, beginning with a letter or a
+/// digit.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Project(String);
+
+impl Project {
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Default for Project {
+    fn default() -> Self {
+        Self(DEFAULT_PROJECT.to_owned())
+    }
+}
+
+impl FromStr for Project {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let good = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        if text.is_empty() || text.len() > 40 || text.starts_with('-') || !text.bytes().all(good) {
+            return Err("a project is 1 to 40 of a-z, 0-9 and '-', beginning with a letter or a digit");
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl TryFrom<String> for Project {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<Project> for String {
+    fn from(project: Project) -> Self {
+        project.0
+    }
+}
+
+impl fmt::Display for Project {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// `POST /api-keys`. Source: E2B's `NewTeamAPIKey`; the rest is Kelvin's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct NewApiKey {
+    /// What it is called, for people.
+    pub name: String,
+    /// Whose it is; a project that is not there yet is made.
+    #[serde(default)]
+    pub project: Project,
+    /// Sandboxes of it that run at one time; none is no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_sandboxes: Option<u32>,
+    /// Requests per second of it, and how many may come at once; none is no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests_per_second: Option<u32>,
+}
+
+/// What of a key may be shown. Source: E2B's `IdentifierMaskingDetails`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[allow(missing_docs)]
+pub struct Mask {
+    pub prefix: String,
+    pub value_length: u32,
+    pub masked_value_prefix: String,
+    pub masked_value_suffix: String,
+}
+
+/// A row of `GET /api-keys`. Source: E2B's `TeamAPIKey`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ApiKeyInfo {
+    /// Its id, a UUID.
+    pub id: String,
+    /// What it is called.
+    pub name: String,
+    /// What of it may be shown.
+    pub mask: Mask,
+    /// When it was made.
+    pub created_at: jiff::Timestamp,
+    /// When it was shown last, to a few seconds.
+    pub last_used: Option<jiff::Timestamp>,
+    /// Kelvin: whose it is.
+    pub project: Project,
+    /// Kelvin: sandboxes of it that run at one time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_sandboxes: Option<u32>,
+    /// Kelvin: requests per second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests_per_second: Option<u32>,
+}
+
+/// The reply of `POST /api-keys`: the one time that the key itself is told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreatedApiKey {
+    /// The key.
+    pub key: String,
+    /// What it is.
+    #[serde(flatten)]
+    pub info: ApiKeyInfo,
+}
+
+/// A row of `GET /audit`: one request that could change something.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AuditEntry {
+    /// Its number; grows.
+    pub id: i64,
+    /// When it was answered.
+    pub at: jiff::Timestamp,
+    /// Of which project.
+    pub project: String,
+    /// With which key.
+    #[serde(rename = "keyID")]
+    pub key_id: String,
+    /// Method and route.
+    pub action: String,
+    /// What it was about: a sandbox, a template, a key.
+    pub target: String,
+    /// The status of the reply.
+    pub status: u16,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_project_is_a_short_plain_name() {
+        for good in ["default", "a", "team-1", "0"] {
+            assert_eq!(good.parse::<Project>().unwrap().as_str(), good);
+        }
+        for bad in ["", "-a", "A", "a_b", "a/b", &"a".repeat(41)] {
+            assert!(bad.parse::<Project>().is_err(), "{bad:?}");
+        }
+    }
+}

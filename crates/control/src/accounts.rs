@@ -1,0 +1,295 @@
+//! Who asks: keys, what they may do and how much of it, and what they did.
+//!
+//! Keys are kept as hashes (SHA-256 of 160 random bits: there is nothing to guess) in `kelvin.db` and in memory, where
+//! each request is looked up. The server's own key is in the file `api-key`, stays out of the database, and is the
+//! only one that may change what belongs to everybody. Who writes: `create` and `revoke`, and one task for the audit
+//! log and the times of last use; a crash loses the last of those, never a key.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use governor::clock::Clock as _;
+use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use http::HeaderMap;
+use kelvin_api::account::{ApiKeyInfo, CreatedApiKey, Mask, NewApiKey, Project};
+use kelvin_api::error::{Failure, Kind};
+
+use crate::ApiKey;
+use crate::database::Database;
+use crate::service::{database_failed, invalid};
+
+/// What stands before every key. Source: `../shared/specs/e2b.md`: clients insist on it.
+const PREFIX: &str = "e2b_";
+/// Characters of a name.
+const NAME: usize = 120;
+/// The id of the server's own key.
+const OWN: &str = "server";
+
+/// Whoever asks.
+#[derive(Debug)]
+pub struct Account {
+    /// Id of the key.
+    pub key: String,
+    /// What its requests are about.
+    pub project: Project,
+    /// Whether it may change what belongs to everybody.
+    pub is_admin: bool,
+    /// Sandboxes that run at one time.
+    pub max_sandboxes: Option<u32>,
+    rate: Option<DefaultDirectRateLimiter>,
+    /// Milliseconds since 1970; 0 is never.
+    last_used: AtomicI64,
+}
+
+/// The account of a request.
+pub type Caller = Arc<Account>;
+
+type Known = HashMap<String, Caller>;
+
+/// Every key that is accepted.
+#[derive(Debug)]
+pub struct Accounts {
+    own: ApiKey,
+    owner: Caller,
+    /// By hash. Replaced as a whole: a request clones one pointer.
+    known: RwLock<Arc<Known>>,
+}
+
+fn hash(key: &str) -> String {
+    kelvin_store::hash::sha256(key.as_bytes())
+}
+
+fn limiter(requests_per_second: Option<u32>) -> Option<DefaultDirectRateLimiter> {
+    requests_per_second.and_then(NonZeroU32::new).map(|rate| RateLimiter::direct(Quota::per_second(rate)))
+}
+
+impl Accounts {
+    /// The server's own key and those of the database.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub async fn open(own: ApiKey, database: &Database) -> Result<Self, Failure> {
+        let keys = database.keys(None).await.map_err(database_failed)?;
+        let known = keys.into_iter().map(|(hash, info)| (hash, Arc::new(account(&info)))).collect();
+        let owner = Account {
+            key: OWN.to_owned(),
+            project: Project::default(),
+            is_admin: true,
+            max_sandboxes: None,
+            rate: None,
+            last_used: AtomicI64::default(),
+        };
+        Ok(Self { own, owner: Arc::new(owner), known: RwLock::new(Arc::new(known)) })
+    }
+
+    fn known(&self) -> Arc<Known> {
+        Arc::clone(&self.known.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Known)) {
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        let mut next = Known::clone(&known);
+        change(&mut next);
+        *known = Arc::new(next);
+    }
+
+    /// Who asks, by `X-API-KEY` or as a bearer token.
+    ///
+    /// # Errors
+    /// `Unauthenticated`; it does not say whether a key was close, or was revoked.
+    pub fn admit(&self, headers: &HeaderMap) -> Result<Caller, Failure> {
+        let remedy = "send the key in the header X-API-KEY; the server keeps its own in <data-dir>/api-key";
+        let Some(shown) = shown(headers) else {
+            let text = "the request has no API key";
+            return Err(Failure::new(Kind::Unauthenticated, "no_api_key", text, remedy));
+        };
+        let caller = if self.own.matches(shown) {
+            Some(Arc::clone(&self.owner))
+        } else {
+            self.known().get(&hash(shown)).cloned()
+        };
+        let caller = caller.ok_or_else(|| {
+            Failure::new(Kind::Unauthenticated, "wrong_api_key", "the API key is not known", remedy)
+        })?;
+        caller.last_used.store(jiff::Timestamp::now().as_millisecond(), Ordering::Relaxed);
+        Ok(caller)
+    }
+
+    /// Makes a key.
+    ///
+    /// # Errors
+    /// `Invalid` for a name or a limit that is none, `Internal` when it cannot be kept.
+    pub async fn create(&self, wanted: NewApiKey, database: &Database) -> Result<CreatedApiKey, Failure> {
+        let name = wanted.name.trim();
+        if name.is_empty() || name.chars().count() > NAME || name.chars().any(char::is_control) {
+            let text = format!("the name of a key is 1 to {NAME} characters without control characters");
+            return Err(invalid("invalid_name", text, "choose another name"));
+        }
+        if wanted.requests_per_second == Some(0) || wanted.max_sandboxes == Some(0) {
+            let text = "a limit of 0 allows nothing";
+            return Err(invalid("invalid_limit", text, "leave it out for no limit, or revoke the key"));
+        }
+        let key = random_key()?;
+        let info = ApiKeyInfo {
+            id: uuid::Uuid::new_v4().to_string(),
+            name: name.to_owned(),
+            mask: Mask {
+                prefix: PREFIX.to_owned(),
+                value_length: u32::try_from(key.len() - PREFIX.len()).unwrap_or(u32::MAX),
+                masked_value_prefix: key[PREFIX.len()..][..2].to_owned(),
+                masked_value_suffix: key[key.len() - 4..].to_owned(),
+            },
+            created_at: jiff::Timestamp::now(),
+            last_used: None,
+            project: wanted.project,
+            max_sandboxes: wanted.max_sandboxes,
+            requests_per_second: wanted.requests_per_second,
+        };
+        database.add_key(hash(&key), info.clone()).await.map_err(database_failed)?;
+        self.change(|known| drop(known.insert(hash(&key), Arc::new(account(&info)))));
+        Ok(CreatedApiKey { key, info })
+    }
+
+    /// Renames a key. Whether there is one of this id.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub async fn rename(&self, id: &str, name: &str, database: &Database) -> Result<bool, Failure> {
+        database.rename_key(id.to_owned(), name.to_owned()).await.map_err(database_failed)
+    }
+
+    /// Revokes a key: its next request is refused. Whether there was one.
+    ///
+    /// # Errors
+    /// When the database cannot be written; then it is still accepted.
+    pub async fn revoke(&self, id: &str, database: &Database) -> Result<bool, Failure> {
+        let gone = database.remove_key(id.to_owned()).await.map_err(database_failed)?;
+        self.change(|known| known.retain(|_, account| account.key != id));
+        Ok(gone)
+    }
+
+    /// The keys that are accepted beside the server's own, of one project or of all.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub async fn list(
+        &self,
+        project: Option<&Project>,
+        database: &Database,
+    ) -> Result<Vec<ApiKeyInfo>, Failure> {
+        let project = project.map(ToString::to_string);
+        let keys = database.keys(project).await.map_err(database_failed)?;
+        let used: HashMap<String, i64> = self.used().into_iter().collect();
+        let newer = |mut info: ApiKeyInfo| {
+            let now = used.get(&info.id).and_then(|ms| jiff::Timestamp::from_millisecond(*ms).ok());
+            info.last_used = info.last_used.max(now);
+            info
+        };
+        Ok(keys.into_iter().map(|(_, info)| newer(info)).collect())
+    }
+
+    /// When each key was used last, in milliseconds since 1970; those that were not used since the start are left
+    /// out.
+    pub fn used(&self) -> Vec<(String, i64)> {
+        let used = |account: &Caller| (account.key.clone(), account.last_used.load(Ordering::Relaxed));
+        self.known().values().map(used).filter(|(_, ms)| *ms > 0).collect()
+    }
+}
+
+/// The key of a request.
+pub fn shown(headers: &HeaderMap) -> Option<&str> {
+    let bearer = || headers.get("authorization")?.to_str().ok()?.strip_prefix("Bearer ");
+    headers.get("x-api-key").and_then(|value| value.to_str().ok()).or_else(bearer)
+}
+
+fn account(info: &ApiKeyInfo) -> Account {
+    Account {
+        key: info.id.clone(),
+        project: info.project.clone(),
+        is_admin: false,
+        max_sandboxes: info.max_sandboxes,
+        rate: limiter(info.requests_per_second),
+        last_used: AtomicI64::default(),
+    }
+}
+
+/// A new key.
+///
+/// # Errors
+/// When the kernel gives no random bytes.
+pub fn random_key() -> Result<String, Failure> {
+    let mut random = [0_u8; 20];
+    getrandom::fill(&mut random).map_err(|error| {
+        Failure::new(Kind::Internal, "no_entropy", "the kernel gives no random bytes", "look at the host")
+            .with_cause(&std::io::Error::other(error.to_string()))
+    })?;
+    let mut key = PREFIX.to_owned();
+    for byte in random {
+        let _ = write!(key, "{byte:02x}");
+    }
+    Ok(key)
+}
+
+impl Account {
+    /// Counts a request.
+    ///
+    /// # Errors
+    /// After how long the next one is allowed, when this one is one too many.
+    pub fn count(&self) -> Result<(), Duration> {
+        let Some(rate) = &self.rate else { return Ok(()) };
+        rate.check().map_err(|not_until| not_until.wait_time_from(rate.clock().now()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_key_lives_from_its_creation_to_its_end_and_is_kept_as_a_hash() {
+        let dir = tempfile::tempdir().unwrap();
+        let database = Database::open(&dir.path().join("kelvin.db")).unwrap();
+        let own = ApiKey::open(&dir.path().join("api-key")).unwrap();
+        let accounts = Accounts::open(own.clone(), &database).await.unwrap();
+        let wanted = NewApiKey {
+            name: "ci".into(),
+            project: "blue".parse().unwrap(),
+            max_sandboxes: Some(2),
+            requests_per_second: Some(3),
+        };
+        let made = accounts.create(wanted.clone(), &database).await.unwrap();
+        assert!(made.key.starts_with("e2b_") && made.key.len() == 44);
+        let ask = |accounts: &Accounts, key: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("x-api-key", key.parse().unwrap());
+            accounts.admit(&headers)
+        };
+        let caller = ask(&accounts, &made.key).unwrap();
+        assert_eq!((caller.project.as_str(), caller.is_admin), ("blue", false));
+        for _ in 0..3 {
+            caller.count().unwrap();
+        }
+        assert!(caller.count().unwrap_err() <= Duration::from_secs(1), "the fourth in one second");
+        // Another start knows it, and nobody can read it.
+        let again = Accounts::open(own.clone(), &database).await.unwrap();
+        assert_eq!(ask(&again, &made.key).unwrap().max_sandboxes, Some(2));
+        for file in std::fs::read_dir(dir.path()).unwrap().flatten() {
+            if file.file_name() != "api-key" {
+                let bytes = std::fs::read(file.path()).unwrap();
+                let found = bytes.windows(made.key.len()).any(|window| window == made.key.as_bytes());
+                assert!(!found, "{:?}", file.path());
+            }
+        }
+        assert!(accounts.revoke(&made.info.id, &database).await.unwrap());
+        assert!(!accounts.revoke(&made.info.id, &database).await.unwrap());
+        assert_eq!(ask(&accounts, &made.key).unwrap_err().error_code, "wrong_api_key");
+        for (name, rate) in [("", None), ("a\nb", None), ("a", Some(0))] {
+            let bad = NewApiKey { name: name.into(), requests_per_second: rate, ..wanted.clone() };
+            assert_eq!(accounts.create(bad, &database).await.unwrap_err().kind, Kind::Invalid);
+        }
+    }
+}

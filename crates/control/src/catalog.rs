@@ -1,0 +1,386 @@
+//! What sandboxes are made from: templates, snapshots that are kept, and tags.
+//!
+//! Templates are everybody's; snapshots and tags are a project's. A tag is a name for what a template is today: it keeps
+//! nothing, and once the template was imported anew a create from it is refused.
+
+use std::collections::HashMap;
+
+use axum::Router;
+use axum::extract::{Path, Query, Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use http::{HeaderValue, StatusCode};
+use kelvin_api::account::DEFAULT_PROJECT;
+use kelvin_api::error::{Failure, Kind};
+use kelvin_api::id::TemplateName;
+use kelvin_api::node::Base;
+use kelvin_api::sandbox::{SnapshotInfo, Template};
+use serde::{Deserialize, Serialize};
+
+use crate::accounts::Account;
+use crate::api::{Outcome, Who, json, page_limit, parse_required, read};
+use crate::database::TagRow;
+use crate::service::{
+    Control, Inner, database_failed, invalid, make_page_token, parse_page_token, unknown_template,
+};
+
+/// The tag that every template has. Source: E2B's clients.
+const DEFAULT_TAG: &str = "default";
+/// Tags in one request.
+const MAX_TAGS: usize = 100;
+
+/// The routes.
+pub(crate) fn routes() -> Router<Control> {
+    let read_template = get(template).delete(remove_snapshot);
+    Router::new()
+        .route("/snapshots", get(snapshots))
+        .route("/snapshots/{name}", delete(remove_snapshot))
+        .route("/templates", get(templates))
+        .route("/v2/templates", get(template_page))
+        .route("/default-templates", get(templates))
+        .route("/templates/tags", post(add_tags).delete(remove_tags))
+        .route("/templates/aliases/{alias}", get(alias))
+        .route("/templates/{name}", read_template)
+        .route("/templates/{name}/tags", get(tags))
+        .route("/templates/{name}/tags/count", get(count_tags))
+        .route("/templates/{name}/tags/exists", get(has_tag))
+}
+
+/// A name and its tag, when it has one.
+fn split_tag(text: &str) -> (&str, Option<&str>) {
+    match text.split_once(':') {
+        Some((name, tag)) => (name, Some(tag)),
+        None => (text, None),
+    }
+}
+
+fn parse_tag(text: &str) -> Result<TemplateName, Failure> {
+    text.parse().map_err(|error: kelvin_api::id::ParseIdError| {
+        invalid("invalid_tag", error.to_string(), "use 1 to 64 of a-z, 0-9, '.', '_' and '-'")
+    })
+}
+
+impl Inner {
+    /// What `text` (a template, or a snapshot by id or name, each with or without a tag) is for a caller.
+    pub(crate) async fn base(&self, caller: &Account, text: &str) -> Result<Base, Failure> {
+        let (name, tag) = split_tag(text);
+        if let Some(id) = self.snapshot_of(caller, name).await? {
+            if tag.is_some_and(|tag| tag != DEFAULT_TAG) {
+                return Err(unknown_template(text));
+            }
+            return self.node.base(&id).await;
+        }
+        let base = match self.node.base(name).await? {
+            Base::Template(template) => Base::Template(template),
+            // Not this caller's, or it would have been found above.
+            Base::Snapshot(_) => return Err(unknown_template(text)),
+        };
+        if let Some(tag) = tag.filter(|tag| *tag != DEFAULT_TAG) {
+            let tags = self.database.tags(caller.project.as_str(), name).await.map_err(database_failed)?;
+            let known = tags.iter().find(|row| row.tag == tag).ok_or_else(|| unknown_template(text))?;
+            let now = self.template(name).await?.build_id;
+            if known.build != now {
+                return Err(Failure::new(
+                    Kind::Conflict,
+                    "tag_outdated",
+                    format!("{name} was imported anew since it was tagged {tag:?}"),
+                    "assign the tag again, or leave it out",
+                ));
+            }
+        }
+        Ok(base)
+    }
+
+    /// The id of the snapshot that a caller calls `name`, when it has such a one.
+    async fn snapshot_of(&self, caller: &Account, name: &str) -> Result<Option<String>, Failure> {
+        let project = caller.project.as_str();
+        let found = self.database.snapshot(project, name).await.map_err(database_failed)?;
+        if found.is_some() || project != DEFAULT_PROJECT {
+            return Ok(found);
+        }
+        // Those from before there were projects have no owner: they are the default project's.
+        match self.node.base(name).await {
+            Ok(Base::Snapshot(id)) => {
+                let owner = self.database.snapshot_owner(id.as_str()).await.map_err(database_failed)?;
+                Ok(owner.is_none().then(|| id.to_string()))
+            }
+            Ok(Base::Template(_)) => Ok(None),
+            Err(failure) if failure.kind == Kind::NotFound => Ok(None),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    /// Every template, with how often it was started.
+    async fn templates(&self) -> Result<Vec<Template>, Failure> {
+        let mut templates = self.node.templates().await?;
+        let spawns = self.database.spawns().await.map_err(database_failed)?;
+        for template in &mut templates {
+            if let Some((count, last)) = spawns.get(&template.template_id) {
+                (template.spawn_count, template.last_spawned_at) =
+                    (u64::try_from(*count).unwrap_or(0), Some(*last));
+            }
+        }
+        Ok(templates)
+    }
+
+    async fn template(&self, name: &str) -> Result<Template, Failure> {
+        let templates = self.templates().await?;
+        templates
+            .into_iter()
+            .find(|template| template.template_id == name)
+            .ok_or_else(|| unknown_template(name))
+    }
+
+    /// The snapshots of a caller's project, newest first.
+    async fn snapshots(&self, caller: &Account) -> Result<Vec<SnapshotInfo>, Failure> {
+        let owners = self.database.snapshot_owners().await.map_err(database_failed)?;
+        let mut found = self.node.snapshots().await?;
+        found.retain(|info| {
+            let owner = owners.get(&info.snapshot_id).map_or(DEFAULT_PROJECT, String::as_str);
+            owner == caller.project.as_str()
+        });
+        Ok(found)
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct SnapshotQuery {
+    #[serde(rename = "sandboxID")]
+    sandbox_id: Option<String>,
+    name: Option<String>,
+    limit: Option<String>,
+    next_token: Option<String>,
+}
+
+async fn snapshots(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Query(query): Query<SnapshotQuery>,
+) -> Outcome {
+    let wanted = |info: &SnapshotInfo| {
+        query.sandbox_id.as_ref().is_none_or(|id| info.sandbox_id.as_str() == id)
+            && query.name.as_ref().is_none_or(|name| info.snapshot_id == *name || info.names.contains(name))
+    };
+    let limit = page_limit(query.limit.as_ref())?;
+    let mut found = control.inner.snapshots(&caller).await?;
+    found.retain(wanted);
+    let place = |info: &SnapshotInfo| (info.created_at.as_millisecond(), info.snapshot_id.clone());
+    found.sort_by_key(|info| std::cmp::Reverse(place(info)));
+    if let Some(token) = &query.next_token {
+        // A place in the order, not a row: it holds when its snapshot is gone.
+        let after = parse_page_token(token)?;
+        found.retain(|info| place(info) < after);
+    }
+    let more = found.len() > limit;
+    found.truncate(limit);
+    let next = found.last().filter(|_| more).map(|info| make_page_token(&place(info)));
+    Ok(with_next(json(StatusCode::OK, &found), next))
+}
+
+fn with_next(mut response: Response, next: Option<String>) -> Response {
+    if let Some(next) = next.and_then(|next| HeaderValue::from_str(&next).ok()) {
+        response.headers_mut().insert("x-next-token", next);
+    }
+    response
+}
+
+async fn remove_snapshot(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(name): Path<String>,
+    Query(query): Query<HashMap<String, String>>,
+) -> Outcome {
+    let cascade = query.get("cascade").is_some_and(|value| value == "true");
+    let shown: String = name.chars().take(80).collect();
+    let missing = || {
+        let text = format!("no snapshot {shown:?}");
+        Failure::new(Kind::NotFound, "snapshot_not_found", text, "`kelvin snapshot list` shows what there is")
+    };
+    let (bare, _) = split_tag(&name);
+    let id = control.inner.snapshot_of(&caller, bare).await?.ok_or_else(missing)?;
+    let before: Vec<String> =
+        control.inner.snapshots(&caller).await?.into_iter().map(|info| info.snapshot_id).collect();
+    control.inner.node.remove_snapshot(&id, cascade).await?;
+    let left = control.inner.snapshots(&caller).await?;
+    for gone in before.iter().filter(|id| left.iter().all(|info| info.snapshot_id != **id)) {
+        control.inner.database.forget_snapshot(gone.clone()).await.map_err(database_failed)?;
+    }
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+async fn templates(State(control): State<Control>, Who(_): Who) -> Outcome {
+    Ok(json(StatusCode::OK, &control.inner.templates().await?))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct TemplateQuery {
+    limit: Option<String>,
+    next_token: Option<String>,
+}
+
+async fn template_page(
+    State(control): State<Control>,
+    Who(_): Who,
+    Query(query): Query<TemplateQuery>,
+) -> Outcome {
+    let limit = page_limit(query.limit.as_ref())?;
+    let mut found = control.inner.templates().await?;
+    found.sort_by(|one, other| one.template_id.cmp(&other.template_id));
+    if let Some(token) = &query.next_token {
+        let (_, after) = parse_page_token(token)?;
+        found.retain(|template| template.template_id > after);
+    }
+    let more = found.len() > limit;
+    found.truncate(limit);
+    let next = found.last().filter(|_| more).map(|last| make_page_token(&(0, last.template_id.clone())));
+    Ok(with_next(json(StatusCode::OK, &found), next))
+}
+
+/// What a template was made of, with the one build that it has.
+#[derive(Debug, Serialize)]
+struct WithBuilds {
+    #[serde(flatten)]
+    template: Template,
+    builds: Vec<Build>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Build {
+    #[serde(rename = "buildID")]
+    build_id: String,
+    status: &'static str,
+    created_at: jiff::Timestamp,
+    updated_at: jiff::Timestamp,
+    finished_at: jiff::Timestamp,
+    cpu_count: u32,
+    #[serde(rename = "memoryMB")]
+    memory_mb: u32,
+    #[serde(rename = "diskSizeMB")]
+    disk_size_mb: u32,
+    envd_version: String,
+}
+
+async fn template(State(control): State<Control>, Who(_): Who, Path(name): Path<String>) -> Outcome {
+    let template = control.inner.template(split_tag(&name).0).await?;
+    let build = Build {
+        build_id: template.build_id.clone(),
+        status: "ready",
+        created_at: template.created_at,
+        updated_at: template.updated_at,
+        finished_at: template.updated_at,
+        cpu_count: template.cpu_count,
+        memory_mb: template.memory_mb,
+        disk_size_mb: template.disk_size_mb,
+        envd_version: template.envd_version.clone(),
+    };
+    Ok(json(StatusCode::OK, &WithBuilds { template, builds: vec![build] }))
+}
+
+/// Whether a name means something. Another project's snapshot is not there.
+async fn alias(State(control): State<Control>, Who(caller): Who, Path(alias): Path<String>) -> Outcome {
+    let (id, public) = match control.inner.base(&caller, &alias).await? {
+        Base::Template(name) => (name.to_string(), true),
+        Base::Snapshot(id) => (id.to_string(), false),
+    };
+    Ok(json(StatusCode::OK, &serde_json::json!({ "templateID": id, "public": public })))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AddTags {
+    target: String,
+    tags: Vec<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RemoveTags {
+    name: String,
+    tags: Vec<String>,
+}
+
+fn parse_tags(tags: Vec<String>) -> Result<Vec<String>, Failure> {
+    if tags.is_empty() || tags.len() > MAX_TAGS {
+        return Err(invalid("invalid_tags", format!("name 1 to {MAX_TAGS} tags"), "split the request"));
+    }
+    tags.iter().map(|tag| parse_tag(tag).map(|tag| tag.to_string())).collect()
+}
+
+async fn add_tags(State(control): State<Control>, Who(caller): Who, request: Request) -> Outcome {
+    let body: AddTags = parse_required(&read(request).await?)?;
+    let tags = parse_tags(body.tags)?;
+    let (name, tag) = split_tag(&body.target);
+    if name.is_empty() || tag == Some("") {
+        return Err(invalid("invalid_target", "the target is no name:tag", "for example base:default").into());
+    }
+    // The tag that it is to be found by has to be there.
+    control.inner.base(&caller, &body.target).await?;
+    let build = control.inner.template(name).await?.build_id;
+    let project = caller.project.to_string();
+    let added = control.inner.database.add_tags(project, name.to_owned(), build.clone(), tags.clone());
+    added.await.map_err(database_failed)?;
+    Ok(json(StatusCode::CREATED, &serde_json::json!({ "tags": tags, "buildID": build })))
+}
+
+async fn remove_tags(State(control): State<Control>, Who(caller): Who, request: Request) -> Outcome {
+    let body: RemoveTags = parse_required(&read(request).await?)?;
+    let tags = parse_tags(body.tags)?;
+    if tags.iter().any(|tag| tag == DEFAULT_TAG) {
+        let text = "the tag \"default\" cannot be taken away";
+        return Err(invalid("invalid_tags", text, "leave it out").into());
+    }
+    control.inner.template(&body.name).await?;
+    let removed = control.inner.database.remove_tags(caller.project.to_string(), body.name.clone(), tags);
+    match removed.await.map_err(database_failed)? {
+        None => Ok(StatusCode::NO_CONTENT.into_response()),
+        Some(tag) => {
+            let text = format!("{} has no tag {tag:?}", body.name);
+            Err(Failure::new(Kind::NotFound, "tag_not_found", text, "list its tags").into())
+        }
+    }
+}
+
+impl Inner {
+    async fn tags(&self, caller: &Account, name: &str) -> Result<Vec<TagRow>, Failure> {
+        let template = self.template(name).await?;
+        let mut tags = self.database.tags(caller.project.as_str(), name).await.map_err(database_failed)?;
+        if tags.iter().all(|row| row.tag != DEFAULT_TAG) {
+            tags.push(TagRow {
+                tag: DEFAULT_TAG.to_owned(),
+                build: template.build_id,
+                created_at: template.created_at,
+            });
+        }
+        Ok(tags)
+    }
+}
+
+async fn tags(State(control): State<Control>, Who(caller): Who, Path(name): Path<String>) -> Outcome {
+    let row = |row: TagRow| serde_json::json!({ "tag": row.tag, "buildID": row.build, "createdAt": row.created_at });
+    let tags: Vec<_> = control.inner.tags(&caller, &name).await?.into_iter().map(row).collect();
+    Ok(json(StatusCode::OK, &tags))
+}
+
+async fn count_tags(State(control): State<Control>, Who(caller): Who, Path(name): Path<String>) -> Outcome {
+    let total = control.inner.tags(&caller, &name).await?.len();
+    Ok(json(StatusCode::OK, &serde_json::json!({ "total": total })))
+}
+
+#[derive(Debug, Deserialize)]
+struct TagQuery {
+    tag: String,
+}
+
+async fn has_tag(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(name): Path<String>,
+    Query(query): Query<TagQuery>,
+) -> Outcome {
+    let tag = parse_tag(&query.tag)?;
+    let exists = control.inner.tags(&caller, &name).await?.iter().any(|row| row.tag == tag.as_str());
+    Ok(json(StatusCode::OK, &serde_json::json!({ "exists": exists, "normalizedTag": tag.as_str() })))
+}

@@ -1,0 +1,225 @@
+//! What sandboxes use: asked of each guest now and then, kept for the sandbox's life.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Path, Query, State};
+use axum::routing::get;
+use futures::StreamExt;
+use http::StatusCode;
+use kelvin_api::account::Project;
+use kelvin_api::error::{Failure, Kind, chain};
+use kelvin_api::id::SandboxId;
+use kelvin_api::sandbox::{GuestMetrics, SandboxMetric, SandboxState};
+use serde::Deserialize;
+
+use crate::accounts::Account;
+use crate::api::{Outcome, Who, json};
+use crate::service::{Control, Inner, database_failed, invalid};
+
+/// How often each sandbox is asked. Rarer than E2B's 5 s: each time wakes a machine that may be idle.
+const EVERY: Duration = Duration::from_secs(15);
+/// Sandboxes that are asked at one time.
+const AT_ONCE: usize = 8;
+/// How long a guest may take to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Sandboxes in one request. Source: E2B's OpenAPI.
+const MAX_IDS: usize = 100;
+
+/// The routes.
+pub(crate) fn routes() -> Router<Control> {
+    Router::new()
+        .route("/sandboxes/metrics", get(of_many))
+        .route("/sandboxes/{id}/metrics", get(of_one))
+        .route("/teams/{id}/metrics", get(of_project))
+        .route("/teams/{id}/metrics/max", get(most_of_project))
+}
+
+fn as_metric(guest: &GuestMetrics) -> SandboxMetric {
+    // The host's clock: a guest may have set its own.
+    let now = jiff::Timestamp::now();
+    SandboxMetric {
+        timestamp: jiff::Timestamp::from_second(now.as_second()).unwrap_or(now),
+        timestamp_unix: now.as_second(),
+        cpu_count: guest.cpu_count,
+        cpu_used_pct: if guest.cpu_used_pct.is_finite() { guest.cpu_used_pct.max(0.0) } else { 0.0 },
+        mem_used: guest.mem_used,
+        mem_total: guest.mem_total,
+        mem_cache: guest.mem_cache,
+        disk_used: guest.disk_used,
+        disk_total: guest.disk_total,
+    }
+}
+
+impl Inner {
+    async fn ask_guest(&self, id: &SandboxId) -> Option<(SandboxId, SandboxMetric)> {
+        match tokio::time::timeout(PATIENCE, self.node.metrics(id)).await {
+            Ok(Ok(guest)) => Some((id.clone(), as_metric(&guest))),
+            Ok(Err(failure)) => {
+                tracing::debug!(sandbox = %id, error = chain(&failure), "not measured");
+                None
+            }
+            Err(_elapsed) => None,
+        }
+    }
+
+    /// Measures every sandbox that runs, for ever.
+    pub(crate) async fn measure(&self) {
+        let mut ticks = tokio::time::interval(EVERY);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut last = jiff::Timestamp::now();
+        loop {
+            ticks.tick().await;
+            let live = match self.node.live().await {
+                Ok(live) => live,
+                Err(failure) => {
+                    tracing::warn!(error = chain(&failure), "the node does not say what runs");
+                    continue;
+                }
+            };
+            let running =
+                live.into_iter().filter(|live| live.state == SandboxState::Running).map(|live| live.sandbox);
+            let asked = running.map(|id| async move { self.ask_guest(&id).await });
+            let metrics: Vec<_> = futures::stream::iter(asked)
+                .buffer_unordered(AT_ONCE)
+                .filter_map(|metric| async { metric })
+                .collect()
+                .await;
+            let started: Vec<(Project, u32)> = {
+                let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
+                started.drain().collect()
+            };
+            let now = jiff::Timestamp::now();
+            let span = now.as_second() - last.as_second();
+            last = now;
+            if let Err(error) = self.database.add_metrics(metrics, started, span).await {
+                tracing::error!(error = chain(&error), "measurements were not written");
+            }
+        }
+    }
+
+    /// The newest measurement of a sandbox; taken now, when there is none yet.
+    async fn newest(&self, id: &SandboxId) -> Result<Option<SandboxMetric>, Failure> {
+        let known = self.database.metrics(id, 0, i64::MAX).await.map_err(database_failed)?;
+        if let Some(last) = known.into_iter().next_back() {
+            return Ok(Some(last));
+        }
+        if self.row(id).await?.state != SandboxState::Running {
+            return Ok(None);
+        }
+        let Some((id, metric)) = self.ask_guest(id).await else { return Ok(None) };
+        let metrics = vec![(id, metric.clone())];
+        self.database.add_metrics(metrics, Vec::new(), 0).await.map_err(database_failed)?;
+        Ok(Some(metric))
+    }
+}
+
+#[derive(Debug, Deserialize)]
+struct Interval {
+    start: Option<i64>,
+    end: Option<i64>,
+    metric: Option<String>,
+}
+
+impl Interval {
+    fn check(&self) -> Result<(i64, i64), Failure> {
+        let (start, end) = (self.start.unwrap_or(0), self.end.unwrap_or(i64::MAX));
+        if start < 0 || end < start {
+            let remedy = "seconds since 1970, start before end";
+            return Err(invalid("invalid_interval", "the interval is none", remedy));
+        }
+        Ok((start, end))
+    }
+}
+
+async fn of_one(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(id): Path<String>,
+    Query(query): Query<Interval>,
+) -> Outcome {
+    let id = control.inner.owned(&caller, &id).await?;
+    let (start, end) = query.check()?;
+    control.inner.newest(&id).await?;
+    Ok(json(StatusCode::OK, &control.inner.database.metrics(&id, start, end).await.map_err(database_failed)?))
+}
+
+/// The newest measurement of each sandbox; those that are not there, or another's, are left out.
+async fn of_many(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Query(query): Query<HashMap<String, String>>,
+) -> Outcome {
+    let ids: Vec<&str> = query
+        .get("sandbox_ids")
+        .map(|ids| ids.split(',').filter(|id| !id.is_empty()).collect())
+        .unwrap_or_default();
+    if ids.is_empty() || ids.len() > MAX_IDS {
+        let text = format!("sandbox_ids names {} sandboxes", ids.len());
+        return Err(invalid("invalid_query", text, format!("name 1 to {MAX_IDS}")).into());
+    }
+    let mut found = BTreeMap::new();
+    for id in ids {
+        match control.inner.owned(&caller, id).await {
+            Ok(id) => {
+                if let Some(metric) = control.inner.newest(&id).await? {
+                    found.insert(id.to_string(), metric);
+                }
+            }
+            Err(failure) if failure.kind == Kind::NotFound => {}
+            Err(failure) => return Err(failure.into()),
+        }
+    }
+    Ok(json(StatusCode::OK, &serde_json::json!({ "sandboxes": found })))
+}
+
+fn project_of(caller: &Account, id: &str) -> Result<Project, Failure> {
+    let none = || {
+        let shown: String = id.chars().take(80).collect();
+        Failure::new(Kind::NotFound, "team_not_found", format!("no team {shown:?}"), "GET /teams has yours")
+    };
+    let project: Project = id.parse().map_err(|_| none())?;
+    if project == caller.project || caller.is_admin { Ok(project) } else { Err(none()) }
+}
+
+async fn of_project(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(id): Path<String>,
+    Query(query): Query<Interval>,
+) -> Outcome {
+    let (project, (start, end)) = (project_of(&caller, &id)?, query.check()?);
+    let found =
+        control.inner.database.project_metrics(&project, start, end).await.map_err(database_failed)?;
+    Ok(json(StatusCode::OK, &found))
+}
+
+async fn most_of_project(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(id): Path<String>,
+    Query(query): Query<Interval>,
+) -> Outcome {
+    let (project, (start, end)) = (project_of(&caller, &id)?, query.check()?);
+    let value = match query.metric.as_deref() {
+        Some("concurrent_sandboxes") => {
+            |metric: &kelvin_api::sandbox::ProjectMetric| f64::from(metric.concurrent_sandboxes)
+        }
+        Some("sandbox_start_rate") => |metric: &kelvin_api::sandbox::ProjectMetric| metric.sandbox_start_rate,
+        _ => {
+            let remedy = "concurrent_sandboxes or sandbox_start_rate";
+            return Err(invalid("invalid_query", "metric is not allowed", remedy).into());
+        }
+    };
+    let found =
+        control.inner.database.project_metrics(&project, start, end).await.map_err(database_failed)?;
+    let most = found.iter().max_by(|one, other| value(one).total_cmp(&value(other)));
+    let reply = serde_json::json!({
+        "timestamp": most.map_or_else(jiff::Timestamp::now, |metric| metric.timestamp),
+        "timestampUnix": most.map_or_else(|| jiff::Timestamp::now().as_second(), |metric| metric.timestamp_unix),
+        "value": most.map_or(0.0, value),
+    });
+    Ok(json(StatusCode::OK, &reply))
+}

@@ -1,0 +1,133 @@
+//! Teams (our projects), API keys and the audit log.
+
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Path, Query, Request, State};
+use axum::response::IntoResponse;
+use axum::routing::{get, patch};
+use http::StatusCode;
+use kelvin_api::account::{AuditEntry, DEFAULT_PROJECT, NewApiKey, Project};
+use kelvin_api::error::{Failure, Kind, chain};
+use serde::Deserialize;
+use tokio::sync::mpsc;
+
+use crate::accounts::shown;
+use crate::api::{Outcome, Who, about, json, parse_required, read};
+use crate::service::{Control, Inner, database_failed, invalid};
+
+/// Entries of the audit log that are given at once.
+const AUDIT_PAGE: usize = 1000;
+/// Entries that are written in one transaction.
+const BATCH: usize = 256;
+/// How long entries wait for others before they are written.
+const GATHER: Duration = Duration::from_millis(200);
+
+/// Routes of everybody.
+pub(crate) fn routes() -> Router<Control> {
+    Router::new().route("/teams", get(teams))
+}
+
+/// Routes of the server's own key.
+pub(crate) fn admin() -> Router<Control> {
+    Router::new()
+        .route("/api-keys", get(keys).post(create_key))
+        .route("/api-keys/{id}", patch(rename_key).delete(revoke_key))
+        .route("/audit", get(audit))
+}
+
+/// The one project of the caller's key. Source: E2B's `Team`; the key is the one that was shown.
+async fn teams(Who(caller): Who, request: Request) -> Outcome {
+    let key = shown(request.headers()).unwrap_or_default();
+    let team = serde_json::json!({
+        "teamID": caller.project,
+        "name": caller.project,
+        "apiKey": key,
+        "isDefault": caller.project.as_str() == DEFAULT_PROJECT,
+    });
+    Ok(json(StatusCode::OK, &[team]))
+}
+
+#[derive(Debug, Deserialize)]
+struct KeyQuery {
+    project: Option<Project>,
+}
+
+async fn keys(State(control): State<Control>, Query(query): Query<KeyQuery>) -> Outcome {
+    let inner = &control.inner;
+    Ok(json(StatusCode::OK, &inner.accounts.list(query.project.as_ref(), &inner.database).await?))
+}
+
+async fn create_key(State(control): State<Control>, request: Request) -> Outcome {
+    let wanted: NewApiKey = parse_required(&read(request).await?)?;
+    let made = control.inner.accounts.create(wanted, &control.inner.database).await?;
+    Ok(about(json(StatusCode::CREATED, &made), &made.info.id))
+}
+
+fn no_key(id: &str) -> Failure {
+    let shown: String = id.chars().take(80).collect();
+    let remedy = "`kelvin key list` shows which there are";
+    Failure::new(Kind::NotFound, "key_not_found", format!("no API key {shown:?}"), remedy)
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rename {
+    name: String,
+}
+
+async fn rename_key(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Outcome {
+    let body: Rename = parse_required(&read(request).await?)?;
+    if body.name.trim().is_empty() || body.name.len() > 480 || body.name.chars().any(char::is_control) {
+        return Err(invalid("invalid_name", "this is no name for a key", "choose another name").into());
+    }
+    match control.inner.accounts.rename(&id, body.name.trim(), &control.inner.database).await? {
+        true => Ok(StatusCode::OK.into_response()),
+        false => Err(no_key(&id).into()),
+    }
+}
+
+async fn revoke_key(State(control): State<Control>, Path(id): Path<String>) -> Outcome {
+    match control.inner.accounts.revoke(&id, &control.inner.database).await? {
+        true => Ok(StatusCode::NO_CONTENT.into_response()),
+        false => Err(no_key(&id).into()),
+    }
+}
+
+#[derive(Debug, Deserialize)]
+struct AuditQuery {
+    before: Option<i64>,
+    limit: Option<usize>,
+}
+
+/// The newest entries first; `before` is the id of the last one of the page before.
+async fn audit(State(control): State<Control>, Query(query): Query<AuditQuery>) -> Outcome {
+    let limit = query.limit.unwrap_or(AUDIT_PAGE).min(AUDIT_PAGE);
+    let entries = control.inner.database.audit(query.before, limit).await.map_err(database_failed)?;
+    Ok(json(StatusCode::OK, &entries))
+}
+
+impl Inner {
+    /// Writes the audit log, many entries at once, until the server stops; what was asked for until then is written.
+    pub(crate) async fn write_audit(&self, mut entries: mpsc::Receiver<AuditEntry>) {
+        loop {
+            let first = tokio::select! {
+                first = entries.recv() => first,
+                () = self.stop.cancelled() => entries.try_recv().ok(),
+            };
+            let Some(first) = first else { return };
+            let mut batch = vec![first];
+            let gather = async {
+                while batch.len() < BATCH {
+                    let Some(next) = entries.recv().await else { return };
+                    batch.push(next);
+                }
+            };
+            let gather = tokio::time::timeout(GATHER, gather);
+            let _ = self.stop.run_until_cancelled(gather).await;
+            if let Err(error) = self.database.add_audit(batch, self.accounts.used()).await {
+                tracing::error!(error = chain(&error), "a part of the audit log was not written");
+            }
+        }
+    }
+}
