@@ -12,9 +12,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use kelvin_api::guest::{self, Activation, Reply, Request, Wake};
 use rustix::time::{ClockId, Timespec};
 
-use crate::hooks;
 use crate::network::Hardware;
 use crate::state::State;
+use crate::{hooks, services};
 
 /// Files that hold the machine's identity; `/etc` has links to them, so that activation writes memory
 /// and not the disk.
@@ -113,6 +113,8 @@ pub struct Control {
     /// What init could not do; a machine with problems refuses to be activated.
     problems: String,
     another: bool,
+    /// Whether the image's services are known to run.
+    ready: bool,
     /// Whether the last request made this another machine for its programs.
     renewed: bool,
 }
@@ -152,6 +154,7 @@ impl Control {
             hosts: IdentityFile::create("hosts", HOSTS.len() + 21, again)?,
             problems: std::env::var(crate::init::PROBLEMS).unwrap_or_default(),
             another: again,
+            ready: again,
             renewed: false,
         })
     }
@@ -203,9 +206,18 @@ impl Control {
         (&self.port).read_exact(frame)
     }
 
+    /// Waits until what the image runs can be used, once.
+    fn ready(&mut self) -> io::Result<()> {
+        if !self.ready {
+            services::wait_ready().map_err(io::Error::other)?;
+            self.ready = true;
+        }
+        Ok(())
+    }
+
     fn answer(&mut self, request: Request, started: Instant) -> Reply {
         let result = match request {
-            Request::Ping => Ok(()),
+            Request::Ping => self.ready(),
             Request::Activate(_) if !self.problems.is_empty() => {
                 Err(io::Error::other(format!("the machine did not start whole: {}", self.problems)))
             }

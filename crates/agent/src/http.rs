@@ -23,7 +23,7 @@ use crate::filesystem::Files;
 use crate::metrics::{self, CpuMeter};
 use crate::process::Processes;
 use crate::state::State;
-use crate::{files, hooks, port};
+use crate::{files, hooks, port, services};
 
 /// The body of every reply.
 pub type Body = UnsyncBoxBody<Bytes, io::Error>;
@@ -66,6 +66,8 @@ async fn serve(state: Arc<State>, port: std::fs::File, again: bool) -> io::Resul
     if again {
         // The host is in the middle of a conversation with an agent that is no more.
         listener.dismiss().await?;
+    } else {
+        services::start();
     }
     let hooks = Arc::clone(&agent.state);
     tokio::spawn(async move {

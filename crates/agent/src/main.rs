@@ -25,6 +25,7 @@ mod network;
 mod port;
 mod process;
 mod pty;
+mod services;
 mod state;
 mod users;
 mod watch;

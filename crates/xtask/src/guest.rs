@@ -3,7 +3,7 @@
 //! ```text
 //! .cache/guest/kernel/   vmlinuz and the modules, from Debian's cloud kernel package
 //! .cache/guest/initrd    newc archive: modules in load order, the agent as /init
-//! .cache/guest/base.ext4 the `base` image, made again when its recipe under guest/base changes
+//! .cache/guest/*.ext4    the images, each made again when its recipe under guest/ changes
 //! ```
 //!
 //! Everything is made under another name and renamed: what has its name is whole.
@@ -17,8 +17,9 @@ use std::process::Command;
 use crate::packages::{as_root, debian_sources, feed, update};
 use crate::{Result, cache, cargo, output, root, run, say};
 
-/// Size of the base image's disk: about 0.5 GiB of files, the rest is free.
-const ROOT_MIB: u64 = 2560;
+/// Sizes of the images' disks: about 0.5 and 1 GiB of files, the rest is free.
+const BASE_MIB: u64 = 2560;
+const INTERPRETER_MIB: u64 = 3584;
 /// So that the same files give the same image.
 const EPOCH: &str = "1767225600";
 const UUID: &str = "6b656c76-696e-4000-8000-000000000001";
@@ -37,8 +38,13 @@ pub fn ensure() -> Result<Guest> {
     let kernel = ensure_kernel(&directory)?;
     let agent = build_agent()?;
     let initrd = ensure_initrd(&directory, &kernel, &agent)?;
-    let rootfs = ensure_rootfs(&directory)?;
+    let rootfs = ensure_image(&directory, "base", &["base"], BASE_MIB)?;
     Ok(Guest { kernel: kernel.join("vmlinuz"), initrd, rootfs })
+}
+
+/// Makes the image of the code interpreter, when it is missing or out of date.
+pub fn ensure_interpreter() -> Result<PathBuf> {
+    ensure_image(&cache().join("guest"), "code-interpreter", &["base", "code-interpreter"], INTERPRETER_MIB)
 }
 
 /// Whether `stamp` holds `key`; the thing beside it is then up to date.
@@ -224,18 +230,28 @@ impl Newc {
     }
 }
 
-fn ensure_rootfs(directory: &Path) -> Result<PathBuf> {
-    let recipe = root().join("guest/base");
-    let packages = fs::read_to_string(recipe.join("packages"))?;
-    let customize = recipe.join("customize.sh");
-    let done = directory.join("base.ext4");
-    let key = digest(&[packages.as_bytes(), &fs::read(&customize)?, &ROOT_MIB.to_le_bytes(), b"1"]);
-    let stamp = directory.join("base.key");
+/// Makes the image `name` of the recipes, each on top of those before it.
+fn ensure_image(directory: &Path, name: &str, recipes: &[&str], mib: u64) -> Result<PathBuf> {
+    let (mut packages, mut hooks, mut parts) = (Vec::new(), Vec::new(), vec![mib.to_le_bytes().to_vec()]);
+    for recipe in recipes {
+        let recipe = root().join("guest").join(recipe);
+        let mut files: Vec<_> = fs::read_dir(&recipe)?.flatten().map(|entry| entry.path()).collect();
+        files.sort();
+        // The modules are the kernel's.
+        for file in files.iter().filter(|file| file.file_name().is_some_and(|name| name != "modules")) {
+            parts.push(fs::read(file)?);
+        }
+        packages.extend(fs::read_to_string(recipe.join("packages"))?.lines().map(str::to_owned));
+        hooks.push(recipe.join("customize.sh"));
+    }
+    let done = directory.join(format!("{name}.ext4"));
+    let key = digest(&parts.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    let stamp = directory.join(format!("{name}.key"));
     if done.exists() && is_fresh(&stamp, &key) {
         return Ok(done);
     }
-    say("building the base image (a minute or two)");
-    let tree = directory.join("base.new");
+    say(&format!("building the image {name} (some minutes)"));
+    let tree = directory.join(format!("{name}.new"));
     run(as_root("rm").arg("-rf").arg(&tree))?;
     let sources = debian_sources()?;
     let suite = fs::read_to_string("/etc/os-release")?
@@ -245,33 +261,20 @@ fn ensure_rootfs(directory: &Path) -> Result<PathBuf> {
     let mut bootstrap = as_root("mmdebstrap");
     bootstrap
         .args(["--quiet", "--variant=minbase", "--format=directory"])
-        .arg(format!("--include={}", packages.lines().collect::<Vec<_>>().join(",")))
-        .arg(format!("--customize-hook={}", customize.display()))
+        .arg(format!("--include={}", packages.join(",")))
+        .args(hooks.iter().map(|hook| format!("--customize-hook={}", hook.display())))
         .arg(suite)
         .arg(&tree)
         .arg("-")
         .env("SOURCE_DATE_EPOCH", EPOCH)
         .stdout(std::io::stderr());
     feed(&mut bootstrap, &sources)?;
-    let fresh = directory.join("base.ext4.new");
+    let fresh = directory.join(format!("{name}.ext4.new"));
     let _ = fs::remove_file(&fresh);
-    fs::File::create(&fresh)?.set_len(ROOT_MIB << 20)?;
+    fs::File::create(&fresh)?.set_len(mib << 20)?;
     let mut mkfs = as_root("mke2fs");
     mkfs.args([
-        "-q",
-        "-F",
-        "-t",
-        "ext4",
-        "-L",
-        "kelvin-base",
-        "-m",
-        "0",
-        "-b",
-        "4096",
-        "-J",
-        "size=16",
-        "-U",
-        UUID,
+        "-q", "-F", "-t", "ext4", "-L", "kelvin", "-m", "0", "-b", "4096", "-J", "size=16", "-U", UUID,
     ])
     // Nothing is left to be initialised in the background of every machine.
     .args(["-E", &format!("lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0,hash_seed={UUID}")])

@@ -21,7 +21,8 @@ const USAGE: &str = "usage: cargo xtask <command>
 
   demo      install what is missing, build, bake, run code in a microVM, print the waterfall
   test      everything CI runs: format, lints, licences, unit and end-to-end tests
-  up        start a server in the background: eval \"$(cargo xtask up)\"
+  up [code-interpreter]
+            start a server in the background, with the templates: eval \"$(cargo xtask up)\"
   down      stop it and everything that it owns
   bench     build and bake, then run `kelvin bench create` with the given arguments on a server of its own
   build     the binary, the guest's agent and the base image
@@ -82,7 +83,7 @@ fn dispatch(arguments: &[String]) -> Result<()> {
     match arguments.first().map(String::as_str) {
         Some("demo") => server::demo(),
         Some("test") => suite::run(rest),
-        Some("up") => server::up(),
+        Some("up") => server::up(rest),
         Some("down") => server::down(),
         Some("bench") => server::bench(rest),
         Some("build") => server::prepare().map(drop),

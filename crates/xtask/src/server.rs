@@ -16,6 +16,10 @@ use crate::guest::{self, Guest};
 use crate::packages::{self, as_root};
 use crate::{Result, build_binary, cache, output, run, say};
 
+/// The template that runs cells, and what its machines have, in MiB.
+const INTERPRETER: &str = "code-interpreter";
+const INTERPRETER_MEMORY_MIB: &str = "1024";
+
 const START: Duration = Duration::from_secs(120);
 
 /// What everything below needs.
@@ -41,10 +45,10 @@ pub fn kelvin(binary: &Path) -> Command {
     as_root(&binary.to_string_lossy())
 }
 
-/// Imports the guest as template `base` into `data_dir`, unless that very guest is there.
-pub fn import(built: &Built, data_dir: &Path) -> Result<()> {
+/// Imports the image `rootfs` as template `name` into `data_dir`, unless that very image and guest are there.
+fn import(built: &Built, name: &str, rootfs: &Path, memory_mib: &str, data_dir: &Path) -> Result<()> {
     let mut key = String::new();
-    for file in [&built.guest.rootfs, &built.guest.kernel, &built.guest.initrd] {
+    for file in [rootfs, &built.guest.kernel, &built.guest.initrd] {
         let found = fs::metadata(file)?;
         key.push_str(&format!(
             "{} {} {} {}\n",
@@ -54,13 +58,13 @@ pub fn import(built: &Built, data_dir: &Path) -> Result<()> {
             found.mtime_nsec()
         ));
     }
-    let stamp = data_dir.join("run/imported");
+    let stamp = data_dir.join("run").join(format!("imported-{name}"));
     if fs::read_to_string(&stamp).is_ok_and(|text| text == key) {
         return Ok(());
     }
     let mut import = kelvin(&built.binary);
-    import.args(["template", "import", "base", "--data-dir"]).arg(data_dir);
-    import.arg("--rootfs").arg(&built.guest.rootfs);
+    import.args(["template", "import", name, "--memory-mib", memory_mib, "--data-dir"]).arg(data_dir);
+    import.arg("--rootfs").arg(rootfs);
     import.arg("--kernel").arg(&built.guest.kernel).arg("--initrd").arg(&built.guest.initrd);
     run(import.stdout(Stdio::null()))?;
     fs::write(stamp, key)?;
@@ -93,7 +97,7 @@ fn start(built: &Built) -> Result<Server> {
     setup.args(["setup", "--size-gib", "48", "--data-dir"]).arg(&data);
     run(setup.stdout(std::io::stderr()))?;
     fs::create_dir_all(data.join("run"))?;
-    import(built, &data)?;
+    import(built, "base", &built.guest.rootfs, "512", &data)?;
     let _ = fs::remove_file(data.join("run/server.json"));
     let log = cache().join("server.log");
     let file = fs::File::create(&log)?;
@@ -133,16 +137,30 @@ fn client(built: &Built, server: &Server) -> Result<Command> {
     Ok(command)
 }
 
-fn bake(built: &Built, server: &Server) -> Result<()> {
-    say("baking template base, when it is missing");
-    run(client(built, server)?.args(["template", "bake", "base"]).stdout(std::io::stderr()))
+fn bake(built: &Built, server: &Server, name: &str) -> Result<()> {
+    say(&format!("baking template {name}, when it is missing"));
+    run(client(built, server)?.args(["template", "bake", name]).stdout(std::io::stderr()))
 }
 
-/// `cargo xtask up`.
-pub fn up() -> Result<()> {
+/// `cargo xtask up [code-interpreter]`.
+pub fn up(templates: &[String]) -> Result<()> {
     let built = prepare()?;
     let server = start(&built)?;
-    bake(&built, &server)?;
+    bake(&built, &server, "base")?;
+    for name in templates {
+        if name != "code-interpreter" {
+            return Err(format!(
+                "no template {name:?}: there are base, which is always there, and code-interpreter"
+            )
+            .into());
+        }
+        let image = guest::ensure_interpreter()?;
+        // The second is the one that E2B's client asks for. One image, one snapshot.
+        for name in [INTERPRETER, "code-interpreter-v1"] {
+            import(&built, name, &image, INTERPRETER_MEMORY_MIB, &data_dir())?;
+        }
+        bake(&built, &server, INTERPRETER)?;
+    }
     let directory = built.binary.parent().unwrap_or(Path::new("/")).display().to_string();
     println!("export KELVIN_API_URL='{}'", server.url);
     println!("export KELVIN_API_KEY='{}'", api_key()?);
@@ -192,7 +210,7 @@ fn with_server(work: impl FnOnce(&Built, &Server) -> Result<()>) -> Result<()> {
     let was_up = running().is_some();
     let built = prepare()?;
     let server = start(&built)?;
-    let result = bake(&built, &server).and_then(|()| work(&built, &server));
+    let result = bake(&built, &server, "base").and_then(|()| work(&built, &server));
     let stopped = if was_up { Ok(()) } else { down() };
     result.and(stopped)
 }
