@@ -498,6 +498,27 @@ fn events(
     first.chain(rest)
 }
 
+/// `events` until `deadline`, and then the error that says so: whoever set it is told of it and not of the signal that
+/// the process got.
+fn until<T: Send + 'static>(
+    deadline: Option<std::time::Instant>,
+    events: impl futures::Stream<Item = Result<T, ConnectError>> + Send + 'static,
+) -> impl futures::Stream<Item = Result<T, ConnectError>> + Send {
+    stream::unfold(Some(Box::pin(events)), move |events| async move {
+        let mut events = events?;
+        let next = match deadline {
+            Some(deadline) => tokio::time::timeout_at(deadline.into(), events.next()).await,
+            None => Ok(events.next().await),
+        };
+        match next {
+            Ok(next) => next.map(|event| (event, Some(events))),
+            Err(_elapsed) => {
+                Some((Err(ConnectError::deadline_exceeded("the deadline of the call has passed")), None))
+            }
+        }
+    })
+}
+
 /// How often a stream that is silent says that it lives.
 pub fn keepalive(ctx: &RequestContext) -> Option<Duration> {
     let seconds: u64 = ctx.header("keepalive-ping-interval")?.to_str().ok()?.parse().ok()?;
@@ -556,10 +577,9 @@ impl Process for Processes {
     ) -> ServiceResult<ServiceStream<StartResponse>> {
         let user = self.state.user_of(ctx.headers())?;
         let entry = self.spawn(request.to_owned_message(), &user, ctx.deadline())?;
-        Response::stream_ok(
-            events(&entry, keepalive(&ctx))
-                .map(|event| Ok(StartResponse { event: event.into(), ..Default::default() })),
-        )
+        let events = events(&entry, keepalive(&ctx))
+            .map(|event| Ok(StartResponse { event: event.into(), ..Default::default() }));
+        Response::stream_ok(until(ctx.deadline(), events))
     }
 
     async fn connect(
@@ -568,10 +588,9 @@ impl Process for Processes {
         request: ServiceRequest<'_, ConnectRequest>,
     ) -> ServiceResult<ServiceStream<ConnectResponse>> {
         let entry = self.find(&request.to_owned_message().process)?;
-        Response::stream_ok(
-            events(&entry, keepalive(&ctx))
-                .map(|event| Ok(ConnectResponse { event: event.into(), ..Default::default() })),
-        )
+        let events = events(&entry, keepalive(&ctx))
+            .map(|event| Ok(ConnectResponse { event: event.into(), ..Default::default() }));
+        Response::stream_ok(until(ctx.deadline(), events))
     }
 
     async fn update(

@@ -167,10 +167,20 @@ impl Server {
 
     /// Imports the base image under `name` with another kernel or agent.
     pub fn import(&self, name: &str, kernel: &Path, initrd: &Path) {
-        let rootfs = self.guest.join("rootfs.ext4");
+        self.import_image(name, "rootfs.ext4", "256", kernel, initrd);
+    }
+
+    /// Imports the code interpreter's image as its template.
+    pub fn import_interpreter(&self) {
+        let (kernel, initrd) = (self.guest.join("vmlinuz"), self.guest.join("initrd"));
+        self.import_image("code-interpreter", "code-interpreter.ext4", "1024", &kernel, &initrd);
+    }
+
+    fn import_image(&self, name: &str, image: &str, memory_mib: &str, kernel: &Path, initrd: &Path) {
+        let rootfs = self.guest.join(image);
         let status = self
             .command()
-            .args(["template", "import", name, "--memory-mib", "256", "--data-dir"])
+            .args(["template", "import", name, "--memory-mib", memory_mib, "--data-dir"])
             .arg(&self.data_dir)
             .arg("--rootfs")
             .arg(rootfs)

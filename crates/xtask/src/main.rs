@@ -7,6 +7,7 @@ mod deps;
 mod docs;
 mod guest;
 mod packages;
+mod sdk;
 mod server;
 mod suite;
 

@@ -16,6 +16,7 @@ const NEEDED: &[&str] = &[
     "libnftables1",
     "mmdebstrap",
     "mount",
+    "python3-venv",
     "qemu-system-x86",
     "util-linux",
     "xfsprogs",

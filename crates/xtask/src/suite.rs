@@ -80,6 +80,7 @@ impl Ground {
             (&built.guest.kernel, "vmlinuz"),
             (&built.guest.initrd, "initrd"),
             (&built.guest.rootfs, "rootfs.ext4"),
+            (&crate::guest::ensure_interpreter()?, "code-interpreter.ext4"),
         ] {
             run_command(
                 Command::new("cp").args(["--sparse=always", "--reflink=auto"]).arg(from).arg(guest.join(to)),
@@ -124,6 +125,7 @@ fn leftovers(directory: &Path) -> Vec<String> {
 
 fn end_to_end(built: &Built, filter: &[String]) -> Result<()> {
     let ground = Ground::make(built)?;
+    let sdks = crate::sdk::ensure()?;
     let mut tests = cargo();
     tests
         .args(["test", "--release", "--package", "kelvin-e2e", "--no-fail-fast"])
@@ -132,7 +134,11 @@ fn end_to_end(built: &Built, filter: &[String]) -> Result<()> {
         .args(["--test-threads=1", "--nocapture"])
         .args(filter)
         .env("KELVIN_E2E_BINARY", &built.binary)
-        .env("KELVIN_E2E_DIR", &ground.directory);
+        .env("KELVIN_E2E_DIR", &ground.directory)
+        .env("KELVIN_E2E_PYTHON", sdks.python)
+        .env("KELVIN_E2E_PYTHON_OLD", sdks.python_old)
+        .env("KELVIN_E2E_NODE", sdks.node)
+        .env("KELVIN_E2E_JAVASCRIPT", sdks.javascript);
     let result = run_command(&mut tests);
     let cleared = ground.clear();
     result.and(cleared)

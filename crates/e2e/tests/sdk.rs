@@ -1,0 +1,102 @@
+//! The official SDKs, unmodified, against a server of ours: two environment variables and a key.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use kelvin_api::sandbox::BakeTemplate;
+use kelvin_e2e::{Ground, Server};
+
+/// Runs a program of an SDK's tests; what it prints is shown.
+fn passes(server: &Server, program: &mut Command) {
+    let status = program
+        .env("E2B_API_URL", server.url())
+        .env("E2B_SANDBOX_URL", server.url())
+        .env("E2B_API_KEY", server.key())
+        .env_remove("E2B_DOMAIN")
+        .env_remove("E2B_DEBUG")
+        .status()
+        .expect("it starts");
+    assert!(status.success(), "{program:?}: {status}");
+}
+
+/// A program that the suite installed, or a line that says that it is not there.
+fn tool(variable: &str) -> Option<PathBuf> {
+    let found = std::env::var_os(variable).map(PathBuf::from);
+    if found.is_none() {
+        println!("skipped: no {variable}, `cargo xtask test` installs the SDKs");
+    }
+    found
+}
+
+fn scripts(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("sdk").join(name)
+}
+
+fn pytest(python: &PathBuf, files: &[&str]) -> Command {
+    let mut command = Command::new(python);
+    command.args(["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=short"]);
+    command.args(files.iter().map(|file| scripts("python").join(file))).env("PYTHONDONTWRITEBYTECODE", "1");
+    command
+}
+
+async fn baked(ground: &Ground, name: &str) -> Server {
+    let server = ground.server(name, &[]).await;
+    server.bake(2).await;
+    server
+}
+
+#[tokio::test]
+async fn the_newest_python_sdk_works_unmodified() {
+    let Some(ground) = Ground::with_networks().await else { return };
+    let Some(python) = tool("KELVIN_E2E_PYTHON") else { return };
+    let server = baked(&ground, "sdk-python").await;
+    passes(&server, &mut pytest(&python, &["test_sync.py", "test_async.py"]));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn an_older_python_sdk_works_unmodified() {
+    let Some(ground) = Ground::with_networks().await else { return };
+    let Some(python) = tool("KELVIN_E2E_PYTHON_OLD") else { return };
+    let server = baked(&ground, "sdk-python-old").await;
+    passes(&server, &mut pytest(&python, &["test_sync.py", "test_async.py"]));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn the_javascript_sdk_works_unmodified() {
+    let Some(ground) = Ground::with_networks().await else { return };
+    let (Some(node), Some(modules)) = (tool("KELVIN_E2E_NODE"), tool("KELVIN_E2E_JAVASCRIPT")) else {
+        return;
+    };
+    let server = baked(&ground, "sdk-js").await;
+    // Modules are looked for beside the file that imports them.
+    let script = modules.join("sdk.test.mjs");
+    std::fs::copy(scripts("js").join("sdk.test.mjs"), &script).expect("a copy");
+    passes(&server, Command::new(node).arg("--test").arg(script));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn the_code_interpreter_runs_cells() {
+    let Some(ground) = Ground::with_networks().await else { return };
+    let Some(python) = tool("KELVIN_E2E_PYTHON") else { return };
+    let server = ground.server("interpreter", &[]).await;
+    server.import_interpreter();
+    let request = BakeTemplate::default();
+    server.client().bake("code-interpreter", &request).await.expect("it can be baked");
+    passes(&server, &mut pytest(&python, &["test_interpreter.py"]));
+    server.stop().await;
+}
+
+/// Fifty clients of one process, each with a sandbox of its own: nothing fails and nothing is left.
+#[tokio::test]
+async fn fifty_clients_at_once() {
+    let Some(ground) = Ground::with_networks().await else { return };
+    let Some(python) = tool("KELVIN_E2E_PYTHON") else { return };
+    let server = baked(&ground, "fifty").await;
+    passes(&server, Command::new(python).arg(scripts("python").join("fifty_clients.py")));
+    let info = server.settle().await;
+    assert_eq!((info.sandboxes, info.paused), (0, 0), "nothing is left");
+    server.stop().await;
+}

