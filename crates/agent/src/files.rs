@@ -35,7 +35,7 @@ use crate::users::User;
 
 const CHUNK: usize = 64 << 10;
 /// How long the body of an upload may stand still.
-const IDLE: Duration = Duration::from_secs(60);
+const IDLE: Duration = Duration::from_secs(30);
 /// The largest body of a request to compose, and the most files in one.
 const MAX_COMPOSE: usize = 1 << 20;
 /// Files in one upload.

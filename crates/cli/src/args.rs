@@ -63,6 +63,17 @@ pub enum Command {
         #[command(subcommand)]
         command: PoolCommand,
     },
+    /// Make, list and revoke API keys; needs the server's own.
+    Key {
+        #[command(subcommand)]
+        command: KeyCommand,
+    },
+    /// Show who changed what, newest first; needs the server's own key.
+    Audit {
+        /// How many entries.
+        #[arg(long, short = 'n', default_value_t = 100)]
+        limit: usize,
+    },
     /// List, import and bake templates.
     Template {
         #[command(subcommand)]
@@ -235,6 +246,31 @@ pub struct ProcessArgs {
     pub interactive: bool,
 }
 
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// Make a key and print it: it is told this once.
+    Create {
+        /// What it is called.
+        name: String,
+        /// Whose it is; a project that is not there yet is made. Projects do not see each other's sandboxes.
+        #[arg(long, default_value = "default")]
+        project: String,
+        /// Sandboxes of it that may run at one time.
+        #[arg(long)]
+        max_sandboxes: Option<u32>,
+        /// Requests per second of it.
+        #[arg(long)]
+        requests_per_second: Option<u32>,
+    },
+    /// List them; none is shown.
+    List,
+    /// Revoke a key: its next request is refused. Sandboxes stay.
+    Revoke {
+        /// Its id.
+        id: String,
+    },
+}
+
 #[derive(Debug, Args)]
 pub struct RunArgs {
     #[command(flatten)]
@@ -324,6 +360,9 @@ pub enum SandboxCommand {
         /// Their ids.
         #[arg(required = true)]
         ids: Vec<String>,
+        /// Keep the disk alone: they boot again when they are resumed.
+        #[arg(long)]
+        disk_only: bool,
     },
     /// Let paused sandboxes go on.
     Resume {

@@ -7,6 +7,7 @@ mod args;
 mod config;
 mod doctor;
 mod exec;
+mod key;
 mod network;
 mod output;
 mod sandbox;
@@ -37,6 +38,11 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
         }
         Command::Pool { command: PoolCommand::Set { template, min, max, max_age } } => {
             client()?.set_pool(&template, &SetPool { min, max, max_age_s: max_age }).await?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Key { command } => key::dispatch(&client()?, output, command).await,
+        Command::Audit { limit } => {
+            output::print(output, &client()?.audit(limit).await?, key::audit_table);
             Ok(ExitCode::SUCCESS)
         }
         Command::Template { command } => template::dispatch(&connection, output, command).await,

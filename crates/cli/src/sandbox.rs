@@ -61,7 +61,9 @@ pub async fn dispatch(client: &Client, output: Output, command: SandboxCommand) 
             print(output, &rows, ps_table);
         }
         SandboxCommand::Kill { ids, all } => return kill(client, ids, all).await,
-        SandboxCommand::Pause { ids } => return Ok(snapshot::pause(client, &ids).await),
+        SandboxCommand::Pause { ids, disk_only } => {
+            return Ok(snapshot::pause(client, &ids, disk_only).await);
+        }
         SandboxCommand::Resume { ids, timeout } => return Ok(snapshot::resume(client, &ids, timeout).await),
         SandboxCommand::Fork { id, count, timeout, metadata, env } => {
             let filled = |pairs: Vec<(String, String)>| {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use kelvin_api::id::SandboxId;
-use kelvin_api::sandbox::{Capture, ForkResult, ForkSandbox, SandboxDetail, SnapshotInfo};
+use kelvin_api::sandbox::{Capture, ForkResult, ForkSandbox, PauseSandbox, SandboxDetail, SnapshotInfo};
 use kelvin_client::Client;
 use serde::Serialize;
 
@@ -61,9 +61,10 @@ async fn each(ids: &[String], work: impl AsyncFn(&str) -> Result<(), Failed>) ->
 }
 
 /// `kelvin sandbox pause`.
-pub async fn pause(client: &Client, ids: &[String]) -> ExitCode {
+pub async fn pause(client: &Client, ids: &[String], disk_only: bool) -> ExitCode {
+    let body = PauseSandbox { memory: disk_only.then_some(false), ..PauseSandbox::default() };
     each(ids, async |id| {
-        said(&client.pause(id).await?);
+        said(&client.pause_as(id, &body).await?);
         Ok(())
     })
     .await

@@ -64,9 +64,12 @@ async fn bad_input_is_refused_by_name_and_makes_nothing() {
         (change(|body| body.env_vars = Some([("A".into(), "x\0y".into())].into())), 400, "invalid_env_var"),
         (change(|body| body.env_vars = Some([("A".into(), "x".repeat(300_000))].into())), 400, "too_large"),
         (
-            change(|body| (body.auto_pause, body.auto_pause_memory) = (Some(true), Some(false))),
+            change(|body| {
+                (body.auto_pause, body.auto_pause_memory) = (Some(true), Some(false));
+                body.auto_resume = Some(kelvin_api::sandbox::AutoResume { enabled: true });
+            }),
             400,
-            "unsupported_field",
+            "invalid_lifecycle",
         ),
         (change(|body| body.network = network(r#"{"rules": {"a.com": []}}"#)), 400, "unsupported_field"),
         (change(|body| body.network = network(r#"{"allowOut": ["10.0.0.0/8"]}"#)), 400, "invalid_network"),
@@ -96,30 +99,26 @@ async fn bad_input_is_refused_by_name_and_makes_nothing() {
         (&format!("GET /v2/sandboxes?state=odd HTTP/1.1\r\n{key}"), "", 400, "invalid_query"),
         (&format!("{post}\r\nidempotency-key: {}", "k".repeat(300)), "{}", 400, "invalid_idempotency_key"),
         (&format!("POST /sandboxes/nosuch/pause HTTP/1.1\r\n{key}"), "", 404, "sandbox_not_found"),
-        (
-            &format!("POST /sandboxes/nosuch/pause HTTP/1.1\r\n{key}"),
-            r#"{"memory":false}"#,
-            400,
-            "unsupported_field",
-        ),
+        // Whose it is comes before what is asked.
+        (&format!("POST /sandboxes/nosuch/pause HTTP/1.1\r\n{key}"), "{", 404, "sandbox_not_found"),
         (&format!("POST /sandboxes/nosuch/resume HTTP/1.1\r\n{key}"), "{}", 404, "sandbox_not_found"),
         (
             &format!("POST /sandboxes/nosuch/resume HTTP/1.1\r\n{key}"),
             r#"{"autoPause":true}"#,
-            400,
-            "unsupported_field",
+            404,
+            "sandbox_not_found",
         ),
         (
             &format!("POST /sandboxes/nosuch/fork HTTP/1.1\r\n{key}"),
             r#"{"count":-1}"#,
-            400,
-            "invalid_request",
+            404,
+            "sandbox_not_found",
         ),
         (
             &format!("POST /sandboxes/x/fork HTTP/1.1\r\n{key}\r\nidempotency-key: k"),
             "",
-            400,
-            "unsupported_header",
+            404,
+            "sandbox_not_found",
         ),
         (&format!("POST /sandboxes/nosuch/snapshots HTTP/1.1\r\n{key}"), "{}", 404, "sandbox_not_found"),
         (&format!("POST /sandboxes/nosuch/promote HTTP/1.1\r\n{key}"), "", 404, "sandbox_not_found"),
