@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 use connectrpc::{ConnectRpcService, Router};
-use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
@@ -31,6 +31,9 @@ pub type Body = UnsyncBoxBody<Bytes, io::Error>;
 /// The largest JSON body that is read whole.
 const MAX_JSON: usize = 1 << 20;
 
+/// Descriptors that a process may have at the most. Source: `fs.nr_open` of Linux.
+pub const DESCRIPTORS: u64 = 1 << 20;
+
 struct Agent {
     state: Arc<State>,
     rpc: ConnectRpcService,
@@ -42,6 +45,11 @@ struct Agent {
 /// # Errors
 /// When one of the two ports is missing or the runtime cannot be made; init starts the agent again.
 pub fn run() -> io::Result<()> {
+    // Each watch, pipe and terminal is a descriptor; what is started here has the usual limit again.
+    let _ = rustix::process::setrlimit(
+        rustix::process::Resource::Nofile,
+        rustix::process::Rlimit { current: Some(DESCRIPTORS), maximum: Some(DESCRIPTORS) },
+    );
     // Init is spared by the kernel; the agent asks for the same.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     let state = Arc::new(State::default());
@@ -113,7 +121,7 @@ impl Agent {
         if !self.state.admits(request.headers()) {
             // A signed URL carries its own permission; a token that is wrong is not helped by one.
             if path != "/files" || request.headers().contains_key("x-access-token") {
-                return unauthorized(request.headers());
+                return unauthorized(path);
             }
             if let Err(reply) = files::admits(&self.state, &request) {
                 return *reply;
@@ -190,13 +198,10 @@ fn set_clock(text: &str) -> Result<(), String> {
         .map_err(|error| error.to_string())
 }
 
-fn unauthorized(headers: &HeaderMap) -> Response<Body> {
+fn unauthorized(path: &str) -> Response<Body> {
     let text = "the access token is missing or wrong";
-    let rpc = headers
-        .get("content-type")
-        .and_then(|kind| kind.to_str().ok())
-        .is_some_and(|kind| kind.starts_with("application/connect") || kind.starts_with("application/proto"));
-    if rpc || headers.contains_key("connect-protocol-version") {
+    // Services have a package, and so a dot; envd's plain endpoints have none.
+    if path.contains('.') {
         return json(
             StatusCode::UNAUTHORIZED,
             &serde_json::json!({ "code": "unauthenticated", "message": text }),

@@ -38,6 +38,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 
+use crate::http::DESCRIPTORS;
 use crate::port::watched;
 use crate::pty;
 use crate::state::State;
@@ -369,6 +370,9 @@ fn become_user(command: &mut tokio::process::Command, user: &User, terminal: boo
                 check(libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY, 0))?;
             }
             libc::umask(0o022);
+            // As a login of the distribution has it.
+            let usual = libc::rlimit { rlim_cur: 1024, rlim_max: DESCRIPTORS };
+            check(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const usual))?;
             // The agent is spared by the OOM killer; what it starts is not.
             let score = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
             if score >= 0 {

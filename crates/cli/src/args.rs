@@ -315,6 +315,9 @@ pub enum SandboxCommand {
         /// Only those with this label; may be repeated.
         #[arg(long, short, value_name = "KEY=VALUE", value_parser = pair)]
         metadata: Vec<(String, String)>,
+        /// Those of another project, or * for all; needs the server's own key.
+        #[arg(long)]
+        project: Option<String>,
     },
     /// Show one sandbox.
     Info {
@@ -354,6 +357,9 @@ pub enum SandboxCommand {
         /// All of them.
         #[arg(long)]
         all: bool,
+        /// Those of another project, or * for all; needs the server's own key.
+        #[arg(long, requires = "all")]
+        project: Option<String>,
     },
     /// Freeze sandboxes, with memory, processes and files: they cost disk space and nothing else.
     Pause {

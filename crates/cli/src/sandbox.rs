@@ -44,7 +44,10 @@ pub async fn dispatch(client: &Client, output: Output, command: SandboxCommand) 
                 Output::Table => line(created.sandbox.sandbox_id.as_str()),
             }
         }
-        SandboxCommand::List { metadata } => print(output, &client.list_all(&metadata).await?, sandbox_table),
+        SandboxCommand::List { metadata, project } => {
+            let found = of_project(client, project.as_deref()).list_all(&metadata).await?;
+            print(output, &found, sandbox_table);
+        }
         SandboxCommand::Info { id } => {
             let mut detail = client.sandbox(&id).await?;
             // For programs that speak to the agent, not for the screen.
@@ -60,7 +63,9 @@ pub async fn dispatch(client: &Client, output: Output, command: SandboxCommand) 
                 agent(client, &id, None).await?.processes().await?.into_iter().map(Ps::from).collect();
             print(output, &rows, ps_table);
         }
-        SandboxCommand::Kill { ids, all } => return kill(client, ids, all).await,
+        SandboxCommand::Kill { ids, all, project } => {
+            return kill(&of_project(client, project.as_deref()), ids, all).await;
+        }
         SandboxCommand::Pause { ids, disk_only } => {
             return Ok(snapshot::pause(client, &ids, disk_only).await);
         }
@@ -134,6 +139,10 @@ async fn exec(
         // The process goes on: it can be attached to.
         _ = tokio::signal::ctrl_c() => Ok(ExitCode::from(130)),
     }
+}
+
+fn of_project(client: &Client, project: Option<&str>) -> Client {
+    project.map_or_else(|| client.clone(), |project| client.of_project(project))
 }
 
 async fn kill(client: &Client, ids: Vec<String>, all: bool) -> Result<ExitCode, Failed> {

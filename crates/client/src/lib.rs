@@ -110,6 +110,8 @@ pub struct Page {
 #[derive(Debug, Clone)]
 pub struct Client {
     base: String,
+    /// Whose sandboxes are listed, when not the key's own project's.
+    project: Option<String>,
     key: Token,
     http: Http,
 }
@@ -152,7 +154,7 @@ impl Client {
         let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .build(connector);
-        Ok(Self { base: url.trim_end_matches('/').to_owned(), key, http })
+        Ok(Self { project: None, base: url.trim_end_matches('/').to_owned(), key, http })
     }
 
     /// The server's URL.
@@ -240,12 +242,20 @@ impl Client {
                 .collect();
             path.push_str(&format!("&metadata={}", encode(&pairs.join("&"), NON_ALPHANUMERIC)));
         }
+        if let Some(project) = &self.project {
+            path.push_str(&format!("&project={}", encode(project, NON_ALPHANUMERIC)));
+        }
         if let Some(next) = next {
             path.push_str(&format!("&nextToken={}", encode(next, NON_ALPHANUMERIC)));
         }
         let (_, headers, bytes) = self.call::<()>(Method::GET, &path, &[], None).await?;
         let next = headers.get("x-next-token").and_then(|value| value.to_str().ok()).map(str::to_owned);
         Ok(Page { sandboxes: decode(&bytes)?, next })
+    }
+
+    /// The same client, which lists the sandboxes of another project, or with `*` of all: for the server's own key.
+    pub fn of_project(&self, project: &str) -> Self {
+        Self { project: Some(project.to_owned()), ..self.clone() }
     }
 
     /// Every sandbox, running or paused, page by page.

@@ -194,9 +194,13 @@ async fn for_admins(Who(caller): Who, request: Request, next: Next) -> Response 
     if caller.is_admin {
         return next.run(request).await;
     }
+    reply(&not_an_admin())
+}
+
+fn not_an_admin() -> Failure {
     let text = "this is for the server's own key";
     let remedy = "the key is in <data-dir>/api-key of the server";
-    reply(&Failure::new(Kind::Forbidden, "not_an_admin", text, remedy))
+    Failure::new(Kind::Forbidden, "not_an_admin", text, remedy)
 }
 
 async fn nowhere(request: Request) -> Response {
@@ -281,6 +285,8 @@ struct ListQuery {
     template: Option<String>,
     limit: Option<String>,
     next_token: Option<String>,
+    /// Kelvin: for the server's own key.
+    project: Option<String>,
 }
 
 fn metadata_filter(text: &str) -> Metadata {
@@ -295,7 +301,7 @@ fn metadata_filter(text: &str) -> Metadata {
 }
 
 impl ListQuery {
-    fn filter(&self, project: Project) -> Result<Filter, Failure> {
+    fn filter(&self, project: Option<Project>) -> Result<Filter, Failure> {
         let invalid = |field: &str, text: &str, remedy: &str| {
             let shown: String = text.chars().take(80).collect();
             Failure::new(Kind::Invalid, "invalid_query", format!("{field}={shown:?} is not allowed"), remedy)
@@ -320,6 +326,20 @@ impl ListQuery {
             after: None,
             limit,
         })
+    }
+
+    /// Whose sandboxes are wanted: the caller's, or what the server's own key asks for (`*` is everybody's).
+    fn of_project(&self, caller: &Caller) -> Result<Option<Project>, Failure> {
+        match self.project.as_deref() {
+            None => Ok(Some(caller.project.clone())),
+            Some(_) if !caller.is_admin => Err(not_an_admin()),
+            Some("*") => Ok(None),
+            Some(name) => {
+                let bad =
+                    |text: &str| invalid("invalid_query", format!("project: {text}"), "a project, or *");
+                name.parse().map(Some).map_err(bad)
+            }
+        }
     }
 
     /// The one state that is wanted; none when both are.
@@ -353,7 +373,7 @@ async fn list_running(state: State<Control>, who: Who, Query(query): Query<ListQ
 }
 
 async fn list(State(control): State<Control>, Who(caller): Who, Query(query): Query<ListQuery>) -> Outcome {
-    let filter = Filter { state: query.wanted_state()?, ..query.filter(caller.project.clone())? };
+    let filter = Filter { state: query.wanted_state()?, ..query.filter(query.of_project(&caller)?)? };
     let page = control.inner.list(filter, query.next_token.as_deref()).await?;
     let mut response = json(StatusCode::OK, &page.sandboxes);
     if let Some(next) = page.next.and_then(|next| HeaderValue::from_str(&next).ok()) {

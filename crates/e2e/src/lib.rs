@@ -348,7 +348,7 @@ impl Server {
     /// Kills every sandbox, stops the server, and checks that nothing is left of it.
     pub async fn stop(mut self) {
         let client = self.client();
-        for sandbox in client.list_all(&[]).await.expect("a list") {
+        for sandbox in client.of_project("*").list_all(&[]).await.expect("a list") {
             client.kill(&sandbox.sandbox_id).await.expect("a kill");
         }
         self.terminate().await;

@@ -183,7 +183,7 @@ pub fn down() -> Result<()> {
     let binary = crate::root().join("target/release/kelvin");
     if let Some(server) = running() {
         let mut kill = Command::new(&binary);
-        kill.args(["sandbox", "kill", "--all"])
+        kill.args(["sandbox", "kill", "--all", "--project", "*"])
             .env("KELVIN_API_URL", &server.url)
             .env("KELVIN_API_KEY", api_key()?);
         run(kill.stdout(Stdio::null()))?;

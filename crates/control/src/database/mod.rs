@@ -186,7 +186,8 @@ pub struct KeyRow {
 /// What a list is narrowed by.
 #[derive(Debug, Clone, Default)]
 pub struct Filter {
-    pub project: Project,
+    /// None means all.
+    pub project: Option<Project>,
     pub metadata: Metadata,
     pub template: Option<String>,
     /// None means all.
@@ -475,9 +476,12 @@ impl Database {
     pub async fn list(&self, filter: Filter) -> Result<Vec<SandboxRow>, Error> {
         self.0
             .call(move |connection| {
-                let mut sql =
-                    format!("SELECT {COLUMNS} FROM sandboxes WHERE project = ? AND state != 'creating'");
-                let mut values: Vec<Value> = vec![filter.project.to_string().into()];
+                let mut sql = format!("SELECT {COLUMNS} FROM sandboxes WHERE state != 'creating'");
+                let mut values: Vec<Value> = Vec::new();
+                if let Some(project) = filter.project {
+                    sql.push_str(" AND project = ?");
+                    values.push(project.to_string().into());
+                }
                 for (key, value) in filter.metadata {
                     sql.push_str(
                         " AND EXISTS (SELECT 1 FROM json_each(metadata) WHERE key = ? AND value = ?)",
