@@ -10,6 +10,7 @@ pub const DEFAULT_PROJECT: &str = "default";
 /// A project: what owns sandboxes and snapshots. 1 to 40 characters of `[a-z0-9-]`, beginning with a letter or a
 /// digit.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(try_from = "String", into = "String")]
 pub struct Project(String);
 
@@ -60,6 +61,7 @@ impl fmt::Display for Project {
 
 /// `POST /api-keys`. Source: E2B's `NewTeamAPIKey`; the rest is Kelvin's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct NewApiKey {
     /// What it is called, for people.
@@ -77,6 +79,7 @@ pub struct NewApiKey {
 
 /// What of a key may be shown. Source: E2B's `IdentifierMaskingDetails`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 #[allow(missing_docs)]
 pub struct Mask {
@@ -88,6 +91,7 @@ pub struct Mask {
 
 /// A row of `GET /api-keys`. Source: E2B's `TeamAPIKey`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct ApiKeyInfo {
     /// Its id, a UUID.
@@ -112,6 +116,7 @@ pub struct ApiKeyInfo {
 
 /// The reply of `POST /api-keys`: the one time that the key itself is told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct CreatedApiKey {
     /// The key.
     pub key: String,
@@ -122,6 +127,7 @@ pub struct CreatedApiKey {
 
 /// A row of `GET /audit`: one request that could change something.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct AuditEntry {
     /// Its number; grows.

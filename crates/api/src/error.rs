@@ -38,6 +38,7 @@ pub enum Kind {
 
 /// The body of every error reply.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[error("{message}{}", cause.as_ref().map(|cause| format!(": {cause}")).unwrap_or_default())]
 pub struct ApiError {
     /// The HTTP status, as E2B's clients expect it here.

@@ -17,6 +17,7 @@ const MAX_ENTRIES: usize = 1000;
 
 /// `network` of a create.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(missing_docs)]
 pub struct NetworkConfig {
@@ -48,6 +49,7 @@ pub struct NetworkConfig {
 
 /// `network` of a create: E2B's object, or Kelvin's `"none"` for a sandbox without a network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(untagged)]
 pub enum NewNetwork {
     /// `"none"`.
@@ -71,6 +73,7 @@ impl<'de> Deserialize<'de> for NewNetwork {
 
 /// What can be said instead of rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Word {
     /// No network device that leads anywhere.
@@ -79,6 +82,7 @@ pub enum Word {
 
 /// `PUT /sandboxes/{id}/network`: replaces the egress rules; what is left out is cleared.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(missing_docs)]
 pub struct NetworkUpdate {
@@ -371,6 +375,7 @@ pub enum Wanted {
 
 /// `GET /sandboxes/{id}/network`: Kelvin's own.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct NetworkState {
     /// Whether there is a network at all.
@@ -391,6 +396,7 @@ pub struct NetworkState {
 
 /// A counter.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Traffic {
     /// Packets.
@@ -401,6 +407,7 @@ pub struct Traffic {
 
 /// One thing that was refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Refusal {
     /// When.

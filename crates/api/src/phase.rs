@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// One phase, in the order in which they happen on the create path, then on that of a pause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// Intent is recorded and one node's capacity is held.
@@ -81,6 +82,7 @@ impl Phase {
 /// How long each phase of one create lasted. A phase that happens twice (in two parts of the
 /// platform) is summed.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(transparent)]
 pub struct Timings(Vec<(Phase, f64)>);
 

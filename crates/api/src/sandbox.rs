@@ -22,6 +22,7 @@ pub const MAX_TIMEOUT_S: u64 = 24 * 60 * 60;
 ///
 /// Fields that are known but not built yet are here so that they can be refused by name.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)]
 pub struct NewSandbox {
@@ -67,6 +68,7 @@ pub struct NewSandbox {
 
 /// How a machine came to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum StartPath {
     /// Booted.
@@ -90,6 +92,7 @@ impl StartPath {
 
 /// What a create or a connect replies.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[allow(missing_docs)]
 pub struct Sandbox {
     #[serde(rename = "templateID")]
@@ -123,6 +126,7 @@ pub struct Sandbox {
 
 /// What happens at the end of a sandbox's time. Source: E2B's `SandboxOnTimeout`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum OnTimeout {
     /// It ends.
@@ -134,6 +138,7 @@ pub enum OnTimeout {
 
 /// What happens without being asked for. Source: E2B's `SandboxLifecycle`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Lifecycle {
     /// At the end of its time.
@@ -149,6 +154,7 @@ pub struct Lifecycle {
 
 /// What of a machine is kept. Source: E2B's `SandboxPauseMode`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum PauseMode {
     /// Memory, device state and disk: it goes on.
@@ -172,6 +178,7 @@ impl PauseMode {
 
 /// `autoResume` of a create. Source: E2B's `SandboxAutoResumeConfig`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)]
 pub struct AutoResume {
@@ -180,6 +187,7 @@ pub struct AutoResume {
 
 /// `POST /sandboxes/{id}/pause`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)]
 pub struct PauseSandbox {
@@ -193,6 +201,7 @@ pub struct PauseSandbox {
 
 /// `POST /sandboxes/{id}/resume`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)]
 pub struct ResumeSandbox {
@@ -206,6 +215,7 @@ pub struct ResumeSandbox {
 
 /// `POST /sandboxes/{id}/fork`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)]
 pub struct ForkSandbox {
@@ -225,6 +235,7 @@ pub struct ForkSandbox {
 
 /// One element of the reply to a fork: a child, or why there is none.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[allow(missing_docs)]
 pub struct ForkResult {
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -235,6 +246,7 @@ pub struct ForkResult {
 
 /// `POST /sandboxes/{id}/snapshots`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)]
 pub struct SnapshotSandbox {
@@ -247,6 +259,7 @@ pub struct SnapshotSandbox {
 
 /// A snapshot that is kept. The first two fields are E2B's, the others Kelvin's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[allow(missing_docs)]
 pub struct SnapshotInfo {
     #[serde(rename = "snapshotID")]
@@ -276,6 +289,7 @@ pub const CAPTURE_HEADER: &str = "kelvin-capture";
 
 /// How a snapshot, a pause or a fork went for its source.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Capture {
     /// Milliseconds in which the source's vCPUs stood still.
@@ -288,6 +302,7 @@ pub struct Capture {
 
 /// The states a client can see.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum SandboxState {
     /// It runs.
@@ -298,6 +313,7 @@ pub enum SandboxState {
 
 /// One row of a list, and with the optional fields what `GET /sandboxes/{id}` replies.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[allow(missing_docs)]
 pub struct SandboxDetail {
     #[serde(rename = "templateID")]
@@ -346,6 +362,7 @@ pub struct SandboxDetail {
 
 /// `POST /sandboxes/{id}/timeout`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SetTimeout {
     /// Seconds from now.
@@ -354,6 +371,7 @@ pub struct SetTimeout {
 
 /// `POST /sandboxes/{id}/connect`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ConnectSandbox {
     /// Seconds from now; never shortens a time to live.
@@ -366,6 +384,7 @@ pub struct ConnectSandbox {
 
 /// One line of `GET /sandboxes/{id}/logs`: the machine's console.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct SandboxLog {
     /// When it was read: the console has no clock.
     pub timestamp: jiff::Timestamp,
@@ -375,6 +394,7 @@ pub struct SandboxLog {
 
 /// `GET /sandboxes/{id}/logs`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct SandboxLogs {
     /// Oldest first, bounded (see SPEC.md).
     pub logs: Vec<SandboxLog>,
@@ -385,6 +405,7 @@ pub struct SandboxLogs {
 
 /// One measurement of a sandbox, from its guest's own counters. Source: E2B's `SandboxMetric`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct SandboxMetric {
     /// When.
@@ -409,6 +430,7 @@ pub struct SandboxMetric {
 
 /// One measurement of a project. Source: E2B's `TeamMetric`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 #[allow(missing_docs)]
 pub struct ProjectMetric {
@@ -421,6 +443,7 @@ pub struct ProjectMetric {
 
 /// What the guest's agent says of itself. Source: `../shared/specs/e2b/envd.yaml`, `Metrics`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[allow(missing_docs)]
 pub struct GuestMetrics {
     pub ts: i64,
@@ -435,6 +458,7 @@ pub struct GuestMetrics {
 
 /// How much a log entry matters. Source: E2B's `LogLevel`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[allow(missing_docs)]
 pub enum LogLevel {
@@ -446,6 +470,7 @@ pub enum LogLevel {
 
 /// One entry of `GET /v2/sandboxes/{id}/logs`. Source: E2B's `SandboxLogEntry`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[allow(missing_docs)]
 pub struct SandboxLogEntry {
     pub timestamp: jiff::Timestamp,
@@ -456,6 +481,7 @@ pub struct SandboxLogEntry {
 
 /// One row of `GET /templates`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[allow(missing_docs)]
 pub struct Template {
     #[serde(rename = "templateID")]
@@ -495,6 +521,7 @@ pub struct Template {
 
 /// Kelvin: one snapshot of a template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[allow(missing_docs)]
 pub struct TemplateSnapshot {
     #[serde(rename = "snapshotID")]
@@ -512,6 +539,7 @@ pub struct TemplateSnapshot {
 
 /// Kelvin: `POST /templates/{name}/bake`: make sure that a snapshot of this shape exists.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)]
 pub struct BakeTemplate {
@@ -529,6 +557,7 @@ pub struct BakeTemplate {
 
 /// Kelvin: one row of `GET /pools`: the machines that wait for one snapshot.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct PoolInfo {
     /// Whose pool it is.
@@ -581,6 +610,7 @@ pub struct PoolInfo {
 
 /// Kelvin: `PUT /pools/{template}`: what is left out stays.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)]
 pub struct SetPool {
@@ -594,6 +624,7 @@ pub struct SetPool {
 
 /// Kelvin: `GET /node`: what runs here and what is left.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[allow(missing_docs)]
 pub struct NodeInfo {
     pub version: String,
@@ -635,6 +666,7 @@ pub struct NodeInfo {
 
 /// Kelvin: the networks of a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct NodeNetwork {
     /// Addresses of the slots.

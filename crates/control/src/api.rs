@@ -10,24 +10,25 @@ use axum::body::{Body, Bytes};
 use axum::extract::{FromRequestParts, MatchedPath, Path, Query, Request, State};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post, put};
+use axum::routing::get;
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use kelvin_api::account::{AuditEntry, Project};
 use kelvin_api::error::{Failure, Kind};
-use kelvin_api::network::NetworkUpdate;
+use kelvin_api::network::{NetworkState, NetworkUpdate};
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{
-    BakeTemplate, CAPTURE_HEADER, Capture, ConnectSandbox, ForkSandbox, LogLevel, MAX_TIMEOUT_S, Metadata,
-    NewSandbox, PauseMode, PauseSandbox, ResumeSandbox, SandboxLogEntry, SandboxState, SetPool, SetTimeout,
-    SnapshotSandbox,
+    BakeTemplate, CAPTURE_HEADER, Capture, ConnectSandbox, ForkResult, ForkSandbox, LogLevel, MAX_TIMEOUT_S,
+    Metadata, NewSandbox, NodeInfo, PauseMode, PauseSandbox, PoolInfo, ResumeSandbox, Sandbox, SandboxDetail,
+    SandboxLogEntry, SandboxLogs, SandboxState, SetPool, SetTimeout, SnapshotInfo, SnapshotSandbox,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Caller;
 use crate::database::Filter;
+use crate::openapi::{Api, Operation, op};
 use crate::reply::reply;
 use crate::service::{Control, DEFAULT_TIMEOUT_S, invalid, sandbox_of, unknown_template};
 use crate::{catalog, meter, metrics, people};
@@ -73,47 +74,228 @@ pub(crate) fn json(status: StatusCode, body: &impl Serialize) -> Response {
     }
 }
 
+/// What belongs to everybody: for the server's own key.
+fn admin() -> Api {
+    let (get, post, put) = (Method::GET, Method::POST, Method::PUT);
+    Api::new()
+        .route(
+            &post,
+            "/templates/{name}/bake",
+            bake,
+            op("Make sure that a snapshot of a template exists in a shape")
+                .optional::<BakeTemplate>()
+                .reply::<Baked>(200)
+                .errors(&[400, 404, 503]),
+        )
+        .route(&get, "/pools", pools, op("Machines that wait").reply::<Vec<PoolInfo>>(200))
+        .route(
+            &put,
+            "/pools/{name}",
+            set_pool,
+            op("Set how many machines of a template wait")
+                .optional::<SetPool>()
+                .empty(204)
+                .errors(&[400, 404]),
+        )
+        .route(&get, "/metrics", metrics, op("The server's metrics, as text").empty(200))
+        .route(&get, "/node", node, op("What runs here and what is left").reply::<NodeInfo>(200))
+        .route(
+            &post,
+            "/gc",
+            collect,
+            op("Remove what nothing needs")
+                .query(&[("dryRun", "true only says what would be removed")])
+                .reply::<serde_json::Value>(200),
+        )
+        .merge(people::admin())
+        .for_admins(|router| router.route_layer(from_fn(for_admins)))
+}
+
+/// Parameters of a list of sandboxes.
+const LIST: &[(&str, &str)] = &[
+    ("metadata", "pairs key=value, encoded, joined by &"),
+    ("state", "running, paused, or both, joined by a comma"),
+    ("order", "asc or desc, by start"),
+    ("startedAfter", "RFC 3339"),
+    ("template", "only of this template"),
+    ("limit", "rows of a page, at most 100"),
+    ("nextToken", "X-Next-Token of the page before"),
+    ("project", "Kelvin: of another project, or * for all; for the server's own key"),
+];
+
+fn create_op() -> Operation {
+    op("Create a sandbox; it is ready when this replies")
+        .body::<NewSandbox>()
+        .reply::<Sandbox>(201)
+        .errors(&[400, 403, 404, 409, 413, 422, 503, 504])
+}
+
+fn connect_op() -> Operation {
+    op("Have a sandbox run for at least a while; resumes one that is paused")
+        .optional::<ConnectSandbox>()
+        .reply::<Sandbox>(200)
+        .reply::<Sandbox>(201)
+        .errors(&[400, 404, 409, 503, 504])
+}
+
+fn sandboxes() -> Api {
+    let (get, post, put, delete) = (Method::GET, Method::POST, Method::PUT, Method::DELETE);
+    Api::new()
+        .route(&post, "/sandboxes", create, create_op())
+        .route(&post, "/v2/sandboxes", create, create_op())
+        .route(
+            &get,
+            "/sandboxes",
+            list_running,
+            op("Sandboxes that run").query(LIST).reply::<Vec<SandboxDetail>>(200).errors(&[400]),
+        )
+        .route(
+            &get,
+            "/v2/sandboxes",
+            list,
+            op("Sandboxes, running and paused").query(LIST).reply::<Vec<SandboxDetail>>(200).errors(&[400]),
+        )
+        .route(&get, "/sandboxes/{id}", detail, op("One sandbox").reply::<SandboxDetail>(200).errors(&[404]))
+        .route(&delete, "/sandboxes/{id}", kill, op("End a sandbox").empty(204).errors(&[404]))
+        .route(
+            &post,
+            "/sandboxes/{id}/timeout",
+            set_timeout,
+            op("Set when a sandbox ends").body::<SetTimeout>().empty(204).errors(&[400, 404, 409]),
+        )
+        .route(
+            &post,
+            "/sandboxes/{id}/refreshes",
+            refresh,
+            op("Have a sandbox live for at least a while")
+                .optional::<Refresh>()
+                .empty(204)
+                .errors(&[400, 404]),
+        )
+        .route(&post, "/sandboxes/{id}/connect", connect, connect_op())
+        .route(&post, "/v2/sandboxes/{id}/connect", connect, connect_op())
+        .route(
+            &post,
+            "/sandboxes/{id}/pause",
+            pause,
+            op("Freeze a sandbox").optional::<PauseSandbox>().empty(204).errors(&[400, 404, 409, 503]),
+        )
+        .route(
+            &post,
+            "/sandboxes/{id}/resume",
+            resume,
+            op("Let a paused sandbox go on")
+                .optional::<ResumeSandbox>()
+                .reply::<Sandbox>(201)
+                .errors(&[400, 404, 409, 503, 504]),
+        )
+        .route(
+            &post,
+            "/sandboxes/{id}/fork",
+            fork,
+            op("Copy a sandbox that runs")
+                .optional::<ForkSandbox>()
+                .reply::<Vec<ForkResult>>(201)
+                .errors(&[400, 404, 409, 503]),
+        )
+        .route(
+            &post,
+            "/sandboxes/{id}/promote",
+            promote,
+            op("Kelvin: end the siblings of a fork").reply::<Promoted>(200).errors(&[404, 409]),
+        )
+        .route(
+            &post,
+            "/sandboxes/{id}/snapshots",
+            snapshot,
+            op("Take a snapshot that is kept")
+                .optional::<SnapshotSandbox>()
+                .reply::<SnapshotInfo>(201)
+                .errors(&[400, 404, 409, 503]),
+        )
+        .route(
+            &get,
+            "/sandboxes/{id}/logs",
+            logs,
+            op("The console of a sandbox")
+                .query(&[("start", "milliseconds since 1970"), ("limit", "lines")])
+                .reply::<SandboxLogs>(200)
+                .errors(&[404]),
+        )
+        .route(
+            &get,
+            "/v2/sandboxes/{id}/logs",
+            log_entries,
+            op("The console of a sandbox, filtered")
+                .query(&[
+                    ("cursor", "milliseconds since 1970"),
+                    ("limit", "entries, at most 1000"),
+                    ("direction", "forward or backward"),
+                    ("level", "the least that is shown: debug, info, warn, error"),
+                    ("search", "only with this text in them"),
+                ])
+                .reply::<LogPage>(200)
+                .errors(&[400, 404]),
+        )
+        .route(
+            &get,
+            "/sandboxes/{id}/network",
+            network,
+            op("Kelvin: what a sandbox may reach and what it was refused")
+                .reply::<NetworkState>(200)
+                .errors(&[404]),
+        )
+        .route(
+            &put,
+            "/sandboxes/{id}/network",
+            set_network,
+            op("Replace what a sandbox may reach")
+                .optional::<NetworkUpdate>()
+                .empty(204)
+                .errors(&[400, 404, 409]),
+        )
+}
+
+/// Every route that asks for an API key.
+pub(crate) fn routes() -> Api {
+    sandboxes().merge(meter::routes()).merge(catalog::routes()).merge(people::routes()).merge(admin())
+}
+
 impl Control {
-    /// The control API; every route but `/health` asks for an API key.
+    /// The control API; every route but `/health` and `/openapi.json` asks for an API key.
     pub fn router(&self) -> Router {
-        let create = post(create);
-        let list = get(list);
-        // What belongs to everybody: for the server's own key.
-        let admin = Router::new()
-            .route("/templates/{name}/bake", post(bake))
-            .route("/pools", get(pools))
-            .route("/pools/{name}", put(set_pool))
-            .route("/metrics", get(metrics))
-            .route("/node", get(node))
-            .route("/gc", post(collect))
-            .merge(people::admin())
-            .route_layer(from_fn(for_admins));
-        Router::new()
-            .route("/sandboxes", create.clone().merge(get(list_running)))
-            .route("/v2/sandboxes", create.merge(list))
-            .route("/sandboxes/{id}", get(detail).delete(kill))
-            .route("/sandboxes/{id}/timeout", post(set_timeout))
-            .route("/sandboxes/{id}/refreshes", post(refresh))
-            .route("/sandboxes/{id}/connect", post(connect))
-            .route("/v2/sandboxes/{id}/connect", post(connect))
-            .route("/sandboxes/{id}/pause", post(pause))
-            .route("/sandboxes/{id}/resume", post(resume))
-            .route("/sandboxes/{id}/fork", post(fork))
-            .route("/sandboxes/{id}/promote", post(promote))
-            .route("/sandboxes/{id}/snapshots", post(snapshot))
-            .route("/sandboxes/{id}/logs", get(logs))
-            .route("/v2/sandboxes/{id}/logs", get(log_entries))
-            .route("/sandboxes/{id}/network", get(network).put(set_network))
-            .merge(meter::routes())
-            .merge(catalog::routes())
-            .merge(people::routes())
-            .merge(admin)
+        let api = routes();
+        let document = axum::body::Bytes::from(api.document().to_string());
+        api.router
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
             .layer(from_fn_with_state(self.clone(), authenticate))
             .route("/health", get(async || StatusCode::NO_CONTENT))
+            .route(
+                "/openapi.json",
+                get(async || ([(header::CONTENT_TYPE, "application/json")], Body::from(document))),
+            )
             .with_state(self.clone())
     }
+}
+
+/// The reply of `POST /templates/{name}/bake`.
+#[derive(Debug, Serialize, schemars::JsonSchema)]
+struct Baked {
+    #[serde(rename = "snapshotID")]
+    snapshot_id: String,
+}
+
+/// The reply of `POST /sandboxes/{id}/promote`.
+#[derive(Debug, Serialize, schemars::JsonSchema)]
+struct Promoted {
+    ended: Vec<kelvin_api::id::SandboxId>,
+}
+
+/// The reply of `GET /v2/sandboxes/{id}/logs`.
+#[derive(Debug, Serialize, schemars::JsonSchema)]
+struct LogPage {
+    logs: Vec<SandboxLogEntry>,
 }
 
 /// The account of a request, from the layer that admits it.
@@ -403,7 +585,7 @@ async fn set_timeout(
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Refresh {
     duration: Option<u64>,
@@ -515,7 +697,7 @@ fn no_key(headers: &HeaderMap) -> Result<(), Failure> {
 
 async fn promote(State(control): State<Control>, Who(caller): Who, Path(id): Path<String>) -> Outcome {
     let ended = control.inner.promote(&control.inner.owned(&caller, &id).await?).await?;
-    Ok(json(StatusCode::OK, &serde_json::json!({ "ended": ended })))
+    Ok(json(StatusCode::OK, &Promoted { ended }))
 }
 
 async fn snapshot(
@@ -559,8 +741,26 @@ async fn set_network(
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-async fn logs(State(control): State<Control>, Who(caller): Who, Path(id): Path<String>) -> Outcome {
-    Ok(json(StatusCode::OK, &control.inner.logs(&control.inner.owned(&caller, &id).await?).await?))
+#[derive(Debug, Deserialize)]
+struct OldLogQuery {
+    start: Option<i64>,
+    limit: Option<usize>,
+}
+
+async fn logs(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(id): Path<String>,
+    Query(query): Query<OldLogQuery>,
+) -> Outcome {
+    let id = control.inner.owned(&caller, &id).await?;
+    let mut found = control.inner.logs(&id).await?;
+    let (start, limit) = (query.start.unwrap_or(0), query.limit.unwrap_or(LOG_ENTRIES));
+    found.logs.retain(|line| line.timestamp.as_millisecond() >= start);
+    found.log_entries.retain(|entry| entry.timestamp.as_millisecond() >= start);
+    found.logs.truncate(limit);
+    found.log_entries.truncate(limit);
+    Ok(json(StatusCode::OK, &found))
 }
 
 #[derive(Debug, Deserialize)]
@@ -600,14 +800,14 @@ async fn log_entries(
             && query.search.as_ref().is_none_or(|text| entry.message.contains(text.as_str()))
     });
     entries.truncate(query.limit.unwrap_or(LOG_ENTRIES).min(LOG_ENTRIES));
-    Ok(json(StatusCode::OK, &serde_json::json!({ "logs": entries })))
+    Ok(json(StatusCode::OK, &LogPage { logs: entries }))
 }
 
 async fn bake(State(control): State<Control>, Path(name): Path<String>, request: Request) -> Outcome {
     let body: BakeTemplate = parse(&read(request).await?)?;
     let template = name.parse().map_err(|_| unknown_template(&name))?;
     let snapshot = control.inner.node.bake(&template, body).await?;
-    Ok(json(StatusCode::OK, &serde_json::json!({ "snapshotID": snapshot })))
+    Ok(json(StatusCode::OK, &Baked { snapshot_id: snapshot }))
 }
 
 async fn pools(State(control): State<Control>) -> Outcome {

@@ -5,11 +5,9 @@
 
 use std::collections::HashMap;
 
-use axum::Router;
 use axum::extract::{Path, Query, Request, State};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
-use http::{HeaderValue, StatusCode};
+use http::{HeaderValue, Method, StatusCode};
 use kelvin_api::account::DEFAULT_PROJECT;
 use kelvin_api::error::{Failure, Kind};
 use kelvin_api::id::TemplateName;
@@ -20,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::accounts::Account;
 use crate::api::{Outcome, Who, json, page_limit, parse_required, read};
 use crate::database::TagRow;
+use crate::openapi::{Api, op};
 use crate::service::{
     Control, Inner, database_failed, invalid, make_page_token, parse_page_token, unknown_template,
 };
@@ -30,20 +29,140 @@ const DEFAULT_TAG: &str = "default";
 const MAX_TAGS: usize = 100;
 
 /// The routes.
-pub(crate) fn routes() -> Router<Control> {
-    let read_template = get(template).delete(remove_snapshot);
-    Router::new()
-        .route("/snapshots", get(snapshots))
-        .route("/snapshots/{name}", delete(remove_snapshot))
-        .route("/templates", get(templates))
-        .route("/v2/templates", get(template_page))
-        .route("/default-templates", get(templates))
-        .route("/templates/tags", post(add_tags).delete(remove_tags))
-        .route("/templates/aliases/{alias}", get(alias))
-        .route("/templates/{name}", read_template)
-        .route("/templates/{name}/tags", get(tags))
-        .route("/templates/{name}/tags/count", get(count_tags))
-        .route("/templates/{name}/tags/exists", get(has_tag))
+pub(crate) fn routes() -> Api {
+    const PAGE: &[(&str, &str)] =
+        &[("limit", "rows of a page, at most 100"), ("nextToken", "X-Next-Token of the page before")];
+    let (get, post, delete) = (Method::GET, Method::POST, Method::DELETE);
+    let remove = |summary| {
+        op(summary)
+            .query(&[("cascade", "Kelvin: true deletes those that descend from it too")])
+            .empty(204)
+            .errors(&[404, 409])
+    };
+    Api::new()
+        .route(
+            &get,
+            "/snapshots",
+            snapshots,
+            op("Snapshots that are kept, newest first")
+                .query(&[
+                    ("sandboxID", "only of this sandbox"),
+                    ("name", "only of this name"),
+                    ("limit", "rows of a page, at most 100"),
+                    ("nextToken", "X-Next-Token of the page before"),
+                ])
+                .reply::<Vec<SnapshotInfo>>(200)
+                .errors(&[400]),
+        )
+        .route(&delete, "/snapshots/{name}", remove_snapshot, remove("Kelvin: delete a snapshot"))
+        .route(
+            &get,
+            "/templates",
+            templates,
+            op("Templates")
+                .query(&[("teamID", "every project has the same templates")])
+                .reply::<Vec<Template>>(200),
+        )
+        .route(
+            &get,
+            "/v2/templates",
+            template_page,
+            op("Templates, by name")
+                .query(&[
+                    ("teamID", "every project has the same templates"),
+                    ("limit", "rows of a page, at most 100"),
+                    ("nextToken", "X-Next-Token of the page before"),
+                ])
+                .reply::<Vec<Template>>(200)
+                .errors(&[400]),
+        )
+        .route(&get, "/default-templates", templates, op("Templates").reply::<Vec<Template>>(200))
+        .route(
+            &post,
+            "/templates/tags",
+            add_tags,
+            op("Give a template tags").body::<AddTags>().reply::<AddedTags>(201).errors(&[400, 404]),
+        )
+        .route(
+            &delete,
+            "/templates/tags",
+            remove_tags,
+            op("Take tags from a template").body::<RemoveTags>().empty(204).errors(&[400, 404]),
+        )
+        .route(
+            &get,
+            "/templates/aliases/{alias}",
+            alias,
+            op("Whether a name means a template or a snapshot").reply::<Alias>(200).errors(&[404, 409]),
+        )
+        .route(
+            &get,
+            "/templates/{name}",
+            template,
+            op("One template").query(PAGE).reply::<WithBuilds>(200).errors(&[404]),
+        )
+        .route(&delete, "/templates/{name}", remove_snapshot, remove("Delete a snapshot"))
+        .route(
+            &get,
+            "/templates/{name}/tags",
+            tags,
+            op("Tags of a template").reply::<Vec<Tag>>(200).errors(&[404]),
+        )
+        .route(
+            &get,
+            "/templates/{name}/tags/count",
+            count_tags,
+            op("How many tags a template has").reply::<TagCount>(200).errors(&[404]),
+        )
+        .route(
+            &get,
+            "/templates/{name}/tags/exists",
+            has_tag,
+            op("Whether a template has a tag")
+                .query(&[("tag", "its name")])
+                .reply::<TagExists>(200)
+                .errors(&[400, 404]),
+        )
+}
+
+/// The reply of `GET /templates/aliases/{alias}`.
+#[derive(Debug, Serialize, schemars::JsonSchema)]
+struct Alias {
+    #[serde(rename = "templateID")]
+    template_id: String,
+    public: bool,
+}
+
+/// The reply of `POST /templates/tags`.
+#[derive(Debug, Serialize, schemars::JsonSchema)]
+struct AddedTags {
+    tags: Vec<String>,
+    #[serde(rename = "buildID")]
+    build_id: String,
+}
+
+/// A row of `GET /templates/{name}/tags`.
+#[derive(Debug, Serialize, schemars::JsonSchema)]
+struct Tag {
+    tag: String,
+    #[serde(rename = "buildID")]
+    build_id: String,
+    #[serde(rename = "createdAt")]
+    created_at: jiff::Timestamp,
+}
+
+/// The reply of `GET /templates/{name}/tags/count`.
+#[derive(Debug, Serialize, schemars::JsonSchema)]
+struct TagCount {
+    total: usize,
+}
+
+/// The reply of `GET /templates/{name}/tags/exists`.
+#[derive(Debug, Serialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+struct TagExists {
+    exists: bool,
+    normalized_tag: String,
 }
 
 /// A name and its tag, when it has one.
@@ -239,14 +358,14 @@ async fn template_page(
 }
 
 /// What a template was made of, with the one build that it has.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, schemars::JsonSchema)]
 struct WithBuilds {
     #[serde(flatten)]
     template: Template,
     builds: Vec<Build>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 struct Build {
     #[serde(rename = "buildID")]
@@ -281,21 +400,21 @@ async fn template(State(control): State<Control>, Who(_): Who, Path(name): Path<
 
 /// Whether a name means something. Another project's snapshot is not there.
 async fn alias(State(control): State<Control>, Who(caller): Who, Path(alias): Path<String>) -> Outcome {
-    let (id, public) = match control.inner.base(&caller, &alias).await? {
+    let (template_id, public) = match control.inner.base(&caller, &alias).await? {
         Base::Template(name) => (name.to_string(), true),
         Base::Snapshot(id) => (id.to_string(), false),
     };
-    Ok(json(StatusCode::OK, &serde_json::json!({ "templateID": id, "public": public })))
+    Ok(json(StatusCode::OK, &Alias { template_id, public }))
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct AddTags {
     target: String,
     tags: Vec<String>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct RemoveTags {
     name: String,
@@ -322,7 +441,7 @@ async fn add_tags(State(control): State<Control>, Who(caller): Who, request: Req
     let project = caller.project.to_string();
     let added = control.inner.database.add_tags(project, name.to_owned(), build.clone(), tags.clone());
     added.await.map_err(database_failed)?;
-    Ok(json(StatusCode::CREATED, &serde_json::json!({ "tags": tags, "buildID": build })))
+    Ok(json(StatusCode::CREATED, &AddedTags { tags, build_id: build }))
 }
 
 async fn remove_tags(State(control): State<Control>, Who(caller): Who, request: Request) -> Outcome {
@@ -359,14 +478,14 @@ impl Inner {
 }
 
 async fn tags(State(control): State<Control>, Who(caller): Who, Path(name): Path<String>) -> Outcome {
-    let row = |row: TagRow| serde_json::json!({ "tag": row.tag, "buildID": row.build, "createdAt": row.created_at });
+    let row = |row: TagRow| Tag { tag: row.tag, build_id: row.build, created_at: row.created_at };
     let tags: Vec<_> = control.inner.tags(&caller, &name).await?.into_iter().map(row).collect();
     Ok(json(StatusCode::OK, &tags))
 }
 
 async fn count_tags(State(control): State<Control>, Who(caller): Who, Path(name): Path<String>) -> Outcome {
     let total = control.inner.tags(&caller, &name).await?.len();
-    Ok(json(StatusCode::OK, &serde_json::json!({ "total": total })))
+    Ok(json(StatusCode::OK, &TagCount { total }))
 }
 
 #[derive(Debug, Deserialize)]
@@ -382,5 +501,5 @@ async fn has_tag(
 ) -> Outcome {
     let tag = parse_tag(&query.tag)?;
     let exists = control.inner.tags(&caller, &name).await?.iter().any(|row| row.tag == tag.as_str());
-    Ok(json(StatusCode::OK, &serde_json::json!({ "exists": exists, "normalizedTag": tag.as_str() })))
+    Ok(json(StatusCode::OK, &TagExists { exists, normalized_tag: tag.to_string() }))
 }

@@ -16,6 +16,7 @@ mod lifecycle;
 mod meter;
 mod metrics;
 mod network;
+mod openapi;
 mod people;
 mod reply;
 mod service;

@@ -4,19 +4,18 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use axum::Router;
 use axum::extract::{Path, Query, State};
-use axum::routing::get;
 use futures::StreamExt;
-use http::StatusCode;
+use http::{Method, StatusCode};
 use kelvin_api::account::Project;
 use kelvin_api::error::{Failure, Kind, chain};
 use kelvin_api::id::SandboxId;
-use kelvin_api::sandbox::{GuestMetrics, SandboxMetric, SandboxState};
-use serde::Deserialize;
+use kelvin_api::sandbox::{GuestMetrics, ProjectMetric, SandboxMetric, SandboxState};
+use serde::{Deserialize, Serialize};
 
 use crate::accounts::Account;
 use crate::api::{Outcome, Who, json};
+use crate::openapi::{Api, op};
 use crate::service::{Control, Inner, database_failed, invalid};
 
 /// How often each sandbox is asked. Rarer than E2B's 5 s: each time wakes a machine that may be idle.
@@ -29,12 +28,62 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const MAX_IDS: usize = 100;
 
 /// The routes.
-pub(crate) fn routes() -> Router<Control> {
-    Router::new()
-        .route("/sandboxes/metrics", get(of_many))
-        .route("/sandboxes/{id}/metrics", get(of_one))
-        .route("/teams/{id}/metrics", get(of_project))
-        .route("/teams/{id}/metrics/max", get(most_of_project))
+pub(crate) fn routes() -> Api {
+    const INTERVAL: &[(&str, &str)] = &[("start", "seconds since 1970"), ("end", "seconds since 1970")];
+    let get = Method::GET;
+    Api::new()
+        .route(
+            &get,
+            "/sandboxes/metrics",
+            of_many,
+            op("The newest measurement of sandboxes")
+                .query(&[("sandbox_ids", "ids, joined by commas; at most 100")])
+                .reply::<ManyMetrics>(200)
+                .errors(&[400]),
+        )
+        .route(
+            &get,
+            "/sandboxes/{id}/metrics",
+            of_one,
+            op("What a sandbox used").query(INTERVAL).reply::<Vec<SandboxMetric>>(200).errors(&[400, 404]),
+        )
+        .route(
+            &get,
+            "/teams/{id}/metrics",
+            of_project,
+            op("What a project used")
+                .query(INTERVAL)
+                .reply::<Vec<ProjectMetric>>(200)
+                .errors(&[400, 403, 404]),
+        )
+        .route(
+            &get,
+            "/teams/{id}/metrics/max",
+            most_of_project,
+            op("The most that a project used")
+                .query(&[
+                    ("start", "seconds since 1970"),
+                    ("end", "seconds since 1970"),
+                    ("metric", "concurrent_sandboxes or sandbox_start_rate"),
+                ])
+                .reply::<MaxMetric>(200)
+                .errors(&[400, 403, 404]),
+        )
+}
+
+/// The reply of `GET /sandboxes/metrics`.
+#[derive(Debug, Serialize, schemars::JsonSchema)]
+struct ManyMetrics {
+    sandboxes: BTreeMap<String, SandboxMetric>,
+}
+
+/// The reply of `GET /teams/{id}/metrics/max`.
+#[derive(Debug, Serialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+struct MaxMetric {
+    timestamp: jiff::Timestamp,
+    timestamp_unix: i64,
+    value: f64,
 }
 
 fn as_metric(guest: &GuestMetrics) -> SandboxMetric {
@@ -172,7 +221,7 @@ async fn of_many(
             Err(failure) => return Err(failure.into()),
         }
     }
-    Ok(json(StatusCode::OK, &serde_json::json!({ "sandboxes": found })))
+    Ok(json(StatusCode::OK, &ManyMetrics { sandboxes: found }))
 }
 
 fn project_of(caller: &Account, id: &str) -> Result<Project, Failure> {
@@ -204,10 +253,8 @@ async fn most_of_project(
 ) -> Outcome {
     let (project, (start, end)) = (project_of(&caller, &id)?, query.check()?);
     let value = match query.metric.as_deref() {
-        Some("concurrent_sandboxes") => {
-            |metric: &kelvin_api::sandbox::ProjectMetric| f64::from(metric.concurrent_sandboxes)
-        }
-        Some("sandbox_start_rate") => |metric: &kelvin_api::sandbox::ProjectMetric| metric.sandbox_start_rate,
+        Some("concurrent_sandboxes") => |metric: &ProjectMetric| f64::from(metric.concurrent_sandboxes),
+        Some("sandbox_start_rate") => |metric: &ProjectMetric| metric.sandbox_start_rate,
         _ => {
             let remedy = "concurrent_sandboxes or sandbox_start_rate";
             return Err(invalid("invalid_query", "metric is not allowed", remedy).into());
@@ -216,10 +263,8 @@ async fn most_of_project(
     let found =
         control.inner.database.project_metrics(&project, start, end).await.map_err(database_failed)?;
     let most = found.iter().max_by(|one, other| value(one).total_cmp(&value(other)));
-    let reply = serde_json::json!({
-        "timestamp": most.map_or_else(jiff::Timestamp::now, |metric| metric.timestamp),
-        "timestampUnix": most.map_or_else(|| jiff::Timestamp::now().as_second(), |metric| metric.timestamp_unix),
-        "value": most.map_or(0.0, value),
-    });
+    let timestamp = most.map_or_else(jiff::Timestamp::now, |metric| metric.timestamp);
+    let reply =
+        MaxMetric { timestamp, timestamp_unix: timestamp.as_second(), value: most.map_or(0.0, value) };
     Ok(json(StatusCode::OK, &reply))
 }

@@ -2,18 +2,17 @@
 
 use std::time::Duration;
 
-use axum::Router;
 use axum::extract::{Path, Query, Request, State};
 use axum::response::IntoResponse;
-use axum::routing::{get, patch};
-use http::StatusCode;
-use kelvin_api::account::{AuditEntry, DEFAULT_PROJECT, NewApiKey, Project};
+use http::{Method, StatusCode};
+use kelvin_api::account::{ApiKeyInfo, AuditEntry, CreatedApiKey, DEFAULT_PROJECT, NewApiKey, Project};
 use kelvin_api::error::{Failure, Kind, chain};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::accounts::shown;
 use crate::api::{Outcome, Who, about, json, parse_required, read};
+use crate::openapi::{Api, op};
 use crate::service::{Control, Inner, database_failed, invalid};
 
 /// Entries of the audit log that are given at once.
@@ -24,27 +23,72 @@ const BATCH: usize = 256;
 const GATHER: Duration = Duration::from_millis(200);
 
 /// Routes of everybody.
-pub(crate) fn routes() -> Router<Control> {
-    Router::new().route("/teams", get(teams))
+pub(crate) fn routes() -> Api {
+    Api::new().route(&Method::GET, "/teams", teams, op("The project of the key").reply::<Vec<Team>>(200))
 }
 
 /// Routes of the server's own key.
-pub(crate) fn admin() -> Router<Control> {
-    Router::new()
-        .route("/api-keys", get(keys).post(create_key))
-        .route("/api-keys/{id}", patch(rename_key).delete(revoke_key))
-        .route("/audit", get(audit))
+pub(crate) fn admin() -> Api {
+    Api::new()
+        .route(
+            &Method::GET,
+            "/api-keys",
+            keys,
+            op("API keys")
+                .query(&[("project", "Kelvin: only of this project")])
+                .reply::<Vec<ApiKeyInfo>>(200),
+        )
+        .route(
+            &Method::POST,
+            "/api-keys",
+            create_key,
+            op("Make an API key; it is told this once")
+                .body::<NewApiKey>()
+                .reply::<CreatedApiKey>(201)
+                .errors(&[400]),
+        )
+        .route(
+            &Method::PATCH,
+            "/api-keys/{id}",
+            rename_key,
+            op("Rename an API key").body::<Rename>().empty(200).errors(&[400, 404]),
+        )
+        .route(
+            &Method::DELETE,
+            "/api-keys/{id}",
+            revoke_key,
+            op("Revoke an API key").empty(204).errors(&[404]),
+        )
+        .route(
+            &Method::GET,
+            "/audit",
+            audit,
+            op("Kelvin: who changed what, newest first")
+                .query(&[("before", "the last id of the page before"), ("limit", "entries, at most 1000")])
+                .reply::<Vec<AuditEntry>>(200),
+        )
+}
+
+/// A project, as E2B's clients know one. Source: E2B's `Team`.
+#[derive(Debug, Serialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+struct Team {
+    #[serde(rename = "teamID")]
+    team_id: Project,
+    name: Project,
+    api_key: String,
+    is_default: bool,
 }
 
 /// The one project of the caller's key. Source: E2B's `Team`; the key is the one that was shown.
 async fn teams(Who(caller): Who, request: Request) -> Outcome {
     let key = shown(request.headers()).unwrap_or_default();
-    let team = serde_json::json!({
-        "teamID": caller.project,
-        "name": caller.project,
-        "apiKey": key,
-        "isDefault": caller.project.as_str() == DEFAULT_PROJECT,
-    });
+    let team = Team {
+        team_id: caller.project.clone(),
+        name: caller.project.clone(),
+        api_key: key.to_owned(),
+        is_default: caller.project.as_str() == DEFAULT_PROJECT,
+    };
     Ok(json(StatusCode::OK, &[team]))
 }
 
@@ -70,7 +114,7 @@ fn no_key(id: &str) -> Failure {
     Failure::new(Kind::NotFound, "key_not_found", format!("no API key {shown:?}"), remedy)
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Rename {
     name: String,

@@ -144,6 +144,16 @@ fn end_to_end(built: &Built, filter: &[String]) -> Result<()> {
     result.and(cleared)
 }
 
+/// Writes the OpenAPI document that is in the repository, from the routes.
+pub fn write_openapi() -> Result<()> {
+    let test = "openapi::tests::the_document_in_the_repository_is_the_one_that_is_served";
+    run_command(
+        cargo()
+            .args(["test", "--release", "--package", "kelvin-control", "--", "--exact", test])
+            .env("KELVIN_WRITE_OPENAPI", "1"),
+    )
+}
+
 /// Everything; with arguments only the end-to-end tests whose names contain one of them.
 pub fn run(filter: &[String]) -> Result<()> {
     if !filter.is_empty() {
