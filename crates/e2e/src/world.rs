@@ -215,6 +215,44 @@ pub fn certificate(names: &[&str]) -> (String, String) {
     (made.cert.pem(), made.signing_key.serialize_pem())
 }
 
+/// An authority, and a certificate for `names` that it has signed: the authority, the chain and the key, PEM.
+pub fn authority(names: &[&str]) -> (String, String, String) {
+    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.distinguished_name.push(DnType::CommonName, "an authority of our own");
+    let (own_key, key) = (KeyPair::generate().expect("a key"), KeyPair::generate().expect("a key"));
+    let own = params.self_signed(&own_key).expect("an authority");
+    let issuer = Issuer::new(params, own_key);
+    let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+    let mut params = CertificateParams::new(names).expect("names");
+    params.use_authority_key_identifier_extension = true;
+    let signed = params.signed_by(&key, &issuer);
+    (own.pem(), signed.expect("a certificate").pem(), key.serialize_pem())
+}
+
+/// Answers every question on port 53 of this thread's namespace: all names are here.
+pub fn everything_is_here() {
+    let socket = UdpSocket::bind(("127.0.0.1", 53)).expect("a free port");
+    std::thread::spawn(move || {
+        let mut buffer = [0; 2048];
+        while let Ok((size, from)) = socket.recv_from(&mut buffer) {
+            let Ok(question) = Packet::parse(&buffer[..size]) else { continue };
+            let mut reply = Packet::new_reply(question.id());
+            for asked in question.questions {
+                if asked.qtype == QTYPE::TYPE(TYPE::A) {
+                    let here = RData::A(A { address: Ipv4Addr::LOCALHOST.into() });
+                    reply.answers.push(ResourceRecord::new(asked.qname.clone(), CLASS::IN, 1, here));
+                }
+                reply.questions.push(asked);
+            }
+            if let Ok(bytes) = reply.build_bytes_vec() {
+                let _ = socket.send_to(&bytes, from);
+            }
+        }
+    });
+}
+
 fn tls_config() -> Arc<rustls::ServerConfig> {
     let made = rcgen::generate_simple_self_signed(["public.test".to_owned(), "other.test".to_owned()]);
     let made = made.expect("a certificate");

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use kelvin_api::sandbox::BakeTemplate;
-use kelvin_e2e::{Ground, Server};
+use kelvin_e2e::{Ground, Server, world};
 
 /// Runs a program of an SDK's tests; what it prints is shown.
 fn passes(server: &Server, program: &mut Command) {
@@ -86,6 +86,46 @@ async fn the_code_interpreter_runs_cells() {
     let request = BakeTemplate::default();
     server.client().bake("code-interpreter", &request).await.expect("it can be baked");
     passes(&server, &mut pytest(&python, &["test_interpreter.py"]));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn the_python_sdk_finds_everything_by_name_and_over_tls() {
+    let Some(ground) = Ground::with_networks().await else { return };
+    let Some(python) = tool("KELVIN_E2E_PYTHON") else { return };
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: not root, a resolver of its own needs a mount namespace");
+        return;
+    }
+    let (own, chain, key) = world::authority(&["*.sandboxes.test", "sandboxes.test"]);
+    let directory = ground.guest("authority");
+    std::fs::create_dir_all(&directory).expect("a directory");
+    let file = |name: &str, text: &str| {
+        let path = directory.join(name);
+        std::fs::write(&path, text).expect("written");
+        path.display().to_string()
+    };
+    let (own, chain, key) = (file("own.pem", &own), file("chain.pem", &chain), file("key.pem", &key));
+    let resolver = file("resolv.conf", "nameserver 127.0.0.1\n");
+    let tls = ["--tls-listen", "127.0.0.1:8444", "--tls-cert", &chain, "--tls-key", &key];
+    let args: Vec<&str> = ["--domain", "sandboxes.test:8444"].into_iter().chain(tls).collect();
+    let server = ground.server("by-name", &args).await;
+    server.bake(1).await;
+    world::everything_is_here();
+    // A resolver for this program alone.
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"", &resolver]);
+    command.arg(&python).args(["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=short"]);
+    command.arg(scripts("python").join("test_domain.py")).env("PYTHONDONTWRITEBYTECODE", "1");
+    let status = command
+        .env("E2B_DOMAIN", "sandboxes.test:8444")
+        .env("E2B_API_KEY", server.key())
+        .env("SSL_CERT_FILE", own)
+        .env_remove("E2B_API_URL")
+        .env_remove("E2B_SANDBOX_URL")
+        .status()
+        .expect("it starts");
+    assert!(status.success(), "{status}");
     server.stop().await;
 }
 

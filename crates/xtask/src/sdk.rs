@@ -7,7 +7,13 @@ use std::process::{Command, Stdio};
 use crate::{Result, cache, run, say};
 
 /// The newest Python SDK, the code interpreter's client over it, and what runs the tests.
-const PYTHON: &[&str] = &["e2b==2.63.0", "e2b-code-interpreter==2.11.5", "pytest==9.0.3"];
+const PYTHON: &[&str] = &[
+    "e2b==2.63.0",
+    "e2b-code-interpreter==2.11.5",
+    "httpx[http2]==0.28.1",
+    "websockets==15.0.1",
+    "pytest==9.0.3",
+];
 /// The last one before the newer paths.
 const PYTHON_OLD: &[&str] = &["e2b==2.45.1", "pytest==9.0.3"];
 /// Node.js and npm, for the SDK in JavaScript: Debian's npm is 300 packages.
