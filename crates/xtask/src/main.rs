@@ -68,6 +68,14 @@ pub fn say(text: &str) {
 fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root());
+    // What cargo told this program of itself: build scripts (of `ring`) look at it, and all above them would be built
+    // anew for each way in which cargo is called.
+    for (name, _) in std::env::vars_os() {
+        let told = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"];
+        if name.to_str().is_some_and(|name| told.iter().any(|told| name.starts_with(told))) {
+            command.env_remove(&name);
+        }
+    }
     command
 }
 
