@@ -531,6 +531,35 @@ async fn join(sources: &[PathBuf], destination: &Path, user: &User) -> Result<()
 mod tests {
     use super::*;
 
+    proptest::proptest! {
+        #[test]
+        fn any_header_gives_a_range_within_the_file(text in "bytes=[0-9]{0,22}-[0-9]{0,22}|.{0,60}", size in 0..=u64::MAX) {
+            let Ok(value) = text.parse::<http::HeaderValue>() else { return Ok(()) };
+            let mut headers = HeaderMap::new();
+            headers.insert(RANGE, value.clone());
+            headers.insert(ACCEPT_ENCODING, value);
+            let _ = coding(&headers);
+            if let Wanted::Part(start, length) = range(&headers, size) {
+                proptest::prop_assert!(length > 0 && start < size && length <= size - start);
+            }
+        }
+
+        #[test]
+        fn any_metadata_is_within_its_limits(pairs in proptest::collection::vec(("[a-zA-Z-]{0,260}", ".{0,40}"), 0..20)) {
+            let mut headers = HeaderMap::new();
+            for (name, value) in pairs {
+                let name = format!("x-metadata-{name}").parse::<http::HeaderName>();
+                if let (Ok(name), Ok(value)) = (name, value.parse::<http::HeaderValue>()) {
+                    headers.append(name, value);
+                }
+            }
+            if let Ok(found) = metadata::of_headers(&headers) {
+                let bytes: usize = found.iter().map(|(key, value)| key.len() + value.len()).sum();
+                proptest::prop_assert!(bytes <= 4096);
+            }
+        }
+    }
+
     #[test]
     fn ranges_follow_the_rfc() {
         let ask = |text: &str, size| {

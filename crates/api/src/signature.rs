@@ -167,6 +167,18 @@ mod tests {
         );
     }
 
+    proptest::proptest! {
+        #[test]
+        fn any_url_parses_or_fails_without_panic(query in ".{0,200}", method in "GET|POST|HEAD|PUT") {
+            // What a caller sends as a query, escaped or not.
+            if let Ok(uri) = format!("/files?{query}").parse::<Uri>()
+                && let Some(signature) = Signature::of(&method.parse().unwrap(), &uri)
+            {
+                proptest::prop_assert!(signature.signed().check("token").is_err());
+            }
+        }
+    }
+
     #[test]
     fn a_signature_ends() {
         for (expiration, outcome) in [

@@ -8,6 +8,7 @@ pub mod create;
 pub mod fork;
 pub mod load;
 pub mod pause;
+pub mod sdk;
 pub mod slots;
 
 use std::time::{Duration, Instant};

@@ -621,6 +621,8 @@ pub enum BenchCommand {
     Pause(kelvin_bench::pause::Args),
     /// A bursty load against pools that are off, of a fixed size, and led by demand.
     Pool(kelvin_bench::load::Args),
+    /// Create to the end of the first command, with the official Python SDK and with Kelvin's client.
+    Sdk(kelvin_bench::sdk::Args),
     /// Network slots: claims from the pool, builds on demand, and that nothing is left of many. Needs root; runs in
     /// a network namespace of its own.
     Slots(kelvin_bench::slots::Args),

@@ -80,6 +80,12 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
             output::print(output, &report, |report| report.table());
             Ok(ExitCode::SUCCESS)
         }
+        Command::Bench { command: BenchCommand::Sdk(args) } => {
+            let report =
+                kelvin_bench::sdk::run(&client()?, &args).await.map_err(|error| Failed::other(&error))?;
+            output::print(output, &report, |report| report.table());
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Bench { command: BenchCommand::Slots(args) } => {
             kelvin_host::process::allow_descriptors();
             let report = kelvin_bench::slots::run(args).await.map_err(|error| Failed::other(&error))?;

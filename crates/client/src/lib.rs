@@ -157,6 +157,11 @@ impl Client {
         Ok(Self { project: None, base: url.trim_end_matches('/').to_owned(), key, http })
     }
 
+    /// The key that is shown.
+    pub fn key(&self) -> &Token {
+        &self.key
+    }
+
     /// The server's URL.
     pub fn url(&self) -> &str {
         &self.base

@@ -129,6 +129,29 @@ async fn the_python_sdk_finds_everything_by_name_and_over_tls() {
     server.stop().await;
 }
 
+/// What the documents show runs as it stands there.
+#[tokio::test]
+async fn the_examples_run() {
+    let Some(ground) = Ground::with_networks().await else { return };
+    let Some(python) = tool("KELVIN_E2E_PYTHON") else { return };
+    let (Some(node), Some(modules)) = (tool("KELVIN_E2E_NODE"), tool("KELVIN_E2E_JAVASCRIPT")) else {
+        return;
+    };
+    let server = baked(&ground, "examples").await;
+    let examples = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../examples");
+    for name in ["python_sdk.py", "tool_use.py"] {
+        passes(&server, Command::new(&python).arg(examples.join(name)));
+    }
+    let script = modules.join("example.mjs");
+    std::fs::copy(examples.join("javascript_sdk.mjs"), &script).expect("a copy");
+    passes(&server, Command::new(node).arg(script));
+    let bench =
+        server.cli(&["bench", "sdk", "-n", "3", "--python"]).arg(&python).output().expect("kelvin runs");
+    let text = String::from_utf8_lossy(&bench.stdout).into_owned();
+    assert!(bench.status.success() && text.contains("SDK: create to first command"), "{bench:?}");
+    server.stop().await;
+}
+
 /// Fifty clients of one process, each with a sandbox of its own: nothing fails and nothing is left.
 #[tokio::test]
 async fn fifty_clients_at_once() {
