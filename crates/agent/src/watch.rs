@@ -252,7 +252,7 @@ impl Watch {
         };
         watch.root = watch.add(Path::new("")).map_err(at)?;
         if watch.wanted.recursive {
-            watch.descend(Path::new(""), None).map_err(at)?;
+            watch.descend(watch.root, Path::new(""), None).map_err(at)?;
         }
         Ok(watch)
     }
@@ -268,10 +268,16 @@ impl Watch {
         Ok(wd)
     }
 
-    /// Watches the directories below `path`, and reports into `events` what is found in them.
-    fn descend(&mut self, path: &Path, mut events: Option<&mut Vec<FilesystemEvent>>) -> io::Result<()> {
-        let mut open = vec![path.to_owned()];
-        while let Some(path) = open.pop() {
+    /// Watches the directories below the one at `path`, which is watched as `wd`, and reports into `events` what is found
+    /// in them.
+    fn descend(
+        &mut self,
+        wd: i32,
+        path: &Path,
+        mut events: Option<&mut Vec<FilesystemEvent>>,
+    ) -> io::Result<()> {
+        let mut open = vec![(wd, path.to_owned())];
+        while let Some((wd, path)) = open.pop() {
             let found = match std::fs::read_dir(self.wanted.root.join(&path)) {
                 Ok(found) => found,
                 Err(error) if path.as_os_str().is_empty() => return Err(error),
@@ -281,15 +287,14 @@ impl Watch {
             for child in found.flatten() {
                 let name = path.join(child.file_name());
                 if let Some(events) = events.as_deref_mut() {
-                    if let Some(own) = self.directories.values_mut().find(|directory| directory.path == path)
-                    {
+                    if let Some(own) = self.directories.get_mut(&wd) {
                         own.told.insert(child.file_name());
                     }
                     events.push(self.event(&name, EventType::EVENT_TYPE_CREATE));
                 }
                 if child.file_type().is_ok_and(|kind| kind.is_dir()) {
                     match self.add(&name) {
-                        Ok(_) => open.push(name),
+                        Ok(wd) => open.push((wd, name)),
                         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                         Err(error) => return Err(error),
                     }
@@ -369,6 +374,10 @@ impl Watch {
         if created && directory.told.remove(&name) {
             return;
         }
+        if what.intersects(ReadFlags::DELETE | ReadFlags::MOVED_FROM) {
+            // It was there before its directory was watched: no event of its creation was to come.
+            directory.told.remove(&name);
+        }
         let kind = if created {
             EventType::EVENT_TYPE_CREATE
         } else if what.contains(ReadFlags::MODIFY) {
@@ -387,7 +396,7 @@ impl Watch {
         if what.contains(ReadFlags::MOVED_FROM) {
             self.forget(&path);
         } else if created {
-            let added = self.add(&path).and_then(|_| self.descend(&path, Some(events)));
+            let added = self.add(&path).and_then(|wd| self.descend(wd, &path, Some(events)));
             match added {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => self.overflowed = true,
                 _ => {}

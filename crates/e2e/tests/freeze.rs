@@ -450,6 +450,29 @@ async fn a_daemon_that_dies_while_it_saves_loses_nothing_and_leaves_nothing() {
     server.client().resume(id, 600).await.expect("a resume");
     let (now, same) = state(&agent_of(&server.client(), &sandbox)).await;
     assert!(same == token && now >= count);
+
+    // The same of the disk alone: a boot that dies takes nothing with it.
+    let disk_alone = PauseSandbox { memory: Some(false), ..PauseSandbox::default() };
+    server.client().pause_as(id, &disk_alone).await.expect("a pause");
+    for phase in ["disk", "vmm", "boot", "activate", "commit"] {
+        server.terminate().await;
+        server.start(&["--waiting-vmms", "0", "--crash-at", phase]).await;
+        server.client().resume(id, 600).await.expect_err("the server dies");
+        server.wait_for_death().await;
+        server.start(&usual).await;
+        let node = server.settle().await;
+        assert_eq!((node.sandboxes, node.paused), (0, 1), "boot, killed at {phase}\n{}", server.log());
+        assert_eq!((server.vmms().len(), server.machines().len()), (0, 0), "boot, killed at {phase}");
+    }
+    let resumed = server.client().resume(id, 600).await.expect("a resume");
+    assert_eq!(resumed.envd_access_token, sandbox.envd_access_token);
+    let agent = agent_of(&server.client(), &sandbox);
+    assert_eq!(sh(&agent, "cat /home/user/written").await, "writes\n");
+    assert!(agent.processes().await.expect("a list").is_empty(), "it has booted");
+    // And again with memory: what it has become can be kept whole.
+    server.client().pause(id).await.expect("a pause");
+    server.client().resume(id, 600).await.expect("a resume");
+    assert_eq!(sh(&agent_of(&server.client(), &sandbox), "cat /home/user/written").await, "writes\n");
     server.stop().await;
 }
 

@@ -522,7 +522,9 @@ impl Attempt<'_> {
             self.rule(&home.spec, false).await?;
             let span = self.begin(Phase::Vmm);
             let running = async {
-                self.inner.remember(&home.spec, &record).await?;
+                // Not as paused: until the boot is committed, only the image's own record says what can be resumed.
+                let declared = SandboxRecord { state: State::Starting, ..record.clone() };
+                self.inner.remember(&home.spec, &declared).await?;
                 let running = self.inner.driver.boot(&home.spec).await?;
                 home.started(&self.inner.keeper, running.key()).await?;
                 Ok::<_, Error>(running)
