@@ -391,6 +391,8 @@ fn become_user(command: &mut tokio::process::Command, user: &User, terminal: boo
 async fn pump(end: End, wrap: Wrap, entry: Arc<Entry>, mut exited: watch::Receiver<bool>) {
     let mut buffer = vec![0; CHUNK];
     loop {
+        // One that writes without end, and to nobody, must not keep the others waiting.
+        tokio::task::coop::consume_budget().await;
         match rustix::io::read(end.get_ref(), &mut buffer) {
             Ok(0) => return,
             Ok(count) => entry.hub.push(wrap(buffer[..count].to_vec())).await,

@@ -1,6 +1,6 @@
 //! The official SDKs, unmodified, against a server of ours: two environment variables and a key.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use kelvin_api::sandbox::BakeTemplate;
@@ -17,6 +17,17 @@ fn passes(server: &Server, program: &mut Command) {
         .status()
         .expect("it starts");
     assert!(status.success(), "{program:?}: {status}");
+}
+
+/// The table of what is compatible: what the run wrote is what the documents have.
+fn table_is_kept(written: &Path, name: &str) {
+    let kept = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../docs").join(name);
+    let (now, before) = (std::fs::read_to_string(written).expect("a table"), std::fs::read_to_string(&kept));
+    assert!(
+        before.is_ok_and(|before| before == now),
+        "docs/{name} is out of date: copy {}",
+        written.display()
+    );
 }
 
 /// A program that the suite installed, or a line that says that it is not there.
@@ -50,7 +61,10 @@ async fn the_newest_python_sdk_works_unmodified() {
     let Some(ground) = Ground::with_networks().await else { return };
     let Some(python) = tool("KELVIN_E2E_PYTHON") else { return };
     let server = baked(&ground, "sdk-python").await;
-    passes(&server, &mut pytest(&python, &["test_sync.py", "test_async.py"]));
+    let table = ground.guest("e2b-python.md");
+    let mut tests = pytest(&python, &["test_sync.py", "test_async.py"]);
+    passes(&server, tests.env("KELVIN_E2E_TABLE", &table));
+    table_is_kept(&table, "e2b-python.md");
     server.stop().await;
 }
 
@@ -59,7 +73,10 @@ async fn an_older_python_sdk_works_unmodified() {
     let Some(ground) = Ground::with_networks().await else { return };
     let Some(python) = tool("KELVIN_E2E_PYTHON_OLD") else { return };
     let server = baked(&ground, "sdk-python-old").await;
-    passes(&server, &mut pytest(&python, &["test_sync.py", "test_async.py"]));
+    let table = ground.guest("e2b-python-2.45.md");
+    let mut tests = pytest(&python, &["test_sync.py", "test_async.py"]);
+    passes(&server, tests.env("KELVIN_E2E_TABLE", &table));
+    table_is_kept(&table, "e2b-python-2.45.md");
     server.stop().await;
 }
 

@@ -1,5 +1,6 @@
 """What all tests with the official Python SDK share. The server is named by E2B_API_URL and E2B_SANDBOX_URL."""
 
+import os
 import uuid
 
 import e2b
@@ -10,12 +11,37 @@ import pytest
 def version():
     from importlib.metadata import version as installed
 
-    return tuple(int(part) for part in installed("e2b").split(".")[:2])
+    return tuple(int(part) for part in installed("e2b").split("."))
 
 
 def newer(minimum):
     """Skips a test that needs a newer SDK."""
     return pytest.mark.skipif(version() < minimum, reason=f"needs SDK {minimum}, this is {version()}")
+
+
+RESULTS = {}
+
+
+def pytest_runtest_logreport(report):
+    """Keeps what became of each test, for the table of what is compatible."""
+    if report.when == "call" or report.outcome != "passed":
+        why = report.longrepr[2].removeprefix("Skipped: ") if report.outcome == "skipped" else report.outcome
+        RESULTS[report.nodeid.split("/")[-1]] = why
+
+
+def pytest_sessionfinish():
+    """Writes that table, when somebody wants it."""
+    path = os.environ.get("KELVIN_E2E_TABLE")
+    if not path:
+        return
+    dotted = ".".join(str(part) for part in version())
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f"# What the tests with the Python SDK {dotted} show\n\n")
+        file.write("Written by the test run (`crates/e2e/sdk/python/conftest.py`); the run fails when it is another.\n\n")
+        file.write("| client | what | result |\n|---|---|---|\n")
+        for name, outcome in RESULTS.items():
+            client, what = name.removeprefix("test_").split(".py::test_")
+            file.write(f"| {client} | {what.replace('_', ' ')} | {outcome} |\n")
 
 
 @pytest.fixture
