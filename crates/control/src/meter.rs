@@ -116,7 +116,8 @@ impl Inner {
 
     /// Measures every sandbox that runs, for ever.
     pub(crate) async fn measure(&self) {
-        let mut ticks = tokio::time::interval(EVERY);
+        // Not at once: guests that were just adopted find out about the former server first.
+        let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + EVERY, EVERY);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut last = jiff::Timestamp::now();
         loop {
