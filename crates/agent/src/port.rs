@@ -6,7 +6,7 @@
 //! so it stays open.
 
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -92,12 +92,13 @@ impl Listener {
 
     fn has_host(&self) -> io::Result<bool> {
         let mut fds = [PollFd::new(&self.port, PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+        // The very signal that a host has come interrupts the look for it.
+        rustix::io::retry_on_intr(|| poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })))?;
         Ok(!fds[0].revents().contains(PollFlags::HUP))
     }
 
-    /// Tells a host that is connected to hang up, and waits until it has: it cannot see by itself that the agent
-    /// it spoke to has ended.
+    /// Tells a host that is connected to hang up, and waits until it has: it cannot see by itself that the conversation
+    /// is over. What it had said is dropped: to the next connection it would be noise.
     ///
     /// # Errors
     /// When the port itself fails.
@@ -106,8 +107,15 @@ impl Listener {
             // What was being read when the first came may have swallowed it.
             let _ = (&self.port).write(&GOAWAY);
             tokio::time::sleep(DISMISSED).await;
+            self.drain();
         }
+        self.drain();
         Ok(())
+    }
+
+    fn drain(&self) {
+        let mut dropped = [0; 4096];
+        while matches!((&self.port).read(&mut dropped), Ok(1..)) {}
     }
 
     /// Waits until the host has connected, and gives the stream of that connection.
