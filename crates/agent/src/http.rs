@@ -104,9 +104,7 @@ async fn serve(state: Arc<State>, port: std::fs::File, again: bool) -> io::Resul
                 }),
             );
         tokio::select! {
-            // The host went away, or what it said made no sense: bytes of a conversation that is over. It has to hang
-            // up then: it would take the next greeting as part of this one, and answer it without end.
-            _ = connection => listener.dismiss().await?,
+            _ = connection => listener.end().await?,
             // The machine was restored: the host that spoke here is another machine's.
             () = state.hang_up.notified() => {}
         }

@@ -10,6 +10,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -63,6 +64,8 @@ pub struct Listener {
     port: File,
     came: tokio::signal::unix::Signal,
     state: Arc<State>,
+    /// Whether the end of the last stream was seen: its host has gone, and all that it said was read.
+    ended: Arc<AtomicBool>,
 }
 
 impl Listener {
@@ -77,7 +80,7 @@ impl Listener {
         if unsafe { libc::fcntl(port.as_raw_fd(), libc::F_SETOWN, libc::getpid()) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self { port, came, state })
+        Ok(Self { port, came, state, ended: Arc::default() })
     }
 
     #[allow(unsafe_code)]
@@ -95,6 +98,16 @@ impl Listener {
         // The very signal that a host has come interrupts the look for it.
         rustix::io::retry_on_intr(|| poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })))?;
         Ok(!fds[0].revents().contains(PollFlags::HUP))
+    }
+
+    /// Ends a conversation that broke off. Unless its host has gone, what was said made no sense: it was of two
+    /// conversations. The host has to hang up then: it would take the next greeting as part of this one, and answer
+    /// it without end.
+    ///
+    /// # Errors
+    /// When the port itself fails.
+    pub async fn end(&mut self) -> io::Result<()> {
+        if self.ended.load(Ordering::Relaxed) { Ok(()) } else { self.dismiss().await }
     }
 
     /// Tells a host that is connected to hang up, and waits until it has: it cannot see by itself that the conversation
@@ -132,23 +145,20 @@ impl Listener {
         self.state.set_http_waiting(false);
         self.announce(false)?;
         let fd = watched(OwnedFd::from(self.port.try_clone()?))?;
-        Ok(PortStream { fd, ended: false })
+        self.ended = Arc::default();
+        Ok(PortStream { fd, ended: Arc::clone(&self.ended) })
     }
 }
 
 /// One connection of the host.
 pub struct PortStream {
     fd: AsyncFd<OwnedFd>,
-    ended: bool,
+    ended: Arc<AtomicBool>,
 }
 
 impl AsyncRead for PortStream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if self.ended {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.ended.load(Ordering::Relaxed) {
             return Poll::Ready(Ok(()));
         }
         loop {
@@ -158,7 +168,7 @@ impl AsyncRead for PortStream {
             });
             match result {
                 Ok(Ok(0)) => {
-                    self.ended = true;
+                    self.ended.store(true, Ordering::Relaxed);
                     return Poll::Ready(Ok(()));
                 }
                 Ok(Ok(count)) => {
@@ -174,7 +184,7 @@ impl AsyncRead for PortStream {
 
 impl AsyncWrite for PortStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        if self.ended {
+        if self.ended.load(Ordering::Relaxed) {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
         loop {

@@ -9,6 +9,7 @@ use kelvin_api::sandbox::{ForkSandbox, NewSandbox, PauseSandbox, SandboxState, S
 use kelvin_client::agent::{Agent, Told};
 use kelvin_client::{Client, Error};
 use kelvin_e2e::{Ground, LIMIT, Server, agent_of, new_sandbox, sh, shell, start_counter};
+use kelvin_host::ledger::Ledger;
 
 fn now_s() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs_f64()
@@ -390,6 +391,13 @@ async fn operate(client: &Client, operation: &str, id: &str) -> Result<(), Error
     }
 }
 
+/// How many records of a server that is dead say that a sandbox can be resumed: a second one would be an older life.
+async fn paused_records(server: &Server) -> usize {
+    let ledger = Ledger::open(&server.data_dir().join("ledger.db")).expect("a ledger");
+    let (_, records) = ledger.read().await.expect("its records");
+    records.iter().filter(|record| record.body.contains(r#""state":"paused""#)).count()
+}
+
 #[tokio::test]
 async fn a_daemon_that_dies_while_it_saves_loses_nothing_and_leaves_nothing() {
     let Some(ground) = Ground::find() else { return };
@@ -442,6 +450,7 @@ async fn a_daemon_that_dies_while_it_saves_loses_nothing_and_leaves_nothing() {
         server.start(&["--waiting-vmms", "0", "--crash-at", phase]).await;
         server.client().resume(id, 600).await.expect_err("the server dies");
         server.wait_for_death().await;
+        assert_eq!(paused_records(&server).await, 1, "resume, killed at {phase}");
         server.start(&usual).await;
         let node = server.settle().await;
         assert_eq!((node.sandboxes, node.paused), (0, 1), "resume, killed at {phase}\n{}", server.log());
@@ -459,6 +468,7 @@ async fn a_daemon_that_dies_while_it_saves_loses_nothing_and_leaves_nothing() {
         server.start(&["--waiting-vmms", "0", "--crash-at", phase]).await;
         server.client().resume(id, 600).await.expect_err("the server dies");
         server.wait_for_death().await;
+        assert_eq!(paused_records(&server).await, 1, "boot, killed at {phase}");
         server.start(&usual).await;
         let node = server.settle().await;
         assert_eq!((node.sandboxes, node.paused), (0, 1), "boot, killed at {phase}\n{}", server.log());

@@ -1,7 +1,9 @@
 //! The node's one HTTP/2 connection to each guest, shared by everybody who speaks to its agent.
 //!
 //! The connection is made by the first request, not before: a machine that is restored with it would wake
-//! up for it too. One that broke is made again by the next request.
+//! up for it too. One that broke is made again by the next request, and tried before that is sent: a port does not
+//! tell one conversation from the next, so the agent may take what is left of the last one for the first words of
+//! this, and hang up.
 //! The guest is hostile: window sizes bound what it can make the daemon hold for each stream.
 
 use std::time::Duration;
@@ -9,6 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt as _, Empty};
 use hyper::body::Incoming;
 use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -24,13 +27,21 @@ pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
 /// How long a guest may be silent while a request waits, before it is asked, and before it is given up.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
+/// How often a connection is made again when the agent hangs up on it.
+const TRIES: u32 = 20;
+/// How long to stay away in between: the agent has to see that nobody is there, `DISMISSED` in its `port.rs`.
+const AWAY: Duration = Duration::from_millis(50);
+/// How long a connection that was made again is tried: an agent that crashed has to be started.
+const TRIED: Duration = Duration::from_secs(10);
 
 enum Link {
     /// Connected, not a byte sent.
     Fresh(UnixStream),
     /// Shaken hands.
     Open(SendRequest<Body>),
-    /// To be made by the next request.
+    /// To be made by the next request; nobody has spoken to this agent since its machine was started.
+    First,
+    /// To be made by the next request, again.
     Broken,
 }
 
@@ -42,9 +53,10 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent that nobody has spoken to yet.
-    pub fn new(tasks: TaskTracker, stop: CancellationToken) -> Self {
-        Self { link: Mutex::new(Link::Broken), tasks, stop }
+    /// An agent without a connection. `adopted`: another server may have spoken to it.
+    pub fn new(adopted: bool, tasks: TaskTracker, stop: CancellationToken) -> Self {
+        let link = if adopted { Link::Broken } else { Link::First };
+        Self { link: Mutex::new(link), tasks, stop }
     }
 
     /// An agent over a connection on which nothing was sent yet.
@@ -56,10 +68,10 @@ impl Agent {
     ///
     /// # Errors
     /// When the guest does not answer, or its connection breaks.
-    pub async fn send(
+    pub async fn send<C: Future<Output = Result<UnixStream, SendError>>>(
         &self,
         request: Request<Body>,
-        reconnect: impl AsyncFnOnce() -> Result<UnixStream, SendError>,
+        reconnect: impl Fn() -> C,
     ) -> Result<Response<Incoming>, SendError> {
         let mut sender = {
             let mut link = self.link.lock().await;
@@ -69,10 +81,34 @@ impl Agent {
                     sender
                 }
                 Link::Fresh(stream) => self.shake(&mut link, stream).await?,
-                Link::Open(_) | Link::Broken => self.shake(&mut link, reconnect().await?).await?,
+                Link::First => self.shake(&mut link, reconnect().await?).await?,
+                Link::Open(_) | Link::Broken => self.shake_again(&mut link, reconnect).await?,
             }
         };
         Ok(sender.send_request(request).await?)
+    }
+
+    async fn shake_again<C: Future<Output = Result<UnixStream, SendError>>>(
+        &self,
+        link: &mut Link,
+        reconnect: impl Fn() -> C,
+    ) -> Result<SendRequest<Body>, SendError> {
+        let mut tries = 0;
+        loop {
+            let mut sender = self.shake(link, reconnect().await?).await?;
+            let nothing = Empty::new().map_err(|never| match never {}).boxed_unsync();
+            let question = Request::get("http://agent/health").body(nothing)?;
+            tries += 1;
+            match tokio::time::timeout(TRIED, sender.send_request(question)).await {
+                // Who is silent is waited for by the request itself.
+                Ok(Ok(_)) | Err(_) => return Ok(sender),
+                Ok(Err(error)) if tries == TRIES => return Err(error.into()),
+                Ok(Err(error)) => tracing::debug!(%error, tries, "an agent hung up"),
+            }
+            *link = Link::Broken;
+            drop(sender);
+            tokio::time::sleep(AWAY).await;
+        }
     }
 
     async fn shake(&self, link: &mut Link, stream: UnixStream) -> Result<SendRequest<Body>, SendError> {

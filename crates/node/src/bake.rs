@@ -190,7 +190,7 @@ impl connectrpc::client::ClientTransport for Transport {
             let (parts, body) = request.into_parts();
             let bytes = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
             let body = Full::<Bytes>::from(bytes).map_err(|never| match never {}).boxed_unsync();
-            let gone = async || Err("the guest's connection broke".into());
+            let gone = || std::future::ready(Err("the guest's connection broke".into()));
             agent.send(http::Request::from_parts(parts, body), gone).await.map_err(std::io::Error::other)
         })
     }

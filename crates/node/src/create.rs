@@ -445,7 +445,7 @@ impl Attempt<'_> {
             let paused = async {
                 // Memory over another disk, or a file that was touched, must not get further than this.
                 pool.snapshot.check_seal()?;
-                self.inner.remember(&home.spec, &record).await?;
+                self.declare(&home.spec, &record).await?;
                 waiting.load(&pool.snapshot.file("state")).await.map_err(|(_, error)| Error::from(error))
             };
             let paused = paused.instrument(span).await?;
@@ -522,9 +522,7 @@ impl Attempt<'_> {
             self.rule(&home.spec, false).await?;
             let span = self.begin(Phase::Vmm);
             let running = async {
-                // Not as paused: until the boot is committed, only the image's own record says what can be resumed.
-                let declared = SandboxRecord { state: State::Starting, ..record.clone() };
-                self.inner.remember(&home.spec, &declared).await?;
+                self.declare(&home.spec, &record).await?;
                 let running = self.inner.driver.boot(&home.spec).await?;
                 home.started(&self.inner.keeper, running.key()).await?;
                 Ok::<_, Error>(running)
@@ -547,6 +545,13 @@ impl Attempt<'_> {
                 Err(error)
             }
         }
+    }
+
+    /// Records what the machine at `spec` is to be. Never as paused: until a resume is committed, only the image's own
+    /// record says what can be resumed.
+    async fn declare(&self, spec: &MachineSpec, record: &SandboxRecord) -> Result<(), Error> {
+        let declared = SandboxRecord { state: State::Starting, ..record.clone() };
+        self.inner.remember(spec, &declared).await
     }
 
     /// Puts the sandbox's own rules in force before its machine runs. The slot's defaults are in force already.
@@ -611,6 +616,7 @@ impl Attempt<'_> {
             record: record.clone(),
             identity: Some(identity),
             lease,
+            adopted: false,
         });
         if matches!(self.seed, Seed::Resume(..)) {
             self.inner.changes.is(record.live());

@@ -200,7 +200,7 @@ impl Inner {
         let restored = record.snapshot.as_ref().and_then(|id| self.snapshots.get(id));
         let identity =
             restored.map(|snapshot| snapshot.manifest.identity.clone()).or(record.identity.clone());
-        self.own(Machine { spec: spec.clone(), running, control, record, identity, lease });
+        self.own(Machine { spec: spec.clone(), running, control, record, identity, lease, adopted: true });
         Ok(())
     }
 }

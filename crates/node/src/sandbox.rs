@@ -99,6 +99,8 @@ pub struct Machine {
     pub identity: Option<Identity>,
     /// Keeps what it was restored from.
     pub lease: Option<Lease>,
+    /// Whether another server had it before.
+    pub adopted: bool,
 }
 
 impl Inner {
@@ -107,7 +109,7 @@ impl Inner {
         let (commands, queue) = mpsc::channel(QUEUE);
         let (live, watched) = watch::channel(machine.record.live());
         let id = machine.record.sandbox.clone();
-        let agent = Agent::new(self.tasks.clone(), self.stop.clone());
+        let agent = Agent::new(machine.adopted, self.tasks.clone(), self.stop.clone());
         let network = machine.spec.network.clone().zip(machine.record.network.clone());
         let network = network.map(|(slot, attachment)| Arc::new(Network::new(slot, attachment)));
         if let Some(network) = &network {

@@ -45,8 +45,9 @@ impl Node {
             }
         }
         let sandbox = self.awake(id).await?;
-        let reconnect = async || -> Result<_, SendError> {
-            Ok(sandbox.ask(|reply| Command::Connect(Port::Http, reply)).await??)
+        let reconnect = || {
+            let sandbox = Arc::clone(&sandbox);
+            async move { Ok(sandbox.ask(|reply| Command::Connect(Port::Http, reply)).await??) }
         };
         sandbox
             .agent
