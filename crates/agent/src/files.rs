@@ -8,6 +8,8 @@ use std::io::{self, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use async_compression::Level;
@@ -40,6 +42,10 @@ const IDLE: Duration = Duration::from_secs(30);
 const MAX_COMPOSE: usize = 1 << 20;
 /// Files in one upload.
 const MAX_PARTS: usize = 10_000;
+/// What stands before the content of a file in a form, in bytes.
+const MAX_HEAD: usize = 256 << 10;
+/// What a form's parser is given at once, in bytes.
+const PORTION: usize = 256 << 10;
 
 type Reply = Response<Body>;
 type Content = Pin<Box<dyn AsyncRead + Send>>;
@@ -335,12 +341,58 @@ pub async fn upload(state: &Arc<State>, request: Request<Incoming>) -> Reply {
             )));
         }
         let boundary = multer::parse_boundary(&kind).map_err(|problem| form_error(&problem))?;
-        let form = multer::Multipart::new(ReaderStream::with_capacity(content(request)?, CHUNK), boundary);
-        write_form(form, &asked, &attributes).await
+        let portions = Portions::of(content(request)?);
+        let left = Arc::clone(&portions.left);
+        write_form(multer::Multipart::new(portions, boundary), &left, &asked, &attributes).await
     };
     match result.await {
         Ok(written) => json(StatusCode::OK, &written),
         Err(reply) => *reply,
+    }
+}
+
+/// The body of a form for its parser, which takes all that there is before it looks at it: what a caller sends fast, or
+/// packed, would be in memory as a whole.
+struct Portions {
+    content: ReaderStream<Content>,
+    /// Given since the parser last had to wait, in bytes.
+    given: usize,
+    /// What may come before the next file's content begins, in bytes; `usize::MAX` while it comes.
+    left: Arc<AtomicUsize>,
+}
+
+impl Portions {
+    fn of(content: Content) -> Self {
+        Self {
+            content: ReaderStream::with_capacity(content, CHUNK),
+            given: 0,
+            left: Arc::new(AtomicUsize::new(MAX_HEAD + PORTION)),
+        }
+    }
+}
+
+impl Stream for Portions {
+    type Item = io::Result<Bytes>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.given >= PORTION {
+            self.given = 0;
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let left = self.left.load(Ordering::Relaxed);
+        if left == 0 {
+            let text = format!("more than {MAX_HEAD} bytes before the content of a file");
+            return Poll::Ready(Some(Err(io::Error::new(io::ErrorKind::InvalidData, text))));
+        }
+        let next = ready!(Pin::new(&mut self.content).poll_next(context));
+        if let Some(Ok(bytes)) = &next {
+            self.given += bytes.len();
+            if left != usize::MAX {
+                self.left.store(left.saturating_sub(bytes.len()), Ordering::Relaxed);
+            }
+        }
+        Poll::Ready(next)
     }
 }
 
@@ -357,12 +409,19 @@ fn form_error(problem: &multer::Error) -> Box<Reply> {
 
 async fn write_form(
     mut form: multer::Multipart<'static>,
+    left: &AtomicUsize,
     asked: &Asked,
     attributes: &[(String, String)],
 ) -> Result<Vec<Written>, Box<Reply>> {
     let mut written: Vec<Written> = Vec::new();
-    while let Some(field) = form.next_field().await.map_err(|problem| form_error(&problem))? {
+    loop {
+        // Some of it may be of the file that follows.
+        left.store(MAX_HEAD + PORTION, Ordering::Relaxed);
+        let next = form.next_field().await.map_err(|problem| form_error(&problem))?;
+        left.store(usize::MAX, Ordering::Relaxed);
+        let Some(mut field) = next else { break };
         if field.name() != Some("file") {
+            while field.chunk().await.map_err(|problem| form_error(&problem))?.is_some() {}
             continue;
         }
         let path = match (&asked.path, field.file_name()) {
@@ -501,9 +560,7 @@ async fn join(sources: &[PathBuf], destination: &Path, user: &User) -> Result<()
     if destination.is_dir() {
         return Err(at(destination, &io::ErrorKind::IsADirectory.into()));
     }
-    let mut name = destination.file_name().unwrap_or_default().to_owned();
-    name.push(".compose");
-    let part = destination.with_file_name(name);
+    let part = destination.with_file_name(format!(".compose-{}", kelvin_api::id::VmId::random()));
     let written = async {
         let mut file = create(&part, user).await?;
         for mut input in inputs {
@@ -529,6 +586,8 @@ async fn join(sources: &[PathBuf], destination: &Path, user: &User) -> Result<()
 
 #[cfg(test)]
 mod tests {
+    use futures::StreamExt;
+
     use super::*;
 
     proptest::proptest! {
@@ -558,6 +617,26 @@ mod tests {
                 proptest::prop_assert!(bytes <= 4096);
             }
         }
+    }
+
+    #[tokio::test]
+    async fn a_form_is_taken_in_portions_and_its_head_is_bounded() {
+        let endless = |content: &'static [u8]| -> Content {
+            Box::pin(content.chain(tokio::io::repeat(b'a').take(64 << 20)))
+        };
+        // The parser alone would take all of it at once.
+        let mut form = Portions::of(endless(b""));
+        form.left.store(usize::MAX, Ordering::Relaxed);
+        let mut at_once = 0;
+        while let Poll::Ready(Some(Ok(bytes))) = futures::poll!(form.next()) {
+            at_once += bytes.len();
+        }
+        assert_eq!(at_once, PORTION);
+
+        let form = Portions::of(endless(b"--b\r\nContent-Disposition: "));
+        let mut form = multer::Multipart::new(form, "b");
+        let problem = form.next_field().await.unwrap_err();
+        assert_eq!(form_error(&problem).status(), StatusCode::BAD_REQUEST);
     }
 
     #[test]

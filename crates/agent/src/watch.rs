@@ -31,6 +31,8 @@ use crate::port::watched;
 pub const MAX_WATCHES: usize = 1024;
 /// Directories of one tree.
 const MAX_DIRECTORIES: usize = 16_384;
+/// Events that are taken from the kernel before others have their turn.
+const BATCH: usize = 1024;
 /// Events that wait to be fetched, of one watcher and of all.
 const MAX_EVENTS: usize = 4096;
 const MAX_EVENTS_OF_ALL: usize = 65_536;
@@ -53,21 +55,16 @@ pub struct Wanted {
     pub include_entry: bool,
 }
 
-#[derive(Debug, Default)]
-struct Directory {
-    /// Relative to the root.
-    path: PathBuf,
-    /// Names that were found when the directory was new and reported then: their event is not told again.
-    told: HashSet<OsString>,
-}
-
 /// A directory, or a tree of them, with what happens in it.
 #[derive(Debug)]
 pub struct Watch {
     wanted: Wanted,
     fd: Arc<AsyncFd<OwnedFd>>,
-    directories: HashMap<i32, Directory>,
+    /// Paths relative to the root.
+    directories: HashMap<i32, PathBuf>,
     root: i32,
+    /// What was found in directories that are new, and reported then: its event is on its way and not told again.
+    told: HashSet<PathBuf>,
     /// Why nothing comes any more.
     over: Option<&'static str>,
     /// Whether something was missed.
@@ -155,12 +152,17 @@ impl Watches {
             let polled = Arc::clone(&polled);
             tokio::spawn(async move {
                 while let Ok(mut ready) = fd.readable().await {
-                    ready.clear_ready();
-                    let mut polled = locked(&polled);
-                    polled.read();
-                    if polled.watch.over.is_some() {
-                        return;
+                    {
+                        let mut polled = locked(&polled);
+                        if polled.read() {
+                            // What came after the last look has made it ready again.
+                            ready.clear_ready();
+                        }
+                        if polled.watch.over.is_some() {
+                            return;
+                        }
                     }
+                    tokio::task::yield_now().await;
                 }
             })
         };
@@ -216,8 +218,10 @@ pub fn gone(root: &Path, why: &str) -> ConnectError {
 }
 
 impl Polled {
-    fn read(&mut self) {
-        for event in self.watch.read() {
+    /// Whether that was all.
+    fn read(&mut self) -> bool {
+        let (events, all) = self.watch.read();
+        for event in events {
             if self.events.len() >= MAX_EVENTS || self.waiting.load(Ordering::Relaxed) >= MAX_EVENTS_OF_ALL {
                 self.lost += 1;
                 continue;
@@ -228,6 +232,7 @@ impl Polled {
         if std::mem::take(&mut self.watch.overflowed) {
             self.lost += 1;
         }
+        all
     }
 }
 
@@ -246,13 +251,14 @@ impl Watch {
             wanted,
             directories: HashMap::new(),
             root: -1,
+            told: HashSet::new(),
             over: None,
             overflowed: false,
             _place: place,
         };
         watch.root = watch.add(Path::new("")).map_err(at)?;
         if watch.wanted.recursive {
-            watch.descend(watch.root, Path::new(""), None).map_err(at)?;
+            watch.descend(Path::new(""), None).map_err(at)?;
         }
         Ok(watch)
     }
@@ -264,20 +270,15 @@ impl Watch {
         // The root may be a link; below it none is followed.
         let flags = if path.as_os_str().is_empty() { MASK } else { MASK | WatchFlags::DONT_FOLLOW };
         let wd = add_watch(self.fd.get_ref(), self.wanted.root.join(path), flags)?;
-        self.directories.insert(wd, Directory { path: path.to_owned(), ..Directory::default() });
+        self.directories.insert(wd, path.to_owned());
         Ok(wd)
     }
 
-    /// Watches the directories below the one at `path`, which is watched as `wd`, and reports into `events` what is found
-    /// in them.
-    fn descend(
-        &mut self,
-        wd: i32,
-        path: &Path,
-        mut events: Option<&mut Vec<FilesystemEvent>>,
-    ) -> io::Result<()> {
-        let mut open = vec![(wd, path.to_owned())];
-        while let Some((wd, path)) = open.pop() {
+    /// Watches the directories below the one at `path`, which is watched, and reports into `events` what is found in
+    /// them.
+    fn descend(&mut self, path: &Path, mut events: Option<&mut Vec<FilesystemEvent>>) -> io::Result<()> {
+        let mut open = vec![path.to_owned()];
+        while let Some(path) = open.pop() {
             let found = match std::fs::read_dir(self.wanted.root.join(&path)) {
                 Ok(found) => found,
                 Err(error) if path.as_os_str().is_empty() => return Err(error),
@@ -287,14 +288,15 @@ impl Watch {
             for child in found.flatten() {
                 let name = path.join(child.file_name());
                 if let Some(events) = events.as_deref_mut() {
-                    if let Some(own) = self.directories.get_mut(&wd) {
-                        own.told.insert(child.file_name());
+                    if self.told.len() >= MAX_EVENTS_OF_ALL {
+                        return Err(io::ErrorKind::QuotaExceeded.into());
                     }
+                    self.told.insert(name.clone());
                     events.push(self.event(&name, EventType::EVENT_TYPE_CREATE));
                 }
                 if child.file_type().is_ok_and(|kind| kind.is_dir()) {
                     match self.add(&name) {
-                        Ok(wd) => open.push((wd, name)),
+                        Ok(_) => open.push(name),
                         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                         Err(error) => return Err(error),
                     }
@@ -309,7 +311,7 @@ impl Watch {
         let below: Vec<i32> = self
             .directories
             .iter()
-            .filter(|(_, directory)| directory.path.starts_with(path))
+            .filter(|(_, directory)| directory.starts_with(path))
             .map(|(wd, _)| *wd)
             .collect();
         for wd in below {
@@ -332,24 +334,29 @@ impl Watch {
         }
     }
 
-    /// Everything that the kernel has to tell now.
-    fn read(&mut self) -> Vec<FilesystemEvent> {
+    /// What the kernel has to tell now, and whether that is all.
+    fn read(&mut self) -> (Vec<FilesystemEvent>, bool) {
         let mut events = Vec::new();
         if self.over.is_some() {
-            return events;
+            return (events, true);
         }
         let fd = Arc::clone(&self.fd);
         let mut buffer = [MaybeUninit::uninit(); 16 << 10];
         let mut reader = Reader::new(fd.get_ref(), &mut buffer);
-        // An error is AGAIN: there is nothing more now.
-        while let Ok(raw) = reader.next() {
+        // What was read from the kernel together is told together: the reader has it and would take it along.
+        while events.len() < BATCH || !reader.is_buffer_empty() {
+            let Ok(raw) = reader.next() else {
+                // AGAIN. What was on its way when a directory was looked through has come.
+                self.told.clear();
+                return (events, true);
+            };
             let name = raw.file_name().map(|name| OsStr::from_bytes(name.to_bytes()).to_owned());
             self.took(raw.wd(), raw.events(), name, &mut events);
             if self.over.is_some() {
-                break;
+                return (events, true);
             }
         }
-        events
+        (events, false)
     }
 
     fn took(&mut self, wd: i32, what: ReadFlags, name: Option<OsString>, events: &mut Vec<FilesystemEvent>) {
@@ -357,7 +364,7 @@ impl Watch {
             self.overflowed = true;
             return;
         }
-        let Some(directory) = self.directories.get_mut(&wd) else {
+        let Some(directory) = self.directories.get(&wd) else {
             return;
         };
         let Some(name) = name else {
@@ -369,14 +376,14 @@ impl Watch {
             }
             return;
         };
-        let path = directory.path.join(&name);
+        let path = directory.join(&name);
         let created = what.intersects(ReadFlags::CREATE | ReadFlags::MOVED_TO);
-        if created && directory.told.remove(&name) {
+        if created && self.told.remove(&path) {
             return;
         }
         if what.intersects(ReadFlags::DELETE | ReadFlags::MOVED_FROM) {
             // It was there before its directory was watched: no event of its creation was to come.
-            directory.told.remove(&name);
+            self.told.remove(&path);
         }
         let kind = if created {
             EventType::EVENT_TYPE_CREATE
@@ -396,7 +403,7 @@ impl Watch {
         if what.contains(ReadFlags::MOVED_FROM) {
             self.forget(&path);
         } else if created {
-            let added = self.add(&path).and_then(|wd| self.descend(wd, &path, Some(events)));
+            let added = self.add(&path).and_then(|_| self.descend(&path, Some(events)));
             match added {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => self.overflowed = true,
                 _ => {}
@@ -427,7 +434,7 @@ impl Watch {
     /// were lost.
     pub async fn next(&mut self) -> Result<Vec<FilesystemEvent>, ConnectError> {
         loop {
-            let events = self.read();
+            let (events, all) = self.read();
             if std::mem::take(&mut self.overflowed) {
                 return Err(ConnectError::resource_exhausted("events were lost: too much happened at once"));
             }
@@ -436,6 +443,10 @@ impl Watch {
             }
             if let Some(why) = self.over {
                 return Err(gone(&self.wanted.root, why));
+            }
+            if !all {
+                tokio::task::yield_now().await;
+                continue;
             }
             let fd = Arc::clone(&self.fd);
             match fd.readable().await {

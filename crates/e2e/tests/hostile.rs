@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use http::{Method, StatusCode};
+use http_body_util::BodyExt;
 use kelvin_api::sandbox::Sandbox;
 use kelvin_e2e::{Ground, Server, agent_of, ask, new_sandbox, sh};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -194,6 +195,27 @@ async fn malformed_requests_get_typed_errors_and_the_agent_stays_up() {
     let (status, reply) = ask(&server, &Method::POST, "/files?path=up", &headers, "not gzip").await;
     assert_eq!(status, StatusCode::BAD_REQUEST, "{reply}");
 
+    // A packed form that is 256 MiB: it may fill the disk, as any other file, and not the agent.
+    let form = r#"b"--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"zeroes\"\r\n\r\n""#;
+    sh(
+        &agent,
+        &format!(
+            "python3 -c 'import gzip\nwith gzip.open(\"bomb\", \"wb\") as f:\n f.write({form})\n for _ in range(256): f.write(bytes(1 << 20))\n f.write(b\"\\r\\n--b--\\r\\n\")'"
+        ),
+    )
+    .await;
+    let mut response = kelvin_e2e::send(&server, &Method::GET, "/files?path=bomb", &to.headers(), "").await;
+    let packed = response.body_mut().collect().await.expect("a body").to_bytes();
+    let mut headers = to.headers();
+    headers.extend([("content-type", "multipart/form-data; boundary=b"), ("content-encoding", "gzip")]);
+    let (status, reply) = ask(&server, &Method::POST, "/files", &headers, packed.to_vec()).await;
+    assert_eq!(status, StatusCode::OK, "{reply}");
+    assert_eq!(sh(&agent, "stat -c %s zeroes; rm zeroes").await, format!("{}\n", 256 << 20));
+    let peak =
+        sh(&agent, "awk '/VmHWM/ { print int($2 / 1024) }' /proc/$(pgrep -o -f 'agent$')/status").await;
+    let peak: u64 = peak.trim().parse().expect("MiB");
+    assert!(peak < 32, "the agent had {peak} MiB");
+
     // A header of a mebibyte.
     let head = format!("GET /files?path=f HTTP/1.1\r\nx-large: {}", "a".repeat(1 << 20));
     let (status, _) = reply_of(to.begin(&head, b"").await).await;
@@ -301,7 +323,7 @@ async fn ten_gibibytes_go_through_in_flat_memory() {
     let started = Instant::now();
     let mut response = kelvin_e2e::send(&server, &Method::GET, "/files?path=up", &to.headers(), "").await;
     let mut received = 0;
-    while let Some(frame) = http_body_util::BodyExt::frame(response.body_mut()).await {
+    while let Some(frame) = response.body_mut().frame().await {
         received += frame.expect("a frame").data_ref().map_or(0, |data| data.len() as u64);
     }
     assert_eq!(received, bytes);

@@ -45,8 +45,9 @@ impl Node {
             }
         }
         let sandbox = self.awake(id).await?;
-        let reconnect = || {
-            let sandbox = Arc::clone(&sandbox);
+        let connects = Arc::clone(&sandbox);
+        let reconnect = move || {
+            let sandbox = Arc::clone(&connects);
             async move { Ok(sandbox.ask(|reply| Command::Connect(Port::Http, reply)).await??) }
         };
         sandbox
