@@ -5,11 +5,11 @@
 //! running, frozen fs │ vCPUs stopped        │ running again; a sandbox that is to be paused stays stopped
 //! ```
 //!
-//! Without memory it is the disk alone: to be booted, not to go on. Ahead of the pause is done what can be: the parent's memory is cloned, the disk is flushed, the guest freezes its
-//! file system. Memory and disk are of one instant also when the guest does not answer: a hostile agent cannot
-//! prevent a pause, it only does without a clean file system. Whatever fails, the machine goes on and what was
-//! staged is removed; a crash leaves it to `staging/`, which the next start empties, and a stopped machine, which
-//! the next start lets go on.
+//! Without memory it is the disk alone: to be booted, not to go on. Ahead of the pause is done what can be: the
+//! parent's memory is cloned, the disk is flushed, the guest freezes its file system. Memory and disk are of one
+//! instant also when the guest does not answer: a hostile agent cannot prevent a pause, it only does without a clean
+//! file system. Whatever fails, the machine goes on and what was staged is removed; a crash leaves it to `staging/`,
+//! which the next start empties, and a stopped machine, which the next start lets go on.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -123,7 +123,19 @@ fn leftovers(directory: &Path) -> Vec<String> {
     found
 }
 
+/// One run at a time: it counts what its servers leave behind, and measures. The kernel unlocks it when a run dies.
+fn alone() -> Result<fs::File> {
+    let lock = fs::File::create(cache().join("e2e.lock"))?;
+    if let Err(error) = lock.try_lock() {
+        let fs::TryLockError::WouldBlock = error else { return Err(error.into()) };
+        say("waiting: another run of the tests is on its way in this tree");
+        lock.lock()?;
+    }
+    Ok(lock)
+}
+
 fn end_to_end(built: &Built, filter: &[String]) -> Result<()> {
+    let _alone = alone()?;
     let ground = Ground::make(built)?;
     let sdks = crate::sdk::ensure()?;
     let mut tests = cargo();
