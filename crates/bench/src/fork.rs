@@ -7,7 +7,7 @@
 
 use std::time::Instant;
 
-use comfy_table::{Table, presets};
+use comfy_table::Table;
 use kelvin_api::sandbox::{BakeTemplate, ForkSandbox, NewSandbox, StartPath};
 use kelvin_client::Client;
 use kelvin_client::agent::Command;
@@ -16,7 +16,7 @@ use serde::Serialize;
 use crate::bare::{self, Bare};
 use kelvin_host::process::{proportional_kib, working_in};
 
-use crate::{Percentiles, ms, settle};
+use crate::{Percentiles, ms, percentile_table, settle};
 
 /// How long a sandbox of the bench lives at the most, in seconds.
 const LIFE_S: u64 = 300;
@@ -94,27 +94,17 @@ pub struct Report {
 impl Report {
     /// For people.
     pub fn table(&self) -> Table {
-        let mut table = Table::new();
-        table.load_style(presets::NOTHING);
-        table.set_header(["", "P50", "P95", "P99"]);
-        let mut row = |name: &str, values: &Percentiles| {
-            table.add_row([
-                name.to_owned(),
-                format!("{:.2}", values.p50),
-                format!("{:.2}", values.p95),
-                format!("{:.2}", values.p99),
-            ]);
-        };
-        row("source stood still, ms", &self.paused_ms);
-        row("pages it had written", &self.dirty_pages);
-        row(&format!("fork to {} answering, ms", self.children), &self.fork_ms);
-        if let Some(memory) = &self.children_mib {
-            row("memory of the children, MiB", memory);
-        }
+        let fork = format!("fork to {} answering, ms", self.children);
+        let mut rows = vec![
+            ("source stood still, ms", &self.paused_ms),
+            ("pages it had written", &self.dirty_pages),
+            (fork.as_str(), &self.fork_ms),
+        ];
+        rows.extend(self.children_mib.as_ref().map(|memory| ("memory of the children, MiB", memory)));
         if let (Some(baseline), Some(pages)) = (&self.baseline_ms, &self.baseline_dirty_pages) {
-            row("prototype stood still, ms", baseline);
-            row("pages it had written", pages);
+            rows.extend([("prototype stood still, ms", baseline), ("pages it had written", pages)]);
         }
+        let mut table = percentile_table("", 2, &rows);
         if let Some(ratio) = self.ratio_p50 {
             table.add_row(["source ÷ prototype, p50".to_owned(), format!("{ratio:.3}")]);
         }

@@ -13,6 +13,7 @@ pub mod slots;
 
 use std::time::{Duration, Instant};
 
+use comfy_table::{Table, presets};
 use kelvin_client::Client;
 use serde::Serialize;
 
@@ -42,6 +43,18 @@ impl Percentiles {
         };
         Some(Self { p50: rank(50), p95: rank(95), p99: rank(99) })
     }
+}
+
+/// A table of percentiles for people: what `unit` says, with `digits` behind the point.
+fn percentile_table(unit: &str, digits: usize, rows: &[(&str, &Percentiles)]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header([unit, "P50", "P95", "P99"]);
+    for (name, values) in rows {
+        let figures = [values.p50, values.p95, values.p99].map(|value| format!("{value:.digits$}"));
+        table.add_row([(*name).to_owned()].into_iter().chain(figures));
+    }
+    table
 }
 
 /// Why a node is not waited for any longer.

@@ -2,13 +2,13 @@
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use comfy_table::{Table, presets};
+use comfy_table::Table;
 use kelvin_api::sandbox::NewSandbox;
 use kelvin_client::Client;
 use kelvin_client::agent::Command;
 use serde::Serialize;
 
-use crate::{Percentiles, ms};
+use crate::{Percentiles, ms, percentile_table};
 
 const LIFE_S: u64 = 600;
 const WRITER: &str = "n=0; while :; do n=$((n+1)); echo $n > /tmp/n; dd if=/dev/urandom of=/home/user/data bs=64k count=4 conv=notrunc 2>/dev/null; done";
@@ -62,21 +62,15 @@ pub struct Report {
 impl Report {
     /// For people.
     pub fn table(&self) -> Table {
-        let mut table = Table::new();
-        table.load_style(presets::NOTHING);
-        table.set_header(["", "P50", "P95", "P99"]);
-        for (name, values) in [
+        let rows = [
             ("pause, ms", &self.pause_ms),
             ("  stopped and saved, ms", &self.paused_ms),
             ("  pages it had written", &self.dirty_pages),
             ("resume, ms", &self.resume_ms),
             ("first command, ms", &self.first_exec_ms),
             ("clock error, s", &self.clock_error_s),
-        ] {
-            let figures = [values.p50, values.p95, values.p99].map(|value| format!("{value:.3}"));
-            table.add_row([name.to_owned()].into_iter().chain(figures));
-        }
-        table
+        ];
+        percentile_table("", 3, &rows)
     }
 }
 

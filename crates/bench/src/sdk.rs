@@ -7,14 +7,14 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Instant;
 
-use comfy_table::{Table, presets};
+use comfy_table::Table;
 use kelvin_api::sandbox::NewSandbox;
 use kelvin_client::Client;
 use kelvin_client::agent::Command;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, BufReader};
 
-use crate::{Percentiles, ms};
+use crate::{Percentiles, ms, percentile_table};
 
 const PROGRAM: &str = include_str!("sdk.py");
 const LIFE_S: u64 = 120;
@@ -74,18 +74,12 @@ pub struct Report {
 impl Report {
     /// For people.
     pub fn table(&self) -> Table {
-        let mut table = Table::new();
-        table.load_style(presets::NOTHING);
-        table.set_header(["milliseconds", "P50", "P95", "P99"]);
-        for (name, values) in [
+        let rows = [
             ("SDK: create", &self.create_ms),
             ("SDK: create to first command", &self.ready_ms),
             ("own client: the same", &self.own_ready_ms),
-        ] {
-            let figures = [values.p50, values.p95, values.p99].map(|value| format!("{value:.1}"));
-            table.add_row([name.to_owned()].into_iter().chain(figures));
-        }
-        table
+        ];
+        percentile_table("milliseconds", 1, &rows)
     }
 }
 

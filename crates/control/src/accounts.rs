@@ -124,11 +124,7 @@ impl Accounts {
     /// # Errors
     /// `Invalid` for a name or a limit that is none, `Internal` when it cannot be kept.
     pub async fn create(&self, wanted: NewApiKey, database: &Database) -> Result<CreatedApiKey, Failure> {
-        let name = wanted.name.trim();
-        if name.is_empty() || name.chars().count() > NAME || name.chars().any(char::is_control) {
-            let text = format!("the name of a key is 1 to {NAME} characters without control characters");
-            return Err(invalid("invalid_name", text, "choose another name"));
-        }
+        let name = check_name(&wanted.name)?;
         if wanted.requests_per_second == Some(0) || wanted.max_sandboxes == Some(0) {
             let text = "a limit of 0 allows nothing";
             return Err(invalid("invalid_limit", text, "leave it out for no limit, or revoke the key"));
@@ -136,7 +132,7 @@ impl Accounts {
         let key = random_key()?;
         let info = ApiKeyInfo {
             id: uuid::Uuid::new_v4().to_string(),
-            name: name.to_owned(),
+            name,
             mask: Mask {
                 prefix: PREFIX.to_owned(),
                 value_length: u32::try_from(key.len() - PREFIX.len()).unwrap_or(u32::MAX),
@@ -157,9 +153,9 @@ impl Accounts {
     /// Renames a key. Whether there is one of this id.
     ///
     /// # Errors
-    /// When the database cannot be written.
+    /// `Invalid` for a name that is none, `Internal` when it cannot be kept.
     pub async fn rename(&self, id: &str, name: &str, database: &Database) -> Result<bool, Failure> {
-        database.rename_key(id.to_owned(), name.to_owned()).await.map_err(database_failed)
+        database.rename_key(id.to_owned(), check_name(name)?).await.map_err(database_failed)
     }
 
     /// Revokes a key: its next request is refused. Whether there was one.
@@ -204,6 +200,15 @@ impl Accounts {
 pub fn shown(headers: &HeaderMap) -> Option<&str> {
     let bearer = || headers.get("authorization")?.to_str().ok()?.strip_prefix("Bearer ");
     headers.get("x-api-key").and_then(|value| value.to_str().ok()).or_else(bearer)
+}
+
+fn check_name(name: &str) -> Result<String, Failure> {
+    let name = name.trim();
+    if name.is_empty() || name.chars().count() > NAME || name.chars().any(char::is_control) {
+        let text = format!("the name of a key is 1 to {NAME} characters without control characters");
+        return Err(invalid("invalid_name", text, "choose another name"));
+    }
+    Ok(name.to_owned())
 }
 
 fn account(info: &ApiKeyInfo) -> Account {

@@ -7,41 +7,36 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::{Body, Bytes};
-use axum::extract::{FromRequestParts, MatchedPath, Path, Query, Request, State};
+use axum::extract::{FromRequestParts, MatchedPath, Request, State};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use kelvin_api::account::{AuditEntry, Project};
+use kelvin_api::account::AuditEntry;
 use kelvin_api::error::{Failure, Kind};
+use kelvin_api::id::SandboxId;
 use kelvin_api::network::{NetworkState, NetworkUpdate};
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{
-    BakeTemplate, CAPTURE_HEADER, Capture, ConnectSandbox, ForkResult, ForkSandbox, LogLevel, MAX_TIMEOUT_S,
-    Metadata, NewSandbox, NodeInfo, PauseMode, PauseSandbox, PoolInfo, ResumeSandbox, Sandbox, SandboxDetail,
-    SandboxLogEntry, SandboxLogs, SandboxState, SetPool, SetTimeout, SnapshotInfo, SnapshotSandbox,
+    BakeTemplate, CAPTURE_HEADER, Capture, ConnectSandbox, ForkResult, ForkSandbox, MAX_TIMEOUT_S,
+    NewSandbox, NodeInfo, PauseMode, PauseSandbox, PoolInfo, ResumeSandbox, Sandbox, SandboxDetail, SetPool,
+    SetTimeout, SnapshotInfo, SnapshotSandbox,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Caller;
-use crate::database::Filter;
 use crate::openapi::{Api, Operation, op};
 use crate::reply::reply;
 use crate::service::{Control, DEFAULT_TIMEOUT_S, invalid, sandbox_of, unknown_template};
-use crate::{catalog, meter, metrics, people};
+use crate::{catalog, list, logs, meter, metrics, people};
 
 /// The largest body of a request.
 const MAX_BODY: usize = 4 << 20;
-/// Rows of a page that asks for no number, and the most. Source: E2B's OpenAPI, `paginationLimit`.
-const PAGE: usize = 100;
 /// The time to live that a connect without a timeout asks for, in seconds. Source: E2B's clients.
 const CONNECT_TIMEOUT_S: u64 = 300;
-
-/// Log entries that are given at once. Source: E2B's OpenAPI.
-const LOG_ENTRIES: usize = 1000;
 /// The longest wait that a caller who is over a limit is told.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
@@ -111,18 +106,6 @@ fn admin() -> Api {
         .for_admins(|router| router.route_layer(from_fn(for_admins)))
 }
 
-/// Parameters of a list of sandboxes.
-const LIST: &[(&str, &str)] = &[
-    ("metadata", "pairs key=value, encoded, joined by &"),
-    ("state", "running, paused, or both, joined by a comma"),
-    ("order", "asc or desc, by start"),
-    ("startedAfter", "RFC 3339"),
-    ("template", "only of this template"),
-    ("limit", "rows of a page, at most 100"),
-    ("nextToken", "X-Next-Token of the page before"),
-    ("project", "Kelvin: of another project, or * for all; for the server's own key"),
-];
-
 fn create_op() -> Operation {
     op("Create a sandbox; it is ready when this replies")
         .body::<NewSandbox>()
@@ -143,18 +126,6 @@ fn sandboxes() -> Api {
     Api::new()
         .route(&post, "/sandboxes", create, create_op())
         .route(&post, "/v2/sandboxes", create, create_op())
-        .route(
-            &get,
-            "/sandboxes",
-            list_running,
-            op("Sandboxes that run").query(LIST).reply::<Vec<SandboxDetail>>(200).errors(&[400]),
-        )
-        .route(
-            &get,
-            "/v2/sandboxes",
-            list,
-            op("Sandboxes, running and paused").query(LIST).reply::<Vec<SandboxDetail>>(200).errors(&[400]),
-        )
         .route(&get, "/sandboxes/{id}", detail, op("One sandbox").reply::<SandboxDetail>(200).errors(&[404]))
         .route(&delete, "/sandboxes/{id}", kill, op("End a sandbox").empty(204).errors(&[404]))
         .route(
@@ -215,30 +186,6 @@ fn sandboxes() -> Api {
         )
         .route(
             &get,
-            "/sandboxes/{id}/logs",
-            logs,
-            op("The console of a sandbox")
-                .query(&[("start", "milliseconds since 1970"), ("limit", "lines")])
-                .reply::<SandboxLogs>(200)
-                .errors(&[404]),
-        )
-        .route(
-            &get,
-            "/v2/sandboxes/{id}/logs",
-            log_entries,
-            op("The console of a sandbox, filtered")
-                .query(&[
-                    ("cursor", "milliseconds since 1970"),
-                    ("limit", "entries, at most 1000"),
-                    ("direction", "forward or backward"),
-                    ("level", "the least that is shown: debug, info, warn, error"),
-                    ("search", "only with this text in them"),
-                ])
-                .reply::<LogPage>(200)
-                .errors(&[400, 404]),
-        )
-        .route(
-            &get,
             "/sandboxes/{id}/network",
             network,
             op("Kelvin: what a sandbox may reach and what it was refused")
@@ -258,7 +205,13 @@ fn sandboxes() -> Api {
 
 /// Every route that asks for an API key.
 pub(crate) fn routes() -> Api {
-    sandboxes().merge(meter::routes()).merge(catalog::routes()).merge(people::routes()).merge(admin())
+    sandboxes()
+        .merge(list::routes())
+        .merge(logs::routes())
+        .merge(meter::routes())
+        .merge(catalog::routes())
+        .merge(people::routes())
+        .merge(admin())
 }
 
 impl Control {
@@ -289,13 +242,38 @@ struct Baked {
 /// The reply of `POST /sandboxes/{id}/promote`.
 #[derive(Debug, Serialize, schemars::JsonSchema)]
 struct Promoted {
-    ended: Vec<kelvin_api::id::SandboxId>,
+    ended: Vec<SandboxId>,
 }
 
-/// The reply of `GET /v2/sandboxes/{id}/logs`.
-#[derive(Debug, Serialize, schemars::JsonSchema)]
-struct LogPage {
-    logs: Vec<SandboxLogEntry>,
+/// The query of a request; one that does not parse is refused as every other bad input is.
+pub(crate) struct Query<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
+    type Rejection = Failed;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failed> {
+        match axum::extract::Query::from_request_parts(parts, state).await {
+            Ok(axum::extract::Query(query)) => Ok(Self(query)),
+            Err(problem) => {
+                Err(invalid("invalid_query", problem.body_text(), "GET /openapi.json lists the parameters")
+                    .into())
+            }
+        }
+    }
+}
+
+/// The parameters of a path, refused in the same way.
+pub(crate) struct Path<T>(pub T);
+
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T> {
+    type Rejection = Failed;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failed> {
+        match axum::extract::Path::from_request_parts(parts, state).await {
+            Ok(axum::extract::Path(path)) => Ok(Self(path)),
+            Err(problem) => Err(invalid("invalid_path", problem.body_text(), "names are UTF-8").into()),
+        }
+    }
 }
 
 /// The account of a request, from the layer that admits it.
@@ -307,6 +285,27 @@ impl<S: Sync> FromRequestParts<S> for Who {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Failed> {
         let none = || Failure::new(Kind::Internal, "no_account", "the request has no account", "report this");
         Ok(Self(parts.extensions.get::<Caller>().cloned().ok_or_else(none)?))
+    }
+}
+
+/// The caller's sandbox that a path names. Asked for before the body is: of what is another's nothing is said, not even
+/// what is wrong with the request.
+pub(crate) struct Own {
+    pub caller: Caller,
+    pub id: SandboxId,
+    /// When the request came.
+    pub since: Instant,
+}
+
+impl FromRequestParts<Control> for Own {
+    type Rejection = Failed;
+
+    async fn from_request_parts(parts: &mut Parts, control: &Control) -> Result<Self, Failed> {
+        let since = Instant::now();
+        let Who(caller) = Who::from_request_parts(parts, control).await?;
+        let Path(id) = Path::<String>::from_request_parts(parts, control).await?;
+        let id = control.inner.owned(&caller, &id).await?;
+        Ok(Self { caller, id, since })
     }
 }
 
@@ -379,7 +378,8 @@ async fn for_admins(Who(caller): Who, request: Request, next: Next) -> Response 
     reply(&not_an_admin())
 }
 
-fn not_an_admin() -> Failure {
+/// What is said to who may not do what the server's own key may.
+pub(crate) fn not_an_admin() -> Failure {
     let text = "this is for the server's own key";
     let remedy = "the key is in <data-dir>/api-key of the server";
     Failure::new(Kind::Forbidden, "not_an_admin", text, remedy)
@@ -457,129 +457,16 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Failure> {
     }
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct ListQuery {
-    metadata: Option<String>,
-    state: Option<String>,
-    order: Option<String>,
-    started_after: Option<String>,
-    template: Option<String>,
-    limit: Option<String>,
-    next_token: Option<String>,
-    /// Kelvin: for the server's own key.
-    project: Option<String>,
+async fn detail(State(control): State<Control>, Own { id, .. }: Own) -> Outcome {
+    Ok(json(StatusCode::OK, &control.inner.get(&id).await?))
 }
 
-fn metadata_filter(text: &str) -> Metadata {
-    let decode = |part: &str| {
-        percent_encoding::percent_decode_str(&part.replace('+', " ")).decode_utf8_lossy().into_owned()
-    };
-    text.split('&')
-        .filter(|pair| !pair.is_empty())
-        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
-        .map(|(key, value)| (decode(key), decode(value)))
-        .collect()
-}
-
-impl ListQuery {
-    fn filter(&self, project: Option<Project>) -> Result<Filter, Failure> {
-        let invalid = |field: &str, text: &str, remedy: &str| {
-            let shown: String = text.chars().take(80).collect();
-            Failure::new(Kind::Invalid, "invalid_query", format!("{field}={shown:?} is not allowed"), remedy)
-        };
-        let limit = page_limit(self.limit.as_ref())?;
-        let ascending = match self.order.as_deref() {
-            None | Some("desc") => false,
-            Some("asc") => true,
-            Some(other) => return Err(invalid("order", other, "asc or desc")),
-        };
-        let started_after = match &self.started_after {
-            None => None,
-            Some(text) => Some(text.parse().map_err(|_| invalid("startedAfter", text, "an RFC 3339 time"))?),
-        };
-        Ok(Filter {
-            project,
-            metadata: self.metadata.as_deref().map(metadata_filter).unwrap_or_default(),
-            template: self.template.clone(),
-            state: None,
-            started_after,
-            ascending,
-            after: None,
-            limit,
-        })
-    }
-
-    /// Whose sandboxes are wanted: the caller's, or what the server's own key asks for (`*` is everybody's).
-    fn of_project(&self, caller: &Caller) -> Result<Option<Project>, Failure> {
-        match self.project.as_deref() {
-            None => Ok(Some(caller.project.clone())),
-            Some(_) if !caller.is_admin => Err(not_an_admin()),
-            Some("*") => Ok(None),
-            Some(name) => {
-                let bad =
-                    |text: &str| invalid("invalid_query", format!("project: {text}"), "a project, or *");
-                name.parse().map(Some).map_err(bad)
-            }
-        }
-    }
-
-    /// The one state that is wanted; none when both are.
-    fn wanted_state(&self) -> Result<Option<SandboxState>, Failure> {
-        let (mut running, mut paused) = (false, false);
-        for state in self.state.as_deref().unwrap_or("running,paused").split(',') {
-            match state {
-                "running" => running = true,
-                "paused" => paused = true,
-                other => {
-                    return Err(Failure::new(
-                        Kind::Invalid,
-                        "invalid_query",
-                        format!("no state {:?}", other.chars().take(80).collect::<String>()),
-                        "running or paused",
-                    ));
-                }
-            }
-        }
-        Ok(match (running, paused) {
-            (true, false) => Some(SandboxState::Running),
-            (false, true) => Some(SandboxState::Paused),
-            _ => None,
-        })
-    }
-}
-
-/// The older list knows no paused sandboxes. Source: E2B's OpenAPI, `GET /sandboxes`.
-async fn list_running(state: State<Control>, who: Who, Query(query): Query<ListQuery>) -> Outcome {
-    list(state, who, Query(ListQuery { state: Some("running".to_owned()), ..query })).await
-}
-
-async fn list(State(control): State<Control>, Who(caller): Who, Query(query): Query<ListQuery>) -> Outcome {
-    let filter = Filter { state: query.wanted_state()?, ..query.filter(query.of_project(&caller)?)? };
-    let page = control.inner.list(filter, query.next_token.as_deref()).await?;
-    let mut response = json(StatusCode::OK, &page.sandboxes);
-    if let Some(next) = page.next.and_then(|next| HeaderValue::from_str(&next).ok()) {
-        response.headers_mut().insert("x-next-token", next);
-    }
-    Ok(response)
-}
-
-async fn detail(State(control): State<Control>, Who(caller): Who, Path(id): Path<String>) -> Outcome {
-    Ok(json(StatusCode::OK, &control.inner.get(&control.inner.owned(&caller, &id).await?).await?))
-}
-
-async fn kill(State(control): State<Control>, Who(caller): Who, Path(id): Path<String>) -> Outcome {
-    control.inner.kill(&control.inner.owned(&caller, &id).await?).await?;
+async fn kill(State(control): State<Control>, Own { id, .. }: Own) -> Outcome {
+    control.inner.kill(&id).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-async fn set_timeout(
-    State(control): State<Control>,
-    Who(caller): Who,
-    Path(id): Path<String>,
-    request: Request,
-) -> Outcome {
-    let id = control.inner.owned(&caller, &id).await?;
+async fn set_timeout(State(control): State<Control>, Own { id, .. }: Own, request: Request) -> Outcome {
     let body: SetTimeout = parse_required(&read(request).await?)?;
     control.inner.set_timeout(&id, body.timeout, true).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
@@ -591,13 +478,7 @@ struct Refresh {
     duration: Option<u64>,
 }
 
-async fn refresh(
-    State(control): State<Control>,
-    Who(caller): Who,
-    Path(id): Path<String>,
-    request: Request,
-) -> Outcome {
-    let id = control.inner.owned(&caller, &id).await?;
+async fn refresh(State(control): State<Control>, Own { id, .. }: Own, request: Request) -> Outcome {
     let body: Refresh = parse(&read(request).await?)?;
     control.inner.set_timeout(&id, body.duration.unwrap_or(60).min(MAX_TIMEOUT_S), false).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
@@ -605,17 +486,14 @@ async fn refresh(
 
 async fn connect(
     State(control): State<Control>,
-    Who(caller): Who,
-    Path(id): Path<String>,
+    Own { caller, id, since }: Own,
     request: Request,
 ) -> Outcome {
-    let id = control.inner.owned(&caller, &id).await?;
     let body: ConnectSandbox = parse(&read(request).await?)?;
-    let started = Instant::now();
     let seconds = body.timeout.unwrap_or(CONNECT_TIMEOUT_S);
     match control.inner.connect(&caller, &id, seconds, PauseMode::of(body.memory)).await? {
         (_, Some(resumed)) => {
-            Ok(timed(json(StatusCode::CREATED, &resumed.sandbox), &resumed.timings, started.elapsed()))
+            Ok(timed(json(StatusCode::CREATED, &resumed.sandbox), &resumed.timings, since.elapsed()))
         }
         (detail, None) => Ok(json(StatusCode::OK, &sandbox_of(&detail))),
     }
@@ -638,29 +516,15 @@ fn captured(mut response: Response, capture: &Capture) -> Response {
     response
 }
 
-async fn pause(
-    State(control): State<Control>,
-    Who(caller): Who,
-    Path(id): Path<String>,
-    request: Request,
-) -> Outcome {
-    let started = Instant::now();
-    let id = control.inner.owned(&caller, &id).await?;
+async fn pause(State(control): State<Control>, Own { id, since, .. }: Own, request: Request) -> Outcome {
     let body: PauseSandbox = parse(&read(request).await?)?;
     let (mode, healthy) = (PauseMode::of(body.memory), body.require_healthy_guest == Some(true));
     let (capture, timings) = control.inner.pause(&id, mode, healthy).await?;
-    let response = timed(StatusCode::NO_CONTENT.into_response(), &timings, started.elapsed());
+    let response = timed(StatusCode::NO_CONTENT.into_response(), &timings, since.elapsed());
     Ok(captured(response, &capture))
 }
 
-async fn resume(
-    State(control): State<Control>,
-    Who(caller): Who,
-    Path(id): Path<String>,
-    request: Request,
-) -> Outcome {
-    let started = Instant::now();
-    let id = control.inner.owned(&caller, &id).await?;
+async fn resume(State(control): State<Control>, Own { caller, id, since }: Own, request: Request) -> Outcome {
     let body: ResumeSandbox = parse(&read(request).await?)?;
     if body.auto_pause.is_some() {
         let text = "autoPause is set when a sandbox is created, not when it is resumed";
@@ -668,21 +532,14 @@ async fn resume(
     }
     let (timeout, mode) = (body.timeout.unwrap_or(DEFAULT_TIMEOUT_S), PauseMode::of(body.memory));
     let resumed = control.inner.resume(&caller, &id, timeout, mode).await?;
-    Ok(timed(json(StatusCode::CREATED, &resumed.sandbox), &resumed.timings, started.elapsed()))
+    Ok(timed(json(StatusCode::CREATED, &resumed.sandbox), &resumed.timings, since.elapsed()))
 }
 
-async fn fork(
-    State(control): State<Control>,
-    Who(caller): Who,
-    Path(id): Path<String>,
-    request: Request,
-) -> Outcome {
-    let started = Instant::now();
-    let id = control.inner.owned(&caller, &id).await?;
+async fn fork(State(control): State<Control>, Own { caller, id, since }: Own, request: Request) -> Outcome {
     no_key(request.headers())?;
     let body: ForkSandbox = parse(&read(request).await?)?;
     let forked = control.fork(caller, id, body).await?;
-    let response = timed(json(StatusCode::CREATED, &forked.results), &forked.timings, started.elapsed());
+    let response = timed(json(StatusCode::CREATED, &forked.results), &forked.timings, since.elapsed());
     Ok(captured(response, &forked.capture))
 }
 
@@ -695,112 +552,26 @@ fn no_key(headers: &HeaderMap) -> Result<(), Failure> {
     Err(Failure::new(Kind::Invalid, "unsupported_header", text, "leave the header out"))
 }
 
-async fn promote(State(control): State<Control>, Who(caller): Who, Path(id): Path<String>) -> Outcome {
-    let ended = control.inner.promote(&control.inner.owned(&caller, &id).await?).await?;
+async fn promote(State(control): State<Control>, Own { id, .. }: Own) -> Outcome {
+    let ended = control.inner.promote(&id).await?;
     Ok(json(StatusCode::OK, &Promoted { ended }))
 }
 
-async fn snapshot(
-    State(control): State<Control>,
-    Who(caller): Who,
-    Path(id): Path<String>,
-    request: Request,
-) -> Outcome {
-    let started = Instant::now();
-    let id = control.inner.owned(&caller, &id).await?;
+async fn snapshot(State(control): State<Control>, Own { id, since, .. }: Own, request: Request) -> Outcome {
     no_key(request.headers())?;
     let body: SnapshotSandbox = parse(&read(request).await?)?;
     let (info, capture, timings) = control.inner.snapshot(&id, body).await?;
-    Ok(captured(timed(json(StatusCode::CREATED, &info), &timings, started.elapsed()), &capture))
+    Ok(captured(timed(json(StatusCode::CREATED, &info), &timings, since.elapsed()), &capture))
 }
 
-pub(crate) fn page_limit(text: Option<&String>) -> Result<usize, Failure> {
-    let Some(text) = text else {
-        return Ok(PAGE);
-    };
-    text.parse().ok().filter(|limit| (1..=PAGE).contains(limit)).ok_or_else(|| {
-        let shown: String = text.chars().take(80).collect();
-        let message = format!("limit={shown:?} is not allowed");
-        Failure::new(Kind::Invalid, "invalid_query", message, "ask for 1 to 100")
-    })
+async fn network(State(control): State<Control>, Own { id, .. }: Own) -> Outcome {
+    Ok(json(StatusCode::OK, &control.inner.network(&id).await?))
 }
 
-async fn network(State(control): State<Control>, Who(caller): Who, Path(id): Path<String>) -> Outcome {
-    Ok(json(StatusCode::OK, &control.inner.network(&control.inner.owned(&caller, &id).await?).await?))
-}
-
-async fn set_network(
-    State(control): State<Control>,
-    Who(caller): Who,
-    Path(id): Path<String>,
-    request: Request,
-) -> Outcome {
-    let id = control.inner.owned(&caller, &id).await?;
+async fn set_network(State(control): State<Control>, Own { id, .. }: Own, request: Request) -> Outcome {
     let update: NetworkUpdate = parse(&read(request).await?)?;
     control.inner.set_network(&id, update).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
-}
-
-#[derive(Debug, Deserialize)]
-struct OldLogQuery {
-    start: Option<i64>,
-    limit: Option<usize>,
-}
-
-async fn logs(
-    State(control): State<Control>,
-    Who(caller): Who,
-    Path(id): Path<String>,
-    Query(query): Query<OldLogQuery>,
-) -> Outcome {
-    let id = control.inner.owned(&caller, &id).await?;
-    let mut found = control.inner.logs(&id).await?;
-    let (start, limit) = (query.start.unwrap_or(0), query.limit.unwrap_or(LOG_ENTRIES));
-    found.logs.retain(|line| line.timestamp.as_millisecond() >= start);
-    found.log_entries.retain(|entry| entry.timestamp.as_millisecond() >= start);
-    found.logs.truncate(limit);
-    found.log_entries.truncate(limit);
-    Ok(json(StatusCode::OK, &found))
-}
-
-#[derive(Debug, Deserialize)]
-struct LogQuery {
-    cursor: Option<i64>,
-    limit: Option<usize>,
-    direction: Option<String>,
-    level: Option<LogLevel>,
-    search: Option<String>,
-}
-
-async fn log_entries(
-    State(control): State<Control>,
-    Who(caller): Who,
-    Path(id): Path<String>,
-    Query(query): Query<LogQuery>,
-) -> Outcome {
-    let id = control.inner.owned(&caller, &id).await?;
-    let backward = match query.direction.as_deref() {
-        None | Some("forward") => false,
-        Some("backward") => true,
-        Some(_) => {
-            return Err(invalid("invalid_query", "direction is not allowed", "forward or backward").into());
-        }
-    };
-    let mut entries = control.inner.logs(&id).await?.log_entries;
-    if backward {
-        entries.reverse();
-    }
-    let after = |entry: &SandboxLogEntry| {
-        let at = entry.timestamp.as_millisecond();
-        query.cursor.is_none_or(|cursor| if backward { at <= cursor } else { at >= cursor })
-    };
-    entries.retain(|entry| {
-        after(entry)
-            && query.level.is_none_or(|level| entry.level >= level)
-            && query.search.as_ref().is_none_or(|text| entry.message.contains(text.as_str()))
-    });
-    entries.truncate(query.limit.unwrap_or(LOG_ENTRIES).min(LOG_ENTRIES));
-    Ok(json(StatusCode::OK, &LogPage { logs: entries }))
 }
 
 async fn bake(State(control): State<Control>, Path(name): Path<String>, request: Request) -> Outcome {
@@ -833,5 +604,9 @@ async fn node(State(control): State<Control>) -> Outcome {
 
 async fn collect(State(control): State<Control>, Query(query): Query<HashMap<String, String>>) -> Outcome {
     let dry_run = query.get("dryRun").is_some_and(|value| value == "true");
-    Ok(json(StatusCode::OK, &control.inner.node.collect(dry_run).await?))
+    let collected = control.inner.node.collect(dry_run).await?;
+    if !dry_run {
+        control.inner.forget_owners().await?;
+    }
+    Ok(json(StatusCode::OK, &collected))
 }

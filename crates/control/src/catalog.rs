@@ -3,11 +3,11 @@
 //! Templates are everybody's; snapshots and tags are a project's. A tag is a name for what a template is today: it keeps
 //! nothing, and once the template was imported anew a create from it is refused.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use axum::extract::{Path, Query, Request, State};
-use axum::response::{IntoResponse, Response};
-use http::{HeaderValue, Method, StatusCode};
+use axum::extract::{Request, State};
+use axum::response::IntoResponse;
+use http::{Method, StatusCode};
 use kelvin_api::account::DEFAULT_PROJECT;
 use kelvin_api::error::{Failure, Kind};
 use kelvin_api::id::TemplateName;
@@ -16,8 +16,9 @@ use kelvin_api::sandbox::{SnapshotInfo, Template};
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Account;
-use crate::api::{Outcome, Who, json, page_limit, parse_required, read};
+use crate::api::{Outcome, Path, Query, Who, json, parse_required, read};
 use crate::database::TagRow;
+use crate::list::{PAGE, page_limit, with_next};
 use crate::openapi::{Api, op};
 use crate::service::{
     Control, Inner, database_failed, invalid, make_page_token, parse_page_token, unknown_template,
@@ -30,8 +31,6 @@ const MAX_TAGS: usize = 100;
 
 /// The routes.
 pub(crate) fn routes() -> Api {
-    const PAGE: &[(&str, &str)] =
-        &[("limit", "rows of a page, at most 100"), ("nextToken", "X-Next-Token of the page before")];
     let (get, post, delete) = (Method::GET, Method::POST, Method::DELETE);
     let remove = |summary| {
         op(summary)
@@ -45,12 +44,8 @@ pub(crate) fn routes() -> Api {
             "/snapshots",
             snapshots,
             op("Snapshots that are kept, newest first")
-                .query(&[
-                    ("sandboxID", "only of this sandbox"),
-                    ("name", "only of this name"),
-                    ("limit", "rows of a page, at most 100"),
-                    ("nextToken", "X-Next-Token of the page before"),
-                ])
+                .query(&[("sandboxID", "only of this sandbox"), ("name", "only of this name")])
+                .query(PAGE)
                 .reply::<Vec<SnapshotInfo>>(200)
                 .errors(&[400]),
         )
@@ -68,11 +63,8 @@ pub(crate) fn routes() -> Api {
             "/v2/templates",
             template_page,
             op("Templates, by name")
-                .query(&[
-                    ("teamID", "every project has the same templates"),
-                    ("limit", "rows of a page, at most 100"),
-                    ("nextToken", "X-Next-Token of the page before"),
-                ])
+                .query(&[("teamID", "every project has the same templates")])
+                .query(PAGE)
                 .reply::<Vec<Template>>(200)
                 .errors(&[400]),
         )
@@ -183,18 +175,16 @@ impl Inner {
     /// What `text` (a template, or a snapshot by id or name, each with or without a tag) is for a caller.
     pub(crate) async fn base(&self, caller: &Account, text: &str) -> Result<Base, Failure> {
         let (name, tag) = split_tag(text);
-        if let Some(id) = self.snapshot_of(caller, name).await? {
-            if tag.is_some_and(|tag| tag != DEFAULT_TAG) {
-                return Err(unknown_template(text));
-            }
-            return self.node.base(&id).await;
-        }
+        let tag = tag.filter(|tag| *tag != DEFAULT_TAG);
+        // A template first: nothing is asked of the database for it, and no snapshot can take its name.
         let base = match self.node.base(name).await? {
             Base::Template(template) => Base::Template(template),
-            // Not this caller's, or it would have been found above.
-            Base::Snapshot(_) => return Err(unknown_template(text)),
+            Base::Snapshot(_) => match self.snapshot_of(caller, name).await? {
+                Some(id) if tag.is_none() => return self.node.base(&id).await,
+                _ => return Err(unknown_template(text)),
+            },
         };
-        if let Some(tag) = tag.filter(|tag| *tag != DEFAULT_TAG) {
+        if let Some(tag) = tag {
             let tags = self.database.tags(caller.project.as_str(), name).await.map_err(database_failed)?;
             let known = tags.iter().find(|row| row.tag == tag).ok_or_else(|| unknown_template(text))?;
             let now = self.template(name).await?.build_id;
@@ -250,6 +240,18 @@ impl Inner {
             .ok_or_else(|| unknown_template(name))
     }
 
+    /// Forgets whose the snapshots were that are gone.
+    pub(crate) async fn forget_owners(&self) -> Result<(), Failure> {
+        // In this order: an owner is noted when its snapshot is there.
+        let owners = self.database.snapshot_owners().await.map_err(database_failed)?;
+        let there: HashSet<String> =
+            self.node.snapshots().await?.into_iter().map(|info| info.snapshot_id).collect();
+        for id in owners.into_keys().filter(|id| !there.contains(id)) {
+            self.database.forget_snapshot(id).await.map_err(database_failed)?;
+        }
+        Ok(())
+    }
+
     /// The snapshots of a caller's project, newest first.
     async fn snapshots(&self, caller: &Account) -> Result<Vec<SnapshotInfo>, Failure> {
         let owners = self.database.snapshot_owners().await.map_err(database_failed)?;
@@ -297,13 +299,6 @@ async fn snapshots(
     Ok(with_next(json(StatusCode::OK, &found), next))
 }
 
-fn with_next(mut response: Response, next: Option<String>) -> Response {
-    if let Some(next) = next.and_then(|next| HeaderValue::from_str(&next).ok()) {
-        response.headers_mut().insert("x-next-token", next);
-    }
-    response
-}
-
 async fn remove_snapshot(
     State(control): State<Control>,
     Who(caller): Who,
@@ -318,13 +313,8 @@ async fn remove_snapshot(
     };
     let (bare, _) = split_tag(&name);
     let id = control.inner.snapshot_of(&caller, bare).await?.ok_or_else(missing)?;
-    let before: Vec<String> =
-        control.inner.snapshots(&caller).await?.into_iter().map(|info| info.snapshot_id).collect();
     control.inner.node.remove_snapshot(&id, cascade).await?;
-    let left = control.inner.snapshots(&caller).await?;
-    for gone in before.iter().filter(|id| left.iter().all(|info| info.snapshot_id != **id)) {
-        control.inner.database.forget_snapshot(gone.clone()).await.map_err(database_failed)?;
-    }
+    control.inner.forget_owners().await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 

@@ -13,6 +13,8 @@ mod auth;
 mod catalog;
 mod database;
 mod lifecycle;
+mod list;
+mod logs;
 mod meter;
 mod metrics;
 mod network;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use axum::extract::{Path, Query, State};
+use axum::extract::State;
 use futures::StreamExt;
 use http::{Method, StatusCode};
 use kelvin_api::account::Project;
@@ -14,7 +14,7 @@ use kelvin_api::sandbox::{GuestMetrics, ProjectMetric, SandboxMetric, SandboxSta
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Account;
-use crate::api::{Outcome, Who, json};
+use crate::api::{Outcome, Own, Path, Query, Who, json};
 use crate::openapi::{Api, op};
 use crate::service::{Control, Inner, database_failed, invalid};
 
@@ -24,6 +24,8 @@ const EVERY: Duration = Duration::from_secs(15);
 const AT_ONCE: usize = 8;
 /// How long a guest may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Measurements of one sandbox that are given at once: the newest.
+const MAX_ROWS: u32 = 10_000;
 /// Sandboxes in one request. Source: E2B's OpenAPI.
 const MAX_IDS: usize = 100;
 
@@ -152,8 +154,8 @@ impl Inner {
 
     /// The newest measurement of a sandbox; taken now, when there is none yet.
     async fn newest(&self, id: &SandboxId) -> Result<Option<SandboxMetric>, Failure> {
-        let known = self.database.metrics(id, 0, i64::MAX).await.map_err(database_failed)?;
-        if let Some(last) = known.into_iter().next_back() {
+        let known = self.database.metrics(id, 0, i64::MAX, 1).await.map_err(database_failed)?;
+        if let Some(last) = known.into_iter().next() {
             return Ok(Some(last));
         }
         if self.row(id).await?.state != SandboxState::Running {
@@ -186,14 +188,13 @@ impl Interval {
 
 async fn of_one(
     State(control): State<Control>,
-    Who(caller): Who,
-    Path(id): Path<String>,
+    Own { id, .. }: Own,
     Query(query): Query<Interval>,
 ) -> Outcome {
-    let id = control.inner.owned(&caller, &id).await?;
     let (start, end) = query.check()?;
     control.inner.newest(&id).await?;
-    Ok(json(StatusCode::OK, &control.inner.database.metrics(&id, start, end).await.map_err(database_failed)?))
+    let found = control.inner.database.metrics(&id, start, end, MAX_ROWS).await.map_err(database_failed)?;
+    Ok(json(StatusCode::OK, &found))
 }
 
 /// The newest measurement of each sandbox; those that are not there, or another's, are left out.
@@ -234,16 +235,24 @@ fn project_of(caller: &Account, id: &str) -> Result<Project, Failure> {
     if project == caller.project || caller.is_admin { Ok(project) } else { Err(none()) }
 }
 
+/// What the project `id` of a path used in the interval that is asked for.
+async fn used(
+    control: &Control,
+    caller: &Account,
+    id: &str,
+    query: &Interval,
+) -> Result<Vec<ProjectMetric>, Failure> {
+    let (project, (start, end)) = (project_of(caller, id)?, query.check()?);
+    control.inner.database.project_metrics(&project, start, end).await.map_err(database_failed)
+}
+
 async fn of_project(
     State(control): State<Control>,
     Who(caller): Who,
     Path(id): Path<String>,
     Query(query): Query<Interval>,
 ) -> Outcome {
-    let (project, (start, end)) = (project_of(&caller, &id)?, query.check()?);
-    let found =
-        control.inner.database.project_metrics(&project, start, end).await.map_err(database_failed)?;
-    Ok(json(StatusCode::OK, &found))
+    Ok(json(StatusCode::OK, &used(&control, &caller, &id, &query).await?))
 }
 
 async fn most_of_project(
@@ -252,7 +261,7 @@ async fn most_of_project(
     Path(id): Path<String>,
     Query(query): Query<Interval>,
 ) -> Outcome {
-    let (project, (start, end)) = (project_of(&caller, &id)?, query.check()?);
+    let found = used(&control, &caller, &id, &query).await?;
     let value = match query.metric.as_deref() {
         Some("concurrent_sandboxes") => |metric: &ProjectMetric| f64::from(metric.concurrent_sandboxes),
         Some("sandbox_start_rate") => |metric: &ProjectMetric| metric.sandbox_start_rate,
@@ -261,8 +270,6 @@ async fn most_of_project(
             return Err(invalid("invalid_query", "metric is not allowed", remedy).into());
         }
     };
-    let found =
-        control.inner.database.project_metrics(&project, start, end).await.map_err(database_failed)?;
     let most = found.iter().max_by(|one, other| value(one).total_cmp(&value(other)));
     let timestamp = most.map_or_else(jiff::Timestamp::now, |metric| metric.timestamp);
     let reply =

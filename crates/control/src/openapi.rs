@@ -22,7 +22,7 @@ type MakeSchema = fn(&mut SchemaGenerator) -> Schema;
 /// One operation, as it is described.
 pub(crate) struct Operation {
     summary: &'static str,
-    query: &'static [(&'static str, &'static str)],
+    query: Vec<(&'static str, &'static str)>,
     body: Option<MakeSchema>,
     body_required: bool,
     replies: Vec<(u16, Option<MakeSchema>)>,
@@ -34,7 +34,7 @@ pub(crate) struct Operation {
 pub(crate) fn op(summary: &'static str) -> Operation {
     Operation {
         summary,
-        query: &[],
+        query: Vec::new(),
         body: None,
         body_required: true,
         replies: Vec::new(),
@@ -48,9 +48,9 @@ fn schema_of<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
 }
 
 impl Operation {
-    /// Its query parameters, with what they are.
-    pub(crate) fn query(mut self, query: &'static [(&'static str, &'static str)]) -> Self {
-        self.query = query;
+    /// More of its query parameters, with what they are.
+    pub(crate) fn query(mut self, query: &[(&'static str, &'static str)]) -> Self {
+        self.query.extend(query);
         self
     }
 

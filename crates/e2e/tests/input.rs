@@ -82,6 +82,7 @@ async fn bad_input_is_refused_by_name_and_makes_nothing() {
 
     let key = format!("x-api-key: {}", server.key());
     let post = format!("POST /sandboxes HTTP/1.1\r\n{key}");
+    let many: String = (0..65).map(|number| format!("k{number}%3Dv%26")).collect();
     for (request, body, status, code) in [
         (post.as_str(), "{", 400, "malformed_json"),
         (post.as_str(), "[]", 400, "invalid_request"),
@@ -97,6 +98,10 @@ async fn bad_input_is_refused_by_name_and_makes_nothing() {
         (&format!("GET /v2/sandboxes?limit=0 HTTP/1.1\r\n{key}"), "", 400, "invalid_query"),
         (&format!("GET /v2/sandboxes?nextToken=%20 HTTP/1.1\r\n{key}"), "", 400, "invalid_token"),
         (&format!("GET /v2/sandboxes?state=odd HTTP/1.1\r\n{key}"), "", 400, "invalid_query"),
+        (&format!("GET /v2/sandboxes?metadata={many} HTTP/1.1\r\n{key}"), "", 400, "invalid_query"),
+        (&format!("GET /audit?limit=x HTTP/1.1\r\n{key}"), "", 400, "invalid_query"),
+        (&format!("GET /templates/base/tags/exists HTTP/1.1\r\n{key}"), "", 400, "invalid_query"),
+        (&format!("GET /sandboxes/%ff HTTP/1.1\r\n{key}"), "", 400, "invalid_path"),
         (&format!("{post}\r\nidempotency-key: {}", "k".repeat(300)), "{}", 400, "invalid_idempotency_key"),
         (&format!("POST /sandboxes/nosuch/pause HTTP/1.1\r\n{key}"), "", 404, "sandbox_not_found"),
         // Whose it is comes before what is asked.

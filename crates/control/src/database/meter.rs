@@ -7,7 +7,7 @@ use kelvin_host::db::Error;
 
 use super::{Database, bad};
 
-/// Measurements of one sandbox that are given at once: the newest.
+/// Measurements of a project that are given at once: the newest.
 const ROWS: i64 = 10_000;
 /// How long what a project used is kept, in seconds: 30 days.
 const PROJECT_LIFE_S: i64 = 30 * 24 * 60 * 60;
@@ -71,8 +71,14 @@ impl Database {
             .await
     }
 
-    /// Measurements of one sandbox from `start` to `end`, in seconds since 1970; oldest first.
-    pub async fn metrics(&self, id: &SandboxId, start: i64, end: i64) -> Result<Vec<SandboxMetric>, Error> {
+    /// Measurements of one sandbox from `start` to `end`, in seconds since 1970; the newest `most`, oldest first.
+    pub async fn metrics(
+        &self,
+        id: &SandboxId,
+        start: i64,
+        end: i64,
+        most: u32,
+    ) -> Result<Vec<SandboxMetric>, Error> {
         let id = id.to_string();
         self.0
             .call(move |connection| {
@@ -81,7 +87,7 @@ impl Database {
                         "SELECT at_s, cpu_count, cpu_pct, mem_used, mem_total, mem_cache, disk_used, disk_total \
                          FROM metrics WHERE sandbox = ?1 AND at_s BETWEEN ?2 AND ?3 ORDER BY at_s DESC LIMIT ?4",
                     )?
-                    .query_map((id, start, end, ROWS), |row| {
+                    .query_map((id, start, end, most), |row| {
                         let at: i64 = row.get(0)?;
                         Ok(SandboxMetric {
                             timestamp: second(at)?,

@@ -407,24 +407,20 @@ impl Database {
 
     /// Forgets a sandbox that was not made, and its key: a retry starts afresh.
     pub async fn undo(&self, id: &SandboxId) -> Result<(), Error> {
-        let id = id.to_string();
-        self.0
-            .call(move |connection| {
-                let transaction = connection.transaction()?;
-                transaction.prepare_cached("DELETE FROM idempotency WHERE sandbox = ?1")?.execute([&id])?;
-                transaction.prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?.execute([&id])?;
-                transaction.commit()
-            })
-            .await
+        self.forget(id, "DELETE FROM idempotency WHERE sandbox = ?1").await
     }
 
     /// Forgets a sandbox that has ended; its key stays, and with it the reply.
     pub async fn end(&self, id: &SandboxId) -> Result<(), Error> {
+        self.forget(id, "DELETE FROM metrics WHERE sandbox = ?1").await
+    }
+
+    async fn forget(&self, id: &SandboxId, with_it: &'static str) -> Result<(), Error> {
         let id = id.to_string();
         self.0
             .call(move |connection| {
                 let transaction = connection.transaction()?;
-                transaction.prepare_cached("DELETE FROM metrics WHERE sandbox = ?1")?.execute([&id])?;
+                transaction.prepare_cached(with_it)?.execute([&id])?;
                 transaction.prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?.execute([&id])?;
                 transaction.commit()
             })
