@@ -16,6 +16,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("node", &["egress", "vmm", "store", "host", "api"]),
     // `host` for its one SQLite thread; never `node`.
     ("control", &["store", "host", "api"]),
+    ("fuzz", &["api"]),
     ("gateway", &["api"]),
     ("client", &["api"]),
     ("bench", &["client", "host", "api"]),

@@ -24,6 +24,7 @@ const USAGE: &str = "usage: cargo xtask <command>
   test      everything CI runs: format, lints, licences, unit and end-to-end tests
   up [code-interpreter]
             start a server in the background, with the templates: eval \"$(cargo xtask up)\"
+  fuzz      the fuzz targets for a short while
   openapi   write openapi/kelvin.json anew
   down      stop it and everything that it owns
   bench     build and bake, then run `kelvin bench create` with the given arguments on a server of its own
@@ -96,6 +97,7 @@ fn dispatch(arguments: &[String]) -> Result<()> {
         Some("up") => server::up(rest),
         Some("down") => server::down(),
         Some("bench") => server::bench(rest),
+        Some("fuzz") => suite::fuzz(),
         Some("openapi") => suite::write_openapi(),
         Some("build") => server::prepare().map(drop),
         Some("deps") => deps::check(),

@@ -9,6 +9,7 @@ use crate::{Result, output, run, say};
 const NEEDED: &[&str] = &[
     "debian-archive-keyring",
     "e2fsprogs",
+    "g++",
     "gcc",
     "iproute2",
     "kmod",

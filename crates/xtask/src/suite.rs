@@ -156,6 +156,45 @@ fn end_to_end(built: &Built, filter: &[String]) -> Result<()> {
     result.and(cleared)
 }
 
+/// How long each fuzz target runs, in seconds; what it finds is kept, and the next run goes on from there.
+const FUZZ_S: u32 = 10;
+
+/// Coverage for libFuzzer, from a compiler that is not a nightly one. Source: what `cargo fuzz --sanitizer none` passes.
+const COVERAGE: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+    -Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Ccodegen-units=1";
+
+/// The parsers of bytes from the other side, with any bytes: no panic, bounded memory, no input that takes long.
+pub fn fuzz() -> Result<()> {
+    let target = "x86_64-unknown-linux-gnu";
+    let directory = cache().join("fuzz");
+    run_command(
+        cargo()
+            .args(["build", "--release", "--package", "kelvin-fuzz", "--target", target])
+            .env("RUSTFLAGS", COVERAGE)
+            .env("CARGO_TARGET_DIR", directory.join("target")),
+    )?;
+    for name in ["agent_bytes", "host_bytes"] {
+        let corpus = directory.join(name);
+        fs::create_dir_all(&corpus)?;
+        let run = Command::new(directory.join("target").join(target).join("release").join(name))
+            .current_dir(&directory)
+            .arg(format!("-max_total_time={FUZZ_S}"))
+            .args(["-rss_limit_mb=512", "-malloc_limit_mb=64", "-timeout=5", "-max_len=8192"])
+            .args(["-verbosity=0", "-print_final_stats=1"])
+            .arg(&corpus)
+            .output()?;
+        let said = String::from_utf8_lossy(&run.stderr);
+        if !run.status.success() {
+            return Err(format!("{name} found something, it is in {}:\n{said}", directory.display()).into());
+        }
+        for line in said.lines().filter(|line| line.contains("executed_units") || line.contains("peak_rss")) {
+            say(&format!("{name}: {line}"));
+        }
+    }
+    Ok(())
+}
+
 /// Writes the OpenAPI document that is in the repository, from the routes.
 pub fn write_openapi() -> Result<()> {
     let test = "openapi::tests::the_document_in_the_repository_is_the_one_that_is_served";
@@ -180,7 +219,16 @@ pub fn run(filter: &[String]) -> Result<()> {
     step("licences", deny)?;
     let built = server::prepare()?;
     step("unit tests and driver conformance", || {
-        cargo_step(&["test", "--release", "--workspace", "--exclude", "kelvin-e2e"])
+        cargo_step(&[
+            "test",
+            "--release",
+            "--workspace",
+            "--exclude",
+            "kelvin-e2e",
+            "--exclude",
+            "kelvin-fuzz",
+        ])
     })?;
+    step("fuzz", fuzz)?;
     step("end to end", || end_to_end(&built, &[]))
 }
