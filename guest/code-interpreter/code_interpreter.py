@@ -182,6 +182,10 @@ class Interpreter:
             if language not in (None, "", "python", "python3"):
                 raise Refused(400, f"language {str(language)[:40]!r} is not supported, only python is")
             async with self.starting:
+                default = self.contexts.get(self.default)
+                # It may have ended between two cells.
+                if default and not await default.manager.is_alive():
+                    await self.remove(default)
                 if self.default not in self.contexts:
                     self.default = (await self.create()).id
             id = self.default
@@ -325,6 +329,9 @@ class Execute(Handler):
         async with context.lock:
             if self.gone:
                 return
+            if not await context.manager.is_alive():
+                await self.interpreter.remove(context)
+                raise Refused(404, f"Context {context.id} not found: its kernel has ended")
             await self.interpreter.prepare(context)
             if variables:
                 await context.silent(

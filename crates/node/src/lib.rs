@@ -81,6 +81,8 @@ pub(crate) struct Inner {
     pools: Mutex<HashMap<String, Arc<Pool>>>,
     /// What operators want of warm machines, by template.
     rules: Mutex<BTreeMap<TemplateName, Rule>>,
+    /// Held while they are changed and written.
+    writing_rules: tokio::sync::Mutex<()>,
     /// Told when a target may have changed.
     warm_wanted: Notify,
     /// With what the file system said of the file when it was read.
@@ -359,6 +361,7 @@ impl Node {
             creating: Mutex::default(),
             pools: Mutex::default(),
             rules: Mutex::new(rules),
+            writing_rules: tokio::sync::Mutex::default(),
             warm_wanted: Notify::new(),
             templates: Mutex::default(),
             bakes: tokio::sync::Mutex::default(),

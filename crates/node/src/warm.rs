@@ -424,23 +424,25 @@ impl Node {
     /// `Store` for an unknown template, `Rule` for numbers that contradict each other, `Io`.
     pub async fn set_pool(&self, template: &TemplateName, wanted: SetPool) -> Result<(), Error> {
         self.inner.store.template_stamp(template)?;
-        let rules = {
-            let mut rules = lock(&self.inner.rules);
-            let mut rule = rules.get(template).copied().unwrap_or(self.inner.options.warm);
-            rule.min = wanted.min.unwrap_or(rule.min);
-            rule.max = wanted.max.unwrap_or(rule.max.max(rule.min));
-            rule.max_age_s = wanted.max_age_s.unwrap_or(rule.max_age_s);
-            if rule.min > rule.max || rule.max > MAX_WARM || rule.max_age_s == 0 {
-                return Err(Error::Rule { min: rule.min, max: rule.max, most: MAX_WARM });
-            }
-            rules.insert(template.clone(), rule);
-            rules.clone()
-        };
-        let path = self.inner.store.root().join(RULES);
-        let written = tokio::task::spawn_blocking(move || write_rules(&path, &rules)).await;
-        written
-            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-            .map_err(|source| Error::Io { what: "remembering what is wanted of a pool", source })?;
+        // One after another: each writes the whole file.
+        let _writing = self.inner.writing_rules.lock().await;
+        let mut rules = lock(&self.inner.rules).clone();
+        let mut rule = rules.get(template).copied().unwrap_or(self.inner.options.warm);
+        rule.min = wanted.min.unwrap_or(rule.min);
+        rule.max = wanted.max.unwrap_or(rule.max.max(rule.min));
+        rule.max_age_s = wanted.max_age_s.unwrap_or(rule.max_age_s);
+        if rule.min > rule.max || rule.max > MAX_WARM || rule.max_age_s == 0 {
+            return Err(Error::Rule { min: rule.min, max: rule.max, most: MAX_WARM });
+        }
+        rules.insert(template.clone(), rule);
+        let (path, wanted) = (self.inner.store.root().join(RULES), rules.clone());
+        tokio::task::spawn_blocking(move || kelvin_store::write_json(&path, &wanted)).await.map_err(
+            |error| Error::Io {
+                what: "remembering what is wanted of a pool",
+                source: std::io::Error::other(error),
+            },
+        )??;
+        *lock(&self.inner.rules) = rules;
         self.inner.look_at_pools();
         Ok(())
     }
@@ -454,20 +456,13 @@ const MAX_WARM: u32 = 1000;
 /// What operators wanted when the last daemon ended.
 ///
 /// # Errors
-/// `Io` when it cannot be read: rules that were set are not forgotten silently.
+/// `Store` when it cannot be read: rules that were set are not forgotten silently.
 pub fn read_rules(root: &Path) -> Result<BTreeMap<TemplateName, Rule>, Error> {
-    let failed = |source| Error::Io { what: "reading pools.json", source };
-    match std::fs::read(root.join(RULES)) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| failed(error.into())),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),
-        Err(error) => Err(failed(error)),
+    match kelvin_store::read_json(&root.join(RULES)) {
+        Ok(rules) => Ok(rules),
+        Err(kelvin_store::Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            Ok(BTreeMap::new())
+        }
+        Err(error) => Err(error.into()),
     }
-}
-
-/// Leaves the old content or the new one, whatever happens.
-fn write_rules(path: &Path, rules: &BTreeMap<TemplateName, Rule>) -> std::io::Result<()> {
-    let fresh = path.with_extension("json.new");
-    std::fs::write(&fresh, serde_json::to_vec_pretty(rules)?)?;
-    std::fs::File::open(&fresh)?.sync_all()?;
-    std::fs::rename(fresh, path)
 }

@@ -180,13 +180,20 @@ impl Store {
     }
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
+/// Reads what [`write_json`] wrote.
+///
+/// # Errors
+/// `Io` when it cannot be read, `Manifest` when it is not what is expected.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
     let bytes = fs::read(path).map_err(io_error("reading", path))?;
     serde_json::from_slice(&bytes).map_err(|source| Error::Manifest { path: path.to_owned(), source })
 }
 
-/// Writes `value` so that `path` has the old content or the new one, whatever happens.
-fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
+/// Writes `value` so that `path` has the old content or the new one, whatever happens. One writer at a time.
+///
+/// # Errors
+/// `Io` when it cannot be written.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
     let fresh = path.with_extension("json.new");
     let mut bytes = serde_json::to_vec_pretty(value)
         .map_err(|source| Error::Manifest { path: path.to_owned(), source })?;

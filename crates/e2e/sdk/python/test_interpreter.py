@@ -70,6 +70,11 @@ def test_a_deadline_interrupts_and_a_dead_kernel_is_replaced(sandbox):
     assert sandbox.run_code("1 + 1").text == "2"
     assert sandbox.run_code("import os; os._exit(1)").error.name == "KernelDied"
     assert sandbox.run_code("1 + 2").text == "3"
+    # One that ends while no cell runs is nobody's trouble.
+    pid = sandbox.run_code("import os; os.getpid()").text
+    ended = f"! kill -0 {pid} 2>/dev/null || grep -q '^State:.Z' /proc/{pid}/status"
+    sandbox.commands.run(f"kill -9 {pid}; until {ended}; do sleep 0.1; done", user="root")
+    assert sandbox.run_code("2 + 3", envs={"ONE": "1"}).text == "5"
 
 
 def test_other_languages_are_refused(sandbox):
