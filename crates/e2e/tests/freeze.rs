@@ -3,13 +3,16 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kelvin_api::sandbox::{ForkSandbox, NewSandbox, PauseSandbox, SandboxState, StartPath};
 use kelvin_client::agent::{Agent, Told};
 use kelvin_client::{Client, Error};
 use kelvin_e2e::{Ground, LIMIT, Server, agent_of, new_sandbox, sh, shell, start_counter};
 use kelvin_host::ledger::Ledger;
+
+/// How long an agent does not answer that stands still.
+const SILENT: Duration = Duration::from_secs(3);
 
 fn now_s() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs_f64()
@@ -239,17 +242,16 @@ async fn what_cannot_be_paused_is_not_ended_and_a_silent_guest_can_be_paused() {
     let client = server.client();
     client.resume(id, 600).await.expect("a resume");
     let agent = client.agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), Some("root".to_owned()));
+    let agent = agent.expect("an agent");
     let stop = "setsid sh -c 'sleep 0.5; kill -STOP $(pgrep -f \"^/proc/self/exe agent\")' >/dev/null 2>&1 &";
-    sh(&agent.expect("an agent"), stop).await;
-    // Until the signal has come, the agent still answers.
-    let healthy = PauseSandbox { require_healthy_guest: Some(true), ..PauseSandbox::default() };
-    let refusal = loop {
-        match client.pause_as(id, &healthy).await {
-            Ok(_) => client.resume(id, 600).await.expect("a resume"),
-            Err(refusal) => break refusal,
-        };
+    sh(&agent, stop).await;
+    // Until the signal has come, it answers.
+    let started = Instant::now();
+    while tokio::time::timeout(SILENT, agent.run(&shell("true"), 1024)).await.is_ok() {
         assert!(started.elapsed() < LIMIT, "the agent never stood still");
-    };
+    }
+    let healthy = PauseSandbox { require_healthy_guest: Some(true), ..PauseSandbox::default() };
+    let refusal = client.pause_as(id, &healthy).await.expect_err("its agent does not answer");
     assert_eq!(refused(refusal).1, "guest_unhealthy");
     assert_eq!(client.sandbox(id).await.expect("a detail").state, SandboxState::Running);
     let capture = client.pause(id).await.expect("a pause");
