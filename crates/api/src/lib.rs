@@ -16,6 +16,7 @@ pub mod signature;
 pub mod units;
 
 /// envd's services, generated from `proto/`.
+#[cfg(feature = "envd")]
 #[allow(missing_docs, clippy::all, clippy::unwrap_used)]
 pub mod envd {
     connectrpc::include_generated!();

@@ -162,7 +162,7 @@ const FUZZ_S: u32 = 10;
 /// Coverage for libFuzzer, from a compiler that is not a nightly one. Source: what `cargo fuzz --sanitizer none` passes.
 const COVERAGE: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
-    -Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Ccodegen-units=1";
+    -Cllvm-args=-sanitizer-coverage-trace-compares";
 
 /// The parsers of bytes from the other side, with any bytes: no panic, bounded memory, no input that takes long.
 pub fn fuzz() -> Result<()> {
@@ -170,14 +170,17 @@ pub fn fuzz() -> Result<()> {
     let directory = cache().join("fuzz");
     run_command(
         cargo()
-            .args(["build", "--release", "--package", "kelvin-fuzz", "--target", target])
+            .args(["build", "--package", "kelvin-fuzz", "--target", target])
             .env("RUSTFLAGS", COVERAGE)
+            // With the checks of a debug build, and quick.
+            .env("CARGO_PROFILE_DEV_OPT_LEVEL", "1")
+            .env("CARGO_PROFILE_DEV_DEBUG", "0")
             .env("CARGO_TARGET_DIR", directory.join("target")),
     )?;
     for name in ["agent_bytes", "host_bytes"] {
         let corpus = directory.join(name);
         fs::create_dir_all(&corpus)?;
-        let run = Command::new(directory.join("target").join(target).join("release").join(name))
+        let run = Command::new(directory.join("target").join(target).join("debug").join(name))
             .current_dir(&directory)
             .arg(format!("-max_total_time={FUZZ_S}"))
             .args(["-rss_limit_mb=512", "-malloc_limit_mb=64", "-timeout=5", "-max_len=8192"])
