@@ -344,6 +344,11 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     let control = Control::open(node.data_dir(), as_node, key, args.domain.clone())
         .await
         .map_err(|error| Failed::other(&error))?;
+    let owners = control.clone();
+    node.ask_before_waking(Box::new(move |id| {
+        let owners = owners.clone();
+        Box::pin(async move { owners.may_wake(&id).await })
+    }));
     let gateway = Gateway::new(local, args.domain.as_deref().unwrap_or("localhost"));
     let info = node.info().await.map_err(|error| Failed::other(&error))?;
     if !info.reflink {

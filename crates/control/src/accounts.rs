@@ -119,6 +119,11 @@ impl Accounts {
         Ok(caller)
     }
 
+    /// The account of a key by its id; none of one that was revoked.
+    pub fn of(&self, id: &str) -> Option<Caller> {
+        self.known().values().find(|account| account.key == id).cloned()
+    }
+
     /// Makes a key.
     ///
     /// # Errors

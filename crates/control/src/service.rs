@@ -171,6 +171,19 @@ impl Control {
         self.inner.tasks.wait().await;
     }
 
+    /// Whether the owner of a paused sandbox has room for it to run: its traffic wants it.
+    ///
+    /// # Errors
+    /// `NotFound`; `Busy` when its API key has as many that run as it may have.
+    pub async fn may_wake(&self, id: &SandboxId) -> Result<(), Failure> {
+        let row = self.inner.row(id).await?;
+        match self.inner.accounts.of(&row.key) {
+            // Somebody else's traffic may have woken it meanwhile.
+            Some(owner) if row.state == SandboxState::Paused => self.inner.check_room(&owner).await,
+            _ => Ok(()),
+        }
+    }
+
     pub(crate) async fn create(
         &self,
         caller: Caller,

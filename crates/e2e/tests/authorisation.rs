@@ -5,7 +5,7 @@ use std::time::Duration;
 use http::{Method, StatusCode};
 use kelvin_api::account::NewApiKey;
 use kelvin_api::id::Token;
-use kelvin_api::sandbox::NewSandbox;
+use kelvin_api::sandbox::{AutoResume, NewSandbox};
 use kelvin_api::signature::{Operation, sign};
 use kelvin_client::{Client, Error};
 use kelvin_e2e::{Ground, LIMIT, Server, agent_of, ask, new_sandbox, sh};
@@ -288,14 +288,19 @@ async fn a_key_has_its_limits() {
     assert_eq!(get(&slow.key).await.0, StatusCode::OK, "as it was told");
 
     let client = client_of(&server, &few.key);
-    let body = NewSandbox { timeout: Some(20), ..new_sandbox() };
+    let body = NewSandbox {
+        timeout: Some(60),
+        auto_pause: Some(true),
+        auto_resume: Some(AutoResume { enabled: true }),
+        ..new_sandbox()
+    };
     let first = client.create(&body, None).await.expect("the first").sandbox;
     let text = serde_json::to_string(&body).expect("JSON");
     let headers = [("x-api-key", few.key.as_str())];
     let response = kelvin_e2e::send(&server, &Method::POST, "/v2/sandboxes", &headers, text).await;
     assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
     let wait: u64 = response.headers()["retry-after"].to_str().expect("text").parse().expect("seconds");
-    assert!((1..=20).contains(&wait), "until the first one ends: {wait}");
+    assert!((1..=30).contains(&wait), "until the first one ends: {wait}");
     let fork = kelvin_api::sandbox::ForkSandbox::default();
     assert!(
         matches!(client.fork(first.sandbox_id.as_str(), &fork).await, Err(Error::Refused(error)) if error.code == 429)
@@ -306,8 +311,18 @@ async fn a_key_has_its_limits() {
     assert!(
         matches!(client.resume(first.sandbox_id.as_str(), 20).await, Err(Error::Refused(error)) if error.code == 429)
     );
+    // Nor does its traffic make room.
+    let token = first.envd_access_token.as_ref().expect("a token").expose();
+    let headers = [
+        ("e2b-sandbox-id", first.sandbox_id.as_str()),
+        ("e2b-sandbox-port", "49983"),
+        ("x-access-token", token),
+    ];
+    let (status, reply) = ask(&server, &Method::GET, "/files?path=/etc/hostname", &headers, "").await;
+    assert_eq!(status, StatusCode::TOO_MANY_REQUESTS, "{reply}");
+    assert!(reply.contains("too_many_sandboxes"), "{reply}");
     client.kill(&second.sandbox_id).await.expect("a kill");
-    client.resume(first.sandbox_id.as_str(), 20).await.expect("room again");
+    assert_eq!(sh(&agent_of(&client, &first), "echo awake").await, "awake\n", "room again");
     // Nobody else is held up.
     owner.create(&body, None).await.expect("another key's");
     server.stop().await;

@@ -43,6 +43,9 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// Whoever is asked before says no.
+    #[error("{0}")]
+    Refused(Failure),
     /// The sandbox is paused.
     #[error("sandbox {0} is paused")]
     Paused(String),
@@ -159,6 +162,7 @@ impl From<Error> for Failure {
             Self::new(kind, code, text.clone(), remediation).with_sources(&error)
         };
         match error {
+            Error::Refused(failure) => failure,
             Error::Shape { .. } => with(Kind::Invalid, "invalid_shape", "ask for a value inside the range"),
             Error::Exhausted { .. } => with(
                 Kind::Exhausted,

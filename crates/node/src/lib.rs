@@ -32,8 +32,10 @@ mod warm;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use futures::future::BoxFuture;
+use kelvin_api::error::Failure;
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
 use kelvin_api::node::{Base, Changes, Create, Created, Live};
 use kelvin_api::phase::Phase;
@@ -66,6 +68,9 @@ use snapshots::Snapshots;
 /// How often a release that failed is tried again.
 const REAP: std::time::Duration = std::time::Duration::from_secs(30);
 
+/// Asked before traffic wakes a sandbox: its owner may have as many that run as it may have.
+pub type Warden = dyn Fn(SandboxId) -> BoxFuture<'static, Result<(), Failure>> + Send + Sync;
+
 /// The shared state of a node. Locks are held for a few instructions, never across a wait.
 pub(crate) struct Inner {
     options: Options,
@@ -87,6 +92,7 @@ pub(crate) struct Inner {
     warm_wanted: Notify,
     /// With what the file system said of the file when it was read.
     templates: Mutex<HashMap<TemplateName, (TemplateStamp, Arc<Template>)>>,
+    warden: OnceLock<Box<Warden>>,
     restores: Semaphore,
     bakes: tokio::sync::Mutex<()>,
     requests: Mutex<u32>,
@@ -363,6 +369,7 @@ impl Node {
             rules: Mutex::new(rules),
             writing_rules: tokio::sync::Mutex::default(),
             warm_wanted: Notify::new(),
+            warden: OnceLock::new(),
             templates: Mutex::default(),
             bakes: tokio::sync::Mutex::default(),
             requests: Mutex::default(),

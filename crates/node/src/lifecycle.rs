@@ -124,6 +124,11 @@ impl Node {
         }
     }
 
+    /// Has `warden` asked before traffic wakes a sandbox; once, before there is traffic.
+    pub fn ask_before_waking(&self, warden: Box<crate::Warden>) {
+        let _ = self.inner.warden.set(warden);
+    }
+
     /// The sandbox called `id` for traffic: one that is paused is resumed when its owner wants that and it goes on from
     /// there; one that would boot again is not woken by strangers. Whoever comes meanwhile waits for the same resume.
     pub(crate) async fn awake(&self, id: &SandboxId) -> Result<Arc<Sandbox>, Error> {
@@ -133,6 +138,9 @@ impl Node {
                     paused.record.lifecycle.auto_resume && self.inner.has_memory(&paused)
                 }) =>
             {
+                if let Some(warden) = self.inner.warden.get() {
+                    warden(id.clone()).await.map_err(Error::Refused)?;
+                }
                 match self.resume(id, None, PauseMode::Full).await {
                     Ok(_) | Err(Error::Running(_)) => self.find(id),
                     Err(error) => Err(error),
