@@ -1,11 +1,13 @@
 """What all tests with the official Python SDK share. The server is named by E2B_API_URL and E2B_SANDBOX_URL."""
 
+import json
 import os
+import urllib.error
+import urllib.request
 import uuid
 
 import e2b
 import pytest
-
 
 
 def version():
@@ -20,6 +22,7 @@ def newer(minimum):
 
 
 RESULTS = {}
+REFUSED = []
 
 
 def pytest_runtest_logreport(report):
@@ -42,6 +45,29 @@ def pytest_sessionfinish():
         for name, outcome in RESULTS.items():
             client, what = name.removeprefix("test_").split(".py::test_")
             file.write(f"| {client} | {what.replace('_', ' ')} | {outcome} |\n")
+        file.write("\nWhat is refused, asked for as its clients do:\n\n| what | reply | why |\n|---|---|---|\n")
+        for what, reply, why in REFUSED:
+            file.write(f"| {what} | {reply} | {why} |\n")
+
+
+@pytest.fixture
+def refuses():
+    """Asks for what is not there, and keeps the answer for the table."""
+
+    def ask(what, method, path, body=None):
+        request = urllib.request.Request(
+            os.environ["E2B_API_URL"] + path,
+            json.dumps(body).encode() if body is not None else None,
+            {"X-API-KEY": os.environ["E2B_API_KEY"], "Content-Type": "application/json"},
+            method=method,
+        )
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request)
+        told = json.loads(refused.value.read())
+        REFUSED.append((what, f"{told['code']} `{told['error_code']}`", told["message"].split(", expected")[0]))
+        return told["code"], told["error_code"]
+
+    return ask
 
 
 @pytest.fixture

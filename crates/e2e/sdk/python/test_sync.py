@@ -260,6 +260,30 @@ def test_what_is_wrong_says_so(make):
         make(timeout=10_000_000)
 
 
+def test_what_is_not_there_is_refused_by_name(refuses):
+    for what, fields, code in [
+        ("`iam`", {"iam": {"role": "r"}}, "unsupported_field"),
+        ("`volumeMounts`", {"volumeMounts": [{"name": "v", "path": "/v"}]}, "unsupported_field"),
+        ("`network.egressProxy`", {"network": {"egressProxy": {"address": "192.0.2.1:1080"}}}, "unsupported_field"),
+        ("`network.rules`", {"network": {"rules": {"example.com": []}}}, "unsupported_field"),
+        ("`network.dnsServers`", {"network": {"dnsServers": ["192.0.2.1"]}}, "invalid_request"),
+        ("`network.httpsPorts`", {"network": {"httpsPorts": [8443]}}, "invalid_request"),
+        (
+            "`autoResume` of a sandbox that would boot again",
+            {"autoPause": True, "autoPauseMemory": False, "autoResume": {"enabled": True}},
+            "invalid_lifecycle",
+        ),
+    ]:
+        assert refuses(what, "POST", "/sandboxes", {"templateID": "base", **fields}) == (400, code)
+    for what, method, path in [
+        ("builds of templates", "POST", "/v3/templates"),
+        ("volumes", "GET", "/volumes"),
+        ("secrets", "GET", "/secrets"),
+        ("access tokens", "POST", "/access-tokens"),
+    ]:
+        assert refuses(what, method, path) == (404, "no_route")
+
+
 def test_a_kill_cuts_the_stream(make):
     sandbox = make()
     handle = sandbox.commands.run("sleep 100", background=True)
