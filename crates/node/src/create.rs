@@ -75,6 +75,7 @@ struct Attempt<'a> {
     guest: String,
     shape: Shape,
     network: Option<Attachment>,
+    machine_id: [u8; 16],
     timings: Timings,
     since: Instant,
 }
@@ -120,6 +121,11 @@ impl Inner {
             }
             _ => return Err(Error::Unknown(request.sandbox.to_string())),
         };
+        let machine_id = match &seed {
+            Seed::Resume(paused, _) => paused.record.machine_id,
+            Seed::Template(_) | Seed::Snapshot(..) => None,
+        };
+        let machine_id = machine_id.map_or_else(random_bytes, Ok)?;
         let amount = Amount::machine(shape);
         self.reserve(&request, shape, amount)?;
         let mut attempt = Attempt {
@@ -131,6 +137,7 @@ impl Inner {
             guest,
             shape,
             network,
+            machine_id,
             timings: Timings::default(),
             since,
         };
@@ -630,8 +637,25 @@ impl Attempt<'_> {
             (seed @ Seed::Resume(..), Some(snapshot)) if !boots(seed, snapshot) => {
                 Ok(Request::Wake(wake(true)?))
             }
-            _ => Ok(Request::Activate(activation(self.request, &self.template, record.mac)?)),
+            _ => Ok(Request::Activate(self.activation(record.mac)?)),
         }
+    }
+
+    fn activation(&self, mac: Option<[u8; 6]>) -> Result<Activation, Error> {
+        let request = self.request;
+        let token = request.access_token.as_ref().map(|token| token.expose().to_owned());
+        Ok(Activation {
+            sandbox_id: request.sandbox.to_string(),
+            template: self.template.to_string(),
+            hostname: request.sandbox.to_string(),
+            machine_id: self.machine_id,
+            boot_id: random_bytes()?,
+            mac: mac.unwrap_or_default(),
+            entropy: random_bytes()?,
+            access_token: token.unwrap_or_default(),
+            env_vars: request.env_vars.clone(),
+            wall_clock_ns: wall_clock_ns(),
+        })
     }
 
     /// The hardware address of the machine at `spec`: its own, unless it is a template's clone. To set one costs a
@@ -652,7 +676,11 @@ impl Attempt<'_> {
     fn record(&self, start_path: StartPath) -> SandboxRecord {
         let parent = match self.seed {
             Seed::Resume(paused, _) => {
-                return SandboxRecord { ends_at: self.request.ends_at, ..paused.record.clone() };
+                return SandboxRecord {
+                    ends_at: self.request.ends_at,
+                    machine_id: Some(self.machine_id),
+                    ..paused.record.clone()
+                };
             }
             Seed::Snapshot(_, parent) => parent.clone(),
             Seed::Template(_) => None,
@@ -677,6 +705,7 @@ impl Attempt<'_> {
             network: self.network.clone(),
             lifecycle: self.request.lifecycle,
             timeout_s: self.request.timeout.as_secs(),
+            machine_id: Some(self.machine_id),
         }
     }
 }
@@ -713,26 +742,6 @@ pub fn wake(restored: bool) -> Result<Wake, Error> {
 }
 
 /// What makes a machine the sandbox of `request`. The clock is read last: the frame leaves at once.
-fn activation(request: &Create, template: &TemplateName, mac: Option<[u8; 6]>) -> Result<Activation, Error> {
-    let (machine_id, boot_id, entropy) = (random_bytes()?, random_bytes()?, random_bytes()?);
-    Ok(Activation {
-        sandbox_id: request.sandbox.to_string(),
-        template: template.to_string(),
-        hostname: request.sandbox.to_string(),
-        machine_id,
-        boot_id,
-        mac: mac.unwrap_or_default(),
-        entropy,
-        access_token: request
-            .access_token
-            .as_ref()
-            .map(|token| token.expose().to_owned())
-            .unwrap_or_default(),
-        env_vars: request.env_vars.clone(),
-        wall_clock_ns: wall_clock_ns(),
-    })
-}
-
 impl Inner {
     /// Waits for a booting guest's agent. The console tells why, when it does not come.
     pub async fn boot_guest(&self, running: &Running) -> Result<Control, Error> {

@@ -109,6 +109,9 @@ pub struct SandboxRecord {
     pub lifecycle: Lifecycle,
     /// How long it lives when traffic resumes it, in seconds.
     pub timeout_s: u64,
+    /// The guest's machine-id, which a boot from its own disk keeps.
+    #[serde(default)]
+    pub machine_id: Option<[u8; 16]>,
 }
 
 impl SandboxRecord {

@@ -190,12 +190,13 @@ def test_pause_and_resume(make):
 def test_a_pause_of_the_disk_alone_reboots(make):
     sandbox = make()
     sandbox.files.write("kept", "on the disk")
-    boot = sandbox.files.read("/proc/sys/kernel/random/boot_id")
+    boot, machine = sandbox.files.read("/proc/sys/kernel/random/boot_id"), sandbox.files.read("/etc/machine-id")
     sandbox.commands.run("sleep 1000", background=True)
     assert sandbox.pause(keep_memory=False)
     sandbox.connect()
     assert sandbox.files.read("kept") == "on the disk"
     assert sandbox.files.read("/proc/sys/kernel/random/boot_id") != boot
+    assert sandbox.files.read("/etc/machine-id") == machine
     assert sandbox.commands.list() == []
 
 
