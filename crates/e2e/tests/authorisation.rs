@@ -320,7 +320,7 @@ async fn a_key_has_its_limits() {
     ];
     let (status, reply) = ask(&server, &Method::GET, "/files?path=/etc/hostname", &headers, "").await;
     assert_eq!(status, StatusCode::TOO_MANY_REQUESTS, "{reply}");
-    assert!(reply.contains("too_many_sandboxes"), "{reply}");
+    assert!(reply.contains("of this API key run already"), "{reply}");
     client.kill(&second.sandbox_id).await.expect("a kill");
     assert_eq!(sh(&agent_of(&client, &first), "echo awake").await, "awake\n", "room again");
     // Nobody else is held up.
