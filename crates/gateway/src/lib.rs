@@ -199,6 +199,8 @@ impl Gateway {
             .pool_idle_timeout(IDLE)
             .pool_max_idle_per_host(IDLE_CONNECTIONS)
             .set_host(false)
+            // As the proxies of others write them: servers by hand look for `Host:`, and HTTP/2 has no capitals.
+            .http1_title_case_headers(true)
             .build(Dialer(Arc::clone(&sandboxes)));
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
         Self { sandboxes, client, domain: domain.into(), tasks, stop }

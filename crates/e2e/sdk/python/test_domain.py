@@ -25,7 +25,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(bytes([129, len(data)]) + data[::-1]); self.wfile.flush()
             self.close_connection = True
             return
-        body = self.headers["Host"].encode()
+        body = (" ".join(self.headers) if self.path == "/names" else self.headers["Host"]).encode()
         self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers()
         self.wfile.write(body)
     def log_message(self, *args): pass
@@ -65,6 +65,7 @@ def test_a_server_is_reached_by_its_host(sandbox, http2):
     with httpx.Client(http2=http2, verify=context()) as client:
         reply = client.get(f"https://{host}/")
         assert (reply.status_code, reply.text, reply.http_version) == (200, host, "HTTP/2" if http2 else "HTTP/1.1")
+        assert {"Host", "User-Agent", "X-Forwarded-Host"} <= set(client.get(f"https://{host}/names").text.split())
         assert client.get(f"https://{sandbox.get_host(8001)}/").status_code == 502
 
 
