@@ -3,20 +3,17 @@
 #![no_main]
 
 use http::{Method, Uri};
-use kelvin_api::guest::{Request, frame_length};
+use kelvin_api::guest::Request;
 use kelvin_api::signature::{Signature, query};
+use kelvin_fuzz::frames;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
-    let mut rest = bytes;
-    while let Some((field, behind)) = rest.split_first_chunk::<4>() {
-        let Ok(length) = frame_length(*field) else { break };
-        let Some((frame, next)) = behind.split_at_checked(length) else { break };
+    for frame in frames(bytes) {
         if let Ok((id, request)) = Request::decode(frame) {
             let again = request.encode(id).expect("what was parsed can be written");
             assert_eq!(Request::decode(&again[4..]), Ok((id, request)));
         }
-        rest = next;
     }
     let _ = Request::decode(bytes);
     let mut target = b"/files?".to_vec();
