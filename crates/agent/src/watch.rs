@@ -182,8 +182,12 @@ impl Watches {
             None => return Err(unknown(id)),
         };
         let mut polled = locked(&polled);
-        // What has happened by now is told now, whether the task has seen it or not.
-        polled.read();
+        // What has happened by now is told now, whether the task has seen it or not; not more than it could keep.
+        for _ in 0..MAX_EVENTS / BATCH {
+            if polled.read() {
+                break;
+            }
+        }
         let lost = std::mem::take(&mut polled.lost);
         if lost > 0 {
             let text =
@@ -344,7 +348,9 @@ impl Watch {
         let mut buffer = [MaybeUninit::uninit(); 16 << 10];
         let mut reader = Reader::new(fd.get_ref(), &mut buffer);
         // What was read from the kernel together is told together: the reader has it and would take it along.
-        while events.len() < BATCH || !reader.is_buffer_empty() {
+        let mut taken = 0;
+        while taken < BATCH || !reader.is_buffer_empty() {
+            taken += 1;
             let Ok(raw) = reader.next() else {
                 // AGAIN. What was on its way when a directory was looked through has come.
                 self.told.clear();

@@ -17,6 +17,7 @@ use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -31,7 +32,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(20);
 const TRIES: u32 = 20;
 /// How long to stay away in between: the agent has to see that nobody is there, `DISMISSED` in its `port.rs`.
 const AWAY: Duration = Duration::from_millis(50);
-/// How long a connection that was made again is tried: an agent that crashed has to be started.
+/// How long a connection is tried, however often it is made again: an agent that crashed has to be started.
 const TRIED: Duration = Duration::from_secs(10);
 
 enum Link {
@@ -93,13 +94,13 @@ impl Agent {
         link: &mut Link,
         reconnect: impl Fn() -> C,
     ) -> Result<SendRequest<Body>, SendError> {
-        let mut tries = 0;
+        let (mut tries, deadline) = (0, Instant::now() + TRIED);
         loop {
             let mut sender = self.shake(link, reconnect().await?).await?;
             let nothing = Empty::new().map_err(|never| match never {}).boxed_unsync();
             let question = Request::get("http://agent/health").body(nothing)?;
             tries += 1;
-            match tokio::time::timeout(TRIED, sender.send_request(question)).await {
+            match tokio::time::timeout_at(deadline, sender.send_request(question)).await {
                 // Who is silent is waited for by the request itself.
                 Ok(Ok(_)) | Err(_) => return Ok(sender),
                 Ok(Err(error)) if tries == TRIES => return Err(error.into()),
@@ -107,6 +108,7 @@ impl Agent {
             }
             *link = Link::Broken;
             drop(sender);
+            // Nothing tells this end when the agent has seen it.
             tokio::time::sleep(AWAY).await;
         }
     }

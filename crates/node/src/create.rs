@@ -641,6 +641,7 @@ impl Attempt<'_> {
         }
     }
 
+    /// What makes a machine the sandbox that is asked for. The clock is read last: the frame leaves at once.
     fn activation(&self, mac: Option<[u8; 6]>) -> Result<Activation, Error> {
         let request = self.request;
         let token = request.access_token.as_ref().map(|token| token.expose().to_owned());
@@ -741,7 +742,6 @@ pub fn wake(restored: bool) -> Result<Wake, Error> {
     Ok(Wake { entropy, restored, wall_clock_ns: wall_clock_ns() })
 }
 
-/// What makes a machine the sandbox of `request`. The clock is read last: the frame leaves at once.
 impl Inner {
     /// Waits for a booting guest's agent. The console tells why, when it does not come.
     pub async fn boot_guest(&self, running: &Running) -> Result<Control, Error> {

@@ -92,6 +92,7 @@ pub(crate) struct Inner {
     warm_wanted: Notify,
     /// With what the file system said of the file when it was read.
     templates: Mutex<HashMap<TemplateName, (TemplateStamp, Arc<Template>)>>,
+    /// Set by whoever knows what owners may have.
     warden: OnceLock<Box<Warden>>,
     restores: Semaphore,
     bakes: tokio::sync::Mutex<()>,

@@ -69,7 +69,8 @@ fn child_of(source: &SandboxRecord, child: Child, snapshot: SnapshotId) -> Creat
 }
 
 impl Node {
-    async fn run<T: Send + 'static>(
+    /// Runs what must not be left half-way when a client goes away.
+    pub(crate) async fn run<T: Send + 'static>(
         &self,
         what: &'static str,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,

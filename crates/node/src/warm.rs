@@ -423,27 +423,34 @@ impl Node {
     /// # Errors
     /// `Store` for an unknown template, `Rule` for numbers that contradict each other, `Io`.
     pub async fn set_pool(&self, template: &TemplateName, wanted: SetPool) -> Result<(), Error> {
-        self.inner.store.template_stamp(template)?;
+        let (inner, template) = (Arc::clone(&self.inner), template.clone());
+        self.run("setting what is wanted of a pool", async move { inner.set_rule(template, wanted).await })
+            .await
+    }
+}
+
+impl Inner {
+    async fn set_rule(&self, template: TemplateName, wanted: SetPool) -> Result<(), Error> {
+        self.store.template_stamp(&template)?;
         // One after another: each writes the whole file.
-        let _writing = self.inner.writing_rules.lock().await;
-        let mut rules = lock(&self.inner.rules).clone();
-        let mut rule = rules.get(template).copied().unwrap_or(self.inner.options.warm);
+        let _writing = self.writing_rules.lock().await;
+        let mut rules = lock(&self.rules).clone();
+        let mut rule = rules.get(&template).copied().unwrap_or(self.options.warm);
         rule.min = wanted.min.unwrap_or(rule.min);
         rule.max = wanted.max.unwrap_or(rule.max.max(rule.min));
         rule.max_age_s = wanted.max_age_s.unwrap_or(rule.max_age_s);
         if rule.min > rule.max || rule.max > MAX_WARM || rule.max_age_s == 0 {
             return Err(Error::Rule { min: rule.min, max: rule.max, most: MAX_WARM });
         }
-        rules.insert(template.clone(), rule);
-        let (path, wanted) = (self.inner.store.root().join(RULES), rules.clone());
-        tokio::task::spawn_blocking(move || kelvin_store::write_json(&path, &wanted)).await.map_err(
-            |error| Error::Io {
-                what: "remembering what is wanted of a pool",
-                source: std::io::Error::other(error),
-            },
-        )??;
-        *lock(&self.inner.rules) = rules;
-        self.inner.look_at_pools();
+        rules.insert(template, rule);
+        let (path, all) = (self.store.root().join(RULES), rules.clone());
+        let written = tokio::task::spawn_blocking(move || kelvin_store::write_json(&path, &all)).await;
+        written.map_err(|error| Error::Io {
+            what: "remembering what is wanted of a pool",
+            source: std::io::Error::other(error),
+        })??;
+        *lock(&self.rules) = rules;
+        self.look_at_pools();
         Ok(())
     }
 }
