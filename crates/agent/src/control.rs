@@ -14,7 +14,7 @@ use rustix::time::{ClockId, Timespec};
 
 use crate::network::Hardware;
 use crate::state::State;
-use crate::{hooks, services};
+use crate::{hooks, port, services, vsock};
 
 /// Files that hold the machine's identity; `/etc` has links to them, so that activation writes memory
 /// and not the disk.
@@ -94,10 +94,58 @@ fn hex(bytes: [u8; 16]) -> [u8; 33] {
     text
 }
 
+/// The control port, of the kind that this machine has.
+pub enum Channel {
+    /// One stream for ever, whoever the host is.
+    Port(File),
+    /// A connection for each host.
+    Vsock(vsock::Port, Option<File>),
+}
+
+impl Channel {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// When the machine has neither a port nor a vsock device.
+    pub fn open() -> io::Result<Self> {
+        match port::open(guest::CONTROL_PORT, false) {
+            Ok(file) => Ok(Self::Port(file)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Ok(Self::Vsock(vsock::Port::open(guest::CONTROL_VSOCK)?, None))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The stream to the host; waits for a connection where there are some.
+    fn stream(&mut self) -> io::Result<&File> {
+        match self {
+            Self::Port(file) => Ok(file),
+            Self::Vsock(port, connection) => match connection {
+                Some(file) => Ok(file),
+                None => Ok(connection.insert(port.accept()?)),
+            },
+        }
+    }
+
+    /// Goes on after a read that failed.
+    fn recover(&mut self, error: &io::Error) {
+        match self {
+            Self::Port(file) if error.kind() == io::ErrorKind::InvalidData => {
+                let _ = io::copy(&mut (&*file).take(guest::MAX_FRAME as u64), &mut io::sink());
+            }
+            // No host end: reads return at once and the port offers nothing to wait on. The node connects before it
+            // restores, so this is never on a create path.
+            Self::Port(_) => std::thread::sleep(Duration::from_millis(5)),
+            Self::Vsock(_, connection) => *connection = None,
+        }
+    }
+}
+
 /// Serves the control port until the machine ends.
 pub struct Control {
     state: Arc<State>,
-    port: File,
+    channel: Channel,
     random: File,
     hostname: IdentityFile,
     machine_id: IdentityFile,
@@ -124,7 +172,7 @@ impl Control {
     ///
     /// # Errors
     /// When the port or one of the files cannot be opened.
-    pub fn open(state: Arc<State>, port: File) -> io::Result<Self> {
+    pub fn open(state: Arc<State>, channel: Channel) -> io::Result<Self> {
         std::fs::create_dir_all(RUN)?;
         let random = File::options().read(true).write(true).open("/dev/urandom")?;
         let again = was_activated();
@@ -142,7 +190,7 @@ impl Control {
         }
         Ok(Self {
             state,
-            port,
+            channel,
             random,
             boot_id,
             hardware: Hardware::open()?,
@@ -169,18 +217,9 @@ impl Control {
     pub fn run(mut self) -> ! {
         let mut frame = Vec::with_capacity(4096);
         loop {
-            match self.read_frame(&mut frame) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                    let _ = io::copy(&mut (&self.port).take(guest::MAX_FRAME as u64), &mut io::sink());
-                    continue;
-                }
-                Err(_) => {
-                    // No host end: reads return at once and the port offers nothing to wait on. The
-                    // node connects before it restores, so this is never on a create path.
-                    std::thread::sleep(Duration::from_millis(5));
-                    continue;
-                }
+            if let Err(error) = self.read_frame(&mut frame) {
+                self.channel.recover(&error);
+                continue;
             }
             let started = Instant::now();
             let (id, reply) = match Request::decode(&frame) {
@@ -188,7 +227,7 @@ impl Control {
                 Err(error) => (0, Reply::Failed(error.to_string())),
             };
             if let Ok(bytes) = reply.encode(id) {
-                let _ = (&self.port).write_all(&bytes);
+                let _ = self.channel.stream().and_then(|mut stream| stream.write_all(&bytes));
             }
             if std::mem::take(&mut self.renewed) {
                 self.state.restored.notify_one();
@@ -196,14 +235,15 @@ impl Control {
         }
     }
 
-    fn read_frame(&self, frame: &mut Vec<u8>) -> io::Result<()> {
+    fn read_frame(&mut self, frame: &mut Vec<u8>) -> io::Result<()> {
+        let mut stream = self.channel.stream()?;
         let mut length = [0; 4];
-        (&self.port).read_exact(&mut length)?;
+        stream.read_exact(&mut length)?;
         let length =
             guest::frame_length(length).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         frame.clear();
         frame.resize(length, 0);
-        (&self.port).read_exact(frame)
+        stream.read_exact(frame)
     }
 
     /// Waits until what the image runs can be used, once.

@@ -18,12 +18,12 @@ use kelvin_api::sandbox::EnvVars;
 use serde::{Deserialize, Serialize};
 use tower::Service;
 
-use crate::control::Control;
+use crate::control::{Channel, Control};
 use crate::filesystem::Files;
 use crate::metrics::{self, CpuMeter};
 use crate::process::Processes;
 use crate::state::State;
-use crate::{files, hooks, port, services};
+use crate::{files, hooks, port, services, vsock};
 
 /// The body of every reply.
 pub type Body = UnsyncBoxBody<Bytes, io::Error>;
@@ -43,7 +43,7 @@ struct Agent {
 /// Runs the agent until the machine ends.
 ///
 /// # Errors
-/// When one of the two ports is missing or the runtime cannot be made; init starts the agent again.
+/// When one of the two ways in is missing or the runtime cannot be made; init starts the agent again.
 pub fn run() -> io::Result<()> {
     // Each watch, pipe and terminal is a descriptor; what is started here has the usual limit again.
     let _ = rustix::process::setrlimit(
@@ -53,15 +53,68 @@ pub fn run() -> io::Result<()> {
     // Init is spared by the kernel; the agent asks for the same.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     let state = Arc::new(State::default());
-    let control = Control::open(Arc::clone(&state), port::open(guest::CONTROL_PORT, false)?)?;
+    let control = Control::open(Arc::clone(&state), Channel::open()?)?;
     let again = control.is_another();
     std::thread::Builder::new().name("control".to_owned()).spawn(move || control.run())?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
-    runtime.block_on(serve(state, port::open(guest::HTTP_PORT, true)?, again))
+    runtime.block_on(serve(state, again))
 }
 
-async fn serve(state: Arc<State>, port: std::fs::File, again: bool) -> io::Result<()> {
+/// A conversation with the host.
+trait Io: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
+impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin> Io for T {}
+
+/// The HTTP port, of the kind that this machine has.
+enum Listener {
+    Port(port::Listener),
+    Vsock(vsock::Listener),
+}
+
+impl Listener {
+    fn new(state: Arc<State>) -> io::Result<Self> {
+        match port::open(guest::HTTP_PORT, true) {
+            Ok(file) => port::Listener::new(file, state).map(Self::Port),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                vsock::Listener::new(guest::HTTP_VSOCK, state).map(Self::Vsock)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn accept(&mut self) -> io::Result<Box<dyn Io>> {
+        Ok(match self {
+            Self::Port(port) => Box::new(port.accept().await?),
+            Self::Vsock(socket) => Box::new(socket.accept().await?),
+        })
+    }
+
+    /// Looks after the connections of the conversation that is served; ends when the host begins another.
+    async fn watch(&mut self) -> io::Result<()> {
+        match self {
+            // There is one, and nobody else can come.
+            Self::Port(_) => std::future::pending().await,
+            Self::Vsock(socket) => socket.watch().await,
+        }
+    }
+
+    /// A port has one conversation after the other, a socket has a connection for each.
+    async fn dismiss(&mut self) -> io::Result<()> {
+        match self {
+            Self::Port(port) => port.dismiss().await,
+            Self::Vsock(_) => Ok(()),
+        }
+    }
+
+    async fn end(&mut self) -> io::Result<()> {
+        match self {
+            Self::Port(port) => port.end().await,
+            Self::Vsock(_) => Ok(()),
+        }
+    }
+}
+
+async fn serve(state: Arc<State>, again: bool) -> io::Result<()> {
     let router = Router::new()
         .add_service(Arc::new(Processes::new(Arc::clone(&state))))
         .add_service(Arc::new(Files::new(Arc::clone(&state))));
@@ -70,7 +123,7 @@ async fn serve(state: Arc<State>, port: std::fs::File, again: bool) -> io::Resul
         rpc: ConnectRpcService::new(router),
         meter: CpuMeter::default(),
     });
-    let mut listener = port::Listener::new(port, state)?;
+    let mut listener = Listener::new(state)?;
     if again {
         // The host is in the middle of a conversation with an agent that is no more.
         listener.dismiss().await?;
@@ -103,10 +156,17 @@ async fn serve(state: Arc<State>, port: std::fs::File, again: bool) -> io::Resul
                     async move { Ok::<_, Infallible>(agent.answer(request).await) }
                 }),
             );
-        tokio::select! {
-            _ = connection => listener.end().await?,
+        let broke_off = tokio::select! {
+            _ = connection => true,
             // The machine was restored: the host that spoke here is another machine's.
-            () = state.hang_up.notified() => {}
+            () = state.hang_up.notified() => false,
+            another = listener.watch() => {
+                another?;
+                false
+            }
+        };
+        if broke_off {
+            listener.end().await?;
         }
     }
 }

@@ -11,7 +11,8 @@
 //! Writes: the guest's own file system and `/run/kelvin`. A crash of the agent ends its connections,
 //! not the user's processes (init inherits them), and init starts it again; init itself has no step
 //! that can end it. Absent on purpose: logging on any request path (it would be translated code that
-//! nobody reads) and every way in but the two ports.
+//! nobody reads) and every way in but the two ports, which are
+//! virtio ports or vsock, as the machine has them.
 
 mod control;
 mod files;
@@ -28,6 +29,7 @@ mod pty;
 mod services;
 mod state;
 mod users;
+mod vsock;
 mod watch;
 
 use std::process::ExitCode;

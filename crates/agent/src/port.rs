@@ -45,7 +45,7 @@ pub fn open(name: &str, nonblocking: bool) -> io::Result<File> {
 /// # Errors
 /// When it cannot be polled.
 #[allow(unsafe_code)]
-pub fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+pub fn watched<T: AsRawFd>(fd: T) -> io::Result<AsyncFd<T>> {
     // SAFETY: the descriptor is owned by the `AsyncFd` and stays the same until it is dropped.
     Ok(unsafe { AsyncFd::register(fd) }?)
 }
@@ -135,7 +135,7 @@ impl Listener {
     ///
     /// # Errors
     /// When the port itself fails.
-    pub async fn accept(&mut self) -> io::Result<PortStream> {
+    pub async fn accept(&mut self) -> io::Result<Stream> {
         // Asked for before the look: a host that comes in between is not missed.
         self.announce(true)?;
         while !self.has_host()? {
@@ -146,17 +146,17 @@ impl Listener {
         self.announce(false)?;
         let fd = watched(OwnedFd::from(self.port.try_clone()?))?;
         self.ended = Arc::default();
-        Ok(PortStream { fd, ended: Arc::clone(&self.ended) })
+        Ok(Stream { fd, ended: Arc::clone(&self.ended) })
     }
 }
 
 /// One connection of the host.
-pub struct PortStream {
+pub struct Stream {
     fd: AsyncFd<OwnedFd>,
     ended: Arc<AtomicBool>,
 }
 
-impl AsyncRead for PortStream {
+impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.ended.load(Ordering::Relaxed) {
             return Poll::Ready(Ok(()));
@@ -182,7 +182,7 @@ impl AsyncRead for PortStream {
     }
 }
 
-impl AsyncWrite for PortStream {
+impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         if self.ended.load(Ordering::Relaxed) {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));

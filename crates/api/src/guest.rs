@@ -20,8 +20,49 @@ use crate::sandbox::EnvVars;
 pub const CONTROL_PORT: &str = "kelvin.control";
 /// The name of the port that carries HTTP/2.
 pub const HTTP_PORT: &str = "kelvin.http";
+/// The control port of a machine with a vsock device. Below 1024: no user's process can take it.
+pub const CONTROL_VSOCK: u32 = 1;
+/// The same for HTTP/2.
+pub const HTTP_VSOCK: u32 = 2;
+/// What each end of a conversation over vsock keeps of what it sent, in bytes: more than a socket, a VMM and a vsock
+/// hold. It may have to be sent again.
+pub const KEPT: usize = 512 << 10;
 /// The largest frame, in bytes after the length field.
 pub const MAX_FRAME: usize = 1 << 20;
+
+/// What begins each connection to the port of HTTP/2 of a machine with a vsock device. The answer is how much the
+/// guest has had, in 8 bytes, big endian, or [`Hello::UNKNOWN`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hello {
+    /// Which conversation it is of: one outlives its connections.
+    pub session: [u8; 16],
+    /// How much of it the host has had, in bytes.
+    pub received: u64,
+}
+
+impl Hello {
+    /// Its length, in bytes.
+    pub const LENGTH: usize = 24;
+    /// The answer to a host that goes on with a conversation of which the agent knows nothing.
+    pub const UNKNOWN: u64 = u64::MAX;
+
+    /// As it is sent.
+    pub fn encode(self) -> [u8; Self::LENGTH] {
+        let mut bytes = [0; Self::LENGTH];
+        let (session, received) = bytes.split_at_mut(16);
+        session.copy_from_slice(&self.session);
+        received.copy_from_slice(&self.received.to_be_bytes());
+        bytes
+    }
+
+    /// What was sent.
+    pub fn decode(bytes: [u8; Self::LENGTH]) -> Self {
+        let (mut session, mut received) = ([0; 16], [0; 8]);
+        session.copy_from_slice(&bytes[..16]);
+        received.copy_from_slice(&bytes[16..]);
+        Self { session, received: u64::from_be_bytes(received) }
+    }
+}
 
 /// Why bytes are not a frame.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

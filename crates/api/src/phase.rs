@@ -15,7 +15,8 @@ pub enum Phase {
     Queue,
     /// A waiting VMM is taken, or one is started.
     Vmm,
-    /// The disk is cloned; only on paths where that was not done ahead.
+    /// The machine is declared and its disk cloned; only on paths where that was not done ahead. A cold create does it
+    /// beside [`Phase::Vmm`]: the two overlap.
     Disk,
     /// Device state is loaded; vCPUs are still stopped.
     Load,

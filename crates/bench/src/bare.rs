@@ -2,8 +2,9 @@
 //!
 //! A VMM is spawned on the spot with the arguments of the bake, the disk is cloned, device state loaded,
 //! vCPUs started, the agent activated: the sequence of `../shared/prototypes/qemu_clone.py` with this
-//! platform's machine. It is the floor that creates are measured against, so it takes every shortcut that
-//! a program may take: blocking calls, no ledger, no checks, no user of its own.
+//! platform's machine; or that of `firecracker_clone.py` beside it, see `firecracker.rs`. It is the floor that creates
+//! are measured against, so it takes every shortcut that a program may take: blocking calls, no ledger, no checks, no
+//! user of its own.
 
 use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
@@ -38,7 +39,8 @@ pub enum Error {
     Refused(String),
 }
 
-fn at(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+/// Says what was being done.
+pub fn at(what: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Io { what, source }
 }
 
@@ -48,6 +50,7 @@ pub struct Bare {
     data_dir: PathBuf,
     snapshot: PathBuf,
     arguments: Vec<String>,
+    is_firecracker: bool,
 }
 
 impl Bare {
@@ -72,7 +75,13 @@ impl Bare {
                 argument.replace("{guest}", &guest).replace("{memory}", &memory.to_string_lossy())
             })
             .collect();
-        Ok(Self { data_dir: data_dir.to_owned(), snapshot: data_dir.join(directory), arguments })
+        let is_firecracker = manifest["identity"]["vmm"] == "firecracker";
+        Ok(Self {
+            data_dir: data_dir.to_owned(),
+            snapshot: data_dir.join(directory),
+            arguments,
+            is_firecracker,
+        })
     }
 
     /// One restore, from nothing to the agent's reply; milliseconds. Nothing is left of it.
@@ -80,6 +89,10 @@ impl Bare {
     /// # Errors
     /// The step that failed.
     pub fn restore(&self) -> Result<f64, Error> {
+        if self.is_firecracker {
+            let network = self.arguments.iter().any(|line| line.contains("/network-interfaces/"));
+            return crate::firecracker::restore(&self.data_dir, &self.snapshot, network);
+        }
         self.with_machine(|ms, _, _, _| Ok(ms))
     }
 
@@ -90,6 +103,9 @@ impl Bare {
     /// # Errors
     /// The step that failed.
     pub fn fork(&self) -> Result<(f64, u64), Error> {
+        if self.is_firecracker {
+            return Err(Error::Refused("the prototype of a fork is QEMU's: leave --baseline out".to_owned()));
+        }
         let memory = self.snapshot.join("memory");
         self.with_machine(|_, pid, directory, qmp| fork(pid, qmp, &memory, directory))
     }
@@ -129,12 +145,7 @@ impl Bare {
         child: &mut Option<Child>,
     ) -> Result<(f64, Qmp, UnixStream), Error> {
         let started = Instant::now();
-        let source = std::fs::File::open(self.snapshot.join("disk")).map_err(at("opening the disk"))?;
-        let disk = std::fs::File::create(directory.join("disk")).map_err(at("making the disk"))?;
-        if rustix::fs::ioctl_ficlone(&disk, &source).is_err() {
-            std::fs::copy(self.snapshot.join("disk"), directory.join("disk"))
-                .map_err(at("copying the disk"))?;
-        }
+        clone_disk(&self.snapshot, directory)?;
         let spawned = Command::new("qemu-system-x86_64")
             .args(self.arguments.iter().map(|argument| argument.replace("{vm}", name)))
             .args(["-S", "-incoming", "defer"])
@@ -152,6 +163,17 @@ impl Bare {
         activate(&mut control)?;
         Ok((started.elapsed().as_secs_f64() * 1e3, qmp, control))
     }
+}
+
+/// Clones the disk of `snapshot` into `directory`.
+pub fn clone_disk(snapshot: &Path, directory: &Path) -> Result<(), Error> {
+    let (from, to) = (snapshot.join("disk"), directory.join("disk"));
+    let source = std::fs::File::open(&from).map_err(at("opening the disk"))?;
+    let disk = std::fs::File::create(&to).map_err(at("making the disk"))?;
+    if rustix::fs::ioctl_ficlone(&disk, &source).is_err() {
+        std::fs::copy(from, to).map_err(at("copying the disk"))?;
+    }
+    Ok(())
 }
 
 /// Source: Linux, Documentation/admin-guide/mm/pagemap.
@@ -216,7 +238,8 @@ fn tap() -> std::io::Result<OwnedFd> {
     made.join().unwrap_or_else(|_| Err(std::io::Error::other("a thread in a namespace panicked")))
 }
 
-fn connect(path: &Path) -> Result<UnixStream, Error> {
+/// Connects to a socket that a VMM is about to open.
+pub fn connect(path: &Path) -> Result<UnixStream, Error> {
     let started = Instant::now();
     loop {
         match UnixStream::connect(path) {
@@ -224,7 +247,7 @@ fn connect(path: &Path) -> Result<UnixStream, Error> {
                 stream.set_read_timeout(Some(LIMIT)).map_err(at("setting a time limit"))?;
                 return Ok(stream);
             }
-            Err(error) if started.elapsed() > LIMIT => return Err(at("connecting to QEMU")(error)),
+            Err(error) if started.elapsed() > LIMIT => return Err(at("connecting to the VMM")(error)),
             Err(_) => std::thread::sleep(GAP),
         }
     }
@@ -285,7 +308,8 @@ impl Qmp {
     }
 }
 
-fn activate(control: &mut UnixStream) -> Result<(), Error> {
+/// Activates a guest.
+pub fn activate(control: &mut UnixStream) -> Result<(), Error> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let request = Request::Activate(Activation {
         sandbox_id: "bareaaaaaaaaaaaaaaaa".to_owned(),

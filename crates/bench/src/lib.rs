@@ -5,6 +5,7 @@
 
 pub mod bare;
 pub mod create;
+mod firecracker;
 pub mod fork;
 pub mod load;
 pub mod pause;

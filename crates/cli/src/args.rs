@@ -1,11 +1,13 @@
 //! The command line.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kelvin_host::accel::Accelerator;
 use kelvin_host::net::Range;
+use kelvin_vmm::firecracker::config::HugePages;
 
 /// Ready Linux machines in milliseconds: microVMs that are restored, not booted.
 #[derive(Debug, Parser)]
@@ -91,6 +93,9 @@ pub enum Command {
         #[arg(long)]
         marker: String,
     },
+    /// Starts a VMM in its jail; used by the server.
+    #[command(hide = true)]
+    Jail,
     /// Show what runs on the node and what is left.
     Node,
     /// Remove snapshots, images and guests that nothing needs.
@@ -522,6 +527,8 @@ pub struct ServeArgs {
     /// Force an accelerator: kvm or tcg.
     #[arg(long)]
     pub accel: Option<Accelerator>,
+    #[command(flatten)]
+    pub vmm: VmmArgs,
     /// Memory for machines in MiB [default: 85 % of this host's].
     #[arg(long)]
     pub memory_mib: Option<u32>,
@@ -596,6 +603,48 @@ pub struct DoctorArgs {
     /// Data directory to look at.
     #[arg(long, env = "KELVIN_DATA_DIR")]
     pub data_dir: Option<PathBuf>,
+    /// Firecracker's binary [default: the first in PATH].
+    #[arg(long, env = "KELVIN_FIRECRACKER", value_name = "FILE")]
+    pub firecracker: Option<PathBuf>,
+}
+
+/// A kind of VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum VmmArg {
+    /// Firecracker where there is KVM, root and a binary of it, else QEMU.
+    Auto,
+    /// QEMU, emulated where there is no KVM.
+    Qemu,
+    /// Firecracker.
+    Firecracker,
+}
+
+/// What runs the machines.
+#[derive(Debug, Args)]
+pub struct VmmArgs {
+    /// What runs the machines.
+    #[arg(long, value_enum, default_value = "auto", env = "KELVIN_VMM")]
+    pub vmm: VmmArg,
+    /// Firecracker's binary [default: the first in PATH].
+    #[arg(long, env = "KELVIN_FIRECRACKER", value_name = "FILE")]
+    pub firecracker: Option<PathBuf>,
+    /// Huge pages behind the machines' memory, Firecracker 1.17 and newer: none or transparent.
+    #[arg(long, default_value = "none", value_parser = str::parse::<HugePages>)]
+    pub huge_pages: HugePages,
+    /// Firecracker's static CPU template, which hides what processors of one family differ in: T2, T2S, T2CL, T2A or
+    /// C3. Snapshots are restored on their own kind of processor alone, whichever it is.
+    #[arg(long, value_name = "NAME")]
+    pub cpu_template: Option<String>,
+    /// The most MiB per second to and from the disk of one sandbox, Firecracker alone [default: no limit].
+    #[arg(long, value_name = "MIB")]
+    pub sandbox_disk_bandwidth: Option<NonZeroU32>,
+    /// The same in operations.
+    #[arg(long, value_name = "N")]
+    pub sandbox_disk_iops: Option<NonZeroU32>,
+    /// The monotonic clock of a restored sandbox has gone on while it was frozen, Firecracker alone; otherwise it stood
+    /// still, and timers go on where they were.
+    #[arg(long)]
+    pub clock_goes_on: bool,
 }
 
 #[derive(Debug, Args)]
@@ -609,6 +658,10 @@ pub struct SetupArgs {
     /// Unmount it instead. Files stay.
     #[arg(long)]
     pub unmount: bool,
+    /// Change the kernel's settings that cost every start of a machine under KVM something, until the next boot,
+    /// instead of making a directory. `kelvin doctor` shows them.
+    #[arg(long, conflicts_with = "unmount")]
+    pub tune: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -4,11 +4,13 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use kelvin_host::{accel, datadir, net};
+use kelvin_store::identity::{Identity, SNAPSHOT_FORMAT};
 use serde::Serialize;
 
 use crate::args::{Connection, DoctorArgs, Output, data_dir};
 use crate::config;
 use crate::output::{Failed, print, table};
+use crate::vmm;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -120,6 +122,89 @@ fn host() -> Vec<Check> {
     ]
 }
 
+/// Firecracker: the binary, its version, what the kernel costs it. Without KVM it is not looked for.
+fn firecracker(named: Option<&Path>, has_kvm: bool) -> Vec<Check> {
+    const NAME: &str = "firecracker";
+    if !has_kvm {
+        return vec![check(NAME, Verdict::Ok, "not used: there is no KVM, machines run in QEMU", "")];
+    }
+    let mut checks = vec![match vmm::find_firecracker(named) {
+        None => check(
+            NAME,
+            Verdict::Warning,
+            "none in PATH: machines run in QEMU",
+            "name its binary with --firecracker or KELVIN_FIRECRACKER; it is in no package registry",
+        ),
+        Some(binary) => match kelvin_vmm::firecracker::look_at(&binary) {
+            Ok(version) => check(NAME, Verdict::Ok, format!("{} is version {version}", binary.display()), ""),
+            Err(error) => check(
+                NAME,
+                Verdict::Failed,
+                kelvin_api::error::chain(&error),
+                "name a Firecracker of 1.16.1 or newer, or serve with --vmm qemu",
+            ),
+        },
+    }];
+    if let Err(reason) = kelvin_host::cgroup::check() {
+        let remedy = "boot with systemd.unified_cgroup_hierarchy=1; without it VMMs have no limits";
+        checks.push(check("control groups", Verdict::Warning, reason, remedy));
+    }
+    checks.extend(kelvin_host::kvm::settings().into_iter().map(|setting| match setting.cost {
+        None => check(setting.name, Verdict::Ok, setting.found, ""),
+        Some(cost) => check(
+            setting.name,
+            Verdict::Warning,
+            format!("{}: {cost}", setting.found),
+            "kelvin setup --tune changes it until the next boot",
+        ),
+    }));
+    checks
+}
+
+/// Which of the snapshots that are stored this host cannot restore, and why.
+fn snapshots(directory: &Path, named: Option<&Path>, has_kvm: bool) -> Option<Check> {
+    const NAME: &str = "snapshots";
+    if !directory.join("snapshots").is_dir() {
+        return None;
+    }
+    let store = kelvin_store::Store::open(directory, false).ok()?;
+    let stored = store.snapshots().ok()?;
+    let (host_cpu, host_kernel) = kelvin_host::cpu::here();
+    let firecracker = vmm::find_firecracker(named).filter(|_| has_kvm);
+    let firecracker = firecracker.and_then(|binary| kelvin_vmm::firecracker::build_at(&binary).ok());
+    let qemu = kelvin_vmm::qemu::build().ok();
+    let mut unfit: Vec<String> = Vec::new();
+    for snapshot in stored.iter().filter(|snapshot| snapshot.manifest.mode.is_full()) {
+        let identity = &snapshot.manifest.identity;
+        // As a server with the VMM that the snapshot wants would compare it.
+        let build = if identity.vmm == "firecracker" { &firecracker } else { &qemu };
+        let here = Identity {
+            vmm_build: build.clone().unwrap_or_default(),
+            accelerator: accel::detect().accelerator.to_string(),
+            host_cpu: host_cpu.clone(),
+            host_kernel: host_kernel.clone(),
+            snapshot_format: SNAPSHOT_FORMAT,
+            ..identity.clone()
+        };
+        let differences = identity.differences(&here);
+        if !differences.is_empty() {
+            unfit.push(format!("{} differs in {}", snapshot.manifest.id, differences.join(", ")));
+        }
+    }
+    let count = stored.len();
+    Some(if unfit.is_empty() {
+        check(NAME, Verdict::Ok, format!("{count} stored, none that this host could not restore"), "")
+    } else {
+        let shown = unfit.iter().take(3).cloned().collect::<Vec<_>>().join("; ");
+        check(
+            NAME,
+            Verdict::Warning,
+            format!("{} of {count} do not fit this host: {shown}", unfit.len()),
+            "templates are baked anew; what is paused waits for a host like its own; `kelvin gc` removes the rest",
+        )
+    })
+}
+
 /// Slots are tried, not guessed; and where they would lead to.
 async fn network() -> Check {
     const NAME: &str = "network";
@@ -180,9 +265,14 @@ async fn server(connection: &Connection) -> Check {
 
 /// Prints all checks; the exit code is 1 when one has failed.
 pub async fn run(connection: &Connection, output: Output, args: &DoctorArgs) -> Result<ExitCode, Failed> {
+    let has_kvm = accel::detect().accelerator == accel::Accelerator::Kvm;
+    let named = args.firecracker.as_deref();
+    let directory = data_dir(args.data_dir.as_ref());
     let mut checks = host();
+    checks.extend(firecracker(named, has_kvm));
     checks.push(network().await);
-    checks.extend(data_directory(&data_dir(args.data_dir.as_ref())));
+    checks.extend(data_directory(&directory));
+    checks.extend(snapshots(&directory, named, has_kvm));
     checks.push(server(connection).await);
     print(output, &checks, |checks| {
         let mut table = table(&["check", "verdict", "found", "remedy"]);

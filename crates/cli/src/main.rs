@@ -15,6 +15,7 @@ mod serve;
 mod setup;
 mod snapshot;
 mod template;
+mod vmm;
 
 use std::process::ExitCode;
 
@@ -93,7 +94,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
             Ok(ExitCode::SUCCESS)
         }
         // Handled before there is a runtime.
-        Command::Egress { .. } => Ok(ExitCode::FAILURE),
+        Command::Egress { .. } | Command::Jail => Ok(ExitCode::FAILURE),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "kelvin", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
@@ -111,11 +112,25 @@ fn egress(options: &str) -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// `kelvin jail`: becomes the parent of a VMM, for as long as its caller needs.
+fn jail() -> ExitCode {
+    match kelvin_host::jail::run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kelvin: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 fn main() -> ExitCode {
     // A reader that goes away (`kelvin ... | head`) ends this program like any other.
     let cli = Cli::parse();
     if let Command::Egress { options, .. } = &cli.command {
         return egress(options);
+    }
+    if let Command::Jail = &cli.command {
+        return jail();
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,

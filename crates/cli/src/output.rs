@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Write};
 
 use comfy_table::{ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use kelvin_api::error::chain;
+use kelvin_api::error::{Failure, chain};
 use kelvin_api::network::{NetworkState, Traffic};
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{NodeInfo, OnTimeout, PoolInfo, SandboxDetail, SandboxState, Template};
@@ -45,6 +45,14 @@ impl Failed {
 
 fn colour() -> bool {
     std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) && std::io::stderr().is_terminal()
+}
+
+impl From<Failure> for Failed {
+    fn from(failure: Failure) -> Self {
+        let message =
+            [Some(failure.message), failure.cause].into_iter().flatten().collect::<Vec<_>>().join(": ");
+        Self { message, remediation: Some(failure.remediation) }
+    }
 }
 
 impl From<Error> for Failed {

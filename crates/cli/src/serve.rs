@@ -30,12 +30,12 @@ use kelvin_gateway::{Gateway, Inbound, Io, Outbound, Sandboxes, Secure, tls};
 use kelvin_host::net;
 use kelvin_node::Node;
 use kelvin_node::options::{NetworkOptions, Options};
-use kelvin_vmm::qemu::Qemu;
 use tower::service_fn;
 use tracing_subscriber::EnvFilter;
 
 use crate::args::{ServeArgs, data_dir};
 use crate::output::Failed;
+use crate::vmm;
 
 /// Joins the node to what control plane and gateway ask of one.
 struct Local(Node);
@@ -330,13 +330,11 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     let address = listener.local_addr().map_err(|error| Failed::other(&error))?;
     let secure = open_tls(&args).await?;
     let absolute = data_dir.canonicalize().map_err(|error| Failed::other(&error))?;
-    let driver = tokio::task::spawn_blocking(move || {
-        Qemu::open(&absolute, options.accelerator).map(|driver| (driver, options))
-    })
-    .await
-    .map_err(|error| Failed::other(&error))?;
-    let (driver, options) = driver.map_err(|error| Failed::other(&error))?;
-    let node = Node::open(options, Arc::new(driver)).await.map_err(|error| Failed::other(&error))?;
+    let (vmm, accelerator) = (args.vmm, options.accelerator);
+    let driver = tokio::task::spawn_blocking(move || vmm::open(&vmm, &absolute, accelerator))
+        .await
+        .map_err(|error| Failed::other(&error))??;
+    let node = Node::open(options, driver).await.map_err(|error| Failed::from(Failure::from(error)))?;
     let key_path = node.data_dir().join("api-key");
     let key = ApiKey::open(&key_path).map_err(|error| Failed::other(&error))?;
     let local = Arc::new(Local(node.clone()));

@@ -5,6 +5,7 @@
 //! it the tests say `skipped: ...`. A server that is stopped has to have left nothing; one whose test
 //! failed is cleared away. Each test has a network namespace of its own; [`world`] gives it an internet.
 
+pub mod promises;
 pub mod world;
 
 use std::collections::BTreeSet;
@@ -196,6 +197,21 @@ impl Server {
         assert!(status.success(), "template import: {status}");
     }
 
+    /// What a server would be started with.
+    fn serve(&self, args: &[&str]) -> Command {
+        let mut command = self.command();
+        command.args(["serve", "--data-dir"]).arg(&self.data_dir).args(defaults(args)).args(args);
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command
+    }
+
+    /// Starts a server that is to refuse, beside none; what it says.
+    pub fn refuses(&self, args: &[&str]) -> String {
+        let output = self.serve(args).stderr(Stdio::piped()).output().expect("kelvin starts");
+        assert!(!output.status.success(), "it did not refuse");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
     /// Starts the process and waits until it says where it is.
     pub async fn start(&mut self, args: &[&str]) {
         let announcement = self.data_dir.join("run/server.json");
@@ -205,17 +221,7 @@ impl Server {
             .append(true)
             .open(self.data_dir.join("server.log"))
             .expect("a log");
-        let mut child = self
-            .command()
-            .args(["serve", "--data-dir"])
-            .arg(&self.data_dir)
-            .args(defaults(args))
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .expect("kelvin starts");
+        let mut child = self.serve(args).stderr(log).spawn().expect("kelvin starts");
         let started = Instant::now();
         let text = loop {
             if let Ok(text) = fs::read_to_string(&announcement) {
@@ -329,6 +335,14 @@ impl Server {
     /// VMMs of this server, by pid.
     pub fn vmms(&self) -> BTreeSet<i32> {
         working_in(&self.data_dir)
+    }
+
+    /// The machine whose VMM a process is.
+    pub fn machine_of(&self, pid: i32) -> String {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).expect("it runs");
+        let line = String::from_utf8_lossy(&line).into_owned();
+        let name = line.split('\0').find_map(|word| word.strip_prefix("kelvin-"));
+        name.expect("a machine's VMM").to_owned()
     }
 
     /// The egress process of this server.

@@ -1,40 +1,9 @@
 //! The promises of SPEC.md about speed, as ratios in one run.
 //!
-//! Machines are shared: what a neighbour does can only make a figure worse, so each promise has three
-//! tries, and every try is printed.
+//! Source of the tries: `kelvin_e2e::promises`.
 
-use kelvin_e2e::{Ground, Server};
-use serde_json::Value;
-
-fn bench(server: &Server, args: &[&str]) -> Value {
-    bench_of(server, "create", args)
-}
-
-fn bench_of(server: &Server, what: &str, args: &[&str]) -> Value {
-    let mut all = vec!["--output", "json", "bench", what];
-    all.extend(args);
-    let output = server.cli(&all).output().expect("kelvin runs");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).expect("JSON")
-}
-
-fn p50(report: &Value, field: &str) -> f64 {
-    report[field]["p50"].as_f64().expect("a figure")
-}
-
-fn promise(name: &str, limit: f64, at_least: bool, mut ratio: impl FnMut() -> f64) {
-    for attempt in 1..=3 {
-        let value = ratio();
-        println!(
-            "{name}: {value:.3} (promised {} {limit}), try {attempt}",
-            if at_least { "at least" } else { "at most" }
-        );
-        if if at_least { value >= limit } else { value <= limit } {
-            return;
-        }
-    }
-    panic!("{name}: three tries, none within {limit}");
-}
+use kelvin_e2e::Ground;
+use kelvin_e2e::promises::{bench, bench_of, p50, promise};
 
 #[tokio::test]
 async fn clones_are_as_fast_as_promised() {

@@ -30,6 +30,13 @@ impl CpuModel {
     }
 }
 
+/// What an identity says of this host: its processor, and the release of its kernel.
+pub fn here() -> (String, String) {
+    let cpu = CpuModel::read();
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    (format!("{} {}", cpu.name, cpu.microcode), release)
+}
+
 /// Rate of the time stamp counter in kHz, as an emulated guest has to be told: QEMU's translator passes
 /// the host's counter through, and `microvm` has no timer to calibrate it against.
 ///

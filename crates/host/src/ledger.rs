@@ -45,6 +45,11 @@ pub enum Resource {
         /// The id.
         uid: u32,
     },
+    /// The control group of a machine.
+    Cgroup {
+        /// Absolute path.
+        path: PathBuf,
+    },
     /// A network slot: declared by itself, and once more by the machine that has it.
     Slot {
         /// Its number.

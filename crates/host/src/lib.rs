@@ -5,9 +5,12 @@
 //! next start reaps or adopts exactly those. `unsafe` is allowed here, each with its reason.
 
 pub mod accel;
+pub mod cgroup;
 pub mod cpu;
 pub mod datadir;
 pub mod db;
+pub mod jail;
+pub mod kvm;
 pub mod ledger;
 pub mod net;
 pub mod process;

@@ -7,9 +7,10 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io;
+use std::io::{BufRead, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{ChildStderr, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
@@ -18,7 +19,11 @@ use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 
+use crate::jail::{Jail, Launched};
 use crate::net::ns;
+
+/// The longest answer of a launcher, in bytes.
+const MAX_LAUNCHED: u64 = 8 << 10;
 
 /// Lets this process have as many descriptors as it may: each slot and each connection takes some, and the usual
 /// limit is for programs that use `select`.
@@ -28,6 +33,15 @@ pub fn allow_descriptors() {
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }) {
         tracing::warn!(%error, "the limit of descriptors stays as it is");
     }
+}
+
+/// Makes this process the parent of what its own children leave behind, so that it is reaped: a jailed program is
+/// started by a launcher that ends.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn adopt_orphans() -> io::Result<()> {
+    Ok(rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?)
 }
 
 /// What names a process beyond the reuse of its pid.
@@ -99,15 +113,52 @@ impl Process {
         };
         // The child cannot be reaped by anyone else, so its pid is still its own here.
         let process = Self::open(pid)?;
-        match nonblocking(stderr) {
-            Ok(stderr) => Ok((process, stderr)),
+        process.or_end(nonblocking(stderr)).await
+    }
+
+    /// Starts `jail` through `launcher`, a program that calls [`crate::jail::run`] when its one argument is `jail`; what the
+    /// jailed program says is returned.
+    ///
+    /// # Errors
+    /// When it cannot be started, with the step that failed; then nothing of it is left.
+    pub async fn spawn_jailed(
+        launcher: &Path,
+        jail: &Jail,
+        network: Network,
+    ) -> io::Result<(Self, pipe::Receiver)> {
+        let (launcher, spec) = (launcher.to_owned(), serde_json::to_vec(jail)?);
+        let (mut child, launched, stderr) = ns::on_thread(move || {
+            match &network {
+                Network::Of(namespace) => ns::enter(namespace.as_fd())?,
+                Network::Empty => ns::unshare()?,
+                Network::Shared => {}
+            }
+            launch(&launcher, spec)
+        })
+        .await?;
+        // The launcher is there until its input ends, so the pid is still the program's here.
+        let opened = match launched {
+            Ok(Launched::Pid(pid)) => Self::open(pid),
+            Ok(Launched::Failed(reason)) => Err(io::Error::other(reason)),
+            Err(error) => Err(error),
+        };
+        drop(child.stdin.take());
+        let _ = tokio::task::spawn_blocking(move || child.wait()).await;
+        opened?.or_end(nonblocking(stderr)).await
+    }
+
+    /// This process with its pipe; ended when there is none.
+    async fn or_end(self, pipe: io::Result<pipe::Receiver>) -> io::Result<(Self, pipe::Receiver)> {
+        match pipe {
+            Ok(pipe) => Ok((self, pipe)),
             Err(error) => {
-                process.kill()?;
-                process.ended().await;
+                self.kill()?;
+                self.ended().await;
                 Err(error)
             }
         }
     }
+
     #[allow(unsafe_code)]
     fn open(pid: i32) -> io::Result<Self> {
         let raw = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
@@ -206,6 +257,30 @@ fn start(spawn: Spawn) -> io::Result<(i32, ChildStderr)> {
     Ok((i32::try_from(child.id()).map_err(io::Error::other)?, stderr))
 }
 
+/// Starts a launcher and reads what it says: a line.
+fn launch(launcher: &Path, mut spec: Vec<u8>) -> io::Result<(Child, io::Result<Launched>, ChildStderr)> {
+    let mut child = Command::new(launcher)
+        .arg("jail")
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let (Some(input), Some(output), Some(stderr)) =
+        (&mut child.stdin, child.stdout.take(), child.stderr.take())
+    else {
+        return Err(io::Error::other("a launcher without pipes"));
+    };
+    spec.push(b'\n');
+    let mut line = String::new();
+    let said = input
+        .write_all(&spec)
+        .and_then(|()| io::BufReader::new(output.take(MAX_LAUNCHED)).read_line(&mut line))
+        .and_then(|_| Ok(serde_json::from_str(&line)?));
+    Ok((child, said, stderr))
+}
+
 fn start_time(pid: i32) -> io::Result<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The second field is a name in parentheses that may hold anything.
@@ -232,12 +307,19 @@ pub fn find_by_argument(marker: &str) -> Vec<ProcessKey> {
         .collect()
 }
 
-/// Processes that work in `directory`: those that a node starts do.
+/// Processes that work in `directory`, and those that are jailed in one of its `sandboxes/`: those that a node starts.
 pub fn working_in(directory: &Path) -> BTreeSet<i32> {
+    use std::os::unix::fs::MetadataExt;
+    let place = |path: &Path| std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+    let jails = std::fs::read_dir(directory.join("sandboxes")).into_iter().flatten().flatten();
+    let jails: BTreeSet<_> = jails.filter_map(|entry| place(&entry.path())).collect();
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries
         .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-        .filter(|pid| std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == directory))
+        .filter(|pid| {
+            std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == directory)
+                || place(Path::new(&format!("/proc/{pid}/root"))).is_some_and(|root| jails.contains(&root))
+        })
         .collect()
 }
 

@@ -19,7 +19,7 @@ use kelvin_api::units::Shape;
 use kelvin_store::image::Template;
 use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
 use kelvin_vmm::control::Control;
-use kelvin_vmm::{MachineSpec, Port, Running};
+use kelvin_vmm::{MachineSpec, Running};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -95,7 +95,7 @@ impl Inner {
                 what: "making a staging directory",
                 source: std::io::Error::other(error.to_string()),
             })?;
-            let running = self.driver.boot(&home.spec).await?;
+            let running = self.driver.boot(&home.spec, kelvin_vmm::made()).await?;
             home.started(&self.keeper, running.key()).await?;
             self.freeze(running, &home.spec, staged).await?;
             let draft = Draft {
@@ -131,7 +131,7 @@ impl Inner {
         staged: &std::path::Path,
     ) -> Result<(), Error> {
         let mut control = self.boot_guest(&running).await?;
-        if let Err(error) = warm_up(running.connect(Port::Http).await?, spec, &WARM_UP, None).await {
+        if let Err(error) = warm_up(running.connect().await?, spec, &WARM_UP, None).await {
             let console = running.console().await.unwrap_or_default();
             let tail: Vec<&str> = console.lines().rev().take(15).collect();
             let tail = tail.into_iter().rev().collect::<Vec<_>>().join(" | ");

@@ -4,14 +4,14 @@
 //! ```text
 //! reserve ──────────> vmm ────────> resume ─> activate ─> commit        warm
 //! reserve ─> queue ─> vmm ─> load ─> resume ─> activate ─> commit        clone
-//!       └──────────── disk ─> vmm ─> boot ────> activate ─> commit        cold
+//!       └──── slot ∥ disk ∥ vmm ─> boot ──────> activate ─> commit        cold
 //! ```
 //!
 //! Whatever fails after `reserve` is released in reverse order before the error is returned. A crash at
 //! any point leaves a record that is not `running`, and the next start reaps its machine.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kelvin_api::error::chain;
@@ -27,7 +27,7 @@ use kelvin_store::identity::Identity;
 use kelvin_store::image::Template;
 use kelvin_store::snapshot::Snapshot;
 use kelvin_vmm::control::{Asked, Control};
-use kelvin_vmm::{MachineSpec, Port, Running};
+use kelvin_vmm::{MachineSpec, Running};
 use tracing::Instrument;
 
 use crate::Inner;
@@ -511,9 +511,17 @@ impl Attempt<'_> {
     async fn cold(&mut self, disk: PathBuf, identity: Identity) -> Result<Started, Error> {
         let span = self.begin(Phase::Disk);
         let network = self.network.is_some();
-        let build = self.inner.keeper.build(self.shape, &self.guest, disk, network);
-        let home = build.instrument(span).await?;
-        self.lap(Phase::Disk);
+        let begun = self.inner.keeper.begin(self.shape, &self.guest, disk, network);
+        let (home, making) = begun.instrument(span.clone()).await?;
+        // Beside the start of the VMM, where that can wait for it.
+        let (since, took) = (self.since, Arc::new(OnceLock::new()));
+        let told = Arc::clone(&took);
+        let making = async move {
+            let made = making.await;
+            let _ = told.set(since.elapsed());
+            made
+        };
+        let making: kelvin_vmm::Disk = Box::pin(making.instrument(span));
         let mut record = SandboxRecord {
             identity: Some(identity.clone()),
             shape: self.shape,
@@ -528,13 +536,16 @@ impl Attempt<'_> {
             self.hardware(&home.spec, &mut record).await?;
             self.rule(&home.spec, false).await?;
             let span = self.begin(Phase::Vmm);
+            // The disk is measured from its own begin: the two overlap.
+            self.since = Instant::now();
             let running = async {
                 self.declare(&home.spec, &record).await?;
-                let running = self.inner.driver.boot(&home.spec).await?;
+                let running = self.inner.driver.boot(&home.spec, making).await?;
                 home.started(&self.inner.keeper, running.key()).await?;
                 Ok::<_, Error>(running)
             };
             let running = running.instrument(span).await?;
+            self.timings.add(Phase::Disk, took.get().copied().unwrap_or_default());
             self.lap(Phase::Vmm);
             let span = self.begin(Phase::Boot);
             let mut control = self.inner.boot_guest(&running).instrument(span).await?;
@@ -745,7 +756,7 @@ pub fn wake(restored: bool) -> Result<Wake, Error> {
 impl Inner {
     /// Waits for a booting guest's agent. The console tells why, when it does not come.
     pub async fn boot_guest(&self, running: &Running) -> Result<Control, Error> {
-        let mut control = Control::new(running.connect(Port::Control).await?);
+        let mut control = running.control().await?;
         let limit = self.options.boot_deadline;
         tokio::select! {
             answer = control.call("booting", &Request::Ping, limit) => match answer {

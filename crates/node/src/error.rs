@@ -133,6 +133,16 @@ pub enum Error {
     /// A slot could not be made, changed or removed.
     #[error(transparent)]
     Network(#[from] kelvin_host::net::Error),
+    /// Sandboxes run in VMMs of another kind.
+    #[error("{count} sandboxes run in {theirs} here, and this server would use {ours}")]
+    OtherVmm {
+        /// How many.
+        count: usize,
+        /// The kind of their VMMs.
+        theirs: String,
+        /// The kind that was chosen.
+        ours: &'static str,
+    },
     /// The node is shutting down.
     #[error("the node is shutting down")]
     Stopping,
@@ -220,6 +230,11 @@ impl From<Error> for Failure {
                 with(Kind::Exhausted, "capacity_exhausted", "kill sandboxes that are not needed")
             }
             Error::Network(_) => with(Kind::Internal, "network", "`kelvin doctor` checks the network"),
+            Error::OtherVmm { ref theirs, .. } => with(
+                Kind::Conflict,
+                "other_vmm",
+                &format!("serve with --vmm {theirs} until they have ended, or pause them there first"),
+            ),
             Error::Stopping => with(Kind::Unavailable, "node_stopping", "try again when the server is back"),
             Error::Io { ref source, .. } if source.kind() == std::io::ErrorKind::StorageFull => with(
                 Kind::Exhausted,

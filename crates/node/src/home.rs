@@ -1,8 +1,8 @@
 //! The resources of one machine: user id, directory, disk, VMM; declared, made, released.
 //!
 //! ```text
-//! declare(user, directory, vmm) ─> mkdir ─> disk ─> start ─> amend(pid)
-//! release: kill ─> remove directory ─> strike         (each step safe twice, from any half-built state)
+//! declare(user, group, directory, vmm) ─> group ─> mkdir ─> disk ─> start ─> amend(pid)
+//! release: kill ─> remove group, directory ─> strike         (each step safe twice, from any half-built state)
 //! ```
 
 use std::collections::BTreeSet;
@@ -12,11 +12,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kelvin_api::id::VmId;
 use kelvin_api::units::Shape;
+use kelvin_host::cgroup::{self, Cgroups};
 use kelvin_host::ledger::{Ledger, Resource};
+use kelvin_host::net::Slot;
 use kelvin_host::process::{Process, ProcessKey, find_by_argument};
 use kelvin_store::Store;
 use kelvin_store::disk::clone_file;
-use kelvin_vmm::MachineSpec;
+use kelvin_vmm::{Disk, Driver, MachineSpec};
 
 use crate::error::Error;
 use crate::networks::Networks;
@@ -58,8 +60,19 @@ pub struct Keeper {
     pub first_user: Option<u32>,
     /// Networks, where there are some.
     pub networks: Option<Arc<Networks>>,
+    /// What a machine may take of the host; `None` where nothing can or needs to hold it to that.
+    pub groups: Option<Groups>,
     /// Machines that could not be released: quarantined until the reaper succeeds.
     pub unreleased: Arc<Mutex<Vec<Unreleased>>>,
+}
+
+/// Control groups, and who says what is in them.
+#[derive(Clone)]
+pub struct Groups {
+    /// Those of this host.
+    pub cgroups: Cgroups,
+    /// Which limits a shape has.
+    pub driver: Arc<dyn Driver>,
 }
 
 /// A machine whose release failed.
@@ -102,23 +115,80 @@ impl Keeper {
         parent: PathBuf,
         network: bool,
     ) -> Result<Home, Error> {
-        let network = match (&self.networks, network) {
-            (Some(networks), true) => Some(networks.claim().await?),
-            _ => None,
+        let (home, disk) = self.begin(shape, guest, parent, network).await?;
+        match disk.await {
+            Ok(()) => Ok(home),
+            Err(source) => {
+                self.release_or_log(&home.spec, None).await;
+                Err(Error::Io { what: "making the machine's disk", source })
+            }
+        }
+    }
+
+    /// The same, but the disk is still on its way when it returns. Network and directory are made at once.
+    ///
+    /// # Errors
+    /// As [`Keeper::build`].
+    pub async fn begin(
+        &self,
+        shape: Shape,
+        guest: &str,
+        parent: PathBuf,
+        network: bool,
+    ) -> Result<(Home, Disk), Error> {
+        let networks = self.networks.as_ref().filter(|_| network);
+        let claiming = async {
+            match networks {
+                Some(networks) => networks.claim().await.map(Some),
+                None => Ok(None),
+            }
         };
+        let (claimed, placed) = tokio::join!(claiming, self.place(shape, guest, parent));
+        let (mut home, disk) = match (placed, &claimed) {
+            (Ok(placed), _) => placed,
+            (Err(error), Ok(Some(slot))) => {
+                self.release_network(slot).await?;
+                return Err(error);
+            }
+            (Err(error), _) => return Err(error),
+        };
+        let attached = match (claimed, networks) {
+            (Ok(Some(slot)), Some(networks)) => {
+                let resource = Resource::Slot { number: slot.number(), range: networks.slots.range() };
+                home.spec.network = Some(slot);
+                self.ledger.declare(&home.spec.vm, &[resource]).await.map(drop).map_err(Error::from)
+            }
+            (claimed, _) => claimed.map(drop),
+        };
+        match attached {
+            Ok(()) => Ok((home, disk)),
+            Err(error) => {
+                let _ = disk.await;
+                self.release_or_log(&home.spec, None).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Declares and makes the directory of a machine without a network; its disk is on its way.
+    async fn place(&self, shape: Shape, guest: &str, parent: PathBuf) -> Result<(Home, Disk), Error> {
         let user = self.users.take(self.first_user);
+        let vm = VmId::random();
+        let limits = self
+            .groups
+            .as_ref()
+            .and_then(|groups| groups.driver.limits(shape).map(|limits| (groups.cgroups.clone(), limits)));
         let spec = MachineSpec {
-            vm: VmId::random(),
+            cgroup: limits.as_ref().map(|(cgroups, _)| cgroups.path(&vm)),
+            vm,
             data_dir: self.store.root().to_owned(),
             user,
             shape,
             guest: Path::new("guests").join(guest),
-            network,
+            network: None,
         };
         let mut resources: Vec<Resource> = user.map(|uid| Resource::User { uid }).into_iter().collect();
-        if let (Some(slot), Some(networks)) = (&spec.network, &self.networks) {
-            resources.push(Resource::Slot { number: slot.number(), range: networks.slots.range() });
-        }
+        resources.extend(spec.cgroup.clone().map(|path| Resource::Cgroup { path }));
         resources.push(Resource::Directory { path: spec.absolute() });
         resources.push(Resource::Vmm { marker: spec.marker(), key: None });
         let declared = self.ledger.declare(&spec.vm, &resources).await;
@@ -127,15 +197,27 @@ impl Keeper {
             Ok(None) => 0,
             Err(error) => {
                 self.users.give_back(user);
-                self.release_network(&spec).await?;
                 return Err(error.into());
             }
         };
-        let directory = spec.absolute();
+        let (directory, vm) = (spec.absolute(), spec.vm.clone());
         let home = Home { spec, vmm_entry };
-        let made = tokio::task::spawn_blocking(move || make_directory(&directory, user, &parent)).await;
+        let made = tokio::task::spawn_blocking(move || {
+            if let Some((cgroups, limits)) = limits {
+                cgroups.create(&vm, &limits)?;
+            }
+            make_directory(&directory, user)
+        })
+        .await;
         match made.unwrap_or_else(|error| Err(io::Error::other(error))) {
-            Ok(()) => Ok(home),
+            Ok(()) => {
+                let disk = home.spec.absolute().join("disk");
+                let making = tokio::task::spawn_blocking(move || make_disk(&disk, user, &parent));
+                Ok((
+                    home,
+                    Box::pin(async { making.await.unwrap_or_else(|error| Err(io::Error::other(error))) }),
+                ))
+            }
             Err(source) => {
                 self.release_or_log(&home.spec, None).await;
                 Err(Error::Io { what: "making the machine's directory", source })
@@ -168,21 +250,27 @@ impl Keeper {
                 }
             }
         }
+        if let Some(path) = &spec.cgroup {
+            let removed = cgroup::remove(path).await;
+            removed.map_err(|source| Error::Io { what: "removing a machine's control group", source })?;
+        }
         let directory = spec.absolute();
         let removed = tokio::task::spawn_blocking(move || remove_directory(&directory)).await;
         removed
             .unwrap_or_else(|error| Err(io::Error::other(error)))
             .map_err(|source| Error::Io { what: "removing a machine's directory", source })?;
-        self.release_network(spec).await?;
+        if let Some(slot) = &spec.network {
+            self.release_network(slot).await?;
+        }
         self.ledger.strike_all(&spec.vm).await?;
         self.users.give_back(spec.user);
         Ok(())
     }
 
-    async fn release_network(&self, spec: &MachineSpec) -> Result<(), Error> {
-        match (&spec.network, &self.networks) {
-            (Some(slot), Some(networks)) => networks.release(slot).await,
-            _ => Ok(()),
+    async fn release_network(&self, slot: &Arc<Slot>) -> Result<(), Error> {
+        match &self.networks {
+            Some(networks) => networks.release(slot).await,
+            None => Ok(()),
         }
     }
 
@@ -205,13 +293,19 @@ impl Keeper {
     }
 }
 
-fn make_directory(directory: &Path, user: Option<u32>, parent: &Path) -> io::Result<()> {
+fn make_directory(directory: &Path, user: Option<u32>) -> io::Result<()> {
     use std::os::unix::fs::{DirBuilderExt, chown};
     std::fs::DirBuilder::new().mode(0o700).create(directory)?;
-    clone_file(parent, &directory.join("disk"))?;
     if user.is_some() {
-        chown(directory.join("disk"), user, user)?;
         chown(directory, user, user)?;
+    }
+    Ok(())
+}
+
+fn make_disk(disk: &Path, user: Option<u32>, parent: &Path) -> io::Result<()> {
+    clone_file(parent, disk)?;
+    if user.is_some() {
+        std::os::unix::fs::chown(disk, user, user)?;
     }
     Ok(())
 }
@@ -240,6 +334,7 @@ mod tests {
             users: Arc::default(),
             first_user: None,
             networks: None,
+            groups: None,
             unreleased: Arc::default(),
         }
     }

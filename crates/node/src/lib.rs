@@ -41,6 +41,7 @@ use kelvin_api::node::{Base, Changes, Create, Created, Live};
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{NodeInfo, NodeNetwork, TemplateSnapshot};
 use kelvin_api::units::{MemoryMib, Shape};
+use kelvin_host::cgroup::Cgroups;
 use kelvin_host::ledger::{Entry, Ledger};
 use kelvin_store::Store;
 use kelvin_store::gc::Garbage;
@@ -56,7 +57,7 @@ pub use agent::{Body, SendError};
 use capacity::Capacity;
 use create::Seed;
 pub use error::Error;
-use home::Keeper;
+use home::{Groups, Keeper};
 pub use link::Stream;
 use networks::{EgressOptions, Networks};
 use options::{Options, Rule};
@@ -321,6 +322,22 @@ impl Inner {
     }
 }
 
+/// Control groups, when the driver has limits. A host that cannot have them is told so, once.
+fn groups(driver: &Arc<dyn Driver>, data_dir: &Path) -> Option<Groups> {
+    let any = Shape { vcpus: 1, memory_mib: options::MIN_MEMORY, disk_mib: kelvin_api::units::DiskMib(1) };
+    driver.limits(any)?;
+    match Cgroups::open(data_dir) {
+        Ok(cgroups) => Some(Groups { cgroups, driver: Arc::clone(driver) }),
+        Err(reason) => {
+            tracing::warn!(
+                reason,
+                "machines have no limits of the host's memory, processors and disk; `kelvin doctor` says what it needs"
+            );
+            None
+        }
+    }
+}
+
 impl Node {
     /// Opens the node: templates and snapshots are read, the ledger is reconciled, pools begin to fill.
     ///
@@ -340,11 +357,12 @@ impl Node {
         let ledger = Ledger::open(&store.root().join("ledger.db"))?;
         let reflink = kelvin_host::datadir::can_reflink(store.root())
             .map_err(|source| Error::Io { what: "trying the data directory's file system", source })?;
-        let cpu = kelvin_host::cpu::CpuModel::read();
+        let (host_cpu, host_kernel) = kelvin_host::cpu::here();
         let same = Shape { vcpus: 1, memory_mib: MemoryMib(1), disk_mib: kelvin_api::units::DiskMib(1) };
         let devices = [false, true]
             .map(|network| kelvin_store::hash::sha256(driver.layout(same, network).join("\0").as_bytes()));
         let (entries, records) = ledger.read().await?;
+        reconcile::check_vmm(driver.kind(), &entries, &records)?;
         let rules = warm::read_rules(store.root())?;
         let (networks, attached, no_network) = open_networks(&options, &ledger, &entries).await?;
         let keeper = Keeper {
@@ -353,6 +371,7 @@ impl Node {
             users: Arc::default(),
             first_user: options.first_user,
             networks: networks.clone(),
+            groups: groups(&driver, store.root()),
             unreleased: Arc::default(),
         };
         let inner = Arc::new(Inner {
@@ -379,8 +398,8 @@ impl Node {
             changes: changes::Log::default(),
             devices,
             no_network,
-            host_cpu: format!("{} {}", cpu.name, cpu.microcode),
-            host_kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+            host_cpu,
+            host_kernel,
             reflink,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),

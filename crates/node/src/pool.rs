@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use kelvin_api::id::SnapshotId;
 use kelvin_store::snapshot::Snapshot;
+use kelvin_vmm::Waiting;
 use kelvin_vmm::control::Control;
-use kelvin_vmm::{Port, Waiting};
 use tokio::sync::Notify;
 
 use crate::Inner;
@@ -132,7 +132,7 @@ impl Inner {
         let made = async {
             let waiting = self.driver.prepare(&home.spec, &memory).await?;
             home.started(&self.keeper, waiting.key()).await?;
-            let control = Control::new(waiting.connect(Port::Control).await?);
+            let control = waiting.control().await?;
             Ok::<_, Error>((waiting, control))
         };
         match made.await {

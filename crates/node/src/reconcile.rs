@@ -10,9 +10,8 @@ use kelvin_api::guest::Request;
 use kelvin_api::id::VmId;
 use kelvin_host::ledger::{Entry, Record as LedgerRecord, Resource};
 use kelvin_host::net::Range;
-use kelvin_host::process::ProcessKey;
-use kelvin_vmm::control::Control;
-use kelvin_vmm::{MachineSpec, Port};
+use kelvin_host::process::{Process, ProcessKey};
+use kelvin_vmm::MachineSpec;
 
 use crate::Inner;
 use crate::capacity::Amount;
@@ -31,6 +30,7 @@ struct Found {
     user: Option<u32>,
     record: Option<SandboxRecord>,
     slot: Option<(u16, Range)>,
+    cgroup: Option<std::path::PathBuf>,
     /// Whether there is anything beside a slot: a machine.
     is_machine: bool,
 }
@@ -44,6 +44,31 @@ pub struct Reconciled {
     pub removed: u32,
     /// Records that do not parse: of a newer or older version. One of them may be that of a paused sandbox.
     pub unreadable: u32,
+}
+
+/// Refuses to take over sandboxes that run in VMMs of another kind than `ours`: they would be ended.
+///
+/// # Errors
+/// `OtherVmm`.
+pub fn check_vmm(ours: &'static str, entries: &[Entry], records: &[LedgerRecord]) -> Result<(), Error> {
+    let running = |owner: &VmId| {
+        entries.iter().any(|entry| match &entry.resource {
+            Resource::Vmm { key: Some(key), .. } => entry.owner == *owner && Process::adopt(*key).is_ok(),
+            _ => false,
+        })
+    };
+    let theirs: Vec<String> = records
+        .iter()
+        .filter_map(|record| {
+            let Ok(Record::Sandbox(sandbox)) = serde_json::from_str(&record.body) else { return None };
+            let vmm = sandbox.identity.filter(|_| sandbox.state == State::Running)?.vmm;
+            (vmm != ours && running(&record.owner)).then_some(vmm)
+        })
+        .collect();
+    match theirs.first() {
+        Some(first) => Err(Error::OtherVmm { count: theirs.len(), theirs: first.clone(), ours }),
+        None => Ok(()),
+    }
 }
 
 impl Inner {
@@ -72,6 +97,7 @@ impl Inner {
                     self.keeper.users.claim(uid);
                 }
                 Resource::Vmm { key, .. } => found.key = key,
+                Resource::Cgroup { path } => found.cgroup = Some(path),
                 // It lies where the machine's id says.
                 Resource::Directory { .. } => {}
             }
@@ -159,6 +185,7 @@ impl Inner {
                 .as_ref()
                 .map_or_else(Default::default, |record| std::path::Path::new("guests").join(&record.guest)),
             network: None,
+            cgroup: found.cgroup.clone(),
         }
     }
 
@@ -187,7 +214,7 @@ impl Inner {
             ),
         }
         let running = self.driver.adopt(spec, key).await?;
-        let mut control = Control::new(running.connect(Port::Control).await?);
+        let mut control = running.control().await?;
         // It may have been stopped for a snapshot, and its file system frozen.
         match control.call("going on", &Request::Wake(wake(false)?), ANSWER).await {
             // It answers: one of a former version does not know the word.

@@ -15,9 +15,8 @@ use kelvin_api::sandbox::{OnTimeout, PauseMode};
 use kelvin_host::process::ProcessKey;
 use kelvin_store::identity::Identity;
 use kelvin_store::snapshot::{Care, Origin};
-use kelvin_vmm::control::{Asked, Control};
-use kelvin_vmm::{MachineSpec, Paused, Port, Running};
-use tokio::net::UnixStream;
+use kelvin_vmm::control::{Asked, Control, Dial};
+use kelvin_vmm::{MachineSpec, Paused, Running};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::Inner;
@@ -38,8 +37,6 @@ pub enum Command {
     Kill(oneshot::Sender<()>),
     /// End it at another time.
     SetDeadline(jiff::Timestamp, oneshot::Sender<()>),
-    /// Connect to the guest.
-    Connect(Port, oneshot::Sender<Result<UnixStream, kelvin_vmm::Error>>),
     /// Replace its egress policy.
     SetPolicy(Policy, oneshot::Sender<Result<(), Error>>),
     /// Freeze it; answered when it can be resumed. What is kept, and whether its agent has to have flushed and frozen
@@ -59,6 +56,8 @@ pub struct Sandbox {
     live: watch::Receiver<Live>,
     /// The way to its agent.
     pub agent: Agent,
+    /// Makes it. Not the task's work: a hostile guest may take its time.
+    pub dialer: Arc<dyn Dial>,
     /// The way to its ports, when it has a network.
     pub network: Option<Arc<Network>>,
     /// What callers of its agent must show.
@@ -122,10 +121,16 @@ impl Inner {
         }
         let access_token = machine.record.access_token.clone();
         let snapshot = machine.record.snapshot.clone();
-        let network_of = network.clone();
-        let sandbox = Sandbox { commands, live: watched, agent, network: network_of, access_token, snapshot };
-        let sandbox = Arc::new(sandbox);
-        self.sandboxes().insert(id, sandbox);
+        let sandbox = Sandbox {
+            commands,
+            live: watched,
+            agent,
+            dialer: machine.running.dialer(),
+            network: network.clone(),
+            access_token,
+            snapshot,
+        };
+        self.sandboxes().insert(id, Arc::new(sandbox));
         let keeping = Keeping {
             inner: Arc::clone(self),
             spec: machine.spec,
@@ -220,7 +225,6 @@ impl Keeping {
                         let taken = self.capture(origin, care, Then { mode, ..Then::default() }).await;
                         let _ = done.send(taken.map(|captured| (captured, self.record.clone())));
                     }
-                    Some(Command::Connect(port, reply)) => { let _ = reply.send(running.connect(port).await); }
                     Some(Command::Console(reply)) => { let _ = reply.send(running.console().await); }
                     Some(Command::GoOn(done)) => {
                         if let Err(error) = running.go_on().await {

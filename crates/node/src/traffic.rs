@@ -13,7 +13,6 @@ use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::node::Route;
 use kelvin_api::sandbox::GuestMetrics;
 use kelvin_api::signature::Signature;
-use kelvin_vmm::Port;
 
 use crate::Node;
 use crate::agent::{Body, SendError};
@@ -45,10 +44,10 @@ impl Node {
             }
         }
         let sandbox = self.awake(id).await?;
-        let connects = Arc::clone(&sandbox);
+        let dialer = Arc::clone(&sandbox.dialer);
         let reconnect = move || {
-            let sandbox = Arc::clone(&connects);
-            async move { Ok(sandbox.ask(|reply| Command::Connect(Port::Http, reply)).await??) }
+            let dialer = Arc::clone(&dialer);
+            async move { Ok(dialer.connect().await?) }
         };
         sandbox
             .agent

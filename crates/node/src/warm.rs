@@ -23,8 +23,8 @@ use kelvin_api::guest::{Activation, Request};
 use kelvin_api::id::{TemplateName, Token};
 use kelvin_api::sandbox::{EnvVars, PoolInfo, SetPool};
 use kelvin_host::net::Slot;
+use kelvin_vmm::Paused;
 use kelvin_vmm::control::Control;
-use kelvin_vmm::{Paused, Port};
 
 use crate::bake::{quiesce, warm_up};
 use crate::capacity::Amount;
@@ -276,7 +276,7 @@ impl Inner {
             let asked = control.post(&Request::Activate(nobody(&home, &token, mac)?)).await?;
             let running = paused.resume().await.map_err(|(_, error)| error)?;
             control.wait("activation", asked, self.options.activate_deadline).await?;
-            warm_up(running.connect(Port::Http).await?, &home.spec, &FIRST, Some(&token)).await?;
+            warm_up(running.connect().await?, &home.spec, &FIRST, Some(&token)).await?;
             quiesce(&mut control).await?;
             Ok::<_, Error>(running.pause().await.map_err(|(_, error)| error)?)
         };

@@ -14,7 +14,7 @@ use kelvin_host::net::{Slot, Slots};
 use kelvin_host::process::{Process, ProcessKey, find_by_argument};
 
 use crate::control::Control;
-use crate::{Driver, Error, MachineSpec, Port, Running};
+use crate::{Driver, Error, MachineSpec, Running, made};
 
 /// What the suite needs.
 pub struct Bench<'a> {
@@ -65,8 +65,23 @@ fn wake(restored: bool) -> Wake {
     Wake { wall_clock_ns, entropy, restored }
 }
 
+/// A machine that was baked: paths relative to the data directory.
+#[derive(Debug, Clone)]
+pub struct Baked {
+    /// Its memory.
+    pub memory: PathBuf,
+    /// Its device state.
+    pub state: PathBuf,
+    /// Its disk, absolute.
+    pub disk: PathBuf,
+}
+
 impl Bench<'_> {
-    async fn spec(&self, disk: &Path) -> Result<MachineSpec, Box<dyn std::error::Error>> {
+    /// Makes the directory of a new machine, with a copy of `disk`, and takes a network for it.
+    ///
+    /// # Errors
+    /// As the file system and the network give them.
+    pub async fn spec(&self, disk: &Path) -> Result<MachineSpec, Box<dyn std::error::Error>> {
         let network = match self.slots {
             Some(slots) => Some(slots.claim().await?),
             None => None,
@@ -78,6 +93,7 @@ impl Bench<'_> {
             shape: self.shape,
             guest: self.guest.clone(),
             network,
+            cgroup: None,
         };
         let directory = spec.absolute();
         std::fs::create_dir_all(&directory)?;
@@ -88,34 +104,64 @@ impl Bench<'_> {
         Ok(spec)
     }
 
-    async fn restore(
-        &self,
-        memory: &Path,
-        state: &Path,
-        disk: &Path,
-    ) -> Result<(Running, Control), Box<dyn std::error::Error>> {
-        let (running, control, _) = self.restore_connected(memory, state, disk).await?;
+    /// Boots a machine, bakes it, and sees that it can go on afterwards; then it is killed.
+    ///
+    /// # Errors
+    /// What was expected and did not happen.
+    pub async fn bake(&self) -> Result<Baked, Box<dyn std::error::Error>> {
+        let spec = self.spec(self.rootfs).await?;
+        let running = self.driver.boot(&spec, made()).await?;
+        let mut control = running.control().await?;
+        control.call("ping", &Request::Ping, BOOT).await?;
+        let quiet = wait_quiet(&mut control).await?;
+        expect(quiet, "the agent waits on its HTTP port before a snapshot")?;
+        let relative = spec.directory().join("baked");
+        let baked = self.data_dir.join(&relative);
+        std::fs::create_dir(&baked)?;
+        let paused = running.pause().await.map_err(|(_, error)| error)?;
+        paused.save(&baked.join("memory"), &baked.join("state")).await?;
+        (self.clone_disk)(&spec.absolute().join("disk"), &baked.join("disk"))?;
+        let running = paused.resume().await.map_err(|(_, error)| error)?;
+        control.call("ping", &Request::Ping, ANSWER).await?;
+        expect(!running.console().await?.contains("Kernel panic"), "no panic on the console")?;
+        running.kill().await?;
+        running.kill().await?;
+        expect(running.is_over(), "a killed machine is over")?;
+        for name in ["memory", "state"] {
+            std::fs::set_permissions(baked.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o444))?;
+        }
+        std::fs::set_permissions(spec.absolute(), std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
+        Ok(Baked { memory: relative.join("memory"), state: relative.join("state"), disk: baked.join("disk") })
+    }
+
+    async fn restore(&self, baked: &Baked) -> Result<(Running, Control), Box<dyn std::error::Error>> {
+        let (running, control, _) = self.restore_connected(baked).await?;
         Ok((running, control))
     }
 
-    async fn restore_connected(
+    /// Restores `baked` as another machine, which has not been activated.
+    ///
+    /// # Errors
+    /// As the driver gives them.
+    pub async fn restore_connected(
         &self,
-        memory: &Path,
-        state: &Path,
-        disk: &Path,
-    ) -> Result<(Running, Control, Option<Arc<Slot>>), Box<dyn std::error::Error>> {
-        let spec = self.spec(disk).await?;
-        let waiting = self.driver.prepare(&spec, memory).await?;
-        let control = Control::new(waiting.connect(Port::Control).await?);
-        let paused = waiting.load(&self.data_dir.join(state)).await.map_err(|(_, error)| error)?;
+        baked: &Baked,
+    ) -> Result<(Running, Control, MachineSpec), Box<dyn std::error::Error>> {
+        let spec = self.spec(&baked.disk).await?;
+        let waiting = self.driver.prepare(&spec, &baked.memory).await?;
+        let control = waiting.control().await?;
+        let paused = waiting.load(&self.data_dir.join(&baked.state)).await.map_err(|(_, error)| error)?;
         let running = paused.resume().await.map_err(|(_, error)| error)?;
-        Ok((running, control, spec.network))
+        Ok((running, control, spec))
     }
 }
 
 /// The guest's own kernel refuses a connection to a port where nobody listens: the way in and the way back
 /// work. Without a network there is nothing to reach.
-async fn is_reachable(slot: Option<Arc<Slot>>) -> Outcome {
+///
+/// # Errors
+/// When it is not.
+pub async fn is_reachable(slot: Option<Arc<Slot>>) -> Outcome {
     let Some(slot) = slot else {
         return Ok(());
     };
@@ -134,6 +180,15 @@ fn expect(condition: bool, what: &str) -> Outcome {
 /// What was expected and did not happen.
 pub async fn run(bench: &Bench<'_>) -> Outcome {
     let outcome = steps(bench).await;
+    end_all(bench).await?;
+    outcome
+}
+
+/// Kills every VMM of the bench.
+///
+/// # Errors
+/// When one cannot be killed.
+pub async fn end_all(bench: &Bench<'_>) -> Outcome {
     for entry in std::fs::read_dir(bench.data_dir.join("sandboxes"))?.flatten() {
         for key in find_by_argument(&format!("kelvin-{}", entry.file_name().to_string_lossy())) {
             if let Ok(process) = Process::adopt(key) {
@@ -142,43 +197,17 @@ pub async fn run(bench: &Bench<'_>) -> Outcome {
             }
         }
     }
-    outcome
+    Ok(())
 }
 
 async fn steps(bench: &Bench<'_>) -> Outcome {
-    let spec = bench.spec(bench.rootfs).await?;
-    let running = bench.driver.boot(&spec).await?;
-    let mut control = Control::new(running.connect(Port::Control).await?);
-    control.call("ping", &Request::Ping, BOOT).await?;
-    let quiet = wait_quiet(&mut control).await?;
-    expect(quiet, "the agent waits on its HTTP port before a snapshot")?;
-
-    // Bake: pause, save, and the machine can go on afterwards.
-    let baked = spec.absolute().join("baked");
-    std::fs::create_dir(&baked)?;
-    let paused = running.pause().await.map_err(|(_, error)| error)?;
-    paused.save(&baked.join("memory"), &baked.join("state")).await?;
-    (bench.clone_disk)(&spec.absolute().join("disk"), &baked.join("disk"))?;
-    let running = paused.resume().await.map_err(|(_, error)| error)?;
-    control.call("ping", &Request::Ping, ANSWER).await?;
-    expect(!running.console().await?.contains("Kernel panic"), "no panic on the console")?;
-    running.kill().await?;
-    running.kill().await?;
-    expect(running.is_over(), "a killed machine is over")?;
+    let baked = bench.bake().await?;
 
     // Clone twice at once; neither writes the memory file.
-    for name in ["memory", "state"] {
-        std::fs::set_permissions(baked.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o444))?;
-    }
-    let relative = spec.directory().join("baked");
-    std::fs::set_permissions(spec.absolute(), std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
-    let before = std::fs::read(baked.join("memory"))?;
-    let restore =
-        async || bench.restore(&relative.join("memory"), &relative.join("state"), &baked.join("disk")).await;
-    let (first, mut first_control, slot) = bench
-        .restore_connected(&relative.join("memory"), &relative.join("state"), &baked.join("disk"))
-        .await?;
-    let (second, mut second_control) = restore().await?;
+    let before = std::fs::read(bench.data_dir.join(&baked.memory))?;
+    let (first, mut first_control, spec) = bench.restore_connected(&baked).await?;
+    let slot = spec.network.clone();
+    let (second, mut second_control) = bench.restore(&baked).await?;
     for control in [&mut first_control, &mut second_control] {
         let asked = activation("clone");
         let done = control.call("activate", &Request::Activate(asked.clone()), ANSWER).await?;
@@ -209,9 +238,12 @@ async fn steps(bench: &Bench<'_>) -> Outcome {
     expect(done.wall_clock_ns.abs_diff(wake.wall_clock_ns) < 1_000_000_000, "the clock is within 1 s")?;
     std::fs::set_permissions(saved_dir.join("memory"), std::os::unix::fs::PermissionsExt::from_mode(0o444))?;
     let saved_relative = saved_dir.strip_prefix(bench.data_dir)?.to_owned();
-    let (third, mut third_control) = bench
-        .restore(&saved_relative.join("memory"), &saved_relative.join("state"), &baked.join("disk"))
-        .await?;
+    let kept = Baked {
+        memory: saved_relative.join("memory"),
+        state: saved_relative.join("state"),
+        disk: baked.disk.clone(),
+    };
+    let (third, mut third_control) = bench.restore(&kept).await?;
     let done = third_control.call("wake", &Request::Wake(self::wake(true)), ANSWER).await?;
     expect(done.http_waiting, "a restored machine's HTTP port waits")?;
 
@@ -221,15 +253,15 @@ async fn steps(bench: &Bench<'_>) -> Outcome {
     let adopted_spec = find_spec(bench, &spec, key)?;
     drop(second);
     let adopted = bench.driver.adopt(&adopted_spec, key).await?;
-    let mut control = Control::new(adopted.connect(Port::Control).await?);
+    let mut control = adopted.control().await?;
     control.call("ping", &Request::Ping, ANSWER).await?;
     adopted.kill().await?;
     let gone = bench.driver.adopt(&adopted_spec, key).await;
     expect(matches!(gone, Err(Error::Io { .. })), "a dead VMM is not adopted")?;
 
     // Device state that is not one is refused, and the VMM can be ended.
-    let spec = bench.spec(&baked.join("disk")).await?;
-    let waiting = bench.driver.prepare(&spec, &relative.join("memory")).await?;
+    let spec = bench.spec(&baked.disk).await?;
+    let waiting = bench.driver.prepare(&spec, &baked.memory).await?;
     let garbage = spec.absolute().join("garbage");
     std::fs::write(&garbage, vec![0x55; 4096])?;
     let (waiting, _error) = match waiting.load(&garbage).await {
@@ -240,7 +272,10 @@ async fn steps(bench: &Bench<'_>) -> Outcome {
     for machine in [first, third] {
         machine.kill().await?;
     }
-    expect(std::fs::read(baked.join("memory"))? == before, "no clone has written the memory file")
+    expect(
+        std::fs::read(bench.data_dir.join(&baked.memory))? == before,
+        "no clone has written the memory file",
+    )
 }
 
 async fn wait_quiet(control: &mut Control) -> Result<bool, Error> {

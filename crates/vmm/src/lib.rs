@@ -15,9 +15,13 @@
 
 pub mod conformance;
 pub mod control;
+pub mod firecracker;
+mod pages;
+mod process;
 pub mod qemu;
 
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,9 +30,12 @@ use kelvin_api::error::{Failure, Kind};
 use kelvin_api::id::VmId;
 use kelvin_api::units::Shape;
 use kelvin_host::accel::Accelerator;
+use kelvin_host::cgroup::Limits;
 use kelvin_host::net::Slot;
 use kelvin_host::process::ProcessKey;
 use tokio::net::UnixStream;
+
+use crate::control::{Control, Dial};
 
 /// Why a VMM could not do something.
 #[derive(Debug, thiserror::Error)]
@@ -137,6 +144,8 @@ pub struct MachineSpec {
     /// Its network: the VMM starts inside and takes the tap. `None` for a machine without one, which is
     /// another machine to a snapshot.
     pub network: Option<Arc<Slot>>,
+    /// The control group that the VMM is born in, where the driver has limits and the host can keep them.
+    pub cgroup: Option<PathBuf>,
 }
 
 impl MachineSpec {
@@ -156,13 +165,21 @@ impl MachineSpec {
     }
 }
 
-/// The two ways into a guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Port {
-    /// Framed activation and quiesce, see [`kelvin_api::guest`].
-    Control,
-    /// HTTP/2.
-    Http,
+/// What every guest's kernel is told; drivers add what their machine needs.
+///
+/// Quiet, because every byte of a serial console is an exit; no mitigations, because an emulator does not speculate as
+/// the guest's code does and one tenant has the whole guest. Pressure accounting, autogroups and security modules
+/// nobody configured are code on every wake-up and every system call; Landlock stays, because programs bring their own
+/// rules for it.
+const COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet mitigations=off audit=0 nowatchdog 8250.nr_uarts=1 psi=0 \
+                            noautogroup lsm=landlock,yama";
+
+/// The disk of a machine while it is made: a driver waits for it before it opens it, and does what it can meanwhile.
+pub type Disk = Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>>;
+
+/// A disk that is there.
+pub fn made() -> Disk {
+    Box::pin(std::future::ready(Ok(())))
 }
 
 /// A kind of VMM.
@@ -181,12 +198,19 @@ pub trait Driver: Send + Sync + 'static {
     /// identity. `network`: whether the machine has one.
     fn layout(&self, shape: Shape, network: bool) -> Vec<String>;
 
+    /// What a VMM of `shape` may take of the host; `None` for a driver that sets no limits.
+    fn limits(&self, shape: Shape) -> Option<Limits> {
+        let _ = shape;
+        None
+    }
+
     /// Starts a machine from its kernel. Its memory is `memory` in its directory, so that it can be saved.
-    /// Returns when the VMM runs, not when the guest answers.
+    /// Returns when the VMM runs, not when the guest answers. The machine's directory is there, its `disk` when that
+    /// future ends.
     ///
     /// # Errors
-    /// When the VMM cannot be started; then its process is gone.
-    async fn boot(&self, spec: &MachineSpec) -> Result<Running, Error>;
+    /// When the VMM cannot be started, or there is no disk; then its process is gone.
+    async fn boot(&self, spec: &MachineSpec, disk: Disk) -> Result<Running, Error>;
 
     /// Starts a VMM that waits to load a snapshot whose memory is the file `memory` (relative to the data
     /// directory). The file is mapped private and never written.
@@ -219,8 +243,10 @@ pub trait Handle: Send + Sync {
     async fn begin_save(&self, memory: &Path) -> Result<(), Error>;
     /// Writes memory and device state of a stopped machine.
     async fn save(&self, memory: &Path, state: &Path) -> Result<Saved, Error>;
-    /// Connects to a port of the guest.
-    async fn connect(&self, port: Port) -> Result<UnixStream, Error>;
+    /// The way to the guest's control port. One at a time.
+    async fn control(&self) -> Result<Control, Error>;
+    /// Makes connections to the guest, for as long as there is one.
+    fn dialer(&self) -> Arc<dyn Dial>;
     /// The last of the console, bounded.
     async fn console(&self) -> Result<String, Error>;
     /// The last of the VMM's standard error, bounded.
@@ -271,12 +297,13 @@ macro_rules! phase {
                 Ok(())
             }
 
-            /// Connects to a port of the guest. One connection for each port at a time.
+            /// The way to the guest's control port: framed activation and quiesce, see [`kelvin_api::guest`]. One
+            /// at a time.
             ///
             /// # Errors
             /// `Io` when the VMM is gone.
-            pub async fn connect(&self, port: Port) -> Result<UnixStream, Error> {
-                self.0.connect(port).await
+            pub async fn control(&self) -> Result<Control, Error> {
+                self.0.control().await
             }
 
             /// The last of the VMM's standard error, bounded.
@@ -341,6 +368,19 @@ impl Paused {
 }
 
 impl Running {
+    /// Connects to the guest's HTTP port. One connection at a time.
+    ///
+    /// # Errors
+    /// `Io` when the VMM is gone, or nobody listens in the guest.
+    pub async fn connect(&self) -> Result<UnixStream, Error> {
+        self.0.dialer().connect().await
+    }
+
+    /// What makes such connections, for whoever does not own the machine.
+    pub fn dialer(&self) -> Arc<dyn Dial> {
+        self.0.dialer()
+    }
+
     /// Stops the vCPUs; outstanding disk writes are done when it returns.
     ///
     /// # Errors

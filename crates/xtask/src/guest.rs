@@ -31,11 +31,23 @@ pub struct Guest {
     pub rootfs: PathBuf,
 }
 
+/// What servers of the tests are given, by the names that they look for.
+pub fn files() -> [(&'static str, PathBuf); 4] {
+    let directory = cache().join("guest");
+    [
+        ("vmlinuz", directory.join("kernel/vmlinuz")),
+        ("initrd", directory.join("initrd")),
+        ("rootfs.ext4", directory.join("base.ext4")),
+        ("code-interpreter.ext4", directory.join("code-interpreter.ext4")),
+    ]
+}
+
 /// Makes what is missing or out of date.
 pub fn ensure() -> Result<Guest> {
     let directory = cache().join("guest");
     fs::create_dir_all(&directory)?;
-    let kernel = ensure_kernel(&directory)?;
+    let wanted = fs::read_to_string(root().join("guest/base/modules"))?;
+    let kernel = ensure_kernel(&directory, "linux-image-cloud-amd64", &wanted)?;
     let agent = build_agent()?;
     let initrd = ensure_initrd(&directory, &kernel, &agent)?;
     let rootfs = ensure_image(&directory, "base", &["base"], BASE_MIB)?;
@@ -58,24 +70,25 @@ fn digest(parts: &[&[u8]]) -> String {
     format!("{:016x}", hasher.finish())
 }
 
-fn ensure_kernel(directory: &Path) -> Result<PathBuf> {
-    let wanted = fs::read_to_string(root().join("guest/base/modules"))?;
+/// The kernel of Debian's meta package `package` in `directory/kernel`, with the modules in `wanted`, a line each, and
+/// what they need.
+pub fn ensure_kernel(directory: &Path, package: &str, wanted: &str) -> Result<PathBuf> {
     let done = directory.join("kernel");
     let key = digest(&[wanted.as_bytes()]);
     if is_fresh(&done.join("key"), &key) {
         return Ok(done);
     }
-    say("fetching the guest's kernel");
+    say(&format!("fetching {package}"));
     let work = directory.join("kernel.new");
     let _ = fs::remove_dir_all(&work);
     fs::create_dir_all(work.join("modules"))?;
     // apt drops its privileges for a download; the directory has to let it in.
     fs::set_permissions(&work, fs::Permissions::from_mode(0o777))?;
     debian_sources()?;
-    if download_kernel(&work).is_err() {
+    if download_kernel(&work, package).is_err() {
         // The lists name a version that is no longer there.
         update()?;
-        download_kernel(&work)?;
+        download_kernel(&work, package)?;
     }
     let archive = fs::read_dir(&work)?
         .flatten()
@@ -104,7 +117,9 @@ fn ensure_kernel(directory: &Path) -> Result<PathBuf> {
         }
         for line in String::from_utf8(shown.stdout)?.lines() {
             // "builtin x" needs nothing.
-            let Some(path) = line.strip_prefix("insmod ").map(str::trim) else {
+            // Options of this machine's own configuration follow.
+            let path = line.strip_prefix("insmod ").and_then(|rest| rest.split_whitespace().next());
+            let Some(path) = path else {
                 continue;
             };
             let name = Path::new(path).file_name().and_then(|name| name.to_str()).ok_or("odd module name")?;
@@ -125,8 +140,8 @@ fn ensure_kernel(directory: &Path) -> Result<PathBuf> {
 }
 
 /// Downloads the package of the kernel that the meta package names.
-fn download_kernel(directory: &Path) -> Result<()> {
-    let package = output(Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]))?
+fn download_kernel(directory: &Path, meta: &str) -> Result<()> {
+    let package = output(Command::new("apt-cache").args(["depends", meta]))?
         .lines()
         .find_map(|line| {
             line.trim()
@@ -134,7 +149,7 @@ fn download_kernel(directory: &Path) -> Result<()> {
                 .filter(|name| name.starts_with("linux-image"))
                 .map(str::to_owned)
         })
-        .ok_or("apt knows no linux-image-cloud-amd64")?;
+        .ok_or_else(|| format!("apt knows no {meta}"))?;
     run(Command::new("apt-get")
         .args(["-q", "download", &package])
         .current_dir(directory)
@@ -162,6 +177,14 @@ fn ensure_initrd(directory: &Path, kernel: &Path, agent: &Path) -> Result<PathBu
     }
     // The kernel opens the console for PID 1 before anything is mounted.
     archive.node("dev/console", 0o020_600, (5, 1), &[]);
+    add_modules(&mut archive, kernel)?;
+    archive.add("init", 0o100_755, &fs::read(agent)?);
+    write_if_changed(&done, &archive.finish())?;
+    Ok(done)
+}
+
+/// Adds the modules of `kernel`, and the order in which they are loaded.
+pub fn add_modules(archive: &mut Newc, kernel: &Path) -> Result<()> {
     let mut modules: Vec<_> =
         fs::read_dir(kernel.join("modules"))?.flatten().map(|entry| entry.path()).collect();
     modules.sort();
@@ -169,30 +192,35 @@ fn ensure_initrd(directory: &Path, kernel: &Path, agent: &Path) -> Result<PathBu
         let name = path.file_name().and_then(|name| name.to_str()).ok_or("odd module name")?.to_owned();
         archive.add(&format!("modules/{name}"), 0o100_644, &fs::read(&path)?);
     }
-    archive.add("init", 0o100_755, &fs::read(agent)?);
-    let bytes = archive.finish();
-    if fs::read(&done).is_ok_and(|old| old == bytes) {
-        return Ok(done);
+    Ok(())
+}
+
+/// Writes `bytes` to `path`, unless they are there: what depends on its time stays up to date.
+pub fn write_if_changed(path: &Path, bytes: &[u8]) -> Result<()> {
+    if fs::read(path).is_ok_and(|old| old == bytes) {
+        return Ok(());
     }
-    let fresh = directory.join("initrd.new");
+    let fresh = path.with_extension("new");
     fs::write(&fresh, bytes)?;
-    fs::rename(&fresh, &done)?;
-    Ok(done)
+    fs::rename(&fresh, path)?;
+    Ok(())
 }
 
 /// A cpio archive in the kernel's format. Source: Linux, Documentation/driver-api/early-userspace/buffer-format.
 #[derive(Default)]
-struct Newc {
+pub struct Newc {
     bytes: Vec<u8>,
     inode: u32,
 }
 
 impl Newc {
-    fn add(&mut self, name: &str, mode: u32, data: &[u8]) {
+    /// Adds a file or directory.
+    pub fn add(&mut self, name: &str, mode: u32, data: &[u8]) {
         self.node(name, mode, (0, 0), data);
     }
 
-    fn node(&mut self, name: &str, mode: u32, device: (u32, u32), data: &[u8]) {
+    /// Adds anything; `device` is a device node's number.
+    pub fn node(&mut self, name: &str, mode: u32, device: (u32, u32), data: &[u8]) {
         self.inode += 1;
         let fields = [
             self.inode,
@@ -224,7 +252,8 @@ impl Newc {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
 
-    fn finish(mut self) -> Vec<u8> {
+    /// The archive.
+    pub fn finish(mut self) -> Vec<u8> {
         self.add("TRAILER!!!", 0, &[]);
         self.bytes
     }

@@ -6,6 +6,7 @@
 mod deps;
 mod docs;
 mod guest;
+mod kvm_host;
 mod packages;
 mod sdk;
 mod server;
@@ -24,6 +25,8 @@ const USAGE: &str = "usage: cargo xtask <command>
   test      everything CI runs: format, lints, licences, unit and end-to-end tests
   up [code-interpreter]
             start a server in the background, with the templates: eval \"$(cargo xtask up)\"
+  kvm-host -- CMD
+            run a command in an emulated machine that has KVM: Firecracker works there
   fuzz      the fuzz targets for a short while
   openapi   write openapi/kelvin.json anew
   down      stop it and everything that it owns
@@ -89,7 +92,7 @@ pub fn build_binary() -> Result<PathBuf> {
     Ok(root().join("target/release/kelvin"))
 }
 
-fn dispatch(arguments: &[String]) -> Result<()> {
+fn dispatch(arguments: &[String]) -> Result<ExitCode> {
     let rest = arguments.get(1..).unwrap_or_default();
     match arguments.first().map(String::as_str) {
         Some("demo") => server::demo(),
@@ -97,21 +100,26 @@ fn dispatch(arguments: &[String]) -> Result<()> {
         Some("up") => server::up(rest),
         Some("down") => server::down(),
         Some("bench") => server::bench(rest),
+        Some("kvm-host") => {
+            let command = rest.strip_prefix(&["--".to_owned()]).unwrap_or(rest);
+            return kvm_host::run_in(command).map(ExitCode::from);
+        }
         Some("fuzz") => suite::fuzz(),
         Some("openapi") => suite::write_openapi(),
         Some("build") => server::prepare().map(drop),
         Some("deps") => deps::check(),
         _ => Err(USAGE.into()),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn main() -> ExitCode {
     let started = Instant::now();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match dispatch(&arguments) {
-        Ok(()) => {
+        Ok(code) => {
             say(&format!("{} done in {:.1} s", arguments.join(" "), started.elapsed().as_secs_f64()));
-            ExitCode::SUCCESS
+            code
         }
         Err(error) => {
             eprintln!("xtask: {error}");

@@ -35,8 +35,8 @@ pub fn as_root(program: &str) -> Command {
     command
 }
 
-fn missing() -> Vec<&'static str> {
-    NEEDED
+fn missing<'a>(needed: &[&'a str]) -> Vec<&'a str> {
+    needed
         .iter()
         .copied()
         .filter(|package| {
@@ -51,7 +51,12 @@ fn missing() -> Vec<&'static str> {
 
 /// Installs what is missing.
 pub fn ensure() -> Result<()> {
-    let missing = missing();
+    ensure_all(NEEDED)
+}
+
+/// Installs what is missing of `needed`.
+pub fn ensure_all(needed: &[&str]) -> Result<()> {
+    let missing = missing(needed);
     if missing.is_empty() {
         return Ok(());
     }

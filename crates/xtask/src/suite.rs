@@ -1,12 +1,14 @@
 //! `cargo xtask test`: everything, in the order in which it is cheap to fail.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use crate::server::{self, Built, kelvin};
-use crate::{Result, cache, cargo, deps, docs, run as run_command, say};
+use crate::{Result, cache, cargo, deps, docs, kvm_host, run as run_command, say};
 
 /// The version of cargo-deny that the suite runs.
 const DENY: &str = "0.20.2";
@@ -76,14 +78,14 @@ impl Ground {
         // Once onto the same file system: every server's import is a reflink then.
         let guest = ground.directory.join("guest");
         fs::create_dir_all(&guest)?;
-        for (from, to) in [
-            (&built.guest.kernel, "vmlinuz"),
-            (&built.guest.initrd, "initrd"),
-            (&built.guest.rootfs, "rootfs.ext4"),
-            (&crate::guest::ensure_interpreter()?, "code-interpreter.ext4"),
-        ] {
+        crate::guest::ensure_interpreter()?;
+        for (name, from) in crate::guest::files() {
+            // What is there already and no older: the emulated KVM host begins with them.
             run_command(
-                Command::new("cp").args(["--sparse=always", "--reflink=auto"]).arg(from).arg(guest.join(to)),
+                Command::new("cp")
+                    .args(["--update", "--preserve=timestamps", "--sparse=always", "--reflink=auto"])
+                    .arg(from)
+                    .arg(guest.join(name)),
             )?;
         }
         Ok(ground)
@@ -108,10 +110,19 @@ impl Ground {
 /// Processes that work in `directory`, and directories of servers.
 fn leftovers(directory: &Path) -> Vec<String> {
     let mut found = Vec::new();
+    let place = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+    let entries = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    let jails: Vec<_> = entries(directory)
+        .flat_map(|server| entries(&server.join("sandboxes")).collect::<Vec<_>>())
+        .filter_map(|machine| place(&machine))
+        .collect();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let name = entry.file_name();
         let is_process = name.to_str().is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
-        if is_process && fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(directory)) {
+        // A jailed VMM works in another root: a machine's directory.
+        let is_jailed = || place(&entry.path().join("root")).is_some_and(|root| jails.contains(&root));
+        let works = || fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(directory));
+        if is_process && (works() || is_jailed()) {
             found.push(format!("process {}", name.to_string_lossy()));
         }
     }
@@ -134,24 +145,139 @@ fn alone() -> Result<fs::File> {
     Ok(lock)
 }
 
-fn end_to_end(built: &Built, filter: &[String]) -> Result<()> {
+/// What a Firecracker has to pass beside the conformance suite, by parts of the tests' names: lifecycle, pause and
+/// resume, snapshots, fork, warm pool, network, crashes, input, and its own.
+const FIRECRACKER: [&str; 22] = [
+    "commands_run",
+    "deadlines_end",
+    "sandboxes_end",
+    "bad_input",
+    "fifty_pauses",
+    "at_its_deadline",
+    "what_cannot",
+    "snapshots_have",
+    "a_daemon_that_dies",
+    "eight_children",
+    "a_hundred_forks",
+    "fifty_claims",
+    "a_claim_is_exact",
+    "demand_fills",
+    "by_default_the_internet",
+    "domains_hold",
+    "limits_of_a_sandbox",
+    "traffic_outlives",
+    "a_slot_that_is_used_again",
+    "sandboxes_outlive",
+    "a_create_that_dies",
+    "firecracker",
+];
+
+/// Whether Firecracker can run here, or why it cannot.
+fn firecracker() -> std::result::Result<(), &'static str> {
+    if std::env::var_os("KELVIN_FIRECRACKER").is_none() {
+        return Err("no firecracker: KELVIN_FIRECRACKER names none");
+    }
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    if !flags.split_whitespace().any(|flag| flag == "svm" || flag == "vmx") {
+        return Err(
+            "no KVM for firecracker: `cargo xtask kvm-host -- cargo xtask test --driver firecracker` has it",
+        );
+    }
+    Ok(())
+}
+
+/// `cargo xtask test --driver firecracker [NAME...]`.
+fn run_firecracker(filter: &[String]) -> Result<()> {
+    if let Err(why) = firecracker() {
+        println!("skipped: {why}");
+        return Ok(());
+    }
+    let built = if kvm_host::is_inside() { server::built() } else { server::prepare()? };
+    let all: Vec<String> = FIRECRACKER.iter().map(|name| (*name).to_owned()).collect();
+    if filter.is_empty() {
+        step("driver conformance", || {
+            let conforms = ["firecracker_".to_owned()];
+            run_tests("kelvin-vmm", &conforms, &[])
+        })?;
+    }
+    let filter = if filter.is_empty() { &all } else { filter };
+    step("end to end", || end_to_end(&built, filter, "firecracker"))
+}
+
+/// Where [`build`] leaves what it has built: a line for each, the package, the program and its tests.
+fn built_tests() -> PathBuf {
+    cache().join("kvm-host/tests")
+}
+
+/// Builds everything that tests run, for a machine on which that would take hours.
+pub fn build() -> Result<()> {
+    server::prepare()?;
+    crate::sdk::ensure()?;
+    crate::guest::ensure_interpreter()?;
+    let mut lines = String::new();
+    // One by one, as they are tested elsewhere: together they would have other features, and be built once more.
+    for package in ["kelvin-vmm", "kelvin-e2e"] {
+        let mut command = cargo();
+        command.args(["test", "--release", "--no-run", "--message-format=json", "--package", package]);
+        for line in crate::output(&mut command)?.lines().filter(|line| line.contains("\"test\":true")) {
+            // A field among what else cargo says of a program that it has built.
+            let field = line.split_once("\"executable\":\"").and_then(|(_, rest)| rest.split('"').next());
+            let Some(program) = field else { continue };
+            let tests = crate::output(Command::new(program).arg("--list"))?;
+            let names: Vec<&str> = tests.lines().filter_map(|line| line.strip_suffix(": test")).collect();
+            lines.push_str(&format!("{package} {program} {}\n", names.join(" ")));
+        }
+    }
+    fs::create_dir_all(cache().join("kvm-host"))?;
+    Ok(fs::write(built_tests(), lines)?)
+}
+
+/// Runs the tests of `package` whose names contain one of `filter`; all when it is empty. In the emulated KVM host
+/// cargo would look for minutes whether anything has to be built.
+fn run_tests(package: &str, filter: &[String], environment: &[(&str, &OsStr)]) -> Result<()> {
+    // Two processors: tests that measure would measure each other.
+    let arguments = ["--test-threads=1", "--nocapture"];
+    if !kvm_host::is_inside() {
+        let mut tests = cargo();
+        tests.args(["test", "--release", "--no-fail-fast", "--package", package, "--"]);
+        return run_command(tests.args(arguments).args(filter).envs(environment.iter().copied()));
+    }
+    let mut failed = Vec::new();
+    for line in fs::read_to_string(built_tests())?.lines() {
+        let mut words = line.split_whitespace();
+        let (Some(of), Some(program)) = (words.next(), words.next()) else { continue };
+        let wanted = |test: &str| filter.is_empty() || filter.iter().any(|part| test.contains(part));
+        if of != package || !words.any(wanted) {
+            continue;
+        }
+        let name = Path::new(program).file_name().unwrap_or_default().display().to_string();
+        println!("\n{name}");
+        let mut tests = Command::new(program);
+        // As cargo does.
+        tests.current_dir(crate::root().join("crates").join(package.trim_start_matches("kelvin-")));
+        if run_command(tests.args(arguments).args(filter).envs(environment.iter().copied())).is_err() {
+            failed.push(name);
+        }
+    }
+    if failed.is_empty() { Ok(()) } else { Err(format!("failed: {}", failed.join(", ")).into()) }
+}
+
+/// The servers use `vmm`, whatever else could be used here.
+fn end_to_end(built: &Built, filter: &[String], vmm: &str) -> Result<()> {
     let _alone = alone()?;
     let ground = Ground::make(built)?;
     let sdks = crate::sdk::ensure()?;
-    let mut tests = cargo();
-    tests
-        .args(["test", "--release", "--package", "kelvin-e2e", "--no-fail-fast"])
-        .arg("--")
-        // Two processors: tests that measure would measure each other.
-        .args(["--test-threads=1", "--nocapture"])
-        .args(filter)
-        .env("KELVIN_E2E_BINARY", &built.binary)
-        .env("KELVIN_E2E_DIR", &ground.directory)
-        .env("KELVIN_E2E_PYTHON", sdks.python)
-        .env("KELVIN_E2E_PYTHON_OLD", sdks.python_old)
-        .env("KELVIN_E2E_NODE", sdks.node)
-        .env("KELVIN_E2E_JAVASCRIPT", sdks.javascript);
-    let result = run_command(&mut tests);
+    let environment: [(&str, &OsStr); 7] = [
+        ("KELVIN_VMM", OsStr::new(vmm)),
+        ("KELVIN_E2E_BINARY", built.binary.as_os_str()),
+        ("KELVIN_E2E_DIR", ground.directory.as_os_str()),
+        ("KELVIN_E2E_PYTHON", sdks.python.as_os_str()),
+        ("KELVIN_E2E_PYTHON_OLD", sdks.python_old.as_os_str()),
+        ("KELVIN_E2E_NODE", sdks.node.as_os_str()),
+        ("KELVIN_E2E_JAVASCRIPT", sdks.javascript.as_os_str()),
+    ];
+    let result = run_tests("kelvin-e2e", filter, &environment);
     let cleared = ground.clear();
     result.and(cleared)
 }
@@ -210,9 +336,18 @@ pub fn write_openapi() -> Result<()> {
 
 /// Everything; with arguments only the end-to-end tests whose names contain one of them.
 pub fn run(filter: &[String]) -> Result<()> {
+    if let [option, driver, rest @ ..] = filter
+        && option == "--driver"
+    {
+        return match driver.as_str() {
+            "firecracker" => run_firecracker(rest),
+            "qemu" => run(rest),
+            other => Err(format!("unknown driver {other:?}: qemu or firecracker").into()),
+        };
+    }
     if !filter.is_empty() {
         let built = server::prepare()?;
-        return step("end to end", || end_to_end(&built, filter));
+        return step("end to end", || end_to_end(&built, filter, "qemu"));
     }
     step("format", || cargo_step(&["fmt", "--all", "--check"]))?;
     step("dependencies", deps::check)?;
@@ -233,5 +368,6 @@ pub fn run(filter: &[String]) -> Result<()> {
         ])
     })?;
     step("fuzz", fuzz)?;
-    step("end to end", || end_to_end(&built, &[]))
+    step("end to end", || end_to_end(&built, &[], "qemu"))?;
+    run_firecracker(&[])
 }

@@ -96,6 +96,21 @@ pub fn tap() -> io::Result<OwnedFd> {
     Ok(device.into())
 }
 
+/// Lets a tap outlive its descriptor, and `user` open it.
+///
+/// # Errors
+/// As the kernel gives them.
+#[allow(unsafe_code)]
+pub fn keep_tap(tap: &OwnedFd, user: u32) -> io::Result<()> {
+    for (request, value) in [(libc::TUNSETOWNER, user), (libc::TUNSETPERSIST, 1)] {
+        // SAFETY: both requests take a number and no memory.
+        if unsafe { libc::ioctl(tap.as_raw_fd(), request, libc::c_ulong::from(value)) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
 /// What [`build`] makes.
 pub struct Built {
     /// Holds everything below.

@@ -240,6 +240,15 @@ impl Slot {
         self.tap.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
+    /// Leaves the tap in the namespace, for a VMM of `user` that opens it by its name; it goes with the namespace.
+    ///
+    /// # Errors
+    /// When it was taken before, or as the kernel gives them.
+    pub fn lend_tap(&self, user: u32) -> io::Result<()> {
+        let tap = self.take_tap().ok_or_else(|| io::Error::other("the slot's tap is in use"))?;
+        link::keep_tap(&tap, user)
+    }
+
     /// The sockets, once: they belong to whoever answers the guest from then on.
     pub fn take_sockets(&self) -> Option<Sockets> {
         self.sockets.lock().unwrap_or_else(PoisonError::into_inner).take()

@@ -10,35 +10,31 @@
 //! user). Its console is a 64 KiB ring in the VMM, its standard error a pipe of which the last 16 KiB are
 //! kept: a guest cannot fill a disk with either.
 
-mod pages;
 mod qmp;
 
-use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex as StdMutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use kelvin_api::units::Shape;
 use kelvin_host::accel::Accelerator;
 use kelvin_host::process::{Network, Process, ProcessKey, Spawn};
 use serde_json::json;
-use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
-use tokio::net::unix::pipe;
 use tokio::sync::Mutex;
 
-use crate::{Driver, Error, Handle, MachineSpec, Port, Running, Saved, Waiting};
+use crate::control::{Control, Dial, Dialed};
+use crate::process::{Sockets, Tail};
+use crate::{COMMAND_LINE, Disk, Driver, Error, Handle, MachineSpec, Running, Saved, Waiting, pages};
 use qmp::Qmp;
 
 const PROGRAM: &str = "qemu-system-x86_64";
-/// How long a VMM may take to open its sockets.
-const START: Duration = Duration::from_secs(30);
 const STDERR: usize = 16 << 10;
 const CONSOLE: u32 = 64 << 10;
 const SHIM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ro_ram.so"));
@@ -59,22 +55,35 @@ pub struct Qemu {
     read_only_memory: bool,
 }
 
+/// The build of the installed QEMU, as in identities.
+///
+/// # Errors
+/// `Unusable` when it is missing or older than 7.2.
+pub fn build() -> Result<String, Error> {
+    look().map(|(_, build)| build)
+}
+
+fn look() -> Result<((u32, u32), String), Error> {
+    let unusable = |reason: String| Error::Unusable { program: PROGRAM.to_owned(), reason };
+    let output = std::process::Command::new(PROGRAM)
+        .arg("--version")
+        .output()
+        .map_err(|error| unusable(format!("{error}; install the package qemu-system-x86")))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let (version, package) = version(&text).ok_or_else(|| unusable(format!("no version in {text:?}")))?;
+    if version < (7, 2) {
+        return Err(unusable(format!("version {}.{} is older than 7.2", version.0, version.1)));
+    }
+    Ok((version, package))
+}
+
 impl Qemu {
     /// Looks at the installed QEMU and prepares `data_dir` for it.
     ///
     /// # Errors
     /// `Unusable` when it is missing or older than 7.2.
     pub fn open(data_dir: &Path, accelerator: Accelerator) -> Result<Self, Error> {
-        let unusable = |reason: String| Error::Unusable { program: PROGRAM.to_owned(), reason };
-        let output = std::process::Command::new(PROGRAM)
-            .arg("--version")
-            .output()
-            .map_err(|error| unusable(format!("{error}; install the package qemu-system-x86")))?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        let (version, package) = version(&text).ok_or_else(|| unusable(format!("no version in {text:?}")))?;
-        if version < (7, 2) {
-            return Err(unusable(format!("version {}.{} is older than 7.2", version.0, version.1)));
-        }
+        let (version, package) = look()?;
         let io = |what| move |source| Error::Io { what, source };
         let tsc_khz =
             kelvin_host::cpu::tsc_khz(&data_dir.join("run/tsc_khz")).map_err(io("measuring the TSC"))?;
@@ -86,13 +95,7 @@ impl Qemu {
     }
 
     fn append(&self) -> String {
-        // Quiet, because every byte of a serial console is an exit; no mitigations, because an emulator
-        // does not speculate as the guest's code does and one tenant has the whole guest. Pressure
-        // accounting, autogroups and security modules nobody configured are code on every wake-up and
-        // every system call; Landlock stays, because programs bring their own rules for it.
-        let mut line = "console=ttyS0 reboot=t panic=-1 quiet mitigations=off audit=0 nowatchdog \
-                        8250.nr_uarts=1 psi=0 noautogroup lsm=landlock,yama"
-            .to_owned();
+        let mut line = format!("{COMMAND_LINE} reboot=t");
         if self.accelerator == Accelerator::Tcg {
             // Without these two about half of all boots hang in delay calibration. HZ is 250.
             let lpj = u64::from(self.tsc_khz) * 1000 / 250;
@@ -215,7 +218,7 @@ impl Qemu {
         let (program, cwd) = (PROGRAM.into(), spec.data_dir.clone());
         let spawn = Spawn { program, args, env, cwd, user: spec.user, network, stdin };
         let (process, stderr) = Process::spawn(spawn).await.map_err(io)?;
-        let tail = Tail::follow(stderr);
+        let tail = Tail::follow(stderr, STDERR);
         let opened = async {
             let sockets = Sockets::open(&spec.absolute())?;
             let stream = sockets.connect_new("qmp.sock", &process, &tail).await?;
@@ -223,9 +226,9 @@ impl Qemu {
         };
         match opened.await {
             Ok((sockets, qmp)) => Ok(Machine {
-                process,
+                process: Arc::new(process),
                 qmp: Mutex::new(qmp),
-                sockets,
+                sockets: Arc::new(sockets),
                 tail,
                 directory,
                 data_dir: spec.data_dir.clone(),
@@ -266,74 +269,6 @@ fn install_shim(path: &Path) -> io::Result<()> {
     std::fs::rename(fresh, path)
 }
 
-/// The end of what a VMM says on its standard error.
-#[derive(Debug, Clone, Default)]
-struct Tail(Arc<StdMutex<VecDeque<u8>>>);
-
-impl Tail {
-    /// Reads `stderr` until the VMM ends; the task ends with it.
-    fn follow(mut pipe: pipe::Receiver) -> Self {
-        let tail = Self::default();
-        let kept = tail.clone();
-        tokio::spawn(async move {
-            let mut buffer = [0; 4096];
-            while let Ok(count @ 1..) = pipe.read(&mut buffer).await {
-                let mut bytes = kept.0.lock().unwrap_or_else(PoisonError::into_inner);
-                bytes.extend(&buffer[..count]);
-                let excess = bytes.len().saturating_sub(STDERR);
-                bytes.drain(..excess);
-            }
-        });
-        tail
-    }
-
-    fn text(&self) -> String {
-        let bytes: Vec<u8> = self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
-        String::from_utf8_lossy(&bytes).trim().to_owned()
-    }
-}
-
-/// The machine's sockets, reached through a descriptor of its directory: the path of a Unix socket may
-/// have 107 bytes, that of a data directory more.
-struct Sockets(File);
-
-impl Sockets {
-    fn open(directory: &Path) -> Result<Self, Error> {
-        File::open(directory)
-            .map(Self)
-            .map_err(|source| Error::Io { what: "opening the machine's directory", source })
-    }
-
-    async fn connect(&self, name: &str) -> io::Result<UnixStream> {
-        UnixStream::connect(PathBuf::from(format!("/proc/self/fd/{}/{name}", self.0.as_raw_fd()))).await
-    }
-
-    /// Connects to a socket that the VMM is about to open. Never on a create path but a cold one.
-    async fn connect_new(&self, name: &str, process: &Process, tail: &Tail) -> Result<UnixStream, Error> {
-        let started = Instant::now();
-        loop {
-            match self.connect(name).await {
-                Ok(stream) => return Ok(stream),
-                Err(error)
-                    if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-                }
-                Err(source) => {
-                    return Err(Error::Io { what: "connecting to the VMM", source });
-                }
-            }
-            if process.is_over() {
-                // Let the reader of the pipe see the last words.
-                tokio::task::yield_now().await;
-                return Err(Error::Ended { what: "starting", stderr: tail.text() });
-            }
-            if started.elapsed() > START {
-                return Err(Error::Deadline { what: "starting the VMM", after: START, detail: tail.text() });
-            }
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-    }
-}
-
 #[async_trait]
 impl Driver for Qemu {
     fn kind(&self) -> &'static str {
@@ -352,7 +287,9 @@ impl Driver for Qemu {
         self.machine(shape, MEMORY, true, network)
     }
 
-    async fn boot(&self, spec: &MachineSpec) -> Result<Running, Error> {
+    async fn boot(&self, spec: &MachineSpec, disk: Disk) -> Result<Running, Error> {
+        // It is opened when the process starts.
+        disk.await.map_err(|source| Error::Io { what: "making the machine's disk", source })?;
         let memory = spec.directory().join("memory");
         let machine = self.start(spec, &memory.to_string_lossy(), false, &[]).await?;
         Ok(Running::new(Box::new(machine)))
@@ -380,13 +317,13 @@ impl Driver for Qemu {
         let io = |source| Error::Io { what: "adopting the VMM", source };
         let process = Process::adopt(key).map_err(io)?;
         let sockets = Sockets::open(&spec.absolute())?;
-        let qmp = Qmp::open(sockets.connect("qmp.sock").await.map_err(io)?).await?;
+        let qmp = Qmp::open(sockets.connect("qmp.sock", &process).await.map_err(io)?).await?;
         let own = spec.absolute().join("memory");
         let private = !own.exists();
         let machine = Machine {
-            process,
+            process: Arc::new(process),
             qmp: Mutex::new(qmp),
-            sockets,
+            sockets: Arc::new(sockets),
             tail: Tail::default(),
             directory: spec.directory(),
             data_dir: spec.data_dir.clone(),
@@ -400,9 +337,9 @@ impl Driver for Qemu {
 
 /// One VMM.
 struct Machine {
-    process: Process,
+    process: Arc<Process>,
     qmp: Mutex<Qmp>,
-    sockets: Sockets,
+    sockets: Arc<Sockets>,
     tail: Tail,
     /// Relative to the data directory.
     directory: PathBuf,
@@ -492,6 +429,31 @@ impl Machine {
     }
 }
 
+/// Connects to the guest's ports.
+#[derive(Debug)]
+struct Dialer {
+    sockets: Arc<Sockets>,
+    process: Arc<Process>,
+}
+
+impl Dialer {
+    async fn port(&self, name: &str) -> Result<UnixStream, Error> {
+        let connected = self.sockets.connect(name, &self.process).await;
+        connected.map_err(|source| Error::Io { what: "connecting to the guest", source })
+    }
+}
+
+#[async_trait]
+impl Dial for Dialer {
+    async fn dial(&self) -> Result<Dialed, Error> {
+        Ok(Dialed { stream: self.port("control.sock").await?, greets: false })
+    }
+
+    async fn connect(&self) -> Result<UnixStream, Error> {
+        self.port("http.sock").await
+    }
+}
+
 #[async_trait]
 impl Handle for Machine {
     fn process(&self) -> &Process {
@@ -534,15 +496,13 @@ impl Handle for Machine {
         self.explain("saving", self.try_save(memory, state).await).await
     }
 
-    async fn connect(&self, port: Port) -> Result<UnixStream, Error> {
-        let name = match port {
-            Port::Control => "control.sock",
-            Port::Http => "http.sock",
-        };
-        self.sockets
-            .connect(name)
-            .await
-            .map_err(|source| Error::Io { what: "connecting to the guest", source })
+    async fn control(&self) -> Result<Control, Error> {
+        // Held open: a guest without its host end has to poll.
+        Control::open(self.dialer()).await
+    }
+
+    fn dialer(&self) -> Arc<dyn Dial> {
+        Arc::new(Dialer { sockets: Arc::clone(&self.sockets), process: Arc::clone(&self.process) })
     }
 
     async fn console(&self) -> Result<String, Error> {

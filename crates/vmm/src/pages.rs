@@ -20,6 +20,8 @@ const RUN: u64 = 1024;
 struct Mapping {
     start: u64,
     end: u64,
+    /// Where in the file it begins.
+    offset: u64,
     inode: u64,
     path: PathBuf,
 }
@@ -31,10 +33,12 @@ fn mappings(pid: i32) -> io::Result<Vec<Mapping>> {
         .filter_map(|line| {
             let mut fields = line.split_whitespace();
             let (start, end) = fields.next()?.split_once('-')?;
-            let inode = fields.nth(3)?.parse().ok()?;
+            let offset = u64::from_str_radix(fields.nth(1)?, 16).ok()?;
+            let inode = fields.nth(1)?.parse().ok()?;
             Some(Mapping {
                 start: u64::from_str_radix(start, 16).ok()?,
                 end: u64::from_str_radix(end, 16).ok()?,
+                offset,
                 inode,
                 path: fields.next()?.into(),
             })
@@ -73,8 +77,8 @@ pub fn begin_memory(from: &Path, to: &Path, private: bool) -> io::Result<()> {
 /// `from` with the pages laid over it that the machine has written. Returns how many those were; `None` when
 /// the file is the memory itself.
 pub fn save_memory(pid: i32, from: &Path, to: &Path, private: bool) -> io::Result<Option<u64>> {
-    let source = File::open(from)?;
     if !private {
+        let source = File::open(from)?;
         // Pages that were written through the mapping belong to the file, on their way to the disk.
         source.sync_data()?;
         copy(&source, &File::options().write(true).create_new(true).open(to)?)?;
@@ -84,44 +88,75 @@ pub fn save_memory(pid: i32, from: &Path, to: &Path, private: bool) -> io::Resul
         Ok(begun) => begun,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let target = File::options().write(true).create_new(true).open(to)?;
-            copy(&source, &target)?;
+            copy(&File::open(from)?, &target)?;
             target
         }
         Err(error) => return Err(error),
     };
-    let found = source.metadata()?;
-    let mapping = mappings(pid)?
-        .into_iter()
-        .find(|mapping| mapping.inode == found.ino() && mapping.end - mapping.start == found.len())
-        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the VMM does not map its memory"))?;
     let memory = File::open(format!("/proc/{pid}/mem"))?;
-    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
-    let pages = (mapping.end - mapping.start) / PAGE;
     let mut buffer = Vec::new();
-    let mut entries = vec![0; usize::try_from(pages * 8).map_err(io::Error::other)?];
-    pagemap.read_exact_at(&mut entries, mapping.start / PAGE * 8)?;
-    let own = |page: u64| {
-        let at = usize::try_from(page * 8).unwrap_or(usize::MAX);
-        let Some(bytes) = entries.get(at..at + 8) else {
-            return false;
-        };
-        let entry = u64::from_ne_bytes(bytes.try_into().unwrap_or_default());
-        entry & SWAPPED != 0 || (entry & PRESENT != 0 && entry & FILE == 0)
-    };
-    let (mut page, mut copied) = (0, 0);
-    while page < pages {
-        if !own(page) {
-            page += 1;
-            continue;
-        }
-        let first = page;
-        while page < pages && page - first < RUN && own(page) {
-            page += 1;
-        }
-        buffer.resize(usize::try_from((page - first) * PAGE).map_err(io::Error::other)?, 0);
-        memory.read_exact_at(&mut buffer, mapping.start + first * PAGE)?;
-        target.write_all_at(&buffer, first * PAGE)?;
-        copied += page - first;
-    }
+    let copied = own_pages(pid, from, |address, at, bytes| {
+        buffer.resize(usize::try_from(bytes).map_err(io::Error::other)?, 0);
+        memory.read_exact_at(&mut buffer, address)?;
+        target.write_all_at(&buffer, at)
+    })?;
     Ok(Some(copied))
+}
+
+/// How many pages the machine `pid` has written of the memory that it maps from `from`.
+pub fn count_own(pid: i32, from: &Path) -> io::Result<u64> {
+    own_pages(pid, from, |_, _, _| Ok(()))
+}
+
+/// The parts in which `pid` has mapped the file that `metadata` is of; none when that is not all of it.
+fn parts(pid: i32, metadata: &std::fs::Metadata) -> io::Result<Option<Vec<Mapping>>> {
+    let of_it = |mapping: &Mapping| mapping.inode == metadata.ino();
+    let parts: Vec<Mapping> = mappings(pid)?.into_iter().filter(of_it).collect();
+    let bytes: u64 = parts.iter().map(|part| part.end - part.start).sum();
+    Ok((bytes == metadata.len()).then_some(parts))
+}
+
+/// Calls `visit` for each run of pages that are the machine's own: address, place in the file, bytes. Returns how many
+/// pages there are. A VMM may map the file in several parts.
+fn own_pages(
+    pid: i32,
+    from: &Path,
+    mut visit: impl FnMut(u64, u64, u64) -> io::Result<()>,
+) -> io::Result<u64> {
+    let parts = parts(pid, &std::fs::metadata(from)?)?
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the VMM does not map its memory"))?;
+    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+    let mut total = 0;
+    for part in parts {
+        let pages = (part.end - part.start) / PAGE;
+        let mut entries = vec![0; usize::try_from(pages * 8).map_err(io::Error::other)?];
+        pagemap.read_exact_at(&mut entries, part.start / PAGE * 8)?;
+        let own = |page: u64| {
+            let at = usize::try_from(page * 8).unwrap_or(usize::MAX);
+            let Some(bytes) = entries.get(at..at + 8) else {
+                return false;
+            };
+            let entry = u64::from_ne_bytes(bytes.try_into().unwrap_or_default());
+            entry & SWAPPED != 0 || (entry & PRESENT != 0 && entry & FILE == 0)
+        };
+        let mut page = 0;
+        while page < pages {
+            if !own(page) {
+                page += 1;
+                continue;
+            }
+            let first = page;
+            while page < pages && page - first < RUN && own(page) {
+                page += 1;
+            }
+            visit(part.start + first * PAGE, part.offset + first * PAGE, (page - first) * PAGE)?;
+            total += page - first;
+        }
+    }
+    Ok(total)
+}
+
+/// Whether `pid` has mapped the whole file that `metadata` is of.
+pub fn maps_whole(pid: i32, metadata: &std::fs::Metadata) -> io::Result<bool> {
+    parts(pid, metadata).map(|parts| parts.is_some())
 }

@@ -1,0 +1,183 @@
+//! What Firecracker's jail keeps a VMM to, when something has broken out of its guest: tried by a process that is put
+//! in the VMM's place, its control group.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use kelvin_e2e::promises::{bench, p50, promise};
+use kelvin_e2e::{Ground, LIMIT, Server, agent_of, new_sandbox, sh};
+
+/// Whether the servers of these tests use Firecracker, or a line that says that they do not.
+fn is_firecracker() -> bool {
+    let is = std::env::var("KELVIN_VMM").is_ok_and(|vmm| vmm == "firecracker");
+    if !is {
+        println!(
+            "skipped: no firecracker, `cargo xtask kvm-host -- cargo xtask test --driver firecracker` has it"
+        );
+    }
+    is
+}
+
+/// The control group of a process.
+fn group_of(pid: i32) -> PathBuf {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("it runs");
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/")).expect("version 2");
+    Path::new("/sys/fs/cgroup").join(path)
+}
+
+/// Runs a shell command inside of a control group; its standard output.
+fn inside(group: &Path, script: &str) -> String {
+    let output = Command::new("sh")
+        .args(["-c", &format!("echo $$ >{}/cgroup.procs; {script}", group.display())])
+        .stdin(Stdio::null())
+        .output()
+        .expect("a shell");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Ends what runs in a control group beside its VMM.
+fn only(group: &Path, vmm: i32) {
+    let started = Instant::now();
+    loop {
+        let text = fs::read_to_string(group.join("cgroup.procs")).expect("processes");
+        let strays: Vec<&str> = text.lines().filter(|pid| pid.parse() != Ok(vmm)).collect();
+        if strays.is_empty() {
+            return;
+        }
+        assert!(started.elapsed() < LIMIT, "{strays:?} do not end");
+        let _ = Command::new("kill").arg("-9").args(&strays).output();
+    }
+}
+
+/// A counter of a file of a control group: `name value`.
+fn counter(group: &Path, file: &str, name: &str) -> u64 {
+    let text = fs::read_to_string(group.join(file)).unwrap_or_default();
+    text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok()).unwrap_or(0)
+}
+
+/// The VMMs of a server that were not there before.
+fn new_vmm(server: &Server, before: &std::collections::BTreeSet<i32>) -> i32 {
+    let now = server.vmms();
+    let mut new = now.difference(before);
+    let one = *new.next().expect("a VMM");
+    assert_eq!(new.next(), None, "one VMM");
+    one
+}
+
+#[tokio::test]
+async fn firecracker_keeps_what_breaks_out_to_its_limits() {
+    if !is_firecracker() {
+        return;
+    }
+    let Some(ground) = Ground::find() else { return };
+    let limits = ["--waiting-vmms", "0", "--sandbox-disk-bandwidth", "2", "--sandbox-disk-iops", "400"];
+    let server = ground.server("limits", &limits).await;
+    server.bake(0).await;
+    let client = server.client();
+    let before = server.vmms();
+    let hostile = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
+    let pid = new_vmm(&server, &before);
+    let neighbour = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
+    let agent = agent_of(&client, &neighbour);
+    assert_eq!(sh(&agent, "echo here").await, "here\n");
+    let group = group_of(pid);
+    assert!(group.ends_with(server.machine_of(pid)), "{}", group.display());
+
+    // Processes: far fewer than were asked for.
+    let forked = inside(
+        &group,
+        "for i in $(seq 300); do sleep 60 & done 2>/dev/null; jobs -p | wc -l; kill $(jobs -p)",
+    );
+    only(&group, pid);
+    let refused = counter(&group, "pids.events", "max ");
+    println!("of 300 processes there were {:?}, {refused} refused", forked.trim());
+    assert!(refused > 0, "no process was refused");
+
+    // The disk: 2 MiB each second are the guest's, what has broken out has twice that.
+    let file = server.data_dir().join("run/hog");
+    let started = Instant::now();
+    inside(&group, &format!("dd if=/dev/zero of={} bs=1M count=24 oflag=direct 2>/dev/null", file.display()));
+    let took = started.elapsed().as_secs_f64();
+    assert_eq!(fs::metadata(&file).expect("it was written").len(), 24 << 20);
+    fs::remove_file(&file).expect("it can be removed");
+    println!("24 MiB took {took:.1} s, {:.1} MiB/s of 4", 24.0 / took);
+    assert!(24.0 / took < 5.0, "{:.1} MiB/s", 24.0 / took);
+    // The guest itself is kept to its own limit, in its restored machine too.
+    let own = agent_of(&client, &hostile);
+    let started = Instant::now();
+    sh(&own, "dd if=/dev/zero of=/tmp/hog bs=1M count=12 oflag=direct 2>/dev/null; rm /tmp/hog").await;
+    let rate = 12.0 / started.elapsed().as_secs_f64();
+    println!("the guest writes {rate:.1} MiB/s of 2");
+    assert!(rate < 3.5, "{rate:.1} MiB/s");
+
+    // Memory, last: the group goes as a whole, with the VMM in it.
+    let free = || {
+        let text = fs::read_to_string("/proc/meminfo").expect("memory");
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).expect("a line");
+        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") >> 10
+    };
+    let had = free();
+    let said = inside(&group, "python3 -c 'bytearray(2 << 30)'; echo lived");
+    assert_eq!(said, "", "2 GiB were had in a group of 320 MiB");
+    let started = Instant::now();
+    while client.sandbox(hostile.sandbox_id.as_str()).await.is_ok() {
+        assert!(started.elapsed() < LIMIT, "its sandbox goes on\n{}", server.log());
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert!(free() + 512 > had, "the host had {had} MiB and has {}", free());
+
+    // The neighbour has noticed nothing.
+    assert_eq!(sh(&agent, "echo still here").await, "still here\n");
+    server.settle().await;
+    assert!(!group.exists(), "the group is gone with its machine");
+    server.stop().await;
+    let left: Vec<_> = fs::read_dir("/sys/fs/cgroup/kelvin").expect("groups").flatten().collect();
+    assert!(left.iter().all(|entry| !entry.path().is_dir()), "groups are left: {left:?}");
+}
+
+#[tokio::test]
+async fn firecracker_sandboxes_are_not_lost_to_a_server_of_qemu() {
+    if !is_firecracker() {
+        return;
+    }
+    let Some(ground) = Ground::find() else { return };
+    let mut server = ground.server("other-vmm", &["--waiting-vmms", "0"]).await;
+    server.bake(0).await;
+    let sandbox = server.client().create(&new_sandbox(), None).await.expect("a create").sandbox;
+    server.kill_9();
+    let had = server.vmms();
+    let said = server.refuses(&["--vmm", "qemu"]);
+    assert!(said.contains("1 sandboxes run in firecracker") && said.contains("--vmm firecracker"), "{said}");
+    assert_eq!(server.vmms(), had, "it goes on");
+    server.start(&["--waiting-vmms", "0"]).await;
+    let client = server.client();
+    assert_eq!(sh(&agent_of(&client, &sandbox), "echo here").await, "here\n");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn firecracker_clones_are_as_fast_as_promised() {
+    if !is_firecracker() {
+        return;
+    }
+    let Some(ground) = Ground::find() else { return };
+    let server = ground.server("speed", &["--waiting-vmms", "4"]).await;
+    server.bake(4).await;
+    promise("clone ÷ bare restore, p50", 0.8, false, || {
+        let report = bench(&server, &["-n", "50", "--path", "clone", "--baseline"]);
+        println!("{report}");
+        report["ratio_p50"].as_f64().expect("a ratio")
+    });
+    promise("warm ÷ bare restore, p50", 0.1, false, || {
+        let report = bench(&server, &["-n", "50", "--path", "warm", "--baseline"]);
+        println!("{report}");
+        report["ratio_p50"].as_f64().expect("a ratio")
+    });
+    promise("three at once ÷ one, p50", 1.7, false, || {
+        p50(&bench(&server, &["-n", "51", "--concurrency", "3"]), "create_ms")
+            / p50(&bench(&server, &["-n", "50"]), "create_ms")
+    });
+    server.stop().await;
+}

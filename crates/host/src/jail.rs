@@ -1,0 +1,311 @@
+//! A jail for one VMM: its own file system, process ids, user and control group.
+//!
+//! ```text
+//! daemon ── posix_spawn ──> kelvin jail ── new mount, pid, ipc, uts namespaces; fork ──> VMM (pid 1 inside)
+//!    │  specification on stdin   │                     its root is the machine's directory
+//!    │<── pid or error ──────────┘ ends when the daemon has the VMM's pidfd (end of stdin)
+//! ```
+//!
+//! Files enter by bind mounts that live in the jail's own mount namespace: nothing is copied, the host's mount
+//! table never sees them, and the kernel removes them with the process. The device nodes lie on a file system in
+//! memory there. The jail keeps no privilege: no capability, no new privileges, one user that has nothing else.
+//! The network namespace is the caller's, see [`crate::process`].
+//!
+//! A crash of the daemon in between leaves a launcher that sees the end of its stdin and ends, and a VMM that is
+//! found by its arguments. Absent on purpose: user namespaces (they widen what a kernel bug can reach) and any
+//! choice of the launched program's system calls, which is the VMM's own seccomp filter.
+
+use std::ffi::{CString, OsStr};
+use std::fs::File;
+use std::io::{self, BufRead, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, chown};
+use std::path::{Component, Path, PathBuf};
+
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, mount_remount, unmount,
+};
+use rustix::process::{Resource, Rlimit, pivot_root, setrlimit};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+use serde::{Deserialize, Serialize};
+
+/// The longest specification that a launcher reads.
+const MAX_SPEC: u64 = 1 << 20;
+
+/// A file or directory of the host that a jail sees.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bind {
+    /// Absolute path on the host.
+    pub from: PathBuf,
+    /// Path in the jail, relative to its root. Made when it is missing.
+    pub to: PathBuf,
+}
+
+/// What a jailed process is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Jail {
+    /// The directory that becomes its root; it belongs to root, so that nothing in it can be replaced.
+    pub root: PathBuf,
+    /// The program: static, or with [`Jail::libraries`].
+    pub program: PathBuf,
+    /// Its arguments, after its name.
+    pub args: Vec<String>,
+    /// User and group.
+    pub user: u32,
+    /// What else it sees, read-only.
+    pub binds: Vec<Bind>,
+    /// Whether it may open `/dev/net/tun`.
+    pub tun: bool,
+    /// The control group that it is born in.
+    pub cgroup: Option<PathBuf>,
+    /// The longest file that it can write, in bytes.
+    pub max_file_bytes: u64,
+    /// Descriptors that it may have.
+    pub max_descriptors: u64,
+    /// Whether the program is not static: then it sees the host's libraries too.
+    pub libraries: bool,
+}
+
+/// What a launcher says.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Launched {
+    /// The program runs; its id in the launcher's own namespace.
+    Pid(i32),
+    /// It does not, and why.
+    Failed(String),
+}
+
+/// Where the loader and the libraries of a program that is not static lie.
+const LIBRARIES: [&str; 4] = ["/lib", "/lib64", "/usr/lib", "/usr/lib64"];
+
+/// Whether `program` needs a loader: an ELF file with an interpreter. Source: elf(5), `PT_INTERP`.
+///
+/// # Errors
+/// When it cannot be read or is no 64-bit ELF file.
+pub fn is_dynamic(program: &Path) -> io::Result<bool> {
+    const PT_INTERP: u32 = 3;
+    let mut head = [0; 64];
+    let mut file = File::open(program)?;
+    file.read_exact(&mut head)?;
+    let odd = || io::Error::new(io::ErrorKind::InvalidData, "it is no 64-bit ELF program");
+    if !head.starts_with(b"\x7fELF\x02\x01") {
+        return Err(odd());
+    }
+    let number = |at: usize, length: usize| {
+        head[at..at + length].iter().rev().fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte))
+    };
+    let (offset, size, count) = (number(32, 8), number(54, 2), number(56, 2));
+    for index in 0..count {
+        let mut kind = [0; 4];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut kind, offset + index * size)
+            .map_err(|_| odd())?;
+        if u32::from_le_bytes(kind) == PT_INTERP {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// The whole of `kelvin jail`: reads a [`Jail`] from standard input, starts it, says so on standard output and waits
+/// for the end of the input. Called first thing in a process with one thread.
+///
+/// # Errors
+/// When standard input or output break; everything else is told to whoever asked.
+pub fn run() -> io::Result<()> {
+    let mut input = io::stdin().lock();
+    let mut spec = Vec::new();
+    (&mut input).take(MAX_SPEC).read_until(b'\n', &mut spec)?;
+    let launched = match serde_json::from_slice::<Jail>(&spec) {
+        Ok(jail) => launch(&jail),
+        Err(error) => Err(io::Error::other(error)),
+    };
+    let said = match launched {
+        Ok(pid) => Launched::Pid(pid),
+        Err(error) => Launched::Failed(error.to_string()),
+    };
+    let mut line = serde_json::to_vec(&said)?;
+    line.push(b'\n');
+    io::stdout().write_all(&line)?;
+    io::stdout().flush()?;
+    // Until the caller holds the program by a descriptor, this process keeps its pid from being used again.
+    io::copy(&mut input, &mut io::sink()).map(drop)
+}
+
+/// Says in which step something failed.
+fn step<T>(what: impl std::fmt::Display, result: Result<T, impl Into<io::Error>>) -> io::Result<T> {
+    result.map_err(|error| {
+        let error: io::Error = error.into();
+        io::Error::new(error.kind(), format!("{what}: {error}"))
+    })
+}
+
+#[allow(unsafe_code)]
+fn launch(jail: &Jail) -> io::Result<i32> {
+    step("leading a session", rustix::process::setsid())?;
+    if let Some(cgroup) = &jail.cgroup {
+        step("entering the control group", std::fs::write(cgroup.join("cgroup.procs"), "0"))?;
+    }
+    // SAFETY: this process has one thread and shares nothing that these namespaces would take away from another.
+    let unshared = unsafe {
+        unshare_unsafe(
+            UnshareFlags::NEWNS | UnshareFlags::NEWPID | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS,
+        )
+    };
+    step("making namespaces", unshared)?;
+    let (failed, told) = step("making a pipe", io::pipe())?;
+    // SAFETY: one thread, so the child is a whole copy; it runs nothing but `enter`, which ends in `exec` or `_exit`.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            drop(failed);
+            let error = match enter(jail) {
+                Ok(never) => match never {},
+                Err(error) => error,
+            };
+            let _ = (&told).write_all(error.to_string().as_bytes());
+            // SAFETY: ends this process and nothing else.
+            unsafe { libc::_exit(127) }
+        }
+        child => {
+            drop(told);
+            let mut text = String::new();
+            (&failed).take(4096).read_to_string(&mut text)?;
+            if text.is_empty() { Ok(child) } else { Err(io::Error::other(text)) }
+        }
+    }
+}
+
+/// Turns this process into the jailed program.
+#[allow(unsafe_code)]
+fn enter(jail: &Jail) -> io::Result<std::convert::Infallible> {
+    // Opened here: it is not in the jail. Everything else that is open closes at `exec`.
+    let program = step(jail.program.display(), File::open(&jail.program))?;
+    let last = OwnedFd::from(step("/dev/null", File::options().read(true).write(true).open("/dev/null"))?);
+    step("standard input", rustix::stdio::dup2_stdin(&last))?;
+    // The serial console and what the VMM has to say: one pipe, read with a limit.
+    step("standard output", rustix::stdio::dup2_stdout(rustix::stdio::stderr()))?;
+    // SAFETY: marks descriptors of this process; none of them is used by anyone after `exec`.
+    if unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) } != 0 {
+        return step("closing descriptors", Err(io::Error::last_os_error()));
+    }
+    build(jail)?;
+    step("changing the root", change_root(&jail.root))?;
+    limit(jail)?;
+    give_up(jail.user)?;
+    let name = CString::new(jail.program.file_name().unwrap_or(OsStr::new("vmm")).as_bytes())?;
+    let args = jail.args.iter().map(|arg| CString::new(arg.as_bytes())).collect::<Result<Vec<_>, _>>()?;
+    let mut pointers: Vec<*const libc::c_char> = vec![name.as_ptr()];
+    pointers.extend(args.iter().map(|arg| arg.as_ptr()));
+    pointers.push(std::ptr::null());
+    let environment: [*const libc::c_char; 1] = [std::ptr::null()];
+    // SAFETY: both arrays end in a null pointer and every string in them outlives the call, which does not return
+    // when it succeeds.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            program.as_raw_fd(),
+            c"".as_ptr(),
+            pointers.as_ptr(),
+            environment.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        );
+    }
+    step("starting the program", Err(io::Error::last_os_error()))
+}
+
+/// A path that stays below the root.
+fn inside(root: &Path, path: &Path) -> io::Result<PathBuf> {
+    if path.components().all(|part| matches!(part, Component::Normal(_))) {
+        Ok(root.join(path))
+    } else {
+        Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{} leads out of the jail", path.display())))
+    }
+}
+
+fn build(jail: &Jail) -> io::Result<()> {
+    let root = &jail.root;
+    step(
+        "keeping mounts apart",
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC),
+    )?;
+    step("binding the root", mount_bind(root, root))?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV;
+    step("sealing the root", mount_remount(root, MountFlags::BIND | flags | MountFlags::NOEXEC, c""))?;
+    let bind = |from: &Path, to: &Path, flags: MountFlags| {
+        let to = inside(root, to)?;
+        step(to.display(), std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&to))?;
+        step(from.display(), mount_bind(from, &to))?;
+        step(to.display(), mount_remount(&to, MountFlags::BIND | MountFlags::RDONLY | flags, c""))
+    };
+    for Bind { from, to } in &jail.binds {
+        bind(from, to, flags | MountFlags::NOEXEC)?;
+    }
+    if jail.libraries {
+        for path in LIBRARIES.into_iter().filter(|path| Path::new(path).is_dir()) {
+            bind(Path::new(path), Path::new(path.trim_start_matches('/')), flags)?;
+        }
+    }
+    let dev = root.join("dev");
+    step(dev.display(), std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&dev))?;
+    let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
+    step(dev.display(), mount("tmpfs", &dev, "tmpfs", flags, Some(c"mode=755,size=64k,nr_inodes=16")))?;
+    let mut nodes = vec![("null", 1, 3), ("urandom", 1, 9), ("kvm", 10, 232)];
+    if jail.tun {
+        step("/dev/net", std::fs::create_dir(dev.join("net")))?;
+        nodes.push(("net/tun", 10, 200));
+    }
+    for (name, major, minor) in nodes {
+        let path = dev.join(name);
+        let device = rustix::fs::makedev(major, minor);
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        let kind = rustix::fs::FileType::CharacterDevice;
+        step(path.display(), rustix::fs::mknodat(rustix::fs::CWD, &path, kind, mode, device))?;
+        step(path.display(), chown(&path, Some(jail.user), Some(jail.user)))?;
+    }
+    step(dev.display(), mount_remount(&dev, MountFlags::RDONLY | flags, c""))
+}
+
+/// Source: pivot_root(2), "pivot_root(".", ".")".
+fn change_root(root: &Path) -> io::Result<()> {
+    rustix::process::chdir(root)?;
+    pivot_root(".", ".")?;
+    unmount(".", UnmountFlags::DETACH)?;
+    rustix::process::chroot(".")?;
+    rustix::process::chdir("/")?;
+    Ok(())
+}
+
+fn limit(jail: &Jail) -> io::Result<()> {
+    for (resource, most) in [
+        (Resource::Core, 0),
+        (Resource::Fsize, jail.max_file_bytes),
+        (Resource::Nofile, jail.max_descriptors),
+    ] {
+        let limit = Rlimit { current: Some(most), maximum: Some(most) };
+        step(format!("limiting {resource:?}"), setrlimit(resource, limit))?;
+    }
+    Ok(())
+}
+
+/// Gives up everything that root has.
+#[allow(unsafe_code)]
+fn give_up(user: u32) -> io::Result<()> {
+    let done = |result: libc::c_int| if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
+    // SAFETY: plain system calls on this process's own credentials. The first number that is refused is the first
+    // that this kernel does not know.
+    let dropped =
+        (0..64).take_while(|number| unsafe { libc::prctl(libc::PR_CAPBSET_DROP, *number, 0, 0, 0) } == 0);
+    if dropped.count() == 0 {
+        return step("capabilities", Err(io::Error::last_os_error()));
+    }
+    // SAFETY: as above; one thread, so the whole process changes.
+    unsafe {
+        step("groups", done(libc::setgroups(0, std::ptr::null())))?;
+        step("group", done(libc::setresgid(user, user, user)))?;
+        step("user", done(libc::setresuid(user, user, user)))?;
+        step("privileges", done(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)))
+    }
+}
