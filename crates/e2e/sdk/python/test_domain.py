@@ -100,9 +100,10 @@ def test_the_host_is_masked():
 
 
 def test_a_visitor_brings_it_back():
-    sandbox = Sandbox.create("base", timeout=4, lifecycle={"on_timeout": "pause", "auto_resume": True})
+    sandbox = Sandbox.create("base", timeout=120, lifecycle={"on_timeout": "pause", "auto_resume": True})
     try:
         serve(sandbox)
+        sandbox.set_timeout(1)
         deadline = time.monotonic() + 30
         while sandbox.get_info().state != SandboxState.PAUSED:
             assert time.monotonic() < deadline

@@ -202,7 +202,8 @@ def test_a_pause_of_the_disk_alone_reboots(make):
 
 @newer((2, 50))
 def test_it_pauses_itself_and_traffic_brings_it_back(make):
-    sandbox = make(timeout=3, lifecycle={"on_timeout": "pause", "auto_resume": True})
+    sandbox = make(timeout=120, lifecycle={"on_timeout": "pause", "auto_resume": True})
+    sandbox.set_timeout(1)
     deadline = time.monotonic() + 30
     while sandbox.get_info().state != SandboxState.PAUSED:
         assert time.monotonic() < deadline
