@@ -34,6 +34,8 @@ pub struct Create {
     pub ends_at: jiff::Timestamp,
     /// Insist on a path.
     pub start_path: Option<StartPath>,
+    /// Measure [`crate::phase::Phase::Tcp`] too.
+    pub probe_tcp: bool,
     /// Its network.
     pub network: Wanted,
     /// What happens without being asked for.

@@ -26,6 +26,9 @@ pub enum Phase {
     Resume,
     /// Kernel start to the agent's first answer; only when cold.
     Boot,
+    /// VMM start to the first answer of the guest's kernel to a TCP connection; beside [`Phase::Boot`], to compare, and
+    /// only when asked for.
+    Tcp,
     /// One round trip: identity, environment, clock, entropy.
     Activate,
     /// The sandbox is owned and visible.
@@ -42,7 +45,7 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase, in order.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Reserve,
         Self::Queue,
         Self::Vmm,
@@ -51,6 +54,7 @@ impl Phase {
         Self::Network,
         Self::Resume,
         Self::Boot,
+        Self::Tcp,
         Self::Activate,
         Self::Commit,
         Self::Quiesce,
@@ -70,6 +74,7 @@ impl Phase {
             Self::Network => "network",
             Self::Resume => "resume",
             Self::Boot => "boot",
+            Self::Tcp => "tcp",
             Self::Activate => "activate",
             Self::Commit => "commit",
             Self::Quiesce => "quiesce",

@@ -64,6 +64,9 @@ pub struct NewSandbox {
     /// Kelvin: insist on a start path instead of taking the fastest.
     #[serde(rename = "startPath", default, skip_serializing_if = "Option::is_none")]
     pub start_path: Option<StartPath>,
+    /// Kelvin: measure when a cold machine answers over TCP too, to compare; it costs up to 5 seconds.
+    #[serde(rename = "probeTcp", default, skip_serializing_if = "Option::is_none")]
+    pub probe_tcp: Option<bool>,
 }
 
 /// How a machine came to be.

@@ -553,6 +553,9 @@ pub struct ServeArgs {
     /// Restores at one time [default: one for each processor].
     #[arg(long)]
     pub concurrent_restores: Option<usize>,
+    /// How long a machine may take to boot, in seconds, with what its image starts.
+    #[arg(long, default_value_t = 90, value_parser = clap::value_parser!(u64).range(1..=3600), value_name = "S")]
+    pub boot_deadline: u64,
     /// Link that sandboxes reach the internet over: `auto` (that of the default route), `none`, or a name.
     #[arg(long, default_value = "auto")]
     pub uplink: String,

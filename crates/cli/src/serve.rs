@@ -7,6 +7,7 @@
 use std::convert::Infallible;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use axum::body::Body;
@@ -241,6 +242,7 @@ async fn options(args: &ServeArgs) -> Result<Options, Failed> {
     }
     options.vcpus = args.vcpus.unwrap_or(options.vcpus);
     options.waiting_vmms = args.waiting_vmms;
+    options.boot_deadline = Duration::from_secs(args.boot_deadline);
     options.concurrent_restores = args.concurrent_restores.unwrap_or(options.concurrent_restores);
     options.auto_bake = !args.no_auto_bake;
     options.disk_floor_mib = args.disk_floor_mib;

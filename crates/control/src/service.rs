@@ -596,6 +596,7 @@ fn prepare(caller: &Account, body: NewSandbox, base: Base) -> Result<(SandboxRow
         access_token,
         ends_at,
         start_path: body.start_path,
+        probe_tcp: body.probe_tcp == Some(true),
         network,
         lifecycle,
         timeout: Duration::from_secs(timeout),

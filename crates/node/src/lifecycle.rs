@@ -62,6 +62,7 @@ fn child_of(source: &SandboxRecord, child: Child, snapshot: SnapshotId) -> Creat
         access_token: child.access_token,
         ends_at: child.ends_at,
         start_path: Some(StartPath::Clone),
+        probe_tcp: false,
         network: network.map_or(Wanted::None, Wanted::Required),
         lifecycle: source.lifecycle,
         timeout: child.timeout,

@@ -88,6 +88,7 @@ impl Inner {
             access_token: record.access_token.clone(),
             ends_at: ends_at.unwrap_or_else(for_as_long),
             start_path: None,
+            probe_tcp: false,
             network: record.network.clone().map_or(Wanted::None, Wanted::Required),
             lifecycle: record.lifecycle,
             timeout: std::time::Duration::from_secs(record.timeout_s),

@@ -33,7 +33,9 @@ fn deny() -> Result<()> {
         say("installing cargo-deny (once)");
         let mut install = cargo();
         install
-            .args(["install", "cargo-deny", "--locked", "--version", DENY, "--root"])
+            // It looks at a few hundred packages: to optimise it takes longer than to run it ever will.
+            .args(["install", "cargo-deny", "--locked", "--debug", "--version", DENY, "--root"])
+            .env("CARGO_PROFILE_DEV_DEBUG", "0")
             .arg(cache().join("tools"));
         run_command(&mut install)?;
     }
@@ -196,71 +198,67 @@ fn run_firecracker(filter: &[String]) -> Result<()> {
     let built = if kvm_host::is_inside() { server::built() } else { server::prepare()? };
     let all: Vec<String> = FIRECRACKER.iter().map(|name| (*name).to_owned()).collect();
     if filter.is_empty() {
-        step("driver conformance", || {
-            let conforms = ["firecracker_".to_owned()];
-            run_tests("kelvin-vmm", &conforms, &[])
-        })?;
+        step("driver conformance", || run_tests(DRIVER, &[], &[]))?;
     }
     let filter = if filter.is_empty() { &all } else { filter };
     step("end to end", || end_to_end(&built, filter, "firecracker"))
 }
 
-/// Where [`build`] leaves what it has built: a line for each, the package, the program and its tests.
+/// What every run of tests is built as. Other packages would have other features, and everything below them be built
+/// once more.
+const ALL: [&str; 5] = ["test", "--release", "--workspace", "--exclude", "kelvin-fuzz"];
+/// The tests of whole servers, in `crates/e2e`.
+const END_TO_END: &str = "suite";
+/// Firecracker's of the driver, in `crates/vmm`.
+const DRIVER: &str = "firecracker";
+
+/// Where [`build`] leaves what it has built: a line for each program and its tests.
 fn built_tests() -> PathBuf {
     cache().join("kvm-host/tests")
+}
+
+/// What the end-to-end tests need beside the server.
+fn prepare_tests() -> Result<()> {
+    crate::sdk::ensure()?;
+    crate::guest::ensure_interpreter()?;
+    Ok(())
 }
 
 /// Builds everything that tests run, for a machine on which that would take hours.
 pub fn build() -> Result<()> {
     server::prepare()?;
-    crate::sdk::ensure()?;
-    crate::guest::ensure_interpreter()?;
+    prepare_tests()?;
     let mut lines = String::new();
-    // One by one, as they are tested elsewhere: together they would have other features, and be built once more.
-    for package in ["kelvin-vmm", "kelvin-e2e"] {
-        let mut command = cargo();
-        command.args(["test", "--release", "--no-run", "--message-format=json", "--package", package]);
-        for line in crate::output(&mut command)?.lines().filter(|line| line.contains("\"test\":true")) {
-            // A field among what else cargo says of a program that it has built.
-            let field = line.split_once("\"executable\":\"").and_then(|(_, rest)| rest.split('"').next());
-            let Some(program) = field else { continue };
-            let tests = crate::output(Command::new(program).arg("--list"))?;
-            let names: Vec<&str> = tests.lines().filter_map(|line| line.strip_suffix(": test")).collect();
-            lines.push_str(&format!("{package} {program} {}\n", names.join(" ")));
-        }
+    let mut command = cargo();
+    command.args(ALL).args(["--no-run", "--message-format=json", "--test", END_TO_END, "--test", DRIVER]);
+    for line in crate::output(&mut command)?.lines().filter(|line| line.contains("\"kind\":[\"test\"]")) {
+        // A field among what else cargo says of a program that it has built.
+        let field = line.split_once("\"executable\":\"").and_then(|(_, rest)| rest.split('"').next());
+        let Some(program) = field else { continue };
+        lines.push_str(&format!("{program}\n"));
     }
     fs::create_dir_all(cache().join("kvm-host"))?;
     Ok(fs::write(built_tests(), lines)?)
 }
 
-/// Runs the tests of `package` whose names contain one of `filter`; all when it is empty. In the emulated KVM host
-/// cargo would look for minutes whether anything has to be built.
-fn run_tests(package: &str, filter: &[String], environment: &[(&str, &OsStr)]) -> Result<()> {
+/// Runs the tests of the program `target` whose names contain one of `filter`; all when it is empty. In the emulated
+/// KVM host cargo would look for minutes whether anything has to be built.
+fn run_tests(target: &str, filter: &[String], environment: &[(&str, &OsStr)]) -> Result<()> {
     // Two processors: tests that measure would measure each other.
     let arguments = ["--test-threads=1", "--nocapture"];
-    if !kvm_host::is_inside() {
+    let mut tests = if kvm_host::is_inside() {
+        let built = fs::read_to_string(built_tests())?;
+        let is_it = |program: &&str| {
+            let name = Path::new(program).file_name().unwrap_or_default().to_string_lossy();
+            name.rsplit_once('-').is_some_and(|(name, _hash)| name == target)
+        };
+        Command::new(built.lines().find(is_it).ok_or_else(|| format!("{target} was not built"))?)
+    } else {
         let mut tests = cargo();
-        tests.args(["test", "--release", "--no-fail-fast", "--package", package, "--"]);
-        return run_command(tests.args(arguments).args(filter).envs(environment.iter().copied()));
-    }
-    let mut failed = Vec::new();
-    for line in fs::read_to_string(built_tests())?.lines() {
-        let mut words = line.split_whitespace();
-        let (Some(of), Some(program)) = (words.next(), words.next()) else { continue };
-        let wanted = |test: &str| filter.is_empty() || filter.iter().any(|part| test.contains(part));
-        if of != package || !words.any(wanted) {
-            continue;
-        }
-        let name = Path::new(program).file_name().unwrap_or_default().display().to_string();
-        println!("\n{name}");
-        let mut tests = Command::new(program);
-        // As cargo does.
-        tests.current_dir(crate::root().join("crates").join(package.trim_start_matches("kelvin-")));
-        if run_command(tests.args(arguments).args(filter).envs(environment.iter().copied())).is_err() {
-            failed.push(name);
-        }
-    }
-    if failed.is_empty() { Ok(()) } else { Err(format!("failed: {}", failed.join(", ")).into()) }
+        tests.args(ALL).args(["--test", target, "--"]);
+        tests
+    };
+    run_command(tests.args(arguments).args(filter).envs(environment.iter().copied()))
 }
 
 /// The servers use `vmm`, whatever else could be used here.
@@ -277,7 +275,7 @@ fn end_to_end(built: &Built, filter: &[String], vmm: &str) -> Result<()> {
         ("KELVIN_E2E_NODE", sdks.node.as_os_str()),
         ("KELVIN_E2E_JAVASCRIPT", sdks.javascript.as_os_str()),
     ];
-    let result = run_tests("kelvin-e2e", filter, &environment);
+    let result = run_tests(END_TO_END, filter, &environment);
     let cleared = ground.clear();
     result.and(cleared)
 }
@@ -356,18 +354,14 @@ pub fn run(filter: &[String]) -> Result<()> {
     step("lints", || cargo_step(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     step("licences", deny)?;
     let built = server::prepare()?;
+    // Downloads more than it computes.
+    let beside = std::thread::spawn(|| prepare_tests().map_err(|error| error.to_string()));
     step("unit tests and driver conformance", || {
-        cargo_step(&[
-            "test",
-            "--release",
-            "--workspace",
-            "--exclude",
-            "kelvin-e2e",
-            "--exclude",
-            "kelvin-fuzz",
-        ])
+        // All programs at once, also those that the end-to-end tests are.
+        run_command(cargo().args(ALL).args(["--", "--skip", "e2e::"]))
     })?;
     step("fuzz", fuzz)?;
+    beside.join().map_err(|_| "preparing the tests panicked")??;
     step("end to end", || end_to_end(&built, &[], "qemu"))?;
     run_firecracker(&[])
 }

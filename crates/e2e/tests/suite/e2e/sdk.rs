@@ -99,7 +99,8 @@ async fn the_javascript_sdk_works_unmodified() {
 async fn the_code_interpreter_runs_cells() {
     let Some(ground) = Ground::with_networks().await else { return };
     let Some(python) = tool("KELVIN_E2E_PYTHON") else { return };
-    let server = ground.server("interpreter", &[]).await;
+    // Jupyter starts in some 30 s; twice that was seen on a machine that others use too.
+    let server = ground.server("interpreter", &["--boot-deadline", "300"]).await;
     server.import_interpreter();
     let request = BakeTemplate::default();
     server.client().bake("code-interpreter", &request).await.expect("it can be baked");

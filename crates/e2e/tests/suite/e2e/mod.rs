@@ -1,0 +1,19 @@
+//! By what they are about. One module, so that a run of the unit tests can leave it out.
+
+mod authorisation;
+mod crash;
+mod exec;
+mod firecracker;
+mod fork;
+mod freeze;
+mod gateway;
+mod hostile;
+mod input;
+mod integrity;
+mod isolation;
+mod lifecycle;
+mod network;
+mod run;
+mod sdk;
+mod speed;
+mod warm;

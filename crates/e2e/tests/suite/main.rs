@@ -1,0 +1,3 @@
+//! The tests of whole servers with real machines, one program: linked once, not for each file.
+
+mod e2e;
