@@ -136,7 +136,7 @@ impl Accounts {
         }
         let key = random_key()?;
         let info = ApiKeyInfo {
-            id: uuid::Uuid::new_v4().to_string(),
+            id: uuid::Builder::from_random_bytes(random()?).into_uuid().to_string(),
             name,
             mask: Mask {
                 prefix: PREFIX.to_owned(),
@@ -227,18 +227,22 @@ fn account(info: &ApiKeyInfo) -> Account {
     }
 }
 
+fn random<const N: usize>() -> Result<[u8; N], Failure> {
+    let mut random = [0; N];
+    getrandom::fill(&mut random).map_err(|error| {
+        Failure::new(Kind::Internal, "no_entropy", "the kernel gives no random bytes", "look at the host")
+            .with_cause(&std::io::Error::other(error.to_string()))
+    })?;
+    Ok(random)
+}
+
 /// A new key.
 ///
 /// # Errors
 /// When the kernel gives no random bytes.
 pub fn random_key() -> Result<String, Failure> {
-    let mut random = [0_u8; 20];
-    getrandom::fill(&mut random).map_err(|error| {
-        Failure::new(Kind::Internal, "no_entropy", "the kernel gives no random bytes", "look at the host")
-            .with_cause(&std::io::Error::other(error.to_string()))
-    })?;
     let mut key = PREFIX.to_owned();
-    for byte in random {
+    for byte in random::<20>()? {
         let _ = write!(key, "{byte:02x}");
     }
     Ok(key)

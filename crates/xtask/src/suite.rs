@@ -204,9 +204,10 @@ fn run_firecracker(filter: &[String]) -> Result<()> {
     step("end to end", || end_to_end(&built, filter, "firecracker"))
 }
 
-/// What every run of tests is built as. Other packages would have other features, and everything below them be built
-/// once more.
-const ALL: [&str; 5] = ["test", "--release", "--workspace", "--exclude", "kelvin-fuzz"];
+/// What every run of tests is built as, with the features that the server is built with: with others everything would
+/// be built once more. That is why the agent, which brings some, is tested apart.
+const ALL: [&str; 7] =
+    ["test", "--release", "--workspace", "--exclude", "kelvin-fuzz", "--exclude", "kelvin-agent"];
 /// The tests of whole servers, in `crates/e2e`.
 const END_TO_END: &str = "suite";
 /// Firecracker's of the driver, in `crates/vmm`.
@@ -358,7 +359,8 @@ pub fn run(filter: &[String]) -> Result<()> {
     let beside = std::thread::spawn(|| prepare_tests().map_err(|error| error.to_string()));
     step("unit tests and driver conformance", || {
         // All programs at once, also those that the end-to-end tests are.
-        run_command(cargo().args(ALL).args(["--", "--skip", "e2e::"]))
+        run_command(cargo().args(ALL).args(["--", "--skip", "e2e::"]))?;
+        cargo_step(&["test", "--release", "--package", "kelvin-agent"])
     })?;
     step("fuzz", fuzz)?;
     beside.join().map_err(|_| "preparing the tests panicked")??;
