@@ -57,7 +57,9 @@ async fn answered_over_tcp(address: Ipv4Addr, since: Instant) -> Duration {
         let connecting = tokio::net::TcpStream::connect((address, AGENT_PORT));
         match tokio::time::timeout(PROBE.0, connecting).await {
             Ok(Ok(_)) => return since.elapsed(),
-            Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => return since.elapsed(),
+            Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                return since.elapsed();
+            }
             // Nothing tells when: that is what is compared.
             _ => tokio::time::sleep(PROBE.1).await,
         }
