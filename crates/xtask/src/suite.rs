@@ -328,7 +328,8 @@ pub fn write_openapi() -> Result<()> {
     let test = "openapi::tests::the_document_in_the_repository_is_the_one_that_is_served";
     run_command(
         cargo()
-            .args(["test", "--release", "--package", "kelvin-control", "--", "--exact", test])
+            .args(ALL)
+            .args(["--lib", "--", "--exact", test])
             .env("KELVIN_WRITE_OPENAPI", "1"),
     )
 }
