@@ -278,7 +278,9 @@ impl Inner {
             control.wait("activation", asked, self.options.activate_deadline).await?;
             warm_up(running.connect().await?, &home.spec, &FIRST, Some(&token)).await?;
             quiesce(&mut control).await?;
-            Ok::<_, Error>(running.pause().await.map_err(|(_, error)| error)?)
+            let paused = running.pause().await.map_err(|(_, error)| error)?;
+            paused.rest().await?;
+            Ok::<_, Error>(paused)
         };
         match work.await {
             Ok(paused) => Ok(Parked { home, paused, control, lease, mac, since: Instant::now() }),

@@ -237,6 +237,10 @@ pub trait Handle: Send + Sync {
     async fn resume(&self) -> Result<(), Error>;
     /// Stops the vCPUs; outstanding disk writes are done when it returns.
     async fn pause(&self) -> Result<(), Error>;
+    /// Does of a resume what can be done while the machine stands still.
+    async fn rest(&self) -> Result<(), Error> {
+        Ok(())
+    }
     /// Starts the vCPUs again that the VMM stopped by itself, because its disk was full.
     async fn go_on(&self) -> Result<(), Error>;
     /// Does what can be done of a save before the machine is stopped.
@@ -353,6 +357,14 @@ impl Paused {
             Ok(()) => Ok(Running(self.0)),
             Err(error) => Err((self, error)),
         }
+    }
+
+    /// For a machine that will stand still for long: does now what its resume would have to do. May be left out.
+    ///
+    /// # Errors
+    /// When the VMM does not answer.
+    pub async fn rest(&self) -> Result<(), Error> {
+        self.0.rest().await
     }
 
     /// Writes memory and device state to `memory`, which [`Running::begin_save`] may have begun, and `state`; neither

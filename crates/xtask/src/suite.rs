@@ -326,12 +326,7 @@ pub fn fuzz() -> Result<()> {
 /// Writes the OpenAPI document that is in the repository, from the routes.
 pub fn write_openapi() -> Result<()> {
     let test = "openapi::tests::the_document_in_the_repository_is_the_one_that_is_served";
-    run_command(
-        cargo()
-            .args(ALL)
-            .args(["--lib", "--", "--exact", test])
-            .env("KELVIN_WRITE_OPENAPI", "1"),
-    )
+    run_command(cargo().args(ALL).args(["--lib", "--", "--exact", test]).env("KELVIN_WRITE_OPENAPI", "1"))
 }
 
 /// Everything; with arguments only the end-to-end tests whose names contain one of them.

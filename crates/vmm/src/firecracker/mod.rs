@@ -689,14 +689,19 @@ impl Handle for Machine {
 
     async fn resume(&self) -> Result<(), Error> {
         let resumed = async {
-            if self.needs_reset.load(Ordering::Relaxed) && !self.version.keeps_vsock_over_a_pause() {
-                self.tell_reset().await?;
-            }
-            self.needs_reset.store(false, Ordering::Relaxed);
+            self.rest().await?;
             self.call(config::resume()).await.map(drop)
         };
         let resumed = resumed.await;
         self.explain("resuming", resumed).await
+    }
+
+    async fn rest(&self) -> Result<(), Error> {
+        if self.needs_reset.load(Ordering::Relaxed) && !self.version.keeps_vsock_over_a_pause() {
+            self.tell_reset().await?;
+        }
+        self.needs_reset.store(false, Ordering::Relaxed);
+        Ok(())
     }
 
     async fn pause(&self) -> Result<(), Error> {
