@@ -25,7 +25,13 @@ use crate::{Result, cache, guest, root, run, say};
 
 const DISK_GIB: u64 = 64;
 const MEMORY_MIB: &str = "10240";
-const PROCESSORS: &str = "2";
+/// Processors, unless `KELVIN_KVM_HOST_PROCESSORS` says otherwise.
+///
+/// One, on one core of this machine: QEMU before 10.2 sets a bit of `interrupt_request` at each `VMRUN` without a lock,
+/// and another thread sets others of the same word. On two cores an interrupt is lost that way every few minutes of
+/// Firecracker, and the host stands still for ever; on one core the instruction cannot be split. Source: QEMU,
+/// `target/i386/tcg/sysemu/svm_helper.c`, `helper_vmrun`.
+const PROCESSORS: u32 = 1;
 /// How long a command may take, unless `KELVIN_KVM_HOST_SECONDS` says otherwise.
 const SECONDS: u64 = 3600;
 /// Variables that the command sees as they are here.
@@ -161,14 +167,23 @@ fn boot(kernel: &Path, initrd: &Path, disk: &Path, out: &Path) -> Result<()> {
     let share = |tag: &str, path: &Path, rest: &str| {
         format!("local,path={},mount_tag={tag},security_model=none,multidevs=remap{rest}", path.display())
     };
+    let processors = match std::env::var("KELVIN_KVM_HOST_PROCESSORS") {
+        Ok(text) => text.parse().map_err(|_| format!("KELVIN_KVM_HOST_PROCESSORS={text:?} is no number"))?,
+        Err(_) => PROCESSORS,
+    };
     // Each ends with the one before: a run that is killed leaves no host.
     let with_parent = ["--pdeathsig", "KILL", "--"];
     let mut qemu = Command::new("setpriv");
-    qemu.args(with_parent)
+    qemu.args(with_parent);
+    if processors == 1 {
+        qemu.args(["taskset", "--cpu-list", &first_core()?]);
+    }
+    qemu.args(["setpriv"])
+        .args(with_parent)
         .args(["timeout", &seconds.to_string(), "setpriv"])
         .args(with_parent)
         .args(["qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max,+svm"])
-        .args(["-smp", PROCESSORS, "-m", MEMORY_MIB, "-nodefaults", "-no-user-config", "-display", "none"])
+        .args(["-smp", &processors.to_string(), "-m", MEMORY_MIB, "-nodefaults", "-no-user-config", "-display", "none"])
         .args(["-serial", "stdio", "-no-reboot", "-kernel"])
         .arg(kernel.join("vmlinuz"))
         .arg("-initrd")
@@ -176,8 +191,7 @@ fn boot(kernel: &Path, initrd: &Path, disk: &Path, out: &Path) -> Result<()> {
         .args(["-virtfs", &share("root", Path::new("/"), ",readonly=on")])
         .args(["-virtfs", &share("out", out, "")])
         .args(["-drive", &format!("if=virtio,format=raw,cache=unsafe,snapshot=on,file={}", disk.display())])
-        // Seen twice in some twenty runs: an emulated processor never comes back from its guest. Two minutes of that end
-        // the run, instead of its time limit.
+        // A processor that never comes back from its guest ends the run after two minutes, not at its time limit.
         .args(["-append", "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 mitigations=off nokaslr softlockup_panic=1 watchdog_thresh=60"])
         .stdin(Stdio::null());
     match qemu.status().map_err(|error| format!("{qemu:?}: {error}"))?.code() {
@@ -189,6 +203,14 @@ fn boot(kernel: &Path, initrd: &Path, disk: &Path, out: &Path) -> Result<()> {
         }
         code => Err(format!("the KVM host ended with {code:?}").into()),
     }
+}
+
+/// The first of the cores that this process may use.
+fn first_core() -> Result<String> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    let first = allowed.and_then(|list| list.trim().split([',', '-']).next());
+    Ok(first.ok_or("no core is allowed")?.to_owned())
 }
 
 /// Whether this runs inside of such a host.
