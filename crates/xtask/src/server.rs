@@ -31,9 +31,13 @@ pub struct Built {
 /// Installs, builds and makes what is missing.
 pub fn prepare() -> Result<Built> {
     packages::ensure()?;
-    let guest = guest::ensure()?;
-    let binary = build_binary()?;
-    Ok(Built { binary, guest })
+    // Beside each other: the end of each build keeps one processor busy, an image the network.
+    let (guest, binary) = std::thread::scope(|scope| {
+        let guest = scope.spawn(|| guest::ensure().map_err(|error| error.to_string()));
+        let binary = build_binary();
+        (guest.join(), binary)
+    });
+    Ok(Built { binary: binary?, guest: guest.map_err(|_| "making the guest panicked")?? })
 }
 
 /// What [`prepare`] has made before, on a machine that cannot.
