@@ -26,8 +26,8 @@ pub enum Phase {
     Resume,
     /// Kernel start to the agent's first answer; only when cold.
     Boot,
-    /// VMM start to the first answer of the guest's kernel to a TCP connection; beside [`Phase::Boot`], to compare, and
-    /// only when asked for.
+    /// Kernel start to the first answer of the guest's kernel to a TCP connection; beside [`Phase::Boot`] and
+    /// [`Phase::Activate`], to compare, and only when asked for.
     Tcp,
     /// One round trip: identity, environment, clock, entropy.
     Activate,

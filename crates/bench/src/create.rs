@@ -126,7 +126,7 @@ impl Report {
         for (phase, values) in &self.phases {
             let note = match phase {
                 Phase::Boot => ", the agent answers",
-                Phase::Tcp => ", TCP is answered",
+                Phase::Tcp => ", TCP is answered (boot and activate)",
                 _ => "",
             };
             row(&format!("  {}{note}", phase.name()), values);
@@ -250,7 +250,8 @@ async fn create(client: Client, args: Args) -> Result<(Sandbox, f64), Error> {
     let created = client.create(&body, None).await?;
     // The agent's answer is what ready means: a wait for the other sign, to compare, is not the create's.
     let phase = |name| created.sandbox.phases.iter().find(|(phase, _)| **phase == name).map(|(_, ms)| *ms);
-    let waited = phase(Phase::Tcp).zip(phase(Phase::Boot)).map_or(0.0, |(tcp, boot)| (tcp - boot).max(0.0));
+    let by_agent = phase(Phase::Boot).unwrap_or_default() + phase(Phase::Activate).unwrap_or_default();
+    let waited = phase(Phase::Tcp).map_or(0.0, |tcp| (tcp - by_agent).max(0.0));
     let took = ms(started) - waited;
     match created.sandbox.start_path {
         Some(taken) if taken == path => Ok((created.sandbox, took)),

@@ -576,14 +576,15 @@ impl Attempt<'_> {
             let probing = probing.map(|probing| AbortOnDropHandle::new(tokio::spawn(probing)));
             let mut control = self.inner.boot_guest(&running).instrument(span).await?;
             self.lap(Phase::Boot);
+            let asked = control.post(&self.greeting(&record)?).await?;
+            self.activated(&mut control, asked).await?;
+            // Not before: the guest has its hardware address only now, and the slot knows no other.
             if let Some(probing) = probing
                 && let Ok(Ok(took)) = tokio::time::timeout(PROBED, probing).await
             {
                 self.timings.add(Phase::Tcp, took);
                 self.since = Instant::now();
             }
-            let asked = control.post(&self.greeting(&record)?).await?;
-            self.activated(&mut control, asked).await?;
             Ok::<_, Error>((running, control))
         };
         match work.await {
