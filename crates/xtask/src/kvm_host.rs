@@ -27,7 +27,7 @@ const DISK_GIB: u64 = 64;
 const MEMORY_MIB: &str = "10240";
 /// Processors, unless `KELVIN_KVM_HOST_PROCESSORS` says otherwise.
 ///
-/// One, on one core of this machine: QEMU before 10.2 sets a bit of `interrupt_request` at each `VMRUN` without a lock,
+/// One, on one core of this machine. The likely reason, not proven: QEMU before 10.2 sets a bit of `interrupt_request` at each `VMRUN` without a lock,
 /// and another thread sets others of the same word. On two cores an interrupt is lost that way every few minutes of
 /// Firecracker, and the host stands still for ever; on one core the instruction cannot be split. Source: QEMU,
 /// `target/i386/tcg/sysemu/svm_helper.c`, `helper_vmrun`.
