@@ -173,6 +173,7 @@ fn snapshots(directory: &Path, named: Option<&Path>, has_kvm: bool) -> Option<Ch
     let firecracker = vmm::find_firecracker(named).filter(|_| has_kvm);
     let firecracker = firecracker.and_then(|binary| kelvin_vmm::firecracker::build_at(&binary).ok());
     let qemu = kelvin_vmm::qemu::build().ok();
+    let accelerator = accel::detect().accelerator.to_string();
     let mut unfit: Vec<String> = Vec::new();
     for snapshot in stored.iter().filter(|snapshot| snapshot.manifest.mode.is_full()) {
         let identity = &snapshot.manifest.identity;
@@ -180,7 +181,7 @@ fn snapshots(directory: &Path, named: Option<&Path>, has_kvm: bool) -> Option<Ch
         let build = if identity.vmm == "firecracker" { &firecracker } else { &qemu };
         let here = Identity {
             vmm_build: build.clone().unwrap_or_default(),
-            accelerator: accel::detect().accelerator.to_string(),
+            accelerator: accelerator.clone(),
             host_cpu: host_cpu.clone(),
             host_kernel: host_kernel.clone(),
             snapshot_format: SNAPSHOT_FORMAT,

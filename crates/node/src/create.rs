@@ -10,12 +10,10 @@
 //! Whatever fails after `reserve` is released in reverse order before the error is returned. A crash at
 //! any point leaves a record that is not `running`, and the next start reaps its machine.
 
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use kelvin_api::AGENT_PORT;
 use kelvin_api::error::chain;
 use kelvin_api::guest::{Activation, Request, Wake};
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
@@ -30,7 +28,6 @@ use kelvin_store::image::Template;
 use kelvin_store::snapshot::Snapshot;
 use kelvin_vmm::control::{Asked, Control};
 use kelvin_vmm::{MachineSpec, Running};
-use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
 use crate::Inner;
@@ -38,6 +35,7 @@ use crate::capacity::Amount;
 use crate::error::Error;
 use crate::paused::Paused;
 use crate::pool::{Pool, Ready, manifest_shape};
+use crate::probe::Probe;
 use crate::record::{Event, SandboxRecord, State, next};
 use crate::sandbox::{Machine, body};
 use crate::snapshots::Lease;
@@ -45,26 +43,6 @@ use crate::warm::Parked;
 
 /// How long a claim of a warm machine may take before the next way is tried.
 const CLAIM: Duration = Duration::from_secs(3);
-
-/// How readiness is found out over TCP, where nothing better is known: how long one connection may take, how long it is
-/// waited between two, and how long a guest is given once its agent has answered. The port is envd's.
-const PROBE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(5));
-const PROBED: Duration = Duration::from_secs(5);
-
-/// How long after `since` the guest at `address` answered, be it that nobody listens.
-async fn answered_over_tcp(address: Ipv4Addr, since: Instant) -> Duration {
-    loop {
-        let connecting = tokio::net::TcpStream::connect((address, AGENT_PORT));
-        match tokio::time::timeout(PROBE.0, connecting).await {
-            Ok(Ok(_)) => return since.elapsed(),
-            Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                return since.elapsed();
-            }
-            // Nothing tells when: that is what is compared.
-            _ => tokio::time::sleep(PROBE.1).await,
-        }
-    }
-}
 
 /// What a machine is made of.
 #[derive(Clone)]
@@ -571,18 +549,17 @@ impl Attempt<'_> {
             self.timings.add(Phase::Disk, took.get().copied().unwrap_or_default());
             self.lap(Phase::Vmm);
             let span = self.begin(Phase::Boot);
-            let probing = home.spec.network.as_ref().filter(|_| self.request.probe_tcp);
-            let probing = probing.map(|slot| answered_over_tcp(slot.address(), self.since));
-            let probing = probing.map(|probing| AbortOnDropHandle::new(tokio::spawn(probing)));
+            let slot = home.spec.network.as_ref().filter(|_| self.request.probe_tcp);
+            let probe = slot.map(|slot| Probe::begin(slot.address()));
             let mut control = self.inner.boot_guest(&running).instrument(span).await?;
             self.lap(Phase::Boot);
             let asked = control.post(&self.greeting(&record)?).await?;
             self.activated(&mut control, asked).await?;
             // Not before: the guest has its hardware address only now, and the slot knows no other.
-            if let Some(probing) = probing
-                && let Ok(Ok(took)) = tokio::time::timeout(PROBED, probing).await
-            {
-                self.timings.add(Phase::Tcp, took);
+            if let Some(probe) = probe {
+                if let Some(took) = probe.answer().await {
+                    self.timings.add(Phase::Tcp, took);
+                }
                 self.since = Instant::now();
             }
             Ok::<_, Error>((running, control))

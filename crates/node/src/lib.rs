@@ -23,6 +23,7 @@ pub mod options;
 mod paused;
 mod policy;
 mod pool;
+mod probe;
 mod reconcile;
 mod record;
 mod sandbox;

@@ -178,9 +178,7 @@ fn boot(kernel: &Path, initrd: &Path, disk: &Path, out: &Path) -> Result<()> {
     if processors == 1 {
         qemu.args(["taskset", "--cpu-list", &first_core()?]);
     }
-    qemu.args(["setpriv"])
-        .args(with_parent)
-        .args(["timeout", &seconds.to_string(), "setpriv"])
+    qemu        .args(["timeout", &seconds.to_string(), "setpriv"])
         .args(with_parent)
         .args(["qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max,+svm"])
         .args(["-smp", &processors.to_string(), "-m", MEMORY_MIB, "-nodefaults", "-no-user-config", "-display", "none"])

@@ -351,15 +351,18 @@ pub fn run(filter: &[String]) -> Result<()> {
     step("lints", || cargo_step(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     step("licences", deny)?;
     let built = server::prepare()?;
-    // Downloads more than it computes.
-    let beside = std::thread::spawn(|| prepare_tests().map_err(|error| error.to_string()));
-    step("unit tests and driver conformance", || {
-        // All programs at once, also those that the end-to-end tests are.
-        run_command(cargo().args(ALL).args(["--", "--skip", "e2e::"]))?;
-        cargo_step(&["test", "--release", "--package", "kelvin-agent"])
+    // Waits for what is beside it, also when a step fails: its children would go on without this.
+    std::thread::scope(|scope| -> Result<()> {
+        // Downloads more than it computes.
+        let beside = scope.spawn(|| prepare_tests().map_err(|error| error.to_string()));
+        step("unit tests and driver conformance", || {
+            // All programs at once, also those that the end-to-end tests are.
+            run_command(cargo().args(ALL).args(["--", "--skip", "e2e::"]))?;
+            cargo_step(&["test", "--release", "--package", "kelvin-agent"])
+        })?;
+        step("fuzz", fuzz)?;
+        Ok(beside.join().map_err(|_| "preparing the tests panicked")??)
     })?;
-    step("fuzz", fuzz)?;
-    beside.join().map_err(|_| "preparing the tests panicked")??;
     step("end to end", || end_to_end(&built, &[], "qemu"))?;
     run_firecracker(&[])
 }

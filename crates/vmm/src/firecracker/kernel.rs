@@ -5,7 +5,7 @@
 //! Source: Linux, Documentation/arch/x86/boot.rst (`payload_offset`), and LZ4's legacy frame format.
 
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -26,11 +26,12 @@ pub fn ensure(directory: &Path) -> io::Result<()> {
         return Ok(());
     }
     let elf = unpack(&fs::read(directory.join("vmlinuz"))?)?;
-    // Two boots at once may both make it; each renames a whole one.
-    let fresh = directory.join(format!("{NAME}.{}", std::process::id()));
-    fs::write(&fresh, elf)?;
-    fs::set_permissions(&fresh, fs::Permissions::from_mode(0o444))?;
-    fs::rename(fresh, done)
+    // Two boots at once may both make it: each writes a file of its own and renames it when it is whole.
+    let mut fresh = tempfile::NamedTempFile::with_prefix_in(NAME, directory)?;
+    fresh.write_all(&elf)?;
+    fresh.as_file().set_permissions(fs::Permissions::from_mode(0o444))?;
+    fresh.persist(done)?;
+    Ok(())
 }
 
 fn odd(reason: impl Into<String>) -> io::Error {
@@ -98,8 +99,6 @@ fn lz4(mut blocks: &[u8]) -> io::Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
 
     fn image(payload: &[u8]) -> Vec<u8> {
