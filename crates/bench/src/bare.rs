@@ -51,6 +51,18 @@ pub struct Bare {
     snapshot: PathBuf,
     arguments: Vec<String>,
     is_firecracker: bool,
+    /// Made ahead, as everybody would, and kept: to take one down keeps the kernel busy while the next create is
+    /// measured. `None` for machines without a network.
+    network: Option<Network>,
+}
+
+/// The network of the machines of the baseline.
+#[derive(Debug)]
+pub struct Network {
+    /// Lives as long as this.
+    pub namespace: OwnedFd,
+    /// What a VMM is lent, when it does not open it by its name: that has to be free.
+    tap: Option<OwnedFd>,
 }
 
 impl Bare {
@@ -66,7 +78,7 @@ impl Bare {
             serde_json::from_slice(&text).map_err(|error| Error::Refused(error.to_string()))?;
         let guest = format!("guests/{}", manifest["guest"].as_str().unwrap_or_default());
         let memory = directory.join("memory");
-        let arguments = manifest["arguments"]
+        let arguments: Vec<String> = manifest["arguments"]
             .as_array()
             .into_iter()
             .flatten()
@@ -76,11 +88,19 @@ impl Bare {
             })
             .collect();
         let is_firecracker = manifest["identity"]["vmm"] == "firecracker";
+        let has_network = arguments
+            .iter()
+            .any(|argument| argument.contains("fd=0") || argument.contains("/network-interfaces/"));
+        let network = match has_network {
+            true => Some(Network::make(is_firecracker).map_err(at("making a network"))?),
+            false => None,
+        };
         Ok(Self {
             data_dir: data_dir.to_owned(),
             snapshot: data_dir.join(directory),
             arguments,
             is_firecracker,
+            network,
         })
     }
 
@@ -90,8 +110,7 @@ impl Bare {
     /// The step that failed.
     pub fn restore(&self) -> Result<f64, Error> {
         if self.is_firecracker {
-            let network = self.arguments.iter().any(|line| line.contains("/network-interfaces/"));
-            return crate::firecracker::restore(&self.data_dir, &self.snapshot, network);
+            return crate::firecracker::restore(&self.data_dir, &self.snapshot, self.network.as_ref());
         }
         self.with_machine(|ms, _, _, _| Ok(ms))
     }
@@ -118,10 +137,9 @@ impl Bare {
         let directory = self.data_dir.join(&name);
         let _ = std::fs::remove_dir_all(&directory);
         std::fs::create_dir(&directory).map_err(at("making a directory"))?;
-        // The machine's network is made ahead here too: what is compared is the restore.
-        let stdin = match self.arguments.iter().any(|argument| argument.contains("fd=0")) {
-            true => tap().map_err(at("making a tap"))?.into(),
-            false => Stdio::null(),
+        let stdin = match self.network.as_ref().and_then(|network| network.tap.as_ref()) {
+            Some(tap) => tap.try_clone().map_err(at("lending the tap"))?.into(),
+            None => Stdio::null(),
         };
         let mut child = None;
         let result =
@@ -229,13 +247,19 @@ fn copy(pid: u32, from: &Path, to: &Path) -> io::Result<u64> {
     Ok(copied)
 }
 
-/// A tap in a namespace of its own.
-fn tap() -> std::io::Result<OwnedFd> {
-    let made = std::thread::spawn(|| {
-        ns::unshare()?;
-        link::tap()
-    });
-    made.join().unwrap_or_else(|_| Err(std::io::Error::other("a thread in a namespace panicked")))
+impl Network {
+    /// A namespace with a tap. `by_name`: whether a VMM opens it itself.
+    fn make(by_name: bool) -> io::Result<Self> {
+        let made = std::thread::spawn(move || {
+            ns::unshare()?;
+            let tap = link::tap()?;
+            if by_name {
+                link::keep_tap(&tap, 0)?;
+            }
+            Ok(Self { namespace: ns::current()?, tap: (!by_name).then_some(tap) })
+        });
+        made.join().unwrap_or_else(|_| Err(io::Error::other("a thread in a namespace panicked")))
+    }
 }
 
 /// Connects to a socket that a VMM is about to open.

@@ -3,16 +3,17 @@
 //! Spawn, `PUT /snapshot/load` that resumes too, connect, activate: no jail, no checks, no user of its own.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use kelvin_api::guest::CONTROL_VSOCK;
-use kelvin_host::net::{link, ns};
+use kelvin_host::net::ns;
 use serde_json::{Value, json};
 
-use crate::bare::{Error, activate, at, clone_disk, connect};
+use crate::bare::{Error, Network, activate, at, clone_disk, connect};
 
 /// How long a guest may take to answer.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -26,12 +27,12 @@ fn binary(data_dir: &Path) -> Result<PathBuf, Error> {
     found.next().map(|entry| entry.path()).ok_or_else(none)
 }
 
-/// One restore of `snapshot`, from nothing to the agent's reply; milliseconds. Nothing is left of it. `network`: whether
-/// the machine has one; it is made ahead, as everybody would.
+/// One restore of `snapshot`, from nothing to the agent's reply; milliseconds. Nothing is left of it. `network`: the
+/// machine's, if it has one.
 ///
 /// # Errors
 /// The step that failed.
-pub fn restore(data_dir: &Path, snapshot: &Path, network: bool) -> Result<f64, Error> {
+pub fn restore(data_dir: &Path, snapshot: &Path, network: Option<&Network>) -> Result<f64, Error> {
     let binary = binary(data_dir)?;
     let directory = data_dir.join(format!("staging/bare-{}", std::process::id()));
     let _ = std::fs::remove_dir_all(&directory);
@@ -39,10 +40,8 @@ pub fn restore(data_dir: &Path, snapshot: &Path, network: bool) -> Result<f64, E
     // A VMM starts in the namespace of the thread that starts it.
     let result = std::thread::scope(|scope| {
         let sequence = scope.spawn(|| {
-            ns::unshare().map_err(at("making a namespace"))?;
-            if network {
-                let tap = link::tap().map_err(at("making a tap"))?;
-                link::keep_tap(&tap, 0).map_err(at("keeping a tap"))?;
+            if let Some(network) = network {
+                ns::enter(network.namespace.as_fd()).map_err(at("entering a namespace"))?;
             }
             let mut child = None;
             let result = sequence(&binary, snapshot, &directory, &mut child);

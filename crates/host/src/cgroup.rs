@@ -111,6 +111,18 @@ impl Cgroups {
     pub fn create(&self, vm: &VmId, limits: &Limits) -> io::Result<PathBuf> {
         let path = self.path(vm);
         fs::create_dir(&path)?;
+        if let Err(error) = self.limit(&path, limits) {
+            let _ = fs::remove_dir(&path);
+            return Err(error);
+        }
+        Ok(path)
+    }
+
+    /// Sets the limits of the group at `path`, whichever it has.
+    ///
+    /// # Errors
+    /// As the kernel gives them, by the limit's name.
+    pub fn limit(&self, path: &Path, limits: &Limits) -> io::Result<()> {
         let quota = limits.cpu_millis * PERIOD_US / 1000;
         let mut settings = vec![
             ("memory.max", limits.memory_bytes.to_string()),
@@ -132,14 +144,49 @@ impl Cgroups {
                 // A kernel without swap has no limit of it.
                 Err(error)
                     if name == "memory.swap.max" && error.kind() == io::ErrorKind::PermissionDenied => {}
+                Err(error) => return Err(io::Error::new(error.kind(), format!("{name}={value}: {error}"))),
+                Ok(()) => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A group without its limits of the disk; they are back when this is dropped.
+#[derive(Debug)]
+pub struct Lifted {
+    file: PathBuf,
+    /// One line for each disk.
+    former: String,
+}
+
+/// Lifts the limits of the disk of the group at `path`: what a VMM writes for its host, while its guest stands still,
+/// is not its guest's. A crash leaves them lifted; who adopts the machine sets them again.
+///
+/// # Errors
+/// As the kernel gives them.
+pub fn lift_disk(path: &Path) -> io::Result<Lifted> {
+    let file = path.join("io.max");
+    let former = fs::read_to_string(&file)?;
+    let lifted = Lifted { file, former };
+    for disk in lifted.former.lines().filter_map(|line| line.split_whitespace().next()) {
+        fs::write(&lifted.file, format!("{disk} rbps=max wbps=max riops=max wiops=max"))?;
+    }
+    Ok(lifted)
+}
+
+impl Drop for Lifted {
+    fn drop(&mut self) {
+        for line in self.former.lines() {
+            match fs::write(&self.file, line) {
+                // Gone with its machine.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
-                    let _ = fs::remove_dir(&path);
-                    return Err(io::Error::new(error.kind(), format!("{name}={value}: {error}")));
+                    tracing::error!(file = %self.file.display(), %error, "a limit of the disk is not back");
                 }
                 Ok(()) => {}
             }
         }
-        Ok(path)
     }
 }
 

@@ -103,6 +103,18 @@ impl Home {
 }
 
 impl Keeper {
+    /// Sets the limits of a machine that is there already: this server's, and those that were lifted when the last
+    /// one ended.
+    ///
+    /// # Errors
+    /// As the kernel gives them.
+    pub fn limit(&self, spec: &MachineSpec) -> Result<(), Error> {
+        let (Some(groups), Some(path)) = (&self.groups, &spec.cgroup) else { return Ok(()) };
+        let Some(limits) = groups.driver.limits(spec.shape) else { return Ok(()) };
+        let set = groups.cgroups.limit(path, &limits);
+        set.map_err(|source| Error::Io { what: "limiting a machine", source })
+    }
+
     /// Declares and makes the directory of a new machine, with `disk` cloned from `parent`, and takes a network
     /// for it, unless it is to have none.
     ///

@@ -363,7 +363,7 @@ impl Node {
         let devices = [false, true]
             .map(|network| kelvin_store::hash::sha256(driver.layout(same, network).join("\0").as_bytes()));
         let (entries, records) = ledger.read().await?;
-        reconcile::check_vmm(driver.kind(), &entries, &records)?;
+        reconcile::check_vmm(driver.kind(), &entries, &records, &snapshots)?;
         let rules = warm::read_rules(store.root())?;
         let (networks, attached, no_network) = open_networks(&options, &ledger, &entries).await?;
         let keeper = Keeper {

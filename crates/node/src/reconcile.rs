@@ -11,6 +11,7 @@ use kelvin_api::id::VmId;
 use kelvin_host::ledger::{Entry, Record as LedgerRecord, Resource};
 use kelvin_host::net::Range;
 use kelvin_host::process::{Process, ProcessKey};
+use kelvin_store::snapshot::Snapshot;
 use kelvin_vmm::MachineSpec;
 
 use crate::Inner;
@@ -50,7 +51,12 @@ pub struct Reconciled {
 ///
 /// # Errors
 /// `OtherVmm`.
-pub fn check_vmm(ours: &'static str, entries: &[Entry], records: &[LedgerRecord]) -> Result<(), Error> {
+pub fn check_vmm(
+    ours: &'static str,
+    entries: &[Entry],
+    records: &[LedgerRecord],
+    snapshots: &[Snapshot],
+) -> Result<(), Error> {
     let running = |owner: &VmId| {
         entries.iter().any(|entry| match &entry.resource {
             Resource::Vmm { key: Some(key), .. } => entry.owner == *owner && Process::adopt(*key).is_ok(),
@@ -61,7 +67,13 @@ pub fn check_vmm(ours: &'static str, entries: &[Entry], records: &[LedgerRecord]
         .iter()
         .filter_map(|record| {
             let Ok(Record::Sandbox(sandbox)) = serde_json::from_str(&record.body) else { return None };
-            let vmm = sandbox.identity.filter(|_| sandbox.state == State::Running)?.vmm;
+            if sandbox.state != State::Running {
+                return None;
+            }
+            // What was restored is what its snapshot is.
+            let restored =
+                snapshots.iter().find(|found| Some(&found.manifest.id) == sandbox.snapshot.as_ref());
+            let vmm = restored.map(|found| found.manifest.identity.clone()).or(sandbox.identity)?.vmm;
             (vmm != ours && running(&record.owner)).then_some(vmm)
         })
         .collect();
@@ -213,6 +225,7 @@ impl Inner {
                 "its network is not this server's: it goes on, its ports cannot be reached"
             ),
         }
+        self.keeper.limit(spec)?;
         let running = self.driver.adopt(spec, key).await?;
         let mut control = running.control().await?;
         // It may have been stopped for a snapshot, and its file system frozen.

@@ -27,13 +27,13 @@ const DISK_GIB: u64 = 64;
 const MEMORY_MIB: &str = "10240";
 /// Processors, unless `KELVIN_KVM_HOST_PROCESSORS` says otherwise.
 ///
-/// One, on one core of this machine. The likely reason, not proven: QEMU before 10.2 sets a bit of `interrupt_request` at each `VMRUN` without a lock,
-/// and another thread sets others of the same word. On two cores an interrupt is lost that way every few minutes of
-/// Firecracker, and the host stands still for ever; on one core the instruction cannot be split. Source: QEMU,
-/// `target/i386/tcg/sysemu/svm_helper.c`, `helper_vmrun`.
+/// One, on one core of this machine: on two, the host stands still for ever after some minutes of Firecracker. The
+/// likely reason, not proven: QEMU before 10.2 sets a bit of `interrupt_request` at each `VMRUN` without a lock, and
+/// another thread sets others of the same word; an interrupt is lost. On one core the instruction cannot be split.
+/// Source: QEMU, `target/i386/tcg/sysemu/svm_helper.c`, `helper_vmrun`.
 const PROCESSORS: u32 = 1;
 /// How long a command may take, unless `KELVIN_KVM_HOST_SECONDS` says otherwise.
-const SECONDS: u64 = 3600;
+const SECONDS: u64 = 7200;
 /// Variables that the command sees as they are here.
 const KEPT: [&str; 9] = [
     "CARGO_HOME",
@@ -120,8 +120,9 @@ fn script(command: &[String]) -> Result<String> {
     lines.push(format!("mkdir -p {ground} && mount -o noatime /dev/vda {ground}"));
     lines.push(format!("cd {}", quoted(&std::env::current_dir()?.display().to_string())));
     let words: Vec<String> = command.iter().map(|word| quoted(word)).collect();
-    // A child: this shell stays to reap and to tell how it ended.
-    lines.push(format!("{} </dev/null", words.join(" ")));
+    // A child: this shell stays to reap and to tell how it ended. Behind a pipe: what draws on a terminal would fill logs.
+    lines.push("set -o pipefail".to_owned());
+    lines.push(format!("{} </dev/null 2>&1 | cat", words.join(" ")));
     lines.push("code=$?; cd /; echo $code >/mnt/exit-code; sync".to_owned());
     lines.push("echo o >/proc/sysrq-trigger; while :; do :; done".to_owned());
     Ok(lines.join("\n") + "\n")
@@ -178,10 +179,16 @@ fn boot(kernel: &Path, initrd: &Path, disk: &Path, out: &Path) -> Result<()> {
     if processors == 1 {
         qemu.args(["taskset", "--cpu-list", &first_core()?]);
     }
-    qemu        .args(["timeout", &seconds.to_string(), "setpriv"])
+    let accelerator = "tcg,thread=multi,tb-size=1024";
+    // A processor that never comes back from its guest ends the run after two minutes, not at its time limit.
+    let watchdog = "softlockup_panic=1 watchdog_thresh=60";
+    let append =
+        format!("console=ttyS0 reboot=t panic=-1 quiet loglevel=3 mitigations=off nokaslr {watchdog}");
+    qemu.args(["timeout", &seconds.to_string(), "setpriv"])
         .args(with_parent)
-        .args(["qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max,+svm"])
-        .args(["-smp", &processors.to_string(), "-m", MEMORY_MIB, "-nodefaults", "-no-user-config", "-display", "none"])
+        .args(["qemu-system-x86_64", "-M", "q35", "-accel", accelerator, "-cpu", "max,+svm"])
+        .args(["-smp", &processors.to_string(), "-m", MEMORY_MIB])
+        .args(["-nodefaults", "-no-user-config", "-display", "none"])
         .args(["-serial", "stdio", "-no-reboot", "-kernel"])
         .arg(kernel.join("vmlinuz"))
         .arg("-initrd")
@@ -189,8 +196,7 @@ fn boot(kernel: &Path, initrd: &Path, disk: &Path, out: &Path) -> Result<()> {
         .args(["-virtfs", &share("root", Path::new("/"), ",readonly=on")])
         .args(["-virtfs", &share("out", out, "")])
         .args(["-drive", &format!("if=virtio,format=raw,cache=unsafe,snapshot=on,file={}", disk.display())])
-        // A processor that never comes back from its guest ends the run after two minutes, not at its time limit.
-        .args(["-append", "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 mitigations=off nokaslr softlockup_panic=1 watchdog_thresh=60"])
+        .args(["-append", &append])
         .stdin(Stdio::null());
     match qemu.status().map_err(|error| format!("{qemu:?}: {error}"))?.code() {
         Some(0) => Ok(()),
@@ -224,6 +230,6 @@ mod tests {
     fn words_reach_the_command_as_they_are() {
         assert_eq!(quoted("it's $HOME"), r"'it'\''s $HOME'");
         let text = script(&["echo".into(), "a b".into()]).unwrap();
-        assert!(text.contains("\n'echo' 'a b' </dev/null\n"), "{text}");
+        assert!(text.contains("\n'echo' 'a b' </dev/null 2>&1 | cat\n"), "{text}");
     }
 }

@@ -40,7 +40,7 @@ use async_trait::async_trait;
 use kelvin_api::guest::CONTROL_VSOCK;
 use kelvin_api::units::Shape;
 use kelvin_host::accel::Accelerator;
-use kelvin_host::cgroup::Limits;
+use kelvin_host::cgroup::{self, Limits};
 use kelvin_host::jail::{Bind, Jail, is_dynamic};
 use kelvin_host::process::{Network, Process, ProcessKey};
 use sha2::{Digest, Sha256};
@@ -222,17 +222,9 @@ impl Firecracker {
         let made = disk.and_then(|()| fs::metadata(directory.join(DISK)));
         let made = made.map_err(|source| Error::Io { what: "making the machine's disk", source });
         match opened.and_then(|opened| Ok((opened, made?))) {
-            Ok(((sockets, api), disk)) => Ok(self.machine(
-                process,
-                api,
-                sockets,
-                console,
-                directory,
-                bind,
-                parent,
-                &disk,
-                spec.network.is_some(),
-            )),
+            Ok(((sockets, api), disk)) => {
+                Ok(self.machine(process, api, sockets, console, directory, bind, parent, &disk, spec))
+            }
             Err(error) => {
                 let died = tokio::time::timeout(Duration::from_millis(500), process.ended()).await.is_ok();
                 let _ = process.kill();
@@ -253,7 +245,7 @@ impl Firecracker {
         bind: Bind,
         parent: Option<PathBuf>,
         disk: &Metadata,
-        has_network: bool,
+        spec: &MachineSpec,
     ) -> Machine {
         let log = Tail::of_pipe(&directory.join("log"), LOG);
         metrics::follow(&directory.join("metrics"), directory.clone());
@@ -274,7 +266,8 @@ impl Firecracker {
             bind,
             parent,
             disk: (disk.dev(), disk.ino()),
-            has_network,
+            has_network: spec.network.is_some(),
+            cgroup: spec.cgroup.clone(),
             needs_reset: AtomicBool::new(false),
             version: self.version,
             options: self.options.clone(),
@@ -413,17 +406,8 @@ impl Driver for Firecracker {
             None => Bind { from: spec.data_dir.join(&spec.guest), to: GUEST.into() },
         };
         let disk = fs::metadata(directory.join(DISK)).map_err(io)?;
-        let machine = self.machine(
-            process,
-            api,
-            sockets,
-            Tail::default(),
-            directory,
-            bind,
-            parent,
-            &disk,
-            spec.network.is_some(),
-        );
+        let machine =
+            self.machine(process, api, sockets, Tail::default(), directory, bind, parent, &disk, spec);
         // What that daemon was doing with it is not known.
         machine.needs_reset.store(true, Ordering::Relaxed);
         machine.go_on().await?;
@@ -533,6 +517,7 @@ struct Machine {
     /// Device and inode of its disk.
     disk: (u64, u64),
     has_network: bool,
+    cgroup: Option<PathBuf>,
     /// Whether its guest has to be told that connections are gone before it goes on, see [`Version::keeps_vsock_over_a_pause`].
     needs_reset: AtomicBool,
     version: Version,
@@ -649,7 +634,11 @@ impl Machine {
             let parent = parent.clone().filter(|_| !again);
             move || parent.map(|parent| pages::count_own(pid, &parent)).transpose()
         });
+        // Firecracker has written all of it when it answers.
+        let lifted =
+            self.cgroup.as_deref().map(cgroup::lift_disk).transpose().map_err(io("lifting limits"))?;
         let saved = self.call(call).await;
+        drop(lifted);
         // The reset is on its way to the guest, whatever became of the rest.
         self.needs_reset.store(false, Ordering::Relaxed);
         self.dialer.reset();
