@@ -115,6 +115,16 @@ impl Bare {
         self.with_machine(|ms, _, _, _| Ok(ms))
     }
 
+    /// Waits until the file system has nothing left to do for the last restore: it frees files beside what follows.
+    ///
+    /// # Errors
+    /// As the kernel gives them.
+    pub fn forget(&self) -> Result<(), Error> {
+        let forgotten =
+            std::fs::File::open(&self.data_dir).and_then(|directory| Ok(rustix::fs::syncfs(&directory)?));
+        forgotten.map_err(at("forgetting a bare machine"))
+    }
+
     /// One restore, and the fork of `../shared/prototypes/qemu_clone.py`: stop, save device state, clone the memory
     /// file, copy the pages that the machine has written over it, continue. Milliseconds from the stop to the end, and
     /// how many pages those were. Nothing is left of it.

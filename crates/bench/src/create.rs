@@ -179,6 +179,9 @@ async fn measure(client: &Client, args: &Args) -> Result<Report, Error> {
         settle(client).await?;
         if let Some(bare) = &bare {
             bares.push(bare.restore()?);
+            bare.forget()?;
+            // The create begins as the bare restore began: after a look at a node that is at rest.
+            settle(client).await?;
         }
         let round = args.concurrency.min(left);
         left -= round;

@@ -42,7 +42,10 @@ fn only(group: &Path, vmm: i32) {
     let started = Instant::now();
     loop {
         let text = fs::read_to_string(group.join("cgroup.procs")).expect("processes");
-        let strays: Vec<&str> = text.lines().filter(|pid| pid.parse() != Ok(vmm)).collect();
+        // KVM's own worker for the machine is in its group too: it runs no program, and nothing kills it.
+        let is_program = |pid: &&str| fs::read_link(format!("/proc/{pid}/exe")).is_ok();
+        let strays: Vec<&str> =
+            text.lines().filter(|pid| pid.parse() != Ok(vmm)).filter(is_program).collect();
         if strays.is_empty() {
             return;
         }
@@ -175,9 +178,13 @@ async fn firecracker_clones_are_as_fast_as_promised() {
         println!("{report}");
         report["ratio_p50"].as_f64().expect("a ratio")
     });
-    promise("three at once ÷ one, p50", 1.7, false, || {
-        p50(&bench(&server, &["-n", "51", "--concurrency", "3"]), "create_ms")
-            / p50(&bench(&server, &["-n", "50"]), "create_ms")
-    });
+    if std::thread::available_parallelism().is_ok_and(|processors| processors.get() > 1) {
+        promise("three at once ÷ one, p50", 1.7, false, || {
+            p50(&bench(&server, &["-n", "51", "--concurrency", "3"]), "create_ms")
+                / p50(&bench(&server, &["-n", "50"]), "create_ms")
+        });
+    } else {
+        println!("skipped: three at once: one processor, KELVIN_KVM_HOST_PROCESSORS=2 gives the host two");
+    }
     server.stop().await;
 }
