@@ -68,8 +68,9 @@ async fn fifty_pauses_keep_memory_files_processes_and_time() {
                 cat /proc/sys/kernel/random/boot_id /etc/machine-id /etc/hostname > /home/user/who",
     )
     .await;
-    // A server that listens, and one that writes files all the while.
+    // A server that listens, which takes it a while in an emulated host, and one that writes files all the while.
     drop(agent.start(&shell("mkdir -p /tmp/www; echo hello > /tmp/www/hello; cd /tmp/www; exec python3 -m http.server 8000")).await.expect("a server"));
+    sh(&agent, "curl -s --retry-connrefused --retry 300 --retry-delay 1 http://localhost:8000/hello").await;
     drop(agent.start(&shell("while :; do dd if=/dev/urandom of=/home/user/data bs=64k count=4 conv=notrunc; sync; done 2>/dev/null")).await.expect("a writer"));
     let (mut count, token) = state(&agent).await;
     let free = client.node().await.expect("a node").disk_free_mb;
