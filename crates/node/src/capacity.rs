@@ -75,7 +75,7 @@ impl Capacity {
                 resource: "memory",
                 asked: amount.memory_mib,
                 free: free_memory,
-                unit: "MiB",
+                unit: "MiB of ",
             });
         }
         let free_vcpus = self.vcpus.saturating_sub(self.held_vcpus);

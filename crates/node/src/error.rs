@@ -18,7 +18,7 @@ pub enum Error {
         max: u64,
     },
     /// The node has no room now.
-    #[error("the node has no room: {asked} {unit} of {resource} asked, {free} free")]
+    #[error("the node has no room: {asked} {unit}{resource} asked, {free} free")]
     Exhausted {
         /// `memory`, `vCPUs` or `disk`.
         resource: &'static str,
@@ -26,7 +26,7 @@ pub enum Error {
         asked: u64,
         /// How much is free.
         free: u64,
-        /// `MiB` or nothing.
+        /// `MiB of `, or nothing.
         unit: &'static str,
     },
     /// A sandbox with that id exists.

@@ -194,7 +194,7 @@ impl Inner {
     fn check_disk(&self) -> Result<(), Error> {
         let (free, floor) = (self.disk_free_mib()?, self.options.disk_floor_mib);
         if free < floor {
-            return Err(Error::Exhausted { resource: "disk", asked: floor, free, unit: "MiB" });
+            return Err(Error::Exhausted { resource: "disk", asked: floor, free, unit: "MiB of " });
         }
         Ok(())
     }

@@ -147,8 +147,8 @@ async fn eight_children_go_on_from_one_instant_and_share_its_memory() {
 #[tokio::test]
 async fn a_hundred_forks_answer_and_share_no_identity() {
     let Some(ground) = Ground::with_networks().await else { return };
-    // More than the emulated KVM host has, for machines that share most of theirs.
-    let options = ["--waiting-vmms", "0", "--slots", "8", "--memory-mib", "18432"];
+    // More than the emulated KVM host has, for machines that share most of theirs and do nothing most of the time.
+    let options = ["--waiting-vmms", "0", "--slots", "8", "--memory-mib", "18432", "--vcpus", "128"];
     let server = ground.server("hundred", &options).await;
     let small = BakeTemplate { memory_mb: Some(128), ..BakeTemplate::default() };
     let client = server.client();

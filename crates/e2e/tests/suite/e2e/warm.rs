@@ -32,7 +32,9 @@ fn signal(pid: i32, signal: rustix::process::Signal) {
 #[tokio::test]
 async fn fifty_claims_at_once_get_fifty_machines() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("warm", &["--waiting-vmms", "0"]).await;
+    // More than the emulated KVM host has, for machines that share most of theirs.
+    let options = ["--waiting-vmms", "0", "--memory-mib", "18432", "--warm-memory-mib", "4096"];
+    let server = ground.server("warm", &options).await;
     server.bake(0).await;
     fixed(&server, 8).await;
     let parked = server.vmms();
