@@ -32,6 +32,7 @@ use tracing::Instrument;
 
 use crate::Inner;
 use crate::capacity::Amount;
+use crate::clock::right_clock;
 use crate::error::Error;
 use crate::paused::Paused;
 use crate::pool::{Pool, Ready, manifest_shape};
@@ -604,7 +605,12 @@ impl Attempt<'_> {
     async fn activated(&mut self, control: &mut Control, asked: Asked) -> Result<(), Error> {
         let span = self.begin(Phase::Activate);
         let limit = self.inner.options.activate_deadline;
-        let done = control.wait("activation", asked, limit).instrument(span).await?;
+        let answered = async {
+            let done = control.wait("activation", asked, limit).await?;
+            right_clock(control, done, limit).await?;
+            Ok::<_, Error>(done)
+        };
+        let done = answered.instrument(span).await?;
         self.lap(Phase::Activate);
         tracing::debug!(worked = ?done.worked, "the agent was activated");
         Ok(())

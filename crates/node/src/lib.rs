@@ -1,6 +1,6 @@
 //! One node: it owns what runs here.
 //!
-//! Read in this order: [`Node`] (the handle), `create` (the path of a create), `pool` (what is ready
+//! Read in this order: [`Node`] (the handle), `create` (the path of a create, with `clock` and `probe`), `pool` (what is ready
 //! ahead of it), `home` (the resources of a machine), `sandbox` (a machine that runs), `lifecycle` (pause, resume,
 //! snapshot, fork) with `capture`, `paused` and `snapshots`, `warm` (machines that wait), `traffic`, `bake`, `reconcile` (after a crash).
 //!
@@ -13,6 +13,7 @@ mod bake;
 mod capacity;
 mod capture;
 mod changes;
+mod clock;
 mod create;
 mod error;
 mod home;
