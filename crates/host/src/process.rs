@@ -352,17 +352,18 @@ mod tests {
             Spawn { args: vec!["-c".into(), "sleep 60; :".into(), "marker-a1".into()], ..sleeper("") };
         let (process, _stderr) = Process::spawn(spawn).await.unwrap();
         let key = process.key();
-        while find_by_argument("marker-a1").is_empty() {
+        // It shows no arguments while it becomes its program, and its own children show the same for a moment.
+        let started = std::time::Instant::now();
+        while find_by_argument("marker-a1") != [key] {
+            assert!(started.elapsed().as_secs() < 30, "it is not found");
             tokio::task::yield_now().await;
         }
-        assert_eq!(find_by_argument("marker-a1"), [key]);
         assert!(Process::adopt(key).is_ok());
         let other = ProcessKey { start_time: key.start_time + 1, ..key };
         assert_eq!(Process::adopt(other).unwrap_err().kind(), io::ErrorKind::NotFound);
         // `setsid` shows the same arguments until it has become a leader and the program.
         let leads =
             || rustix::process::getsid(Pid::from_raw(key.pid)).unwrap().as_raw_nonzero().get() == key.pid;
-        let started = std::time::Instant::now();
         while !leads() {
             assert!(started.elapsed().as_secs() < 30, "it does not lead its own session");
             tokio::task::yield_now().await;
