@@ -296,7 +296,8 @@ fn lock(data_dir: &Path) -> Result<std::fs::File, Failed> {
     };
     std::fs::create_dir_all(data_dir.join("run")).map_err(failed)?;
     let file = std::fs::File::create(data_dir.join("run/lock")).map_err(failed)?;
-    // A record lock: with `flock`, a child between `fork` and `exec` would hold it for a server that has just died.
+    // A record lock: with `flock`, a child between `fork` and `exec` would hold it for a server that has just died. It
+    // ends when any descriptor of the file is closed: nothing else here opens it.
     rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
         Failed::new(
             format!("another server uses {}", data_dir.display()),

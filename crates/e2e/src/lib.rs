@@ -23,7 +23,7 @@ use kelvin_client::agent::{self, Agent};
 use kelvin_host::process::{proportional_kib, working_in};
 
 /// How long anything may take on a busy machine before a test fails.
-pub const LIMIT: Duration = Duration::from_secs(300);
+pub const LIMIT: Duration = Duration::from_secs(120);
 
 /// Where the tests run.
 pub struct Ground {

@@ -138,6 +138,9 @@ impl Cgroups {
             let device = self.device.as_deref().ok_or_else(|| io::Error::other("no disk to limit"))?;
             let (bytes, ops) = (word(limits.disk_bytes_per_s), word(limits.disk_ops_per_s));
             settings.push(("io.max", format!("{device} rbps={bytes} wbps={bytes} riops={ops} wiops={ops}")));
+        } else {
+            // A machine of a server that limited it.
+            lift(&path.join("io.max"))?;
         }
         for (name, value) in settings {
             match fs::write(path.join(name), &value) {
@@ -167,12 +170,17 @@ pub struct Lifted {
 /// As the kernel gives them.
 pub fn lift_disk(path: &Path) -> io::Result<Lifted> {
     let file = path.join("io.max");
-    let former = fs::read_to_string(&file)?;
-    let lifted = Lifted { file, former };
-    for disk in lifted.former.lines().filter_map(|line| line.split_whitespace().next()) {
-        fs::write(&lifted.file, format!("{disk} rbps=max wbps=max riops=max wiops=max"))?;
+    let former = lift(&file)?;
+    Ok(Lifted { file, former })
+}
+
+/// Lifts every limit in an `io.max`; what they were, one line for each disk.
+fn lift(file: &Path) -> io::Result<String> {
+    let former = fs::read_to_string(file)?;
+    for disk in former.lines().filter_map(|line| line.split_whitespace().next()) {
+        fs::write(file, format!("{disk} rbps=max wbps=max riops=max wiops=max"))?;
     }
-    Ok(lifted)
+    Ok(former)
 }
 
 impl Drop for Lifted {

@@ -72,10 +72,9 @@ impl Capacity {
         let free_memory = self.memory_mib.saturating_sub(self.held_memory_mib);
         if amount.memory_mib > free_memory {
             return Err(Error::Exhausted {
-                resource: "memory",
+                resource: "MiB of memory",
                 asked: amount.memory_mib,
                 free: free_memory,
-                unit: "MiB of ",
             });
         }
         let free_vcpus = self.vcpus.saturating_sub(self.held_vcpus);
@@ -84,7 +83,6 @@ impl Capacity {
                 resource: "vCPUs",
                 asked: amount.vcpus.into(),
                 free: free_vcpus.into(),
-                unit: "",
             });
         }
         self.held_memory_mib += amount.memory_mib;

@@ -23,6 +23,7 @@ use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
 use kelvin_vmm::{Paused, Saved};
 use tracing::Instrument;
 
+use crate::clock::right_clock;
 use crate::create::wake;
 use crate::error::Error;
 use crate::sandbox::Keeping;
@@ -263,7 +264,11 @@ impl Keeping {
                 Err(_) => return,
             },
         };
-        if let Err(error) = self.control.wait("going on", asked, AWAKE).await {
+        let told = async {
+            let done = self.control.wait("going on", asked, AWAKE).await?;
+            right_clock(&mut self.control, done, AWAKE).await
+        };
+        if let Err(error) = told.await {
             tracing::warn!(sandbox = %self.record.sandbox, error = chain(&error), "its agent did not say that it goes on");
         }
     }

@@ -1,7 +1,7 @@
 //! The wall clock of a guest that has just woken up.
 //!
-//! Nothing is written here; a crash leaves a guest whose clock is wrong by what its agent took to answer, until it is
-//! woken up again.
+//! Nothing is written here; a crash leaves a guest whose clock is wrong by what its agent took to answer. Who adopts it
+//! sets it again.
 
 use std::time::Duration;
 
@@ -11,23 +11,26 @@ use kelvin_vmm::control::{Control, Done};
 use crate::create::{wake, wall_clock_ns};
 use crate::error::Error;
 
-/// How wrong it may be, and how often it is set for that.
-const ERROR: Duration = Duration::from_millis(250);
-const TRIES: u32 = 5;
+/// How wrong it may be: half of what is promised.
+const WRONG: Duration = Duration::from_millis(500);
+/// How often it is set for that: each takes as long as the guest takes to answer.
+const TRIES: u32 = 3;
 
 /// Sets the guest's clock until it is right: the time in a frame is old when a busy guest comes to read it. `done` is
-/// the last answer; it says what the clock showed, and comes later than that, so that the error is seen too large.
+/// the answer to that frame; it says what the clock showed then, which is earlier than now: the error is seen too large.
+/// `limit`: for each answer.
 ///
 /// # Errors
-/// When the guest does not answer within `limit`, each time.
+/// When the guest does not answer.
 pub async fn right_clock(control: &mut Control, done: Done, limit: Duration) -> Result<(), Error> {
     let mut shown = done.wall_clock_ns;
     // What a guest says may be a lie: then this ends all the same.
     for _ in 0..TRIES {
-        if u128::from(wall_clock_ns().abs_diff(shown)) < ERROR.as_nanos() {
+        if u128::from(wall_clock_ns().abs_diff(shown)) < WRONG.as_nanos() {
             return Ok(());
         }
         shown = control.call("setting the clock", &Request::Wake(wake(false)?), limit).await?.wall_clock_ns;
     }
+    tracing::warn!("a guest is too busy to say that its clock is right");
     Ok(())
 }

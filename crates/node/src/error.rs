@@ -18,16 +18,14 @@ pub enum Error {
         max: u64,
     },
     /// The node has no room now.
-    #[error("the node has no room: {asked} {unit}{resource} asked, {free} free")]
+    #[error("the node has no room: {asked} {resource} asked, {free} free")]
     Exhausted {
-        /// `memory`, `vCPUs` or `disk`.
+        /// `MiB of memory`, `vCPUs` or `MiB of disk`.
         resource: &'static str,
         /// How much was asked for.
         asked: u64,
         /// How much is free.
         free: u64,
-        /// `MiB of `, or nothing.
-        unit: &'static str,
     },
     /// A sandbox with that id exists.
     #[error("sandbox {0} exists already")]

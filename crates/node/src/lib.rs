@@ -195,7 +195,7 @@ impl Inner {
     fn check_disk(&self) -> Result<(), Error> {
         let (free, floor) = (self.disk_free_mib()?, self.options.disk_floor_mib);
         if free < floor {
-            return Err(Error::Exhausted { resource: "disk", asked: floor, free, unit: "MiB of " });
+            return Err(Error::Exhausted { resource: "MiB of disk", asked: floor, free });
         }
         Ok(())
     }

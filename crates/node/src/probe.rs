@@ -26,7 +26,7 @@ impl Probe {
         let since = Instant::now();
         Self(AbortOnDropHandle::new(tokio::spawn(async move {
             while !is_answered(address).await {
-                // Nothing tells when: that is what is compared.
+                // The way that is compared waits between two looks; whoever knows of nothing better has to.
                 tokio::time::sleep(GAP).await;
             }
             since.elapsed()

@@ -16,6 +16,7 @@ use kelvin_vmm::MachineSpec;
 
 use crate::Inner;
 use crate::capacity::Amount;
+use crate::clock::right_clock;
 use crate::create::wake;
 use crate::error::Error;
 use crate::paused::Paused;
@@ -73,7 +74,8 @@ pub fn check_vmm(
             // What was restored is what its snapshot is.
             let restored =
                 snapshots.iter().find(|found| Some(&found.manifest.id) == sandbox.snapshot.as_ref());
-            let vmm = restored.map(|found| found.manifest.identity.clone()).or(sandbox.identity)?.vmm;
+            let vmm = restored.map(|found| found.manifest.identity.vmm.clone());
+            let vmm = vmm.or_else(|| sandbox.identity.map(|identity| identity.vmm))?;
             (vmm != ours && running(&record.owner)).then_some(vmm)
         })
         .collect();
@@ -225,13 +227,21 @@ impl Inner {
                 "its network is not this server's: it goes on, its ports cannot be reached"
             ),
         }
-        self.keeper.limit(spec)?;
+        // No reason to end it.
+        if let Err(error) = self.keeper.limit(spec) {
+            tracing::error!(sandbox = %record.sandbox, error = chain(&error), "it goes on with the limits that it had");
+        }
         let running = self.driver.adopt(spec, key).await?;
         let mut control = running.control().await?;
         // It may have been stopped for a snapshot, and its file system frozen.
         match control.call("going on", &Request::Wake(wake(false)?), ANSWER).await {
             // It answers: one of a former version does not know the word.
-            Ok(_) | Err(kelvin_vmm::Error::Agent { .. }) => {}
+            Ok(done) => {
+                if let Err(error) = right_clock(&mut control, done, ANSWER).await {
+                    tracing::warn!(sandbox = %record.sandbox, error = chain(&error), "its clock may be wrong");
+                }
+            }
+            Err(kelvin_vmm::Error::Agent { .. }) => {}
             Err(error) => return Err(error.into()),
         }
         self.capacity().take(Amount::machine(record.shape));

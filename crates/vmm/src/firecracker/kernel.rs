@@ -1,7 +1,8 @@
 //! The guest's kernel as Firecracker boots it: the ELF program inside of a bzImage.
 //!
 //! Before 1.17 it boots nothing else, and a guest that need not unpack its own kernel boots sooner. The program is
-//! made once for each guest, under another name and renamed, beside the kernel that it is from; it goes with it.
+//! made once for each guest, in `staging/` and renamed, beside the kernel that it is from; it goes with it. A crash
+//! leaves a part of it in `staging/`, which the next start empties.
 //! Source: Linux, Documentation/arch/x86/boot.rst (`payload_offset`), and LZ4's legacy frame format.
 
 use std::fs;
@@ -16,18 +17,18 @@ const MAX: usize = 512 << 20;
 /// The most that one block of LZ4's legacy format holds.
 const BLOCK: usize = 8 << 20;
 
-/// Makes the program in the guest's `directory`, when it is missing.
+/// Makes the program in the guest's `directory`, when it is missing; `staging` is of the same file system.
 ///
 /// # Errors
 /// When the kernel is of no format that is known, in words; or as the file system gives them.
-pub fn ensure(directory: &Path) -> io::Result<()> {
+pub fn ensure(directory: &Path, staging: &Path) -> io::Result<()> {
     let done = directory.join(NAME);
     if done.exists() {
         return Ok(());
     }
     let elf = unpack(&fs::read(directory.join("vmlinuz"))?)?;
     // Two boots at once may both make it: each writes a file of its own and renames it when it is whole.
-    let mut fresh = tempfile::NamedTempFile::with_prefix_in(NAME, directory)?;
+    let mut fresh = tempfile::NamedTempFile::with_prefix_in(NAME, staging)?;
     fresh.write_all(&elf)?;
     fresh.as_file().set_permissions(fs::Permissions::from_mode(0o444))?;
     fresh.persist(done)?;

@@ -364,7 +364,8 @@ impl Driver for Firecracker {
         let guest = spec.data_dir.join(&spec.guest);
         let (directory, io) =
             (guest.clone(), |source| Error::Io { what: "unpacking the guest's kernel", source });
-        let unpacked = tokio::task::spawn_blocking(move || kernel::ensure(&directory)).await;
+        let staging = spec.data_dir.join("staging");
+        let unpacked = tokio::task::spawn_blocking(move || kernel::ensure(&directory, &staging)).await;
         unpacked.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(io)?;
         let machine = self.start(spec, Bind { from: guest, to: GUEST.into() }, None, disk).await?;
         let told = async {

@@ -52,7 +52,7 @@ pub async fn with_bench<D: Driver>(
     let data = tempfile::tempdir_in(ground).unwrap();
     let data_dir = data.path().canonicalize().unwrap();
     std::fs::set_permissions(&data_dir, std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
-    for name in ["run", "sandboxes", "snapshots", "guests"] {
+    for name in ["run", "sandboxes", "snapshots", "guests", "staging"] {
         std::fs::create_dir(data_dir.join(name)).unwrap();
         std::fs::set_permissions(data_dir.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o711))
             .unwrap();
