@@ -278,9 +278,7 @@ impl Inner {
             control.wait("activation", asked, self.options.activate_deadline).await?;
             warm_up(running.connect().await?, &home.spec, &FIRST, Some(&token)).await?;
             quiesce(&mut control).await?;
-            let paused = running.pause().await.map_err(|(_, error)| error)?;
-            paused.rest().await?;
-            Ok::<_, Error>(paused)
+            Ok::<_, Error>(running.park().await.map_err(|(_, error)| error)?)
         };
         match work.await {
             Ok(paused) => Ok(Parked { home, paused, control, lease, mac, since: Instant::now() }),

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use kelvin_api::guest::{Activation, Request, Wake};
 use kelvin_api::id::VmId;
 use kelvin_api::units::Shape;
+use kelvin_host::cgroup::{self, Cgroups};
 use kelvin_host::net::{Slot, Slots};
 use kelvin_host::process::{Process, ProcessKey, find_by_argument};
 
@@ -32,6 +33,8 @@ pub struct Bench<'a> {
     pub user: Option<u32>,
     /// Networks for the machines; `None` makes them without.
     pub slots: Option<&'a Slots>,
+    /// Control groups for the machines of a driver that has limits; `None` where the host has none.
+    pub groups: Option<&'a Cgroups>,
     /// Copies a disk, as cheaply as the file system can.
     pub clone_disk: fn(&Path, &Path) -> std::io::Result<()>,
 }
@@ -39,6 +42,8 @@ pub struct Bench<'a> {
 /// How long a cold boot may take on a busy machine.
 const BOOT: Duration = Duration::from_secs(120);
 const ANSWER: Duration = Duration::from_secs(30);
+/// How long a parked machine is listened to.
+const PARKED: Duration = Duration::from_millis(500);
 
 /// What went wrong, in words.
 pub type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -86,14 +91,19 @@ impl Bench<'_> {
             Some(slots) => Some(slots.claim().await?),
             None => None,
         };
+        let vm = VmId::random();
+        let cgroup = match (self.groups, self.driver.limits(self.shape)) {
+            (Some(groups), Some(limits)) => Some(groups.create(&vm, &limits)?),
+            _ => None,
+        };
         let spec = MachineSpec {
-            vm: VmId::random(),
+            vm,
             data_dir: self.data_dir.to_owned(),
             user: self.user,
             shape: self.shape,
             guest: self.guest.clone(),
             network,
-            cgroup: None,
+            cgroup,
         };
         let directory = spec.absolute();
         std::fs::create_dir_all(&directory)?;
@@ -184,7 +194,7 @@ pub async fn run(bench: &Bench<'_>) -> Outcome {
     outcome
 }
 
-/// Kills every VMM of the bench.
+/// Kills every VMM of the bench, and removes their groups.
 ///
 /// # Errors
 /// When one cannot be killed.
@@ -195,6 +205,10 @@ pub async fn end_all(bench: &Bench<'_>) -> Outcome {
                 process.kill()?;
                 process.ended().await;
             }
+        }
+        let vm = entry.file_name().to_str().and_then(|name| name.parse::<VmId>().ok());
+        if let (Some(groups), Some(vm)) = (bench.groups, vm) {
+            cgroup::remove(&groups.path(&vm)).await?;
         }
     }
     Ok(())
@@ -222,6 +236,19 @@ async fn steps(bench: &Bench<'_>) -> Outcome {
         first_control.call("activate", &Request::Activate(renamed), ANSWER).await?;
     }
     is_reachable(slot).await?;
+
+    // Parked: what it is asked waits until it runs on.
+    let parked = second.park().await.map_err(|(_, error)| error)?;
+    let asked = second_control.post(&Request::Ping).await?;
+    let early = second_control.wait("ping", asked, PARKED).await;
+    expect(matches!(early, Err(Error::Deadline { .. })), &format!("a parked machine does nothing: {early:?}"))?;
+    let second = parked.resume().await.map_err(|(_, error)| error)?;
+    second_control.call("ping", &Request::Ping, ANSWER).await?;
+    // One that is killed as it stands is gone.
+    let (third, _) = bench.restore(&baked).await?;
+    let third = third.park().await.map_err(|(_, error)| error)?;
+    third.kill().await?;
+    expect(third.is_over(), "a parked machine can be killed")?;
 
     // A snapshot of a running clone costs its written pages, and restores with what the clone knew.
     let saved_dir = first_dir(&first, bench)?;

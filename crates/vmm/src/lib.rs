@@ -237,9 +237,9 @@ pub trait Handle: Send + Sync {
     async fn resume(&self) -> Result<(), Error>;
     /// Stops the vCPUs; outstanding disk writes are done when it returns.
     async fn pause(&self) -> Result<(), Error>;
-    /// Does of a resume what can be done while the machine stands still.
-    async fn rest(&self) -> Result<(), Error> {
-        Ok(())
+    /// Stops the vCPUs for long, in the way that makes the next resume cheapest.
+    async fn park(&self) -> Result<(), Error> {
+        self.pause().await
     }
     /// Starts the vCPUs again that the VMM stopped by itself, because its disk was full.
     async fn go_on(&self) -> Result<(), Error>;
@@ -359,14 +359,6 @@ impl Paused {
         }
     }
 
-    /// For a machine that will stand still for long: does now what its resume would have to do. May be left out.
-    ///
-    /// # Errors
-    /// When the VMM does not answer.
-    pub async fn rest(&self) -> Result<(), Error> {
-        self.0.rest().await
-    }
-
     /// Writes memory and device state to `memory`, which [`Running::begin_save`] may have begun, and `state`; neither
     /// may exist otherwise. A clone's memory
     /// becomes a reflink of its parent's with the written pages laid over it: the cost follows the pages,
@@ -399,6 +391,18 @@ impl Running {
     /// As [`Waiting::load`].
     pub async fn pause(self) -> Result<Paused, (Self, Error)> {
         match self.0.pause().await {
+            Ok(()) => Ok(Paused(self.0)),
+            Err(error) => Err((self, error)),
+        }
+    }
+
+    /// Stops the vCPUs of a machine that will stand still for long: connections to its guest are kept, and what is
+    /// written to them waits. It can be resumed and killed, not saved.
+    ///
+    /// # Errors
+    /// As [`Waiting::load`].
+    pub async fn park(self) -> Result<Paused, (Self, Error)> {
+        match self.0.park().await {
             Ok(()) => Ok(Paused(self.0)),
             Err(error) => Err((self, error)),
         }

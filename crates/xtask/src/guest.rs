@@ -14,7 +14,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::packages::{as_root, debian_sources, feed, update};
+use crate::packages::{as_root, codename, debian_sources, feed, update};
 use crate::{Result, cache, cargo, output, root, run, say};
 
 /// Sizes of the images' disks: about 0.5 and 1 GiB of files, the rest is free.
@@ -283,16 +283,12 @@ fn ensure_image(directory: &Path, name: &str, recipes: &[&str], mib: u64) -> Res
     let tree = directory.join(format!("{name}.new"));
     run(as_root("rm").arg("-rf").arg(&tree))?;
     let sources = debian_sources()?;
-    let suite = fs::read_to_string("/etc/os-release")?
-        .lines()
-        .find_map(|line| line.strip_prefix("VERSION_CODENAME=").map(str::to_owned))
-        .ok_or("/etc/os-release names no suite")?;
     let mut bootstrap = as_root("mmdebstrap");
     bootstrap
         .args(["--quiet", "--variant=minbase", "--format=directory"])
         .arg(format!("--include={}", packages.join(",")))
         .args(hooks.iter().map(|hook| format!("--customize-hook={}", hook.display())))
-        .arg(suite)
+        .arg(codename()?)
         .arg(&tree)
         .arg("-")
         .env("SOURCE_DATE_EPOCH", EPOCH)

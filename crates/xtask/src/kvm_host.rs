@@ -7,6 +7,7 @@
 //!
 //! ```text
 //! .cache/kvm-host/{kernel/,initrd}   Debian's kernel and modules, and an archive of init with busybox
+//! .cache/kvm-host/qemu/              the emulator
 //! .cache/kvm-host/disk               an XFS with the guest's files, mounted on .cache/e2e there; writes are forgotten
 //! .cache/kvm-host/out                shared: what the command writes to $KELVIN_OUT, and its exit code
 //! ```
@@ -19,19 +20,15 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::emulator::Emulator;
 use crate::guest::{Newc, write_if_changed};
 use crate::packages::{self, as_root};
 use crate::{Result, cache, guest, root, run, say};
 
 const DISK_GIB: u64 = 64;
 const MEMORY_MIB: &str = "10240";
-/// Processors, unless `KELVIN_KVM_HOST_PROCESSORS` says otherwise.
-///
-/// One, on one core of this machine: on two, the host stands still for ever after some minutes of Firecracker. The
-/// likely reason, not proven: QEMU before 10.2 sets a bit of `interrupt_request` at each `VMRUN` without a lock, and
-/// another thread sets others of the same word; an interrupt is lost. On one core the instruction cannot be split.
-/// Source: QEMU, `target/i386/tcg/sysemu/svm_helper.c`, `helper_vmrun`.
-const PROCESSORS: u32 = 1;
+/// Processors, unless `KELVIN_KVM_HOST_PROCESSORS` says otherwise; one stays on one core.
+const PROCESSORS: u32 = 2;
 /// How long a command may take, unless `KELVIN_KVM_HOST_SECONDS` says otherwise.
 const SECONDS: u64 = 7200;
 /// Variables that the command sees as they are here.
@@ -144,12 +141,13 @@ pub fn run_in(command: &[String]) -> Result<u8> {
     let kernel = guest::ensure_kernel(&directory, "linux-image-amd64", &wanted)?;
     let initrd = ensure_initrd(&kernel)?;
     let disk = ensure_disk(&directory)?;
+    let emulator = Emulator::ensure(&directory)?;
     let out = directory.join("out");
     let _ = fs::remove_dir_all(&out);
     fs::create_dir(&out)?;
     fs::write(out.join("init"), script(command)?)?;
     say("booting the KVM host");
-    boot(&kernel, &initrd, &disk, &out)?;
+    boot(&emulator, &kernel, &initrd, &disk, &out)?;
     let code =
         fs::read_to_string(out.join("exit-code")).map_err(|_| "the host ended without an exit code")?;
     say(&format!(
@@ -160,7 +158,7 @@ pub fn run_in(command: &[String]) -> Result<u8> {
     Ok(code.trim().parse()?)
 }
 
-fn boot(kernel: &Path, initrd: &Path, disk: &Path, out: &Path) -> Result<()> {
+fn boot(emulator: &Emulator, kernel: &Path, initrd: &Path, disk: &Path, out: &Path) -> Result<()> {
     let seconds: u64 = match std::env::var("KELVIN_KVM_HOST_SECONDS") {
         Ok(text) => text.parse().map_err(|_| format!("KELVIN_KVM_HOST_SECONDS={text:?} is no number"))?,
         Err(_) => SECONDS,
@@ -186,7 +184,8 @@ fn boot(kernel: &Path, initrd: &Path, disk: &Path, out: &Path) -> Result<()> {
         format!("console=ttyS0 reboot=t panic=-1 quiet loglevel=3 mitigations=off nokaslr {watchdog}");
     qemu.args(["timeout", &seconds.to_string(), "setpriv"])
         .args(with_parent)
-        .args(["qemu-system-x86_64", "-M", "q35", "-accel", accelerator, "-cpu", "max,+svm"])
+        .args(emulator.words())
+        .args(["-M", "q35", "-accel", accelerator, "-cpu", "max,+svm"])
         .args(["-smp", &processors.to_string(), "-m", MEMORY_MIB])
         .args(["-nodefaults", "-no-user-config", "-display", "none"])
         .args(["-serial", "stdio", "-no-reboot", "-kernel"])

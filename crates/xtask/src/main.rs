@@ -5,6 +5,7 @@
 
 mod deps;
 mod docs;
+mod emulator;
 mod guest;
 mod kvm_host;
 mod packages;

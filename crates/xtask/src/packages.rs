@@ -100,6 +100,13 @@ pub fn debian_sources() -> Result<String> {
     if lines.is_empty() { Err("apt knows no Debian source".into()) } else { Ok(lines) }
 }
 
+/// The name of this machine's release of Debian.
+pub fn codename() -> Result<String> {
+    let release = std::fs::read_to_string("/etc/os-release")?;
+    let name = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+    Ok(name.ok_or("/etc/os-release names no suite")?.to_owned())
+}
+
 /// Runs `command` with `text` as its standard input.
 pub fn feed(command: &mut Command, text: &str) -> Result<()> {
     let mut child = command.stdin(Stdio::piped()).spawn().map_err(|error| format!("{command:?}: {error}"))?;

@@ -6,10 +6,11 @@
 use std::path::{Path, PathBuf};
 
 use kelvin_api::units::{DiskMib, MemoryMib, Shape};
+use kelvin_host::cgroup::Cgroups;
 use kelvin_host::ledger::Ledger;
 use kelvin_host::net::{Options, Slots, ns};
 use kelvin_vmm::Driver;
-use kelvin_vmm::conformance::{Bench, Outcome};
+use kelvin_vmm::conformance::{Bench, Outcome, end_all};
 
 /// Runs `work` in a network namespace of its own where that is possible.
 pub fn in_namespace(work: impl AsyncFnOnce() + Send + 'static) {
@@ -75,8 +76,10 @@ pub async fn with_bench<D: Driver>(
         range_file: data_dir.join("run/slot-range"),
     };
     let slots = if network { Some(Slots::open(options, ledger).await.unwrap()) } else { None };
+    let groups = Cgroups::open(&data_dir).ok();
     let bench = Bench {
         slots: slots.as_ref(),
+        groups: groups.as_ref(),
         driver: &driver,
         data_dir: &data_dir,
         guest: "guests".into(),
@@ -85,5 +88,7 @@ pub async fn with_bench<D: Driver>(
         user: root.then_some(1_795_162_112),
         clone_disk: |from, to| kelvin_store::disk::clone_file(from, to).map(drop),
     };
-    suite(&bench).await.unwrap();
+    let outcome = suite(&bench).await;
+    end_all(&bench).await.unwrap();
+    outcome.unwrap();
 }

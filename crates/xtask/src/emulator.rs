@@ -1,0 +1,71 @@
+//! A QEMU that is new enough to emulate a KVM host with more than one processor.
+//!
+//! `.cache/kvm-host/qemu/`: Debian's package and what it needs, unpacked and not installed, run by their own dynamic
+//! linker. This machine's own QEMU stays what the sandboxes run on. Made under another name and renamed: what has its
+//! name is whole.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::packages::{self, as_root, debian_sources, feed};
+use crate::{Result, run, say};
+
+/// Debian's release, and the newer packages for it: QEMU 10.2 or later. Before that, two processors of an emulated KVM
+/// host lost interrupts of each other and stood still for ever after some minutes of Firecracker.
+const SUITES: [&str; 2] = ["trixie", "trixie-backports"];
+
+/// A QEMU that can be run.
+#[derive(Debug)]
+pub struct Emulator {
+    /// Where the package is unpacked.
+    tree: PathBuf,
+}
+
+impl Emulator {
+    /// Unpacks it in `directory` when it is not there.
+    pub fn ensure(directory: &Path) -> Result<Self> {
+        let done = directory.join("qemu");
+        if !done.exists() {
+            say(&format!("fetching QEMU from {}", SUITES[1]));
+            let fresh = directory.join("qemu.new");
+            run(as_root("rm").args(["-rf", "--one-file-system"]).arg(&fresh))?;
+            let mut unpack = as_root("mmdebstrap");
+            unpack
+                .args(["--quiet", "--variant=extract", "--include=qemu-system-x86"])
+                .args(["--aptopt=APT::Install-Recommends false", "--skip=output/dev"])
+                .arg(format!("--aptopt=APT::Default-Release \"{}\"", SUITES[1]))
+                .args([SUITES[0].as_ref(), fresh.as_os_str(), "-".as_ref()]);
+            feed(&mut unpack, &sources()?)?;
+            fs::rename(&fresh, &done)?;
+        }
+        Ok(Self { tree: done })
+    }
+
+    /// The words that its command begins with: its dynamic linker, its libraries, itself, its firmware.
+    pub fn words(&self) -> Vec<OsString> {
+        let libraries = self.tree.join("usr/lib/x86_64-linux-gnu");
+        vec![
+            libraries.join("ld-linux-x86-64.so.2").into(),
+            "--library-path".into(),
+            libraries.into(),
+            self.tree.join("usr/bin/qemu-system-x86_64").into(),
+            "-L".into(),
+            self.tree.join("usr/share/qemu").into(),
+            "-L".into(),
+            self.tree.join("usr/share/seabios").into(),
+        ]
+    }
+}
+
+/// Lines of a `sources.list` for [`SUITES`], from where this machine's own release comes.
+fn sources() -> Result<String> {
+    let release = packages::codename()?;
+    let known = debian_sources()?;
+    let own = known.lines().find_map(|line| match line.split(' ').collect::<Vec<_>>()[..] {
+        ["deb", from, suite, "main"] if suite == release => Some(from.to_owned()),
+        _ => None,
+    });
+    let from = own.ok_or_else(|| format!("apt has no source of {release} main"))?;
+    Ok(SUITES.map(|suite| format!("deb {from} {suite} main\n")).concat())
+}
