@@ -10,9 +10,8 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kelvin_api::id::VmId;
 
@@ -26,9 +25,6 @@ const CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "io"];
 const PERIOD_US: u64 = 100_000;
 /// How long a group may take to be empty after its processes were killed.
 const EMPTY: Duration = Duration::from_secs(10);
-
-/// How long the processes of a group may take to stand still.
-const FROZEN: Duration = Duration::from_secs(5);
 
 /// What one machine may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -199,51 +195,6 @@ impl Drop for Lifted {
                 Ok(()) => {}
             }
         }
-    }
-}
-
-/// Stops every process of the group at `path`, at once and whatever it does; returns when they stand still. They can be
-/// killed, and cost nothing. A crash leaves them so.
-///
-/// # Errors
-/// `TimedOut` when one does not stop; then none is kept from running on. As the kernel gives them.
-pub async fn freeze(path: &Path) -> io::Result<()> {
-    fs::write(path.join("cgroup.freeze"), "1")?;
-    let events = path.join("cgroup.events");
-    let frozen = tokio::task::spawn_blocking(move || wait_frozen(&events)).await;
-    let frozen = frozen.unwrap_or_else(|error| Err(io::Error::other(error)));
-    if frozen.is_err() {
-        thaw(path)?;
-    }
-    frozen
-}
-
-/// Lets the processes of the group at `path` run on; safe when they do.
-///
-/// # Errors
-/// As the kernel gives them.
-pub fn thaw(path: &Path) -> io::Result<()> {
-    fs::write(path.join("cgroup.freeze"), "0")
-}
-
-/// Waits for what the kernel says in a `cgroup.events`, and announces there. Source: Linux,
-/// `Documentation/admin-guide/cgroup-v2.rst`.
-fn wait_frozen(events: &Path) -> io::Result<()> {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    let (file, started) = (fs::File::open(events)?, Instant::now());
-    loop {
-        // Reading arms the announcement.
-        let mut text = [0; 256];
-        let length = file.read_at(&mut text, 0)?;
-        if text[..length].split(|byte| *byte == b'\n').any(|line| line == b"frozen 1") {
-            return Ok(());
-        }
-        let left = FROZEN.saturating_sub(started.elapsed());
-        if left.is_zero() {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "a process does not stand still"));
-        }
-        let limit = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-        poll(&mut [PollFd::new(&file, PollFlags::PRI)], Some(&limit))?;
     }
 }
 

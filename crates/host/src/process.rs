@@ -11,6 +11,7 @@ use std::io::{BufRead, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
+use std::time::Duration;
 
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
@@ -18,10 +19,13 @@ use rustix::process::{
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::jail::{Jail, Launched};
 use crate::net::ns;
 
+/// How long a process may take to stand still.
+const STOP: Duration = Duration::from_secs(5);
 /// The longest answer of a launcher, in bytes.
 const MAX_LAUNCHED: u64 = 8 << 10;
 
@@ -198,10 +202,49 @@ impl Process {
     /// # Errors
     /// When the kernel refuses for any other reason.
     pub fn kill(&self) -> io::Result<()> {
-        match pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL) {
+        self.signal(Signal::KILL)
+    }
+
+    fn signal(&self, signal: Signal) -> io::Result<()> {
+        match pidfd_send_signal(self.pidfd.get_ref(), signal) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Makes all of its threads stand still; it can be killed. Returns when they do. For children of this process, and
+    /// what it has adopted.
+    ///
+    /// # Errors
+    /// `TimedOut` when it does not; then it runs on. When it has ended. `ECHILD` for one that is nobody's here.
+    pub async fn stop(&self) -> io::Result<()> {
+        let mut children = signal(SignalKind::child())?;
+        pidfd_send_signal(self.pidfd.get_ref(), Signal::STOP)?;
+        let options =
+            WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let stopped = async {
+            loop {
+                match waitid(WaitId::PidFd(self.pidfd.get_ref().as_fd()), options)? {
+                    Some(status) if status.stopped() => return Ok(()),
+                    Some(_) => return Err(io::Error::other("it has ended")),
+                    None => children.recv().await,
+                };
+            }
+        };
+        let stopped = tokio::time::timeout(STOP, stopped).await;
+        let stopped = stopped.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        if stopped.is_err() {
+            self.go_on()?;
+        }
+        stopped
+    }
+
+    /// Lets it run on; safe when it does, or is gone.
+    ///
+    /// # Errors
+    /// When the kernel refuses for any other reason.
+    pub fn go_on(&self) -> io::Result<()> {
+        self.signal(Signal::CONT)
     }
 
     /// Whether it has ended.

@@ -10,7 +10,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use kelvin_api::guest::{Activation, Request, Wake};
 use kelvin_api::id::VmId;
 use kelvin_api::units::Shape;
-use kelvin_host::cgroup::{self, Cgroups};
 use kelvin_host::net::{Slot, Slots};
 use kelvin_host::process::{Process, ProcessKey, find_by_argument};
 
@@ -33,8 +32,6 @@ pub struct Bench<'a> {
     pub user: Option<u32>,
     /// Networks for the machines; `None` makes them without.
     pub slots: Option<&'a Slots>,
-    /// Control groups for the machines of a driver that has limits; `None` where the host has none.
-    pub groups: Option<&'a Cgroups>,
     /// Copies a disk, as cheaply as the file system can.
     pub clone_disk: fn(&Path, &Path) -> std::io::Result<()>,
 }
@@ -91,19 +88,14 @@ impl Bench<'_> {
             Some(slots) => Some(slots.claim().await?),
             None => None,
         };
-        let vm = VmId::random();
-        let cgroup = match (self.groups, self.driver.limits(self.shape)) {
-            (Some(groups), Some(limits)) => Some(groups.create(&vm, &limits)?),
-            _ => None,
-        };
         let spec = MachineSpec {
-            vm,
+            vm: VmId::random(),
             data_dir: self.data_dir.to_owned(),
             user: self.user,
             shape: self.shape,
             guest: self.guest.clone(),
             network,
-            cgroup,
+            cgroup: None,
         };
         let directory = spec.absolute();
         std::fs::create_dir_all(&directory)?;
@@ -184,7 +176,8 @@ fn expect(condition: bool, what: &str) -> Outcome {
     if condition { Ok(()) } else { Err(what.to_owned().into()) }
 }
 
-/// Runs every step; the first that fails ends it. No VMM is left either way.
+/// Runs every step; the first that fails ends it. No VMM is left either way. The process must be one that has called
+/// [`kelvin_host::process::adopt_orphans`], as a daemon has.
 ///
 /// # Errors
 /// What was expected and did not happen.
@@ -194,7 +187,7 @@ pub async fn run(bench: &Bench<'_>) -> Outcome {
     outcome
 }
 
-/// Kills every VMM of the bench, and removes their groups.
+/// Kills every VMM of the bench.
 ///
 /// # Errors
 /// When one cannot be killed.
@@ -205,10 +198,6 @@ pub async fn end_all(bench: &Bench<'_>) -> Outcome {
                 process.kill()?;
                 process.ended().await;
             }
-        }
-        let vm = entry.file_name().to_str().and_then(|name| name.parse::<VmId>().ok());
-        if let (Some(groups), Some(vm)) = (bench.groups, vm) {
-            cgroup::remove(&groups.path(&vm)).await?;
         }
     }
     Ok(())

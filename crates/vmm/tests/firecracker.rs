@@ -59,15 +59,6 @@ fn is_clean(bench: &Bench<'_>, mounts: &str) -> Outcome {
         .flat_map(|entry| find_by_argument(&format!("kelvin-{}", entry.file_name().to_string_lossy())))
         .collect();
     expect(left.is_empty(), &format!("VMMs are left: {left:?}"))?;
-    if let Some(groups) = bench.groups {
-        let vms = std::fs::read_dir(bench.data_dir.join("sandboxes"))?.flatten();
-        let vms = vms.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        let kept = vms.map(|vm| groups.path(&vm)).filter(|group| group.join("cgroup.procs").exists());
-        for group in kept {
-            let text = std::fs::read_to_string(group.join("cgroup.procs"))?;
-            expect(text.is_empty(), &format!("processes are left in {}: {text}", group.display()))?;
-        }
-    }
     expect(std::fs::read_to_string("/proc/self/mountinfo")? == mounts, "no mount is left")
 }
 

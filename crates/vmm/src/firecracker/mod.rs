@@ -16,8 +16,9 @@
 //! `/proc/<pid>/pagemap` shows to be the machine's own. Never `mincore`, which takes every cached page for a written
 //! one. Source: Firecracker, `docs/snapshotting/snapshot-support.md`; `../shared/vmm-notes.md`.
 //!
-//! A machine that is parked is frozen as a process, by its control group: a pause resets its guest's connections, and a
-//! resume is an exchange with the VMM where this is one write.
+//! A machine that is parked is stopped as a process: a pause resets its guest's connections, and a resume is an exchange
+//! with the VMM where this is one signal. (Its control group could do it, but has a thread of KVM that never freezes, so
+//! that nothing tells when it is done. Source: Linux, `cgroup_update_frozen`.)
 //!
 //! A snapshot resets the connections of its source too, so there is a generation of them. Who writes: this driver in
 //! the machine's directory, the VMM where it says so above. A crash of the daemon leaves VMMs that are found by
@@ -272,7 +273,7 @@ impl Firecracker {
             has_network: spec.network.is_some(),
             cgroup: spec.cgroup.clone(),
             needs_reset: AtomicBool::new(false),
-            is_frozen: AtomicBool::new(false),
+            is_stopped: AtomicBool::new(false),
             version: self.version,
             options: self.options.clone(),
         }
@@ -399,7 +400,7 @@ impl Driver for Firecracker {
         let directory = spec.absolute();
         let process = Process::adopt(key).map_err(io)?;
         // A daemon may have died before its machine ran on.
-        spec.cgroup.as_deref().map_or(Ok(()), cgroup::thaw).map_err(io)?;
+        process.go_on().map_err(io)?;
         let sockets = Sockets::open(&directory)?;
         let api = Api::open(sockets.connect(API_SOCKET, &process).await.map_err(io)?).await?;
         let parent = match fs::read_to_string(directory.join("parent")) {
@@ -527,21 +528,13 @@ struct Machine {
     cgroup: Option<PathBuf>,
     /// Whether its guest has to be told that connections are gone before it goes on, see [`Version::keeps_vsock_over_a_pause`].
     needs_reset: AtomicBool,
-    /// Whether its processes are frozen.
-    is_frozen: AtomicBool,
+    /// Whether its process is stopped.
+    is_stopped: AtomicBool,
     version: Version,
     options: Options,
 }
 
 impl Machine {
-    /// Lets its processes run on. Safe twice.
-    fn thaw(&self) -> Result<(), Error> {
-        let io = |source| Error::Io { what: "thawing the VMM", source };
-        self.cgroup.as_deref().map_or(Ok(()), cgroup::thaw).map_err(io)?;
-        self.is_frozen.store(false, Ordering::Relaxed);
-        Ok(())
-    }
-
     /// Does of a resume what can be done while the machine stands still.
     async fn rest(&self) -> Result<(), Error> {
         if self.needs_reset.load(Ordering::Relaxed) && !self.version.keeps_vsock_over_a_pause() {
@@ -703,8 +696,9 @@ impl Handle for Machine {
     }
 
     async fn resume(&self) -> Result<(), Error> {
-        if self.is_frozen.load(Ordering::Relaxed) {
-            return self.thaw();
+        if self.is_stopped.swap(false, Ordering::Relaxed) {
+            let going = self.process.go_on();
+            return going.map_err(|source| Error::Io { what: "letting the VMM run on", source });
         }
         let resumed = async {
             self.rest().await?;
@@ -715,13 +709,10 @@ impl Handle for Machine {
     }
 
     async fn park(&self) -> Result<(), Error> {
-        let Some(group) = &self.cgroup else {
-            self.pause().await?;
-            return self.rest().await;
-        };
-        self.is_frozen.store(true, Ordering::Relaxed);
-        let frozen = cgroup::freeze(group).await;
-        frozen.map_err(|source| Error::Io { what: "freezing the VMM", source })
+        let stopped = self.process.stop().await;
+        stopped.map_err(|source| Error::Io { what: "stopping the VMM", source })?;
+        self.is_stopped.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     async fn pause(&self) -> Result<(), Error> {

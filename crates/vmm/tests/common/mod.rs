@@ -6,11 +6,11 @@
 use std::path::{Path, PathBuf};
 
 use kelvin_api::units::{DiskMib, MemoryMib, Shape};
-use kelvin_host::cgroup::Cgroups;
 use kelvin_host::ledger::Ledger;
 use kelvin_host::net::{Options, Slots, ns};
+use kelvin_host::process::adopt_orphans;
 use kelvin_vmm::Driver;
-use kelvin_vmm::conformance::{Bench, Outcome, end_all};
+use kelvin_vmm::conformance::{Bench, Outcome};
 
 /// Runs `work` in a network namespace of its own where that is possible.
 pub fn in_namespace(work: impl AsyncFnOnce() + Send + 'static) {
@@ -63,6 +63,7 @@ pub async fn with_bench<D: Driver>(
     // On the same file system: every disk is a reflink then, where there are some.
     let image = data_dir.join("rootfs.ext4");
     kelvin_store::disk::clone_file(&rootfs, &image).unwrap();
+    adopt_orphans().unwrap();
     let driver = open(&data_dir);
     let root = rustix::process::geteuid().is_root();
     let disk_mib = u32::try_from(std::fs::metadata(&image).unwrap().len() >> 20).unwrap();
@@ -76,10 +77,8 @@ pub async fn with_bench<D: Driver>(
         range_file: data_dir.join("run/slot-range"),
     };
     let slots = if network { Some(Slots::open(options, ledger).await.unwrap()) } else { None };
-    let groups = Cgroups::open(&data_dir).ok();
     let bench = Bench {
         slots: slots.as_ref(),
-        groups: groups.as_ref(),
         driver: &driver,
         data_dir: &data_dir,
         guest: "guests".into(),
@@ -88,7 +87,5 @@ pub async fn with_bench<D: Driver>(
         user: root.then_some(1_795_162_112),
         clone_disk: |from, to| kelvin_store::disk::clone_file(from, to).map(drop),
     };
-    let outcome = suite(&bench).await;
-    end_all(&bench).await.unwrap();
-    outcome.unwrap();
+    suite(&bench).await.unwrap();
 }
