@@ -132,7 +132,12 @@ fn main() -> ExitCode {
     if let Command::Jail = &cli.command {
         return jail();
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    // A client waits for one server: one thread does it, without waking up others for each step.
+    let mut builder = match &cli.command {
+        Command::Serve(_) => tokio::runtime::Builder::new_multi_thread(),
+        _ => tokio::runtime::Builder::new_current_thread(),
+    };
+    let runtime = match builder.enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("kelvin: {error}");

@@ -12,5 +12,6 @@ pub mod db;
 pub mod jail;
 pub mod kvm;
 pub mod ledger;
+pub mod memory;
 pub mod net;
 pub mod process;

@@ -473,6 +473,7 @@ impl Attempt<'_> {
             let (asked, running) = resumed.instrument(span).await?;
             self.lap(Phase::Resume);
             self.activated(&mut control, asked).await?;
+            running.learn();
             Ok::<_, Error>((running, control))
         };
         match work.await {

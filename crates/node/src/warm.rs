@@ -276,6 +276,7 @@ impl Inner {
             let asked = control.post(&Request::Activate(nobody(&home, &token, mac)?)).await?;
             let running = paused.resume().await.map_err(|(_, error)| error)?;
             control.wait("activation", asked, self.options.activate_deadline).await?;
+            running.learn();
             warm_up(running.connect().await?, &home.spec, &FIRST, Some(&token)).await?;
             quiesce(&mut control).await?;
             Ok::<_, Error>(running.park().await.map_err(|(_, error)| error)?)

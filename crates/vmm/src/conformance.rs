@@ -230,7 +230,10 @@ async fn steps(bench: &Bench<'_>) -> Outcome {
     let parked = second.park().await.map_err(|(_, error)| error)?;
     let asked = second_control.post(&Request::Ping).await?;
     let early = second_control.wait("ping", asked, PARKED).await;
-    expect(matches!(early, Err(Error::Deadline { .. })), &format!("a parked machine does nothing: {early:?}"))?;
+    expect(
+        matches!(early, Err(Error::Deadline { .. })),
+        &format!("a parked machine does nothing: {early:?}"),
+    )?;
     let second = parked.resume().await.map_err(|(_, error)| error)?;
     second_control.call("ping", &Request::Ping, ANSWER).await?;
     // One that is killed as it stands is gone.

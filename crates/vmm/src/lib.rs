@@ -235,6 +235,8 @@ pub trait Handle: Send + Sync {
     async fn load(&self, state: &Path) -> Result<(), Error>;
     /// Starts the vCPUs.
     async fn resume(&self) -> Result<(), Error>;
+    /// Takes what its guest has done until now for what other machines of the same snapshot do first. Returns at once.
+    fn learn(&self) {}
     /// Stops the vCPUs; outstanding disk writes are done when it returns.
     async fn pause(&self) -> Result<(), Error>;
     /// Stops the vCPUs for long, in the way that makes the next resume cheapest.
@@ -423,6 +425,12 @@ impl Running {
     /// When the VMM does not answer.
     pub async fn go_on(&self) -> Result<(), Error> {
         self.0.go_on().await
+    }
+
+    /// Takes what its guest has done until now for what other machines of the same snapshot do first: to be called when
+    /// it has answered its activation. Returns at once.
+    pub fn learn(&self) {
+        self.0.learn();
     }
 
     /// Waits until the VMM has ended.

@@ -11,19 +11,28 @@ use std::path::{Path, PathBuf};
 use rustix::fs::ioctl_ficlone;
 
 const PAGE: u64 = 4096;
+const PAGE_BYTES: usize = 4096;
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const FILE: u64 = 1 << 61;
 /// Pages copied by one read: 4 MiB.
 const RUN: u64 = 1024;
 
-struct Mapping {
+/// A part of a file that a process has mapped.
+#[derive(Debug)]
+pub struct Mapping {
     start: u64,
     end: u64,
     /// Where in the file it begins.
     offset: u64,
     inode: u64,
     path: PathBuf,
+}
+
+impl Mapping {
+    fn bytes(&self) -> u64 {
+        self.end - self.start
+    }
 }
 
 fn mappings(pid: i32) -> io::Result<Vec<Mapping>> {
@@ -108,11 +117,37 @@ pub fn count_own(pid: i32, from: &Path) -> io::Result<u64> {
     own_pages(pid, from, |_, _, _| Ok(()))
 }
 
+/// The first pages, `most` at the most, that the machine `pid` has written of the memory that it maps from `from`, by
+/// their places in it.
+pub fn list_own(pid: i32, from: &Path, most: usize) -> io::Result<Vec<u64>> {
+    let mut pages = Vec::new();
+    own_pages(pid, from, |_, at, bytes| {
+        let left = most.saturating_sub(pages.len());
+        pages.extend((at..at + bytes).step_by(PAGE_BYTES).take(left));
+        Ok(())
+    })?;
+    Ok(pages)
+}
+
+/// Gives the machine `pid`, which stands still, pages of its own where it has mapped `pages` of a file as `parts`. What
+/// its guest writes first costs no fault then, which is the larger part of waking up.
+///
+/// # Errors
+/// As [`kelvin_host::memory::own_pages`].
+pub fn own_ahead(pid: i32, parts: &[Mapping], pages: &[u64]) -> io::Result<()> {
+    let address = |page: &u64| {
+        let part = parts.iter().find(|part| (part.offset..part.offset + part.bytes()).contains(page))?;
+        usize::try_from(part.start + (page - part.offset)).ok()
+    };
+    let addresses: Vec<usize> = pages.iter().filter_map(address).collect();
+    kelvin_host::memory::own_pages(pid, &addresses)
+}
+
 /// The parts in which `pid` has mapped the file that `metadata` is of; none when that is not all of it.
-fn parts(pid: i32, metadata: &std::fs::Metadata) -> io::Result<Option<Vec<Mapping>>> {
+pub fn parts(pid: i32, metadata: &std::fs::Metadata) -> io::Result<Option<Vec<Mapping>>> {
     let of_it = |mapping: &Mapping| mapping.inode == metadata.ino();
     let parts: Vec<Mapping> = mappings(pid)?.into_iter().filter(of_it).collect();
-    let bytes: u64 = parts.iter().map(|part| part.end - part.start).sum();
+    let bytes: u64 = parts.iter().map(Mapping::bytes).sum();
     Ok((bytes == metadata.len()).then_some(parts))
 }
 
@@ -128,7 +163,7 @@ fn own_pages(
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
     let mut total = 0;
     for part in parts {
-        let pages = (part.end - part.start) / PAGE;
+        let pages = part.bytes() / PAGE;
         let mut entries = vec![0; usize::try_from(pages * 8).map_err(io::Error::other)?];
         pagemap.read_exact_at(&mut entries, part.start / PAGE * 8)?;
         let own = |page: u64| {
@@ -156,7 +191,54 @@ fn own_pages(
     Ok(total)
 }
 
-/// Whether `pid` has mapped the whole file that `metadata` is of.
-pub fn maps_whole(pid: i32, metadata: &std::fs::Metadata) -> io::Result<bool> {
-    parts(pid, metadata).map(|parts| parts.is_some())
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// Maps a file private, says so, and says what it holds there when it is asked.
+    const MAPS: &str = "
+import mmap, sys
+held = mmap.mmap(open(sys.argv[1], 'rb').fileno(), 0, access=mmap.ACCESS_COPY)
+print('mapped', flush=True)
+sys.stdin.readline()
+print(held[:].hex(), flush=True)
+";
+
+    #[test]
+    fn pages_are_owned_ahead_with_what_they_hold() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("memory");
+        let bytes: Vec<u8> = (0..64 * PAGE_BYTES).map(|at| (at / PAGE_BYTES) as u8 + 1).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let mut process = Command::new("python3")
+            .args(["-c", MAPS])
+            .arg(&path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        assert_eq!(lines.next().unwrap().unwrap(), "mapped");
+        let pid = i32::try_from(process.id()).unwrap();
+        let mapped = parts(pid, &std::fs::metadata(&path).unwrap()).unwrap().unwrap();
+        assert_eq!(count_own(pid, &path).unwrap(), 0);
+
+        let wanted = [0, 7 * PAGE, 8 * PAGE, 63 * PAGE];
+        own_ahead(pid, &mapped, &wanted).unwrap();
+        assert_eq!(list_own(pid, &path, 100).unwrap(), wanted);
+        assert_eq!(list_own(pid, &path, 2).unwrap(), wanted[..2]);
+        // What is not in the file is nobody's page, and passed over.
+        own_ahead(pid, &mapped, &[64 * PAGE]).unwrap();
+        assert_eq!(count_own(pid, &path).unwrap(), 4);
+
+        process.stdin.take().unwrap().write_all(b"\n").unwrap();
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(lines.next().unwrap().unwrap(), hex);
+        assert_eq!(std::fs::read(&path).unwrap(), bytes);
+        assert!(process.wait().unwrap().success());
+        assert!(own_ahead(pid, &mapped, &wanted).is_err(), "it is not there any more");
+    }
 }

@@ -29,6 +29,7 @@ pub mod config;
 mod conversation;
 mod kernel;
 mod metrics;
+mod touched;
 pub mod version;
 
 use std::fs::{self, File, Metadata};
@@ -52,10 +53,12 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
 use crate::control::{Control, Dial, Dialed};
+use crate::pages::{self, Mapping};
 use crate::process::{Sockets, Tail};
-use crate::{COMMAND_LINE, Disk, Driver, Error, Handle, MachineSpec, Running, Saved, Waiting, made, pages};
+use crate::{COMMAND_LINE, Disk, Driver, Error, Handle, MachineSpec, Running, Saved, Waiting, made};
 use api::Api;
 use config::{API_SOCKET, Call, DISK, GUEST, Options, SNAPSHOT, VSOCK};
+use touched::Touched;
 use version::Version;
 
 /// What is kept of the serial console and of standard error, in bytes.
@@ -92,6 +95,7 @@ pub struct Firecracker {
     is_dynamic: bool,
     launcher: PathBuf,
     options: Options,
+    touched: Touched,
 }
 
 /// The version of the Firecracker at `binary`.
@@ -160,7 +164,8 @@ impl Firecracker {
                 "Firecracker is not a static program: its jails see the host's libraries, read-only"
             );
         }
-        Ok(Self { version, build: build(version, &digest), binary: own, is_dynamic, launcher, options })
+        let (build, touched) = (build(version, &digest), Touched::default());
+        Ok(Self { version, build, binary: own, is_dynamic, launcher, options, touched })
     }
 
     /// The guest's kernel command line.
@@ -274,6 +279,7 @@ impl Firecracker {
             cgroup: spec.cgroup.clone(),
             needs_reset: AtomicBool::new(false),
             is_stopped: AtomicBool::new(false),
+            touched: self.touched.clone(),
             version: self.version,
             options: self.options.clone(),
         }
@@ -530,6 +536,7 @@ struct Machine {
     needs_reset: AtomicBool,
     /// Whether its process is stopped.
     is_stopped: AtomicBool,
+    touched: Touched,
     version: Version,
     options: Options,
 }
@@ -579,7 +586,9 @@ impl Machine {
 
     /// A VMM that opened another disk, or mapped other memory, than its machine's must not run: paths are baked into
     /// device state.
-    fn check_files(&self) -> Result<(), Error> {
+    ///
+    /// Returns where its memory is mapped.
+    fn check_files(&self) -> Result<Vec<Mapping>, Error> {
         let check = || {
             let pid = self.process.key().pid;
             let memory = self.parent.as_ref().map(fs::metadata).transpose()?;
@@ -594,12 +603,9 @@ impl Machine {
             if others || !found.contains(&self.disk) {
                 return Err(io::Error::other("the VMM has opened another disk than its machine's"));
             }
-            match memory {
-                Some(memory) if !pages::maps_whole(pid, &memory)? => {
-                    Err(io::Error::other("the VMM has mapped other memory than its snapshot's"))
-                }
-                _ => Ok(()),
-            }
+            let Some(memory) = memory else { return Ok(Vec::new()) };
+            let other = || io::Error::other("the VMM has mapped other memory than its snapshot's");
+            pages::parts(pid, &memory)?.ok_or_else(other)
         };
         check().map_err(|source| Error::Io { what: "checking the VMM's files", source })
     }
@@ -608,7 +614,13 @@ impl Machine {
         let io = |source| Error::Io { what: "opening the device state", source };
         let state = self.in_jail(state).map_err(io)?;
         self.call(config::load_snapshot(&state, self.has_network, &self.options, self.version)).await?;
-        self.check_files()?;
+        let parts = self.check_files()?;
+        if let Some(parent) = &self.parent
+            && let Err(error) = pages::own_ahead(self.process.key().pid, &parts, &self.touched.of(parent))
+        {
+            // Its guest does it then, page by page.
+            tracing::debug!(%error, "no page was copied ahead");
+        }
         // What was baked are the limits of another day, or none.
         if self.options.disk_bytes_per_s.is_some() || self.options.disk_ops_per_s.is_some() {
             self.call(config::patch_drive(&self.options)).await?;
@@ -713,6 +725,12 @@ impl Handle for Machine {
         stopped.map_err(|source| Error::Io { what: "stopping the VMM", source })?;
         self.is_stopped.store(true, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn learn(&self) {
+        if let Some(parent) = &self.parent {
+            self.touched.learn(self.process.key().pid, parent);
+        }
     }
 
     async fn pause(&self) -> Result<(), Error> {
