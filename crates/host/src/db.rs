@@ -12,6 +12,8 @@ use tokio::sync::oneshot;
 
 /// Calls that may wait for the database at one time.
 const QUEUE: usize = 4096;
+/// Statements that stay compiled: more than either database has, so that none is compiled on the create path.
+const STATEMENTS: usize = 128;
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;
 
@@ -61,6 +63,7 @@ impl Db {
         {
             tracing::warn!(%error, path = %path.display(), "cannot restrict the database's mode");
         }
+        connection.set_prepared_statement_cache_capacity(STATEMENTS);
         connection.busy_timeout(Duration::from_secs(5))?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "NORMAL")?;

@@ -454,8 +454,11 @@ impl Attempt<'_> {
             let paused = async {
                 // Memory over another disk, or a file that was touched, must not get further than this.
                 pool.snapshot.check_seal()?;
-                self.declare(&home.spec, &record).await?;
-                waiting.load(&pool.snapshot.file("state")).await.map_err(|(_, error)| Error::from(error))
+                let state = pool.snapshot.file("state");
+                let loading = async { waiting.load(&state).await.map_err(|(_, error)| Error::from(error)) };
+                // Beside each other: the machine is in the ledger already, and nothing runs in it yet.
+                let (paused, ()) = tokio::try_join!(loading, self.declare(&home.spec, &record))?;
+                Ok::<_, Error>(paused)
             };
             let paused = paused.instrument(span).await?;
             if self.snapshot.is_some() {

@@ -305,6 +305,7 @@ impl Inner {
         let pool = Arc::new(Pool::new(snapshot, if usable { self.options.waiting_vmms } else { 0 }));
         lock(&self.pools).insert(digest, Arc::clone(&pool));
         self.tasks.spawn(pool::fill(Arc::clone(self), pool));
+        self.look_at_pools();
     }
 
     /// Whether this node could restore a snapshot of `identity` for one of its templates.

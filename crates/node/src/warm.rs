@@ -61,6 +61,8 @@ pub struct Warm {
     parked: VecDeque<Parked>,
     demand: Demand,
     target: u32,
+    /// Whether the target was ever looked at: a pool that is new lacks nothing that anybody knows of.
+    is_planned: bool,
     filling: bool,
     hits: u64,
     misses: u64,
@@ -75,6 +77,7 @@ impl Default for Warm {
             parked: VecDeque::new(),
             demand: Demand::new(Instant::now()),
             target: 0,
+            is_planned: false,
             filling: false,
             hits: 0,
             misses: 0,
@@ -122,10 +125,12 @@ impl Pool {
         u32::try_from(self.warm().parked.len()).unwrap_or(u32::MAX)
     }
 
-    /// Whether there are as many as there should be, and none is on its way.
+    /// Whether it is known how many there should be, there are as many, and none is on its way.
     pub fn is_warm(&self) -> bool {
         let warm = self.warm();
-        !warm.filling && u32::try_from(warm.parked.len()).is_ok_and(|parked| parked >= warm.target)
+        warm.is_planned
+            && !warm.filling
+            && u32::try_from(warm.parked.len()).is_ok_and(|parked| parked >= warm.target)
     }
 
     /// Everything that is parked, to be released.
@@ -185,7 +190,9 @@ impl Inner {
         let granted = share(&claims, u64::from(self.options.warm_memory.0));
         let mut surplus = Vec::new();
         for (pool, target) in pools.iter().zip(granted) {
-            pool.warm().target = target;
+            let mut warm = pool.warm();
+            (warm.target, warm.is_planned) = (target, true);
+            drop(warm);
             surplus.extend(pool.surplus(self.rule(pool)));
         }
         surplus

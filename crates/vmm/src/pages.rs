@@ -143,23 +143,29 @@ pub fn own_ahead(pid: i32, parts: &[Mapping], pages: &[u64]) -> io::Result<()> {
     kelvin_host::memory::own_pages(pid, &addresses)
 }
 
-/// The parts in which `pid` has mapped the file that `metadata` is of; none when that is not all of it.
-pub fn parts(pid: i32, metadata: &std::fs::Metadata) -> io::Result<Option<Vec<Mapping>>> {
+/// The parts in which `pid` has mapped the file that `metadata` is of: a VMM may do it in several.
+///
+/// # Errors
+/// `NotFound` when they are not all of it.
+pub fn parts(pid: i32, metadata: &std::fs::Metadata) -> io::Result<Vec<Mapping>> {
     let of_it = |mapping: &Mapping| mapping.inode == metadata.ino();
     let parts: Vec<Mapping> = mappings(pid)?.into_iter().filter(of_it).collect();
-    let bytes: u64 = parts.iter().map(Mapping::bytes).sum();
-    Ok((bytes == metadata.len()).then_some(parts))
+    let (bytes, all) = (parts.iter().map(Mapping::bytes).sum::<u64>(), metadata.len());
+    if bytes == all {
+        return Ok(parts);
+    }
+    let what = format!("the VMM has mapped {bytes} of {all} bytes of its snapshot's memory");
+    Err(io::Error::new(io::ErrorKind::NotFound, what))
 }
 
 /// Calls `visit` for each run of pages that are the machine's own: address, place in the file, bytes. Returns how many
-/// pages there are. A VMM may map the file in several parts.
+/// pages there are.
 fn own_pages(
     pid: i32,
     from: &Path,
     mut visit: impl FnMut(u64, u64, u64) -> io::Result<()>,
 ) -> io::Result<u64> {
-    let parts = parts(pid, &std::fs::metadata(from)?)?
-        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the VMM does not map its memory"))?;
+    let parts = parts(pid, &std::fs::metadata(from)?)?;
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
     let mut total = 0;
     for part in parts {
@@ -223,7 +229,7 @@ print(held[:].hex(), flush=True)
         let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
         assert_eq!(lines.next().unwrap().unwrap(), "mapped");
         let pid = i32::try_from(process.id()).unwrap();
-        let mapped = parts(pid, &std::fs::metadata(&path).unwrap()).unwrap().unwrap();
+        let mapped = parts(pid, &std::fs::metadata(&path).unwrap()).unwrap();
         assert_eq!(count_own(pid, &path).unwrap(), 0);
 
         let wanted = [0, 7 * PAGE, 8 * PAGE, 63 * PAGE];

@@ -1,7 +1,7 @@
-//! A QEMU that is new enough to emulate a KVM host with more than one processor.
+//! The QEMU that emulates a KVM host.
 //!
-//! `.cache/kvm-host/qemu/`: Debian's package and what it needs, unpacked and not installed, run by their own dynamic
-//! linker. This machine's own QEMU stays what the sandboxes run on. Made under another name and renamed: what has its
+//! This machine's own for one processor. For more, `.cache/kvm-host/qemu/`: a newer package of Debian's and what it needs,
+//! unpacked and not installed, run by their own dynamic linker; made under another name and renamed, so that what has its
 //! name is whole.
 
 use std::ffi::OsString;
@@ -12,50 +12,46 @@ use crate::packages::{self, as_root, debian_sources, feed};
 use crate::{Result, run, say};
 
 /// Debian's release, and the newer packages for it: QEMU 10.2 or later. Before that, two processors of an emulated KVM
-/// host lost interrupts of each other and stood still for ever after some minutes of Firecracker.
+/// host stand still for ever within a minute of Firecracker; with it they last for some minutes.
 const SUITES: [&str; 2] = ["trixie", "trixie-backports"];
 
-/// A QEMU that can be run.
-#[derive(Debug)]
-pub struct Emulator {
-    /// Where the package is unpacked.
-    tree: PathBuf,
+/// The words that the command of a QEMU begins with, for a host with that many processors.
+pub fn words(directory: &Path, processors: u32) -> Result<Vec<OsString>> {
+    if processors == 1 { Ok(vec!["qemu-system-x86_64".into()]) } else { Ok(newer(&ensure(directory)?)) }
 }
 
-impl Emulator {
-    /// Unpacks it in `directory` when it is not there.
-    pub fn ensure(directory: &Path) -> Result<Self> {
-        let done = directory.join("qemu");
-        if !done.exists() {
-            say(&format!("fetching QEMU from {}", SUITES[1]));
-            let fresh = directory.join("qemu.new");
-            run(as_root("rm").args(["-rf", "--one-file-system"]).arg(&fresh))?;
-            let mut unpack = as_root("mmdebstrap");
-            unpack
-                .args(["--quiet", "--variant=extract", "--include=qemu-system-x86"])
-                .args(["--aptopt=APT::Install-Recommends false", "--skip=output/dev"])
-                .arg(format!("--aptopt=APT::Default-Release \"{}\"", SUITES[1]))
-                .args([SUITES[0].as_ref(), fresh.as_os_str(), "-".as_ref()]);
-            feed(&mut unpack, &sources()?)?;
-            fs::rename(&fresh, &done)?;
-        }
-        Ok(Self { tree: done })
+/// Unpacks the newer one in `directory` when it is not there.
+fn ensure(directory: &Path) -> Result<PathBuf> {
+    let done = directory.join("qemu");
+    if !done.exists() {
+        say(&format!("fetching QEMU from {}", SUITES[1]));
+        let fresh = directory.join("qemu.new");
+        run(as_root("rm").args(["-rf", "--one-file-system"]).arg(&fresh))?;
+        let mut unpack = as_root("mmdebstrap");
+        unpack
+            .args(["--quiet", "--variant=extract", "--include=qemu-system-x86"])
+            .args(["--aptopt=APT::Install-Recommends false", "--skip=output/dev"])
+            .arg(format!("--aptopt=APT::Default-Release \"{}\"", SUITES[1]))
+            .args([SUITES[0].as_ref(), fresh.as_os_str(), "-".as_ref()]);
+        feed(&mut unpack, &sources()?)?;
+        fs::rename(&fresh, &done)?;
     }
+    Ok(done)
+}
 
-    /// The words that its command begins with: its dynamic linker, its libraries, itself, its firmware.
-    pub fn words(&self) -> Vec<OsString> {
-        let libraries = self.tree.join("usr/lib/x86_64-linux-gnu");
-        vec![
-            libraries.join("ld-linux-x86-64.so.2").into(),
-            "--library-path".into(),
-            libraries.into(),
-            self.tree.join("usr/bin/qemu-system-x86_64").into(),
-            "-L".into(),
-            self.tree.join("usr/share/qemu").into(),
-            "-L".into(),
-            self.tree.join("usr/share/seabios").into(),
-        ]
-    }
+/// Its dynamic linker, its libraries, itself, its firmware.
+fn newer(tree: &Path) -> Vec<OsString> {
+    let libraries = tree.join("usr/lib/x86_64-linux-gnu");
+    vec![
+        libraries.join("ld-linux-x86-64.so.2").into(),
+        "--library-path".into(),
+        libraries.into(),
+        tree.join("usr/bin/qemu-system-x86_64").into(),
+        "-L".into(),
+        tree.join("usr/share/qemu").into(),
+        "-L".into(),
+        tree.join("usr/share/seabios").into(),
+    ]
 }
 
 /// Lines of a `sources.list` for [`SUITES`], from where this machine's own release comes.

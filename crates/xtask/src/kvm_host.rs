@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! .cache/kvm-host/{kernel/,initrd}   Debian's kernel and modules, and an archive of init with busybox
-//! .cache/kvm-host/qemu/              the emulator
+//! .cache/kvm-host/qemu/              a newer emulator, for more than one processor
 //! .cache/kvm-host/disk               an XFS with the guest's files, mounted on .cache/e2e there; writes are forgotten
 //! .cache/kvm-host/out                shared: what the command writes to $KELVIN_OUT, and its exit code
 //! ```
@@ -15,20 +15,25 @@
 //! Who writes: one run at a time, the kernel unlocks when it dies. A run that was killed leaves nothing that the next
 //! one does not make anew.
 
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::emulator::Emulator;
 use crate::guest::{Newc, write_if_changed};
 use crate::packages::{self, as_root};
-use crate::{Result, cache, guest, root, run, say};
+use crate::{Result, cache, emulator, guest, root, run, say};
 
 const DISK_GIB: u64 = 64;
 const MEMORY_MIB: &str = "10240";
-/// Processors, unless `KELVIN_KVM_HOST_PROCESSORS` says otherwise; one stays on one core.
-const PROCESSORS: u32 = 2;
+/// Processors, unless `KELVIN_KVM_HOST_PROCESSORS` says otherwise.
+///
+/// One, on one core of this machine: hours of Firecracker went through. On two, guests hang or the host does after some
+/// minutes: QEMU leaves an injected interrupt's number behind as a pending exception at each `VMRUN`, and delivers it once
+/// more when another thread wants the processor's attention. Source: QEMU, `target/i386/tcg/system/svm_helper.c`,
+/// `helper_vmrun`; `accel/tcg/cpu-exec.c`, `cpu_handle_interrupt`.
+const PROCESSORS: u32 = 1;
 /// How long a command may take, unless `KELVIN_KVM_HOST_SECONDS` says otherwise.
 const SECONDS: u64 = 7200;
 /// Variables that the command sees as they are here.
@@ -141,13 +146,14 @@ pub fn run_in(command: &[String]) -> Result<u8> {
     let kernel = guest::ensure_kernel(&directory, "linux-image-amd64", &wanted)?;
     let initrd = ensure_initrd(&kernel)?;
     let disk = ensure_disk(&directory)?;
-    let emulator = Emulator::ensure(&directory)?;
+    let processors = number("KELVIN_KVM_HOST_PROCESSORS", PROCESSORS)?;
+    let emulator = emulator::words(&directory, processors)?;
     let out = directory.join("out");
     let _ = fs::remove_dir_all(&out);
     fs::create_dir(&out)?;
     fs::write(out.join("init"), script(command)?)?;
     say("booting the KVM host");
-    boot(&emulator, &kernel, &initrd, &disk, &out)?;
+    boot(&emulator, processors, &kernel, &initrd, &disk, &out)?;
     let code =
         fs::read_to_string(out.join("exit-code")).map_err(|_| "the host ended without an exit code")?;
     say(&format!(
@@ -158,17 +164,25 @@ pub fn run_in(command: &[String]) -> Result<u8> {
     Ok(code.trim().parse()?)
 }
 
-fn boot(emulator: &Emulator, kernel: &Path, initrd: &Path, disk: &Path, out: &Path) -> Result<()> {
-    let seconds: u64 = match std::env::var("KELVIN_KVM_HOST_SECONDS") {
-        Ok(text) => text.parse().map_err(|_| format!("KELVIN_KVM_HOST_SECONDS={text:?} is no number"))?,
-        Err(_) => SECONDS,
-    };
+/// The number that the environment has as `name`, or another.
+fn number<N: std::str::FromStr>(name: &str, otherwise: N) -> Result<N> {
+    match std::env::var(name) {
+        Ok(text) => text.parse().map_err(|_| format!("{name}={text:?} is no number").into()),
+        Err(_) => Ok(otherwise),
+    }
+}
+
+fn boot(
+    emulator: &[OsString],
+    processors: u32,
+    kernel: &Path,
+    initrd: &Path,
+    disk: &Path,
+    out: &Path,
+) -> Result<()> {
+    let seconds = number("KELVIN_KVM_HOST_SECONDS", SECONDS)?;
     let share = |tag: &str, path: &Path, rest: &str| {
         format!("local,path={},mount_tag={tag},security_model=none,multidevs=remap{rest}", path.display())
-    };
-    let processors = match std::env::var("KELVIN_KVM_HOST_PROCESSORS") {
-        Ok(text) => text.parse().map_err(|_| format!("KELVIN_KVM_HOST_PROCESSORS={text:?} is no number"))?,
-        Err(_) => PROCESSORS,
     };
     // Each ends with the one before: a run that is killed leaves no host.
     let with_parent = ["--pdeathsig", "KILL", "--"];
@@ -184,7 +198,7 @@ fn boot(emulator: &Emulator, kernel: &Path, initrd: &Path, disk: &Path, out: &Pa
         format!("console=ttyS0 reboot=t panic=-1 quiet loglevel=3 mitigations=off nokaslr {watchdog}");
     qemu.args(["timeout", &seconds.to_string(), "setpriv"])
         .args(with_parent)
-        .args(emulator.words())
+        .args(emulator)
         .args(["-M", "q35", "-accel", accelerator, "-cpu", "max,+svm"])
         .args(["-smp", &processors.to_string(), "-m", MEMORY_MIB])
         .args(["-nodefaults", "-no-user-config", "-display", "none"])

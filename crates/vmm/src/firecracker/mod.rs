@@ -603,9 +603,7 @@ impl Machine {
             if others || !found.contains(&self.disk) {
                 return Err(io::Error::other("the VMM has opened another disk than its machine's"));
             }
-            let Some(memory) = memory else { return Ok(Vec::new()) };
-            let other = || io::Error::other("the VMM has mapped other memory than its snapshot's");
-            pages::parts(pid, &memory)?.ok_or_else(other)
+            memory.map_or(Ok(Vec::new()), |memory| pages::parts(pid, &memory))
         };
         check().map_err(|source| Error::Io { what: "checking the VMM's files", source })
     }

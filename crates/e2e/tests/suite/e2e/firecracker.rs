@@ -178,6 +178,23 @@ async fn firecracker_clones_are_as_fast_as_promised() {
         println!("{report}");
         report["ratio_p50"].as_f64().expect("a ratio")
     });
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn firecracker_runs_three_at_once() {
+    if !is_firecracker() {
+        return;
+    }
+    if std::thread::available_parallelism().is_ok_and(|processors| processors.get() == 1) {
+        println!(
+            "skipped: one processor, on which three take three times as long: KELVIN_KVM_HOST_PROCESSORS=2"
+        );
+        return;
+    }
+    let Some(ground) = Ground::find() else { return };
+    let server = ground.server("three", &["--waiting-vmms", "4"]).await;
+    server.bake(4).await;
     promise("three at once ÷ one, p50", 1.7, false, || {
         p50(&bench(&server, &["-n", "51", "--concurrency", "3"]), "create_ms")
             / p50(&bench(&server, &["-n", "50"]), "create_ms")
