@@ -476,7 +476,10 @@ impl Attempt<'_> {
             let (asked, running) = resumed.instrument(span).await?;
             self.lap(Phase::Resume);
             self.activated(&mut control, asked).await?;
-            running.learn();
+            // A paused sandbox's snapshot is restored once.
+            if !matches!(self.seed, Seed::Resume(..)) {
+                running.learn();
+            }
             Ok::<_, Error>((running, control))
         };
         match work.await {

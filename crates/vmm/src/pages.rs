@@ -207,7 +207,8 @@ mod tests {
     /// Maps a file private, says so, and says what it holds there when it is asked.
     const MAPS: &str = "
 import mmap, sys
-held = mmap.mmap(open(sys.argv[1], 'rb').fileno(), 0, access=mmap.ACCESS_COPY)
+file = open(sys.argv[1], 'rb')
+held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 print('mapped', flush=True)
 sys.stdin.readline()
 print(held[:].hex(), flush=True)
