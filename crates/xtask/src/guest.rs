@@ -60,11 +60,12 @@ pub fn ensure_interpreter() -> Result<PathBuf> {
 }
 
 /// Whether `stamp` holds `key`; the thing beside it is then up to date.
-fn is_fresh(stamp: &Path, key: &str) -> bool {
+pub fn is_fresh(stamp: &Path, key: &str) -> bool {
     fs::read_to_string(stamp).is_ok_and(|text| text == key)
 }
 
-fn digest(parts: &[&[u8]]) -> String {
+/// A short digest of `parts`, for stamps.
+pub fn digest(parts: &[&[u8]]) -> String {
     let mut hasher = DefaultHasher::new();
     parts.hash(&mut hasher);
     format!("{:016x}", hasher.finish())

@@ -9,6 +9,7 @@ mod emulator;
 mod guest;
 mod kvm_host;
 mod packages;
+mod prototype;
 mod sdk;
 mod server;
 mod suite;

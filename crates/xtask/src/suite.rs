@@ -229,6 +229,7 @@ fn prepare_tests() -> Result<()> {
 pub fn build() -> Result<()> {
     server::prepare()?;
     prepare_tests()?;
+    crate::prototype::ensure()?;
     let mut lines = String::new();
     let mut command = cargo();
     command.args(ALL).args(["--no-run", "--message-format=json", "--test", END_TO_END, "--test", DRIVER]);
@@ -267,7 +268,8 @@ fn end_to_end(built: &Built, filter: &[String], vmm: &str) -> Result<()> {
     let _alone = alone()?;
     let ground = Ground::make(built)?;
     let sdks = crate::sdk::ensure()?;
-    let environment: [(&str, &OsStr); 7] = [
+    let (prototype, prototype_initrd) = (crate::prototype::program(), crate::prototype::initrd());
+    let environment: [(&str, &OsStr); 9] = [
         ("KELVIN_VMM", OsStr::new(vmm)),
         ("KELVIN_E2E_BINARY", built.binary.as_os_str()),
         ("KELVIN_E2E_DIR", ground.directory.as_os_str()),
@@ -275,6 +277,8 @@ fn end_to_end(built: &Built, filter: &[String], vmm: &str) -> Result<()> {
         ("KELVIN_E2E_PYTHON_OLD", sdks.python_old.as_os_str()),
         ("KELVIN_E2E_NODE", sdks.node.as_os_str()),
         ("KELVIN_E2E_JAVASCRIPT", sdks.javascript.as_os_str()),
+        ("KELVIN_E2E_PROTOTYPE", prototype.as_os_str()),
+        ("KELVIN_E2E_PROTOTYPE_INITRD", prototype_initrd.as_os_str()),
     ];
     let result = run_tests(END_TO_END, filter, &environment);
     let cleared = ground.clear();

@@ -1,0 +1,53 @@
+//! The prototype that Firecracker's figures are measured against, and its guest.
+//!
+//! `.cache/kvm-host/prototype/`: what `../shared/prototypes/guest-initrd.sh` makes. Made under another name and renamed:
+//! what has its name is whole. Absent where the prototypes are.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::guest::{digest, is_fresh};
+use crate::packages;
+use crate::{Result, cache, root, run, say};
+
+/// The program.
+pub fn program() -> PathBuf {
+    root().join("../shared/prototypes/firecracker_clone.py")
+}
+
+/// Its guest's initial RAM disk: for the kernel that our guests have.
+pub fn initrd() -> PathBuf {
+    cache().join("kvm-host/prototype/initrd.gz")
+}
+
+/// Makes its guest, when it is missing or out of date. After our own guest.
+pub fn ensure() -> Result<()> {
+    let recipe = root().join("../shared/prototypes/guest-initrd.sh");
+    if !program().exists() || !recipe.exists() {
+        return Ok(());
+    }
+    let kernel = fs::read(cache().join("guest/kernel/vmlinuz"))?;
+    let key = digest(&[&kernel, &fs::read(&recipe)?]);
+    let done = cache().join("kvm-host/prototype");
+    if is_fresh(&done.join("key"), &key) {
+        return Ok(());
+    }
+    packages::ensure_all(&["busybox-static", "cpio"])?;
+    say("building the prototype's guest");
+    let fresh = cache().join("kvm-host/prototype.new");
+    for directory in [&fresh, &done] {
+        let _ = fs::remove_dir_all(directory);
+    }
+    run(Command::new("bash").arg(&recipe).arg(&fresh).stdout(std::io::stderr()))?;
+    // It boots with our kernel, which Firecracker 1.16 wants unpacked: the modules have to be that kernel's.
+    if fs::read(fresh.join("vmlinuz"))? != kernel {
+        say(
+            "no prototype: apt has another kernel now than the guest's; without .cache/guest both are the same",
+        );
+        fs::remove_dir_all(&fresh)?;
+        return Ok(());
+    }
+    fs::write(fresh.join("key"), key)?;
+    Ok(fs::rename(fresh, done)?)
+}
