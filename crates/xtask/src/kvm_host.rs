@@ -194,8 +194,11 @@ fn boot(
     let accelerator = "tcg,thread=multi,tb-size=1024";
     // A processor that never comes back from its guest ends the run after two minutes, not at its time limit.
     let watchdog = "softlockup_panic=1 watchdog_thresh=60";
-    let append =
-        format!("console=ttyS0 reboot=t panic=-1 quiet loglevel=3 mitigations=off nokaslr {watchdog}");
+    // With two processors the kernel would not trust it, and take a clock of the emulator's that costs a lock to read.
+    let clock = "clocksource=tsc tsc=reliable";
+    let append = format!(
+        "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 mitigations=off nokaslr {watchdog} {clock}"
+    );
     qemu.args(["timeout", &seconds.to_string(), "setpriv"])
         .args(with_parent)
         .args(emulator)
