@@ -13,13 +13,15 @@ use serde_json::Value;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 
-use super::config::Call;
+use super::config::{Call, SNAPSHOT_CREATE};
 use crate::Error;
 
 /// The longest reply that is read, in bytes.
 const MAX_REPLY: usize = 64 << 10;
-/// How long a command may take; a snapshot of a large machine is written within it.
+/// How long a command may take.
 const LIMIT: Duration = Duration::from_secs(60);
+/// How long a snapshot may take to be written: all of a large machine, to a disk that has others to serve.
+const SAVE_LIMIT: Duration = Duration::from_secs(300);
 
 /// A connection.
 #[derive(Debug)]
@@ -48,11 +50,12 @@ impl Api {
     /// `Refused` with the VMM's words, `Io` when it hangs up, `Deadline`.
     pub async fn call(&self, call: Call) -> Result<Value, Error> {
         let command = call.name;
-        match tokio::time::timeout(LIMIT, self.send(call)).await {
+        let limit = if call.path == SNAPSHOT_CREATE { SAVE_LIMIT } else { LIMIT };
+        match tokio::time::timeout(limit, self.send(call)).await {
             Ok(result) => result,
             Err(_) => Err(Error::Deadline {
                 what: command,
-                after: LIMIT,
+                after: limit,
                 detail: "the VMM did not answer".to_owned(),
             }),
         }

@@ -22,6 +22,8 @@ pub const VSOCK: &str = "run/vsock.sock";
 pub const GUEST: &str = "guest";
 /// The snapshot's directory, for a clone.
 pub const SNAPSHOT: &str = "snapshot";
+/// The path of the command that takes a snapshot.
+pub const SNAPSHOT_CREATE: &str = "/snapshot/create";
 /// The address of every guest on its vsock.
 const GUEST_CID: u32 = 3;
 
@@ -232,7 +234,7 @@ pub fn create_snapshot(memory: &Path, state: &Path, diff: bool) -> Call {
         "snapshot_path": state,
         "mem_file_path": memory,
     });
-    put("PUT /snapshot/create", "/snapshot/create", body)
+    put("PUT /snapshot/create", SNAPSHOT_CREATE, body)
 }
 
 /// `PUT /snapshot/load`; vCPUs stay stopped.

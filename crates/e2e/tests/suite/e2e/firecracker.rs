@@ -9,19 +9,23 @@ use std::time::Instant;
 use kelvin_e2e::promises::{bench, p50, promise};
 use kelvin_e2e::{Ground, LIMIT, Server, agent_of, new_sandbox, sh};
 
-/// Whether the servers of these tests use Firecracker, or a line that says that they do not.
+/// Whether the servers of these tests use Firecracker.
+pub fn is_vmm() -> bool {
+    std::env::var("KELVIN_VMM").is_ok_and(|vmm| vmm == "firecracker")
+}
+
+/// The same, or a line that says that they do not.
 fn is_firecracker() -> bool {
-    let is = std::env::var("KELVIN_VMM").is_ok_and(|vmm| vmm == "firecracker");
-    if !is {
+    if !is_vmm() {
         println!(
             "skipped: no firecracker, `cargo xtask kvm-host -- cargo xtask test --driver firecracker` has it"
         );
     }
-    is
+    is_vmm()
 }
 
 /// The control group of a process.
-fn group_of(pid: i32) -> PathBuf {
+pub fn group_of(pid: i32) -> PathBuf {
     let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("it runs");
     let path = text.lines().find_map(|line| line.strip_prefix("0::/")).expect("version 2");
     Path::new("/sys/fs/cgroup").join(path)
