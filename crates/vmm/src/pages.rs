@@ -143,12 +143,15 @@ pub fn own_ahead(pid: i32, parts: &[Mapping], pages: &[u64]) -> io::Result<()> {
     kelvin_host::memory::own_pages(pid, &addresses)
 }
 
-/// The parts in which `pid` has mapped the file that `metadata` is of: a VMM may do it in several.
+/// The parts in which `pid` has mapped the file `from`: a VMM may do it in several.
 ///
 /// # Errors
-/// `NotFound` when they are not all of it.
-pub fn parts(pid: i32, metadata: &std::fs::Metadata) -> io::Result<Vec<Mapping>> {
-    let of_it = |mapping: &Mapping| mapping.inode == metadata.ino();
+/// `NotFound` when they are not all of it. As the kernel gives them.
+pub fn parts(pid: i32, from: &Path) -> io::Result<Vec<Mapping>> {
+    let metadata = std::fs::metadata(from)?;
+    // By its name too: files of other file systems can have the same number, and devices are told in two ways.
+    let of_it =
+        |mapping: &Mapping| mapping.inode == metadata.ino() && mapping.path.file_name() == from.file_name();
     let parts: Vec<Mapping> = mappings(pid)?.into_iter().filter(of_it).collect();
     let (bytes, all) = (parts.iter().map(Mapping::bytes).sum::<u64>(), metadata.len());
     if bytes == all {
@@ -165,7 +168,7 @@ fn own_pages(
     from: &Path,
     mut visit: impl FnMut(u64, u64, u64) -> io::Result<()>,
 ) -> io::Result<u64> {
-    let parts = parts(pid, &std::fs::metadata(from)?)?;
+    let parts = parts(pid, from)?;
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
     let mut total = 0;
     for part in parts {
@@ -230,7 +233,7 @@ print(held[:].hex(), flush=True)
         let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
         assert_eq!(lines.next().unwrap().unwrap(), "mapped");
         let pid = i32::try_from(process.id()).unwrap();
-        let mapped = parts(pid, &std::fs::metadata(&path).unwrap()).unwrap();
+        let mapped = parts(pid, &path).unwrap();
         assert_eq!(count_own(pid, &path).unwrap(), 0);
 
         let wanted = [0, 7 * PAGE, 8 * PAGE, 63 * PAGE];

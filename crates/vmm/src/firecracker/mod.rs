@@ -603,7 +603,7 @@ impl Machine {
             if others || !found.contains(&self.disk) {
                 return Err(io::Error::other("the VMM has opened another disk than its machine's"));
             }
-            memory.map_or(Ok(Vec::new()), |memory| pages::parts(pid, &memory))
+            self.parent.as_ref().map_or(Ok(Vec::new()), |parent| pages::parts(pid, parent))
         };
         check().map_err(|source| Error::Io { what: "checking the VMM's files", source })
     }
