@@ -30,9 +30,7 @@ const MEMORY_MIB: &str = "10240";
 /// Processors, unless `KELVIN_KVM_HOST_PROCESSORS` says otherwise.
 ///
 /// One, on one core of this machine: hours of Firecracker went through. On two, guests hang or the host does after some
-/// minutes: QEMU leaves an injected interrupt's number behind as a pending exception at each `VMRUN`, and delivers it once
-/// more when another thread wants the processor's attention. Source: QEMU, `target/i386/tcg/system/svm_helper.c`,
-/// `helper_vmrun`; `accel/tcg/cpu-exec.c`, `cpu_handle_interrupt`.
+/// minutes, for reasons that are not proven: `docs/decisions/0016-an-emulated-machine-with-kvm.md`.
 const PROCESSORS: u32 = 1;
 /// How long a command may take, unless `KELVIN_KVM_HOST_SECONDS` says otherwise.
 const SECONDS: u64 = 7200;
