@@ -31,6 +31,7 @@ use kelvin_gateway::{Gateway, Inbound, Io, Outbound, Sandboxes, Secure, tls};
 use kelvin_host::net;
 use kelvin_node::Node;
 use kelvin_node::options::{NetworkOptions, Options};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tower::service_fn;
 use tracing_subscriber::EnvFilter;
 
@@ -323,6 +324,8 @@ pub fn start_log() {
 /// Runs the server until a signal.
 pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     start_log();
+    // Before anything is made: a server that is told to stop while it starts does not leave its helper behind.
+    let mut stop = Stop::listen()?;
     kelvin_host::process::allow_descriptors();
     let options = options(&args).await?;
     let data_dir = options.data_dir.clone();
@@ -396,7 +399,7 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
         }
     });
     let stopping = async {
-        wait_for_signal().await;
+        stop.told().await;
         tracing::info!("stopping; sandboxes keep running");
     };
     let plain = axum::serve(listener, tower::make::Shared::new(service.clone()));
@@ -451,18 +454,23 @@ fn announce(data_dir: &Path, address: &str) -> Result<(), Failed> {
     write().map_err(|error| Failed::other(&error))
 }
 
-async fn wait_for_signal() {
-    use tokio::signal::unix::{SignalKind, signal};
-    match signal(SignalKind::terminate()) {
-        Ok(mut terminate) => {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = tokio::signal::ctrl_c() => {}
-            }
-        }
-        Err(error) => {
-            tracing::error!(%error, "SIGTERM cannot be waited for");
-            let _ = tokio::signal::ctrl_c().await;
+/// What tells the server to stop.
+struct Stop {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Stop {
+    /// From now on a signal is kept until [`Stop::told`], instead of ending the process with what it has made.
+    fn listen() -> Result<Self, Failed> {
+        let listen = |kind| signal(kind).map_err(|error| Failed::other(&error));
+        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    }
+
+    async fn told(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
         }
     }
 }

@@ -11,7 +11,7 @@ pub mod world;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use http_body_util::BodyExt;
@@ -212,28 +212,36 @@ impl Server {
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
 
-    /// Starts the process and waits until it says where it is.
-    pub async fn start(&mut self, args: &[&str]) {
-        let announcement = self.data_dir.join("run/server.json");
-        let _ = fs::remove_file(&announcement);
+    /// Starts the process and does not wait for it.
+    pub fn launch(&mut self, args: &[&str]) {
+        let _ = fs::remove_file(self.announcement());
         let log = fs::File::options()
             .create(true)
             .append(true)
             .open(self.data_dir.join("server.log"))
             .expect("a log");
-        let mut child = self.serve(args).stderr(log).spawn().expect("kelvin starts");
+        self.process = Some(self.serve(args).stderr(log).spawn().expect("kelvin starts"));
+    }
+
+    fn announcement(&self) -> PathBuf {
+        self.data_dir.join("run/server.json")
+    }
+
+    /// Starts the process and waits until it says where it is.
+    pub async fn start(&mut self, args: &[&str]) {
+        self.launch(args);
         let started = Instant::now();
         let text = loop {
-            if let Ok(text) = fs::read_to_string(&announcement) {
+            if let Ok(text) = fs::read_to_string(self.announcement()) {
                 break text;
             }
-            assert!(child.try_wait().expect("a child").is_none(), "the server ended:\n{}", self.log());
+            let ended = self.process.as_mut().expect("it runs").try_wait().expect("a child");
+            assert!(ended.is_none(), "the server ended:\n{}", self.log());
             assert!(started.elapsed() < LIMIT, "the server is not up:\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(5)).await;
         };
         let value: serde_json::Value = serde_json::from_str(&text).expect("an announcement");
         self.url = value["url"].as_str().expect("a URL").to_owned();
-        self.process = Some(child);
     }
 
     /// What the server has said.
@@ -314,22 +322,27 @@ impl Server {
         child.wait().expect("it can be waited for");
     }
 
-    /// Waits until the server has ended by itself.
-    pub async fn wait_for_death(&mut self) {
+    /// Waits until the server has ended by itself; how.
+    pub async fn wait_for_death(&mut self) -> ExitStatus {
         let started = Instant::now();
         // Kept until it is dead: what a failed test leaves is killed on drop.
-        while self.process.as_mut().expect("it runs").try_wait().expect("a child").is_none() {
+        let status = loop {
+            if let Some(status) = self.process.as_mut().expect("it runs").try_wait().expect("a child") {
+                break status;
+            }
             assert!(started.elapsed() < LIMIT, "the server still runs\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        };
         self.process = None;
+        status
     }
 
-    /// Sends SIGTERM and waits for the end.
+    /// Sends SIGTERM and waits for the end, which is no failure.
     pub async fn terminate(&mut self) {
         let pid = i32::try_from(self.pid()).ok().and_then(rustix::process::Pid::from_raw).expect("a pid");
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("it can be told");
-        self.wait_for_death().await;
+        let status = self.wait_for_death().await;
+        assert!(status.success(), "it did not stop by itself: {status}\n{}", self.log());
     }
 
     /// VMMs of this server, by pid.

@@ -3,7 +3,11 @@
 //! Who writes: nobody changes what another process holds; its pages become its own. A crash leaves some that have and
 //! some that have not, which is the same to it.
 
+use std::fs::File;
 use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 use libc::{c_ulong, iovec};
 
@@ -23,6 +27,117 @@ pub fn own_pages(pid: i32, addresses: &[usize]) -> io::Result<()> {
         transfer(pid, some, &mut held, Direction::To)?;
     }
     Ok(())
+}
+
+const PAGE: u64 = 4096;
+/// Of an entry of `/proc/PID/pagemap`. Source: Linux, `Documentation/admin-guide/mm/pagemap.rst`.
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const FILE: u64 = 1 << 61;
+
+/// Where in `addresses` the process has pages that are its own and no file's, in order. `pagemap` is its
+/// `/proc/PID/pagemap`. Costs what is mapped there, not how large it is; before Linux 6.7, how large it is.
+///
+/// # Errors
+/// As the kernel gives them.
+pub fn own_ranges(pagemap: &File, addresses: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    match scan(pagemap, addresses.clone()) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => read(pagemap, addresses),
+        scanned => scanned,
+    }
+}
+
+/// [`own_ranges`] from an entry for each page.
+fn read(pagemap: &File, addresses: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    let bytes = (addresses.end - addresses.start) / PAGE * 8;
+    let mut entries = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
+    pagemap.read_exact_at(&mut entries, addresses.start / PAGE * 8)?;
+    let own = |entry: &[u8; 8]| {
+        let entry = u64::from_ne_bytes(*entry);
+        entry & FILE == 0 && entry & (PRESENT | SWAPPED) != 0
+    };
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    let (entries, _) = entries.as_chunks();
+    for (at, _) in (addresses.start..).step_by(PAGE as usize).zip(entries).filter(|(_, entry)| own(entry)) {
+        match ranges.last_mut() {
+            Some(last) if last.end == at => last.end += PAGE,
+            _ => ranges.push(at..at + PAGE),
+        }
+    }
+    Ok(ranges)
+}
+
+/// Source: Linux, `linux/fs.h`, `struct pm_scan_arg`.
+#[repr(C)]
+#[derive(Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// Source: Linux, `linux/fs.h`, `struct page_region`.
+#[repr(C)]
+#[derive(Clone, Default)]
+struct Region {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// `PAGEMAP_SCAN` and its categories. Source: Linux, `linux/fs.h`.
+const SCAN: c_ulong = 0xc060_6610;
+const IS_FILE: u64 = 1 << 2;
+const IS_PRESENT: u64 = 1 << 3;
+const IS_SWAPPED: u64 = 1 << 4;
+/// Of one call.
+const REGIONS: usize = 512;
+
+/// [`own_ranges`] from the kernel's own walk of the page tables. `ENOTTY` before Linux 6.7.
+#[allow(unsafe_code)]
+fn scan(pagemap: &File, addresses: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    let mut regions = vec![Region::default(); REGIONS];
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    let mut start = addresses.start;
+    while start < addresses.end {
+        let mut arg = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            start,
+            end: addresses.end,
+            vec: regions.as_mut_ptr().expose_provenance() as u64,
+            vec_len: REGIONS as u64,
+            category_inverted: IS_FILE,
+            category_mask: IS_FILE,
+            category_anyof_mask: IS_PRESENT | IS_SWAPPED,
+            // All the same: neighbours are one region.
+            return_mask: 0,
+            ..ScanArg::default()
+        };
+        // SAFETY: `arg` is as the kernel declares it and outlives the call, which writes at most `vec_len` regions to
+        // `vec`, all of `regions`.
+        let found = unsafe { libc::ioctl(pagemap.as_raw_fd(), SCAN, &raw mut arg) };
+        let found = usize::try_from(found).map_err(|_| io::Error::last_os_error())?;
+        for region in regions.iter().take(found) {
+            match ranges.last_mut() {
+                Some(last) if last.end == region.start => last.end = region.end,
+                _ => ranges.push(region.start..region.end),
+            }
+        }
+        if arg.walk_end <= start {
+            return Err(io::Error::other("the kernel does not go on in a process's memory"));
+        }
+        start = arg.walk_end;
+    }
+    Ok(ranges)
 }
 
 #[derive(Clone, Copy)]
@@ -50,5 +165,53 @@ fn transfer(pid: i32, addresses: &[usize], held: &mut [u8], direction: Direction
         Ok(moved) if moved == held.len() => Ok(()),
         Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
         Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Maps `pages` of `file` private, reads some and writes `written`; where they are.
+    #[allow(unsafe_code)]
+    fn map(file: &File, pages: usize, written: impl IntoIterator<Item = usize>) -> u64 {
+        let page = PAGE as usize;
+        file.set_len((pages * page) as u64).unwrap();
+        let (read_write, private) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE);
+        // SAFETY: a fresh mapping that nothing else knows, of a file that is as long; it is kept to the end.
+        let start = unsafe {
+            libc::mmap(std::ptr::null_mut(), pages * page, read_write, private, file.as_raw_fd(), 0)
+        };
+        assert_ne!(start, libc::MAP_FAILED);
+        let start: *mut u8 = start.cast();
+        for at in (0..pages).step_by(3) {
+            // SAFETY: within the mapping.
+            unsafe { start.add(at * page).read_volatile() };
+        }
+        for at in written {
+            // SAFETY: within the mapping.
+            unsafe { start.add(at * page).write_volatile(1) };
+        }
+        start.expose_provenance() as u64
+    }
+
+    #[test]
+    fn both_ways_find_what_a_process_has_written() {
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        // Some, and more than one call tells of.
+        let (few, many) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        let start = map(&few, 64, [0, 7, 8, 9, 33, 62, 63]);
+        let page = |page: u64| start + page * PAGE;
+        let some = [page(0)..page(1), page(7)..page(10), page(33)..page(34), page(62)..page(64)];
+        assert_eq!(own_ranges(&pagemap, page(0)..page(64)).unwrap(), some);
+        assert_eq!(own_ranges(&pagemap, page(8)..page(33)).unwrap(), vec![page(8)..page(10); 1]);
+        assert_eq!(read(&pagemap, page(0)..page(64)).unwrap(), some);
+
+        let pages = 4 * REGIONS as u64;
+        let start = map(&many, 4 * REGIONS, (0..4 * REGIONS).step_by(2));
+        let all = start..start + pages * PAGE;
+        let every_other = (0..pages).step_by(2).map(|page| start + page * PAGE..start + (page + 1) * PAGE);
+        assert_eq!(own_ranges(&pagemap, all.clone()).unwrap(), every_other.collect::<Vec<_>>());
+        assert_eq!(own_ranges(&pagemap, all.clone()).unwrap(), read(&pagemap, all).unwrap());
     }
 }

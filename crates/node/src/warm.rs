@@ -60,9 +60,8 @@ pub struct Parked {
 pub struct Warm {
     parked: VecDeque<Parked>,
     demand: Demand,
-    target: u32,
-    /// Whether the target was ever looked at: a pool that is new lacks nothing that anybody knows of.
-    is_planned: bool,
+    /// How many there should be; `None` until that was looked at, and nobody knows what a new pool lacks.
+    target: Option<u32>,
     filling: bool,
     hits: u64,
     misses: u64,
@@ -76,8 +75,7 @@ impl Default for Warm {
         Self {
             parked: VecDeque::new(),
             demand: Demand::new(Instant::now()),
-            target: 0,
-            is_planned: false,
+            target: None,
             filling: false,
             hits: 0,
             misses: 0,
@@ -128,15 +126,16 @@ impl Pool {
     /// Whether it is known how many there should be, there are as many, and none is on its way.
     pub fn is_warm(&self) -> bool {
         let warm = self.warm();
-        warm.is_planned
-            && !warm.filling
-            && u32::try_from(warm.parked.len()).is_ok_and(|parked| parked >= warm.target)
+        !warm.filling
+            && warm
+                .target
+                .is_some_and(|target| u32::try_from(warm.parked.len()).is_ok_and(|parked| parked >= target))
     }
 
     /// Everything that is parked, to be released.
     pub fn drain_warm(&self) -> Vec<Parked> {
         let mut warm = self.warm();
-        warm.target = 0;
+        warm.target = Some(0);
         warm.parked.drain(..).collect()
     }
 
@@ -151,7 +150,7 @@ impl Pool {
                 kept.push_back(parked);
             }
         }
-        while u32::try_from(kept.len()).is_ok_and(|count| count > warm.target) {
+        while u32::try_from(kept.len()).is_ok_and(|count| count > warm.target.unwrap_or(0)) {
             gone.extend(kept.pop_front());
         }
         warm.parked = kept;
@@ -190,9 +189,7 @@ impl Inner {
         let granted = share(&claims, u64::from(self.options.warm_memory.0));
         let mut surplus = Vec::new();
         for (pool, target) in pools.iter().zip(granted) {
-            let mut warm = pool.warm();
-            (warm.target, warm.is_planned) = (target, true);
-            drop(warm);
+            pool.warm().target = Some(target);
             surplus.extend(pool.surplus(self.rule(pool)));
         }
         surplus
@@ -206,7 +203,8 @@ impl Inner {
             let warm = pool.warm();
             let ready = warm.not_before.is_none_or(|at| now >= at);
             let parked = u32::try_from(warm.parked.len()).unwrap_or(u32::MAX);
-            (ready && parked < warm.target).then(|| f64::from(warm.target - parked) / f64::from(warm.target))
+            let target = warm.target.filter(|target| ready && parked < *target)?;
+            Some(f64::from(target - parked) / f64::from(target))
         };
         let worst = pools.iter().filter_map(|pool| Some((lack(pool)?, pool)));
         let (_, pool) = worst.max_by(|a, b| a.0.total_cmp(&b.0))?;
@@ -366,7 +364,7 @@ impl Inner {
                     min: rule.min,
                     max: rule.max,
                     max_age_s: rule.max_age_s,
-                    target: warm.target,
+                    target: warm.target.unwrap_or(0),
                     ready: count(warm.parked.len()),
                     hits: warm.hits,
                     misses: warm.misses,

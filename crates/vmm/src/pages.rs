@@ -12,11 +12,8 @@ use rustix::fs::ioctl_ficlone;
 
 const PAGE: u64 = 4096;
 const PAGE_BYTES: usize = 4096;
-const PRESENT: u64 = 1 << 63;
-const SWAPPED: u64 = 1 << 62;
-const FILE: u64 = 1 << 61;
-/// Pages copied by one read: 4 MiB.
-const RUN: u64 = 1024;
+/// Bytes copied by one read.
+const RUN: u64 = 4 << 20;
 
 /// A part of a file that a process has mapped.
 #[derive(Debug)]
@@ -172,29 +169,14 @@ fn own_pages(
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
     let mut total = 0;
     for part in parts {
-        let pages = part.bytes() / PAGE;
-        let mut entries = vec![0; usize::try_from(pages * 8).map_err(io::Error::other)?];
-        pagemap.read_exact_at(&mut entries, part.start / PAGE * 8)?;
-        let own = |page: u64| {
-            let at = usize::try_from(page * 8).unwrap_or(usize::MAX);
-            let Some(bytes) = entries.get(at..at + 8) else {
-                return false;
-            };
-            let entry = u64::from_ne_bytes(bytes.try_into().unwrap_or_default());
-            entry & SWAPPED != 0 || (entry & PRESENT != 0 && entry & FILE == 0)
-        };
-        let mut page = 0;
-        while page < pages {
-            if !own(page) {
-                page += 1;
-                continue;
+        for own in kelvin_host::memory::own_ranges(&pagemap, part.start..part.end)? {
+            total += (own.end - own.start) / PAGE;
+            let mut address = own.start;
+            while address < own.end {
+                let bytes = RUN.min(own.end - address);
+                visit(address, part.offset + (address - part.start), bytes)?;
+                address += bytes;
             }
-            let first = page;
-            while page < pages && page - first < RUN && own(page) {
-                page += 1;
-            }
-            visit(part.start + first * PAGE, part.offset + first * PAGE, (page - first) * PAGE)?;
-            total += page - first;
         }
     }
     Ok(total)

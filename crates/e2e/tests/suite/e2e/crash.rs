@@ -70,6 +70,30 @@ async fn a_create_that_dies_in_any_phase_leaves_no_orphan_and_no_double() {
 }
 
 #[tokio::test]
+async fn a_server_that_is_told_to_stop_while_it_starts_leaves_nothing() {
+    let Some(ground) = Ground::find() else { return };
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: without root there are no networks, and no helper");
+        return;
+    }
+    let mut server = ground.server("crash-start", &["--waiting-vmms", "0", "--no-auto-bake"]).await;
+    server.terminate().await;
+    for _ in 0..5 {
+        server.launch(&["--waiting-vmms", "0", "--no-auto-bake"]);
+        let started = Instant::now();
+        // It has made something, and answers nobody yet.
+        while server.helpers().is_empty() {
+            assert!(started.elapsed() < CLEAR, "no helper after {CLEAR:?}");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        server.terminate().await;
+        assert_eq!(server.helpers(), BTreeSet::new(), "{}", server.log());
+    }
+    server.start(&["--waiting-vmms", "0", "--no-auto-bake"]).await;
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn sandboxes_outlive_the_server_and_are_adopted() {
     let Some(ground) = Ground::find() else { return };
     let mut server = ground.server("crash-adopt", &["--waiting-vmms", "2"]).await;
