@@ -319,6 +319,22 @@ fn lay_out(directory: &Path, user: u32, parent: Option<&Path>, data_dir: &Path) 
     Ok(())
 }
 
+/// Where the VMM `pid` has mapped the memory `parent`; fails unless its files are that and `disk`, by device and inode.
+fn right_files(pid: i32, disk: (u64, u64), parent: Option<&Path>) -> io::Result<Vec<Mapping>> {
+    let memory = parent.map(fs::metadata).transpose()?;
+    let open = fs::read_dir(format!("/proc/{pid}/fd"))?;
+    let files = open.flatten().filter_map(|entry| fs::metadata(entry.path()).ok());
+    let found: Vec<_> = files.filter(|file| file.is_file()).map(|file| (file.dev(), file.ino())).collect();
+    // A restored VMM holds its memory open and nothing else; one that is about to boot has the guest's kernel.
+    let others = memory.as_ref().is_some_and(|memory| {
+        found.iter().any(|file| *file != disk && *file != (memory.dev(), memory.ino()))
+    });
+    if others || !found.contains(&disk) {
+        return Err(io::Error::other("the VMM has opened another disk than its machine's"));
+    }
+    parent.map_or(Ok(Vec::new()), |parent| pages::parts(pid, parent))
+}
+
 /// Makes a file that the VMM of `user` writes: it cannot make one itself.
 fn make_for(user: &Metadata, path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
@@ -383,7 +399,7 @@ impl Driver for Firecracker {
             for call in config::boot(spec.shape, spec.network.is_some(), &Self::append(), &self.options) {
                 machine.call(call).await?;
             }
-            machine.check_files()?;
+            machine.check_files().await?;
             machine.call(config::start()).await
         };
         let told = told.await;
@@ -585,40 +601,29 @@ impl Machine {
     }
 
     /// A VMM that opened another disk, or mapped other memory, than its machine's must not run: paths are baked into
-    /// device state.
-    ///
-    /// Returns where its memory is mapped.
-    fn check_files(&self) -> Result<Vec<Mapping>, Error> {
-        let check = || {
-            let pid = self.process.key().pid;
-            let memory = self.parent.as_ref().map(fs::metadata).transpose()?;
-            let open = fs::read_dir(format!("/proc/{pid}/fd"))?;
-            let files = open.flatten().filter_map(|entry| fs::metadata(entry.path()).ok());
-            let found: Vec<_> =
-                files.filter(|file| file.is_file()).map(|file| (file.dev(), file.ino())).collect();
-            // A restored VMM holds its memory open and nothing else; one that is about to boot has the guest's kernel.
-            let others = memory.as_ref().is_some_and(|memory| {
-                found.iter().any(|file| *file != self.disk && *file != (memory.dev(), memory.ino()))
-            });
-            if others || !found.contains(&self.disk) {
-                return Err(io::Error::other("the VMM has opened another disk than its machine's"));
+    /// device state. One that did not gets the pages ahead that its guest writes first.
+    async fn check_files(&self) -> Result<(), Error> {
+        let (pid, disk, parent) = (self.process.key().pid, self.disk, self.parent.clone());
+        let first = parent.as_ref().map(|parent| self.touched.of(parent)).unwrap_or_default();
+        let check = move || {
+            let parts = right_files(pid, disk, parent.as_deref())?;
+            if let Err(error) = pages::own_ahead(pid, &parts, &first) {
+                // Its guest does it then, page by page.
+                tracing::debug!(%error, "no page was copied ahead");
             }
-            self.parent.as_ref().map_or(Ok(Vec::new()), |parent| pages::parts(pid, parent))
+            Ok(())
         };
-        check().map_err(|source| Error::Io { what: "checking the VMM's files", source })
+        let checked = tokio::task::spawn_blocking(check).await;
+        checked
+            .unwrap_or_else(|error| Err(io::Error::other(error)))
+            .map_err(|source| Error::Io { what: "checking the VMM's files", source })
     }
 
     async fn try_load(&self, state: &Path) -> Result<(), Error> {
         let io = |source| Error::Io { what: "opening the device state", source };
         let state = self.in_jail(state).map_err(io)?;
         self.call(config::load_snapshot(&state, self.has_network, &self.options, self.version)).await?;
-        let parts = self.check_files()?;
-        if let Some(parent) = &self.parent
-            && let Err(error) = pages::own_ahead(self.process.key().pid, &parts, &self.touched.of(parent))
-        {
-            // Its guest does it then, page by page.
-            tracing::debug!(%error, "no page was copied ahead");
-        }
+        self.check_files().await?;
         // What was baked are the limits of another day, or none.
         if self.options.disk_bytes_per_s.is_some() || self.options.disk_ops_per_s.is_some() {
             self.call(config::patch_drive(&self.options)).await?;
