@@ -11,22 +11,26 @@ use std::os::unix::fs::FileExt;
 
 use libc::{c_ulong, iovec};
 
-/// Addresses in one call. Source: Linux, `linux/uio.h`, `UIO_MAXIOV`.
-const IOV_MAX: usize = 1024;
-
-/// Gives `pid`, which stands still, pages of its own at `addresses`, one in each: a byte is read there and written back.
-/// A private mapping of a file is copied there, page by page, as if the process had written it.
+/// Gives `pid` pages of its own at `addresses`, whole pages. A private mapping of a file is copied there, page by page, as
+/// if the process had written to it. No byte changes, whatever the process does meanwhile: the kernel makes a page ready to
+/// be written before it looks for what to write, and finds nothing.
 ///
 /// # Errors
-/// `UnexpectedEof` or `EFAULT` where nothing is mapped, `EPERM` for a process that is not this one's to change, `ESRCH`
-/// when it is gone. Pages before that are its own already.
-pub fn own_pages(pid: i32, addresses: &[usize]) -> io::Result<()> {
-    for some in addresses.chunks(IOV_MAX) {
-        let mut held = vec![0; some.len()];
-        transfer(pid, some, &mut held, Direction::From)?;
-        transfer(pid, some, &mut held, Direction::To)?;
+/// `EPERM` for a process that is not this one's to change, `ESRCH` when it is gone. Where nothing is mapped nothing
+/// happens.
+#[allow(unsafe_code)]
+pub fn own_pages(pid: i32, addresses: Range<usize>) -> io::Result<()> {
+    let bytes = addresses.end - addresses.start;
+    let far = iovec { iov_base: std::ptr::without_provenance_mut(addresses.start), iov_len: bytes };
+    // Nothing is ever mapped at zero. Source: Linux, `vm.mmap_min_addr`.
+    let near = iovec { iov_base: std::ptr::null_mut(), iov_len: bytes };
+    // SAFETY: the kernel writes to nothing of this process, and checks the other's addresses.
+    let moved = unsafe { libc::process_vm_writev(pid, &near, 1, &far, 1, 0) };
+    match io::Error::last_os_error() {
+        _ if moved >= 0 => Err(io::Error::other("the page at zero is mapped")),
+        error if error.raw_os_error() == Some(libc::EFAULT) => Ok(()),
+        error => Err(error),
     }
-    Ok(())
 }
 
 const PAGE: u64 = 4096;
@@ -140,34 +144,6 @@ fn scan(pagemap: &File, addresses: Range<u64>) -> io::Result<Vec<Range<u64>>> {
     Ok(ranges)
 }
 
-#[derive(Clone, Copy)]
-enum Direction {
-    From,
-    To,
-}
-
-/// Moves one byte at each address of `pid`, 1024 at the most, between there and `held`. Source: process_vm_readv(2).
-#[allow(unsafe_code)]
-fn transfer(pid: i32, addresses: &[usize], held: &mut [u8], direction: Direction) -> io::Result<()> {
-    let byte = |address: &usize| iovec { iov_base: std::ptr::without_provenance_mut(*address), iov_len: 1 };
-    let far: Vec<iovec> = addresses.iter().map(byte).collect();
-    let near = iovec { iov_base: held.as_mut_ptr().cast(), iov_len: held.len() };
-    let count = far.len() as c_ulong;
-    // SAFETY: `near` is all of `held`, which is borrowed for the call. The addresses of `far` are the other process's,
-    // and the kernel checks them.
-    let moved = unsafe {
-        match direction {
-            Direction::From => libc::process_vm_readv(pid, &near, 1, far.as_ptr(), count, 0),
-            Direction::To => libc::process_vm_writev(pid, &near, 1, far.as_ptr(), count, 0),
-        }
-    };
-    match usize::try_from(moved) {
-        Ok(moved) if moved == held.len() => Ok(()),
-        Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
-        Err(_) => Err(io::Error::last_os_error()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -213,5 +189,31 @@ mod tests {
         let every_other = (0..pages).step_by(2).map(|page| start + page * PAGE..start + (page + 1) * PAGE);
         assert_eq!(own_ranges(&pagemap, all.clone()).unwrap(), every_other.collect::<Vec<_>>());
         assert_eq!(own_ranges(&pagemap, all.clone()).unwrap(), read(&pagemap, all).unwrap());
+    }
+
+    #[test]
+    #[allow(unsafe_code)]
+    fn what_a_process_writes_meanwhile_is_not_lost() {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        const TIMES: u32 = 200_000;
+        let file = tempfile::tempfile().unwrap();
+        let start = usize::try_from(map(&file, 2, [])).unwrap();
+        // SAFETY: the first bytes of the mapping, which is kept to the end and used by nothing else.
+        let counter: &'static AtomicU32 = unsafe { &*std::ptr::with_exposed_provenance::<AtomicU32>(start) };
+        let me = i32::try_from(std::process::id()).unwrap();
+        let counting = std::thread::spawn(|| {
+            for _ in 0..TIMES {
+                counter.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        loop {
+            own_pages(me, start..start + 2 * PAGE as usize).unwrap();
+            if counting.is_finished() {
+                break;
+            }
+        }
+        counting.join().unwrap();
+        assert_eq!(counter.load(Ordering::Relaxed), TIMES);
+        assert!(own_pages(me, 0..PAGE as usize).is_ok(), "nothing is there");
     }
 }

@@ -136,8 +136,15 @@ pub fn own_ahead(pid: i32, parts: &[Mapping], pages: &[u64]) -> io::Result<()> {
         let part = parts.iter().find(|part| (part.offset..part.offset + part.bytes()).contains(page))?;
         usize::try_from(part.start + (page - part.offset)).ok()
     };
-    let addresses: Vec<usize> = pages.iter().filter_map(address).collect();
-    kelvin_host::memory::own_pages(pid, &addresses)
+    let mut addresses = pages.iter().filter_map(address).peekable();
+    while let Some(start) = addresses.next() {
+        let mut end = start + PAGE_BYTES;
+        while addresses.next_if_eq(&end).is_some() {
+            end += PAGE_BYTES;
+        }
+        kelvin_host::memory::own_pages(pid, start..end)?;
+    }
+    Ok(())
 }
 
 /// The parts in which `pid` has mapped the file `from`: a VMM may do it in several.
