@@ -39,6 +39,8 @@ pub fn ensure() -> Result<()> {
     for directory in [&fresh, &done] {
         let _ = fs::remove_dir_all(directory);
     }
+    // It asks apt for a kernel, and apt knows none without its lists.
+    packages::update()?;
     run(Command::new("bash").arg(&recipe).arg(&fresh).stdout(std::io::stderr()))?;
     // It boots with our kernel, which Firecracker 1.16 wants unpacked: the modules have to be that kernel's.
     if fs::read(fresh.join("vmlinuz"))? != kernel {
