@@ -227,6 +227,11 @@ impl Server {
         self.data_dir.join("run/server.json")
     }
 
+    /// Whether it has said where it is.
+    pub fn is_announced(&self) -> bool {
+        self.announcement().exists()
+    }
+
     /// Starts the process and waits until it says where it is.
     pub async fn start(&mut self, args: &[&str]) {
         self.launch(args);

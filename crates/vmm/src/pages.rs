@@ -8,10 +8,10 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use kelvin_host::memory::{self, PAGE};
 use rustix::fs::ioctl_ficlone;
 
-const PAGE: u64 = 4096;
-const PAGE_BYTES: usize = 4096;
+const PAGE_BYTES: usize = PAGE as usize;
 /// Bytes copied by one read.
 const RUN: u64 = 4 << 20;
 
@@ -130,7 +130,7 @@ pub fn list_own(pid: i32, from: &Path, most: usize) -> io::Result<Vec<u64>> {
 /// its guest writes first costs no fault then, which is the larger part of waking up.
 ///
 /// # Errors
-/// As [`kelvin_host::memory::own_pages`].
+/// As [`kelvin_host::memory::make_own`].
 pub fn own_ahead(pid: i32, parts: &[Mapping], pages: &[u64]) -> io::Result<()> {
     let address = |page: &u64| {
         let part = parts.iter().find(|part| (part.offset..part.offset + part.bytes()).contains(page))?;
@@ -142,7 +142,7 @@ pub fn own_ahead(pid: i32, parts: &[Mapping], pages: &[u64]) -> io::Result<()> {
         while addresses.next_if_eq(&end).is_some() {
             end += PAGE_BYTES;
         }
-        kelvin_host::memory::own_pages(pid, start..end)?;
+        memory::make_own(pid, start..end)?;
     }
     Ok(())
 }
@@ -176,7 +176,7 @@ fn own_pages(
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
     let mut total = 0;
     for part in parts {
-        for own in kelvin_host::memory::own_ranges(&pagemap, part.start..part.end)? {
+        for own in memory::own_ranges(&pagemap, part.start..part.end)? {
             total += (own.end - own.start) / PAGE;
             let mut address = own.start;
             while address < own.end {

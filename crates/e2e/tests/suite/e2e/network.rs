@@ -307,8 +307,8 @@ print(len(held))'"
     )
     .await;
     assert_eq!(text, "ConnectionRefusedError\nConnectionRefusedError\nConnectionRefusedError\n5\n");
-    // 1.5 MB at 2 Mbit/s are more than 4 s, with a second's worth at once. A guest of an emulated host sends 9 Mbit/s: a
-    // limit of 8 is none to it.
+    // 1.5 MB at 2 Mbit/s are more than 4 s, with a second's worth at once. A guest of an emulated host was
+    // seen to send no more than 9 Mbit/s: a limit of 8 is none to it.
     sh(
         &agent,
         "(setsid python3 -c '
