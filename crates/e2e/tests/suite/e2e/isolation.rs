@@ -69,7 +69,9 @@ async fn two_hundred_machines_share_nothing_and_leave_nothing() {
         assert_eq!(distinct.len(), COUNT, "two machines share {distinct:?}");
     }
     let worst = seen.iter().map(|one| one.clock_error).fold(0.0, f64::max);
-    println!("{COUNT} machines, {AT_ONCE} at once: all distinct, clock error at most {worst:.3} s");
+    println!(
+        "{COUNT} machines, {AT_ONCE} at once: all distinct, no clock more than {worst:.3} s before the question or after the answer"
+    );
     assert!(worst < 1.0, "a clock is {worst} s off");
 
     let after = server.settle().await;
