@@ -15,7 +15,7 @@ use libc::{c_ulong, iovec};
 pub const PAGE: u64 = 4096;
 /// Bytes that one `process_vm_writev` makes ready before it looks for what to write: as many pages as two pages hold
 /// pointers to. Source: Linux, `mm/process_vm_access.c`, `PVM_MAX_KMALLOC_PAGES`.
-const READY: usize = 1024 * 4096;
+const READY: usize = 1024 * PAGE as usize;
 
 /// Gives `pid` pages of its own at `addresses`, whole pages. A private mapping of a file is copied there, page by page, as
 /// if the process had written to it. No byte changes, whatever the process does meanwhile: the kernel makes a page ready to

@@ -14,7 +14,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::packages::{as_root, codename, debian_sources, feed, update};
+use crate::packages::{as_root, codename, debian_sources, feed, with_lists};
 use crate::{Result, cache, cargo, output, root, run, say};
 
 /// Sizes of the images' disks: about 0.5 and 1 GiB of files, the rest is free.
@@ -85,12 +85,7 @@ pub fn ensure_kernel(directory: &Path, package: &str, wanted: &str) -> Result<Pa
     fs::create_dir_all(work.join("modules"))?;
     // apt drops its privileges for a download; the directory has to let it in.
     fs::set_permissions(&work, fs::Permissions::from_mode(0o777))?;
-    debian_sources()?;
-    if download_kernel(&work, package).is_err() {
-        // The lists name a version that is no longer there.
-        update()?;
-        download_kernel(&work, package)?;
-    }
+    with_lists(|| download_kernel(&work, package))?;
     let archive = fs::read_dir(&work)?
         .flatten()
         .map(|entry| entry.path())

@@ -72,6 +72,18 @@ pub fn update() -> Result<()> {
     run(as_root("apt-get").args(["-q", "update"]).stdout(std::io::stderr()))
 }
 
+/// Does what asks apt for a package; once more with new lists when it fails, since they may name a version that is no longer
+/// there.
+pub fn with_lists(ask: impl Fn() -> Result<()>) -> Result<()> {
+    // Without lists apt knows no package at all.
+    debian_sources()?;
+    if ask().is_ok() {
+        return Ok(());
+    }
+    update()?;
+    ask()
+}
+
 /// This machine's Debian sources as lines of a `sources.list`, so that no registry's name stands here.
 pub fn debian_sources() -> Result<String> {
     let list = || -> Result<String> {

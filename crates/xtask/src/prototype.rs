@@ -39,14 +39,8 @@ pub fn ensure() -> Result<()> {
     for directory in [&fresh, &done] {
         let _ = fs::remove_dir_all(directory);
     }
-    let make = || run(Command::new("bash").arg(&recipe).arg(&fresh).stdout(std::io::stderr()));
-    // It asks apt for a kernel, and apt knows none without its lists.
-    packages::debian_sources()?;
-    if make().is_err() {
-        // The lists name a version that is no longer there.
-        packages::update()?;
-        make()?;
-    }
+    // It asks apt for a kernel.
+    packages::with_lists(|| run(Command::new("bash").arg(&recipe).arg(&fresh).stdout(std::io::stderr())))?;
     // It boots with our kernel, which Firecracker 1.16 wants unpacked: the modules have to be that kernel's.
     if fs::read(fresh.join("vmlinuz"))? != kernel {
         say(

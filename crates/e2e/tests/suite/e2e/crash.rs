@@ -78,7 +78,7 @@ async fn a_server_that_is_told_to_stop_while_it_starts_leaves_nothing() {
     for _ in 0..5 {
         server.launch(&["--waiting-vmms", "0", "--no-auto-bake"]);
         let started = Instant::now();
-        // To look at every process takes a while: nothing else has to pass it.
+        // Each look is at every process: a pause between two of them could miss the start.
         while server.helpers().is_empty() {
             assert!(started.elapsed() < CLEAR, "no helper after {CLEAR:?}");
         }
@@ -87,6 +87,7 @@ async fn a_server_that_is_told_to_stop_while_it_starts_leaves_nothing() {
         server.terminate().await;
         assert_eq!(server.helpers(), BTreeSet::new(), "{}", server.log());
     }
+    println!("told before it was ready {early} times of 5");
     assert!(early > 0, "it was never told before it was ready");
     server.start(&["--waiting-vmms", "0", "--no-auto-bake"]).await;
     server.stop().await;

@@ -123,7 +123,7 @@ async fn fifty_pauses_keep_memory_files_processes_and_time() {
     server.settle().await;
     let after = client.node().await.expect("a node").disk_free_mb;
     println!(
-        "50 pauses: no clock more than {worst_clock:.3} s before the question or after the answer, stood still at most {worst_pause:.0} ms, {} MiB more of the disk",
+        "50 pauses: clocks outside of the asking by at most {worst_clock:.3} s, stood still at most {worst_pause:.0} ms, {} MiB more of the disk",
         free.saturating_sub(after)
     );
     assert!(worst_clock < 1.0, "{worst_clock}");

@@ -70,7 +70,7 @@ async fn two_hundred_machines_share_nothing_and_leave_nothing() {
     }
     let worst = seen.iter().map(|one| one.clock_error).fold(0.0, f64::max);
     println!(
-        "{COUNT} machines, {AT_ONCE} at once: all distinct, no clock more than {worst:.3} s before the question or after the answer"
+        "{COUNT} machines, {AT_ONCE} at once: all distinct, clocks outside of the asking by at most {worst:.3} s"
     );
     assert!(worst < 1.0, "a clock is {worst} s off");
 
