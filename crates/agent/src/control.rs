@@ -10,89 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kelvin_api::guest::{self, Activation, Reply, Request, Wake};
+use kelvin_api::id::VmId;
 use rustix::time::{ClockId, Timespec};
 
+use crate::activation::Kept;
+use crate::identity::Identity;
 use crate::network::Hardware;
 use crate::state::State;
 use crate::{hooks, port, services, vsock};
-
-/// Files that hold the machine's identity; `/etc` has links to them, so that activation writes memory
-/// and not the disk.
-const RUN: &str = "/run/kelvin";
-/// `/etc/hosts` up to the machine's own name.
-const HOSTS: &[u8] = b"127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 ";
-
-/// A file in memory, mapped before the snapshot: to write it is to copy bytes, with no system call and no
-/// kernel code that an emulator would have to translate first (6 to 13 ms for one `write`, measured).
-struct IdentityFile {
-    file: File,
-    bytes: *mut u8,
-    length: usize,
-}
-
-// SAFETY: the mapping belongs to this struct alone and lives as long as the process.
-#[allow(unsafe_code)]
-unsafe impl Send for IdentityFile {}
-
-/// Room for each identity file, in bytes: one page.
-const ROOM: usize = 4096;
-
-impl IdentityFile {
-    /// Makes the file with `length` bytes of space in it: what a usual content has. `keep` leaves what a former
-    /// agent wrote.
-    #[allow(unsafe_code)]
-    fn create(name: &str, length: usize, keep: bool) -> io::Result<Self> {
-        use rustix::mm::{MapFlags, ProtFlags, mmap};
-        let path = format!("{RUN}/{name}");
-        let file = File::options().create(true).truncate(!keep).read(true).write(true).open(path)?;
-        let length = match file.metadata()?.len() {
-            kept @ 1.. if keep => usize::try_from(kept).map_err(io::Error::other)?.min(ROOM),
-            _ => length,
-        };
-        file.set_len(length as u64)?;
-        // SAFETY: a new mapping at an address of the kernel's choice; the file has a page behind it as long
-        // as its length is not zero, which `set` keeps.
-        let bytes = unsafe {
-            mmap(std::ptr::null_mut(), ROOM, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0)?
-        };
-        let mut made = Self { file, bytes: bytes.cast(), length };
-        // Touched now: the page is there, writable, before the snapshot.
-        if !keep {
-            made.set(&vec![b'\n'; length])?;
-        }
-        Ok(made)
-    }
-
-    /// Replaces the content. Only a length that differs from the last one costs a system call.
-    #[allow(unsafe_code)]
-    fn set(&mut self, content: &[u8]) -> io::Result<()> {
-        if content.is_empty() || content.len() > ROOM {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "an identity file has 1 to 4096 bytes"));
-        }
-        if content.len() != self.length {
-            self.file.set_len(content.len() as u64)?;
-            self.length = content.len();
-        }
-        // SAFETY: the mapping has `ROOM` bytes, which `content` fits into, and its page exists because the
-        // file is not empty; nobody else in this process reads or writes it.
-        unsafe { std::ptr::copy_nonoverlapping(content.as_ptr(), self.bytes, content.len()) };
-        Ok(())
-    }
-}
-
-/// Whether an agent of this machine was activated before this one: the identity is there.
-fn was_activated() -> bool {
-    std::fs::read(format!("{RUN}/machine-id")).is_ok_and(|id| id.iter().any(|byte| *byte != b'\n'))
-}
-
-fn hex(bytes: [u8; 16]) -> [u8; 33] {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let mut text = [b'\n'; 33];
-    for (pair, byte) in text.chunks_exact_mut(2).zip(bytes) {
-        pair.copy_from_slice(&[DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
-    }
-    text
-}
 
 /// The control port, of the kind that this machine has.
 pub enum Channel {
@@ -147,10 +72,9 @@ pub struct Control {
     state: Arc<State>,
     channel: Channel,
     random: File,
-    hostname: IdentityFile,
-    machine_id: IdentityFile,
-    boot_id: IdentityFile,
-    hosts: IdentityFile,
+    identity: Identity,
+    /// The last activation, for the agent after this one.
+    kept: Kept,
     hardware: Hardware,
     /// What the link has, when it was set here.
     mac: [u8; 6],
@@ -173,41 +97,40 @@ impl Control {
     /// # Errors
     /// When the port or one of the files cannot be opened.
     pub fn open(state: Arc<State>, channel: Channel) -> io::Result<Self> {
-        std::fs::create_dir_all(RUN)?;
-        let random = File::options().read(true).write(true).open("/dev/urandom")?;
-        let again = was_activated();
-        if again {
-            // A former agent of this machine has crashed, and the sandbox's token with it. Nobody is let in
-            // until the node activates again: a token that nobody knows, not none.
-            let mut secret = [0; 16];
-            (&random).read_exact(&mut secret)?;
-            state.settings().access_token = String::from_utf8_lossy(&hex(secret)).trim_end().to_owned();
+        let random = open_random()?;
+        let kept = Kept::open()?;
+        let another = kept.arrive() > 0;
+        // An agent before this one has crashed, or was killed: the machine is who it was.
+        let former = kept.get();
+        match &former {
+            Some(activation) => state.become_sandbox(activation.clone()),
+            // Torn in the middle of an activation: nobody is let in until the node activates again. A token that
+            // nobody knows, not none.
+            None if another => state.settings().access_token = VmId::random().to_string(),
+            None => {}
         }
-        let boot_id = IdentityFile::create("boot-id", 37, again)?;
-        if !again {
-            // The kernel's own is made once for each boot, and a snapshot has one boot.
-            rustix::mount::mount_bind(format!("{RUN}/boot-id"), BOOT_ID)?;
-        }
+        let identity = Identity::open(
+            former.as_ref().map(|former| (former.hostname.as_str(), former.machine_id, former.boot_id)),
+        )?;
+        let mac = former.as_ref().map_or([0; 6], |former| former.mac);
         Ok(Self {
             state,
             channel,
             random,
-            boot_id,
+            identity,
+            kept,
             hardware: Hardware::open()?,
-            mac: [0; 6],
+            mac,
             frozen: Arc::default(),
-            tell: again || hooks::exist(),
-            hostname: IdentityFile::create("hostname", 21, again)?,
-            machine_id: IdentityFile::create("machine-id", 33, again)?,
-            hosts: IdentityFile::create("hosts", HOSTS.len() + 21, again)?,
+            tell: another || hooks::exist(),
             problems: std::env::var(crate::init::PROBLEMS).unwrap_or_default(),
-            another: again,
-            ready: again,
+            another,
+            ready: former.is_some(),
             renewed: false,
         })
     }
 
-    /// Whether another agent of this machine was activated before this one.
+    /// Whether there was another agent of this machine before this one.
     pub fn is_another(&self) -> bool {
         self.another
     }
@@ -223,7 +146,14 @@ impl Control {
             }
             let started = Instant::now();
             let (id, reply) = match Request::decode(&frame) {
-                Ok((id, request)) => (id, self.answer(request, started)),
+                Ok((id, request)) => {
+                    let becomes = matches!(request, Request::Activate(_));
+                    let reply = self.answer(request, started);
+                    if becomes && matches!(reply, Reply::Done { .. }) {
+                        self.kept.put(&frame);
+                    }
+                    (id, reply)
+                }
                 Err(error) => (0, Reply::Failed(error.to_string())),
             };
             if let Ok(bytes) = reply.encode(id) {
@@ -263,10 +193,14 @@ impl Control {
             }
             Request::Activate(activation) => self.activate(activation),
             Request::Quiesce => {
+                self.identity.check();
                 rustix::fs::sync();
                 Ok(())
             }
-            Request::Freeze => self.freeze(),
+            Request::Freeze => {
+                self.identity.check();
+                self.freeze()
+            }
             Request::Wake(wake) => self.wake(&wake),
         };
         match result {
@@ -287,21 +221,12 @@ impl Control {
         thaw(&self.frozen, None);
         self.state.end_http(AT_REST);
         reseed(&self.random, &activation.entropy)?;
-        rustix::system::sethostname(activation.hostname.as_bytes())?;
-        let line = [activation.hostname.as_bytes(), b"\n"].concat();
-        self.hostname.set(&line)?;
-        self.machine_id.set(&hex(activation.machine_id))?;
-        self.boot_id.set(&uuid(activation.boot_id))?;
+        self.identity.set(&activation.hostname, activation.machine_id, activation.boot_id)?;
         if activation.mac != [0; 6] && activation.mac != self.mac {
             self.hardware.set(activation.mac)?;
             self.mac = activation.mac;
         }
-        self.hosts.set(&[HOSTS, &line].concat())?;
-        let mut settings = self.state.settings();
-        settings.sandbox_id = activation.sandbox_id;
-        settings.template = activation.template;
-        settings.env_vars = activation.env_vars;
-        settings.access_token = activation.access_token;
+        self.state.become_sandbox(activation);
         self.renewed = self.tell;
         // Whatever follows finds programs that ran as who this machine is now.
         self.tell = true;
@@ -344,8 +269,6 @@ impl Control {
 const FROZEN: Duration = Duration::from_secs(20);
 /// How long the HTTP port may take to notice that its connection is another machine's.
 const AT_REST: Duration = Duration::from_secs(5);
-/// Where the kernel shows its boot-id.
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Source: Linux `linux/fs.h`.
 const FIFREEZE: libc::Ioctl = 0xc004_5877_u32 as libc::Ioctl;
 const FITHAW: libc::Ioctl = 0xc004_5878_u32 as libc::Ioctl;
@@ -378,17 +301,30 @@ fn set_clock(wall_clock_ns: u64) -> io::Result<()> {
     Ok(rustix::time::clock_settime(ClockId::Realtime, Timespec { tv_sec: seconds, tv_nsec: nanos })?)
 }
 
-/// A random UUID as the kernel writes one, with the end of its line. Source: RFC 9562, 5.4.
-fn uuid(mut bytes: [u8; 16]) -> [u8; 37] {
-    bytes[6] = bytes[6] & 0x0f | 0x40;
-    bytes[8] = bytes[8] & 0x3f | 0x80;
-    let digits = hex(bytes);
-    let mut text = [b'-'; 37];
-    for (to, from) in [(0..8, 0..8), (9..13, 8..12), (14..18, 12..16), (19..23, 16..20), (24..36, 20..32)] {
-        text[to].copy_from_slice(&digits[from]);
-    }
-    text[36] = b'\n';
-    text
+/// The kernel's generator, whatever has become of its node in `/dev`.
+fn open_random() -> io::Result<File> {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+    // Source: Linux, Documentation/admin-guide/devices.txt.
+    let urandom = rustix::fs::makedev(1, 9);
+    let open = |path: &str| {
+        let file = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+        let found = file.metadata()?;
+        match found.file_type().is_char_device() && found.rdev() == urandom {
+            true => Ok(file),
+            false => Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("{path} is not the kernel's generator"),
+            )),
+        }
+    };
+    open("/dev/urandom").or_else(|_| {
+        let own = format!("/dev/.kelvin-{}", VmId::random());
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, &own, rustix::fs::FileType::CharacterDevice, mode, urandom)?;
+        let opened = open(&own);
+        let _ = std::fs::remove_file(&own);
+        opened
+    })
 }
 
 /// Mixes `entropy` into the kernel's pool, credits it, and makes the generator use it at once, so that
@@ -412,22 +348,4 @@ fn reseed(random: &File, entropy: &[u8; 64]) -> io::Result<()> {
             && libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) == 0
     };
     if done { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_boot_id_is_a_random_uuid() {
-        let bytes = std::array::from_fn(|index| index as u8 * 17);
-        assert_eq!(&uuid(bytes), b"00112233-4455-4677-8899-aabbccddeeff\n");
-    }
-
-    #[test]
-    fn a_machine_id_is_a_line_of_hexadecimal() {
-        let mut bytes = [0; 16];
-        (bytes[0], bytes[15]) = (0xab, 0x01);
-        assert_eq!(&hex(bytes), b"ab000000000000000000000000000001\n");
-    }
 }

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use tokio::fs::File;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncSeekExt, AsyncWriteExt, BufReader};
 use tokio_util::io::{ReaderStream, StreamReader};
 
+use crate::fault::{FILE_SYSTEM, Fault, blocking};
 use crate::filesystem::{clean, make_dirs};
 use crate::http::{Body, error, json};
 use crate::metadata;
@@ -99,37 +101,29 @@ fn no_path() -> Box<Reply> {
 }
 
 fn failed(path: &Path, problem: &io::Error) -> Reply {
-    let (status, text) = match problem.kind() {
-        io::ErrorKind::NotFound => {
-            (StatusCode::NOT_FOUND, format!("path '{}' does not exist", path.display()))
+    let fault = Fault::of(problem);
+    let text = match (fault, problem.kind()) {
+        (Fault::NotFound, _) => format!("path '{}' does not exist", path.display()),
+        (_, io::ErrorKind::IsADirectory) => format!("path '{}' is a directory", path.display()),
+        (_, io::ErrorKind::NotADirectory) => format!("a parent of '{}' is not a directory", path.display()),
+        (_, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+            "not enough disk space available".to_owned()
         }
-        io::ErrorKind::IsADirectory => {
-            (StatusCode::BAD_REQUEST, format!("path '{}' is a directory", path.display()))
-        }
-        io::ErrorKind::NotADirectory => {
-            (StatusCode::BAD_REQUEST, format!("a parent of '{}' is not a directory", path.display()))
-        }
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            (StatusCode::INSUFFICIENT_STORAGE, "not enough disk space available".to_owned())
-        }
-        io::ErrorKind::TimedOut => {
-            (StatusCode::REQUEST_TIMEOUT, format!("'{}': the body stood still", path.display()))
-        }
-        io::ErrorKind::InvalidFilename
-        | io::ErrorKind::InvalidInput
-        | io::ErrorKind::InvalidData
-        | io::ErrorKind::UnexpectedEof => {
-            (StatusCode::BAD_REQUEST, format!("'{}': {problem}", path.display()))
-        }
-        _ => (StatusCode::INTERNAL_SERVER_ERROR, format!("'{}': {problem}", path.display())),
+        _ => format!("'{}': {problem}", path.display()),
     };
-    error(status, &text)
+    let stood_still = problem.get_ref().is_some_and(|inner| inner.is::<StoodStill>());
+    error(if stood_still { StatusCode::REQUEST_TIMEOUT } else { fault.status() }, &text)
 }
 
+/// A caller's body that does not come.
+#[derive(Debug, thiserror::Error)]
+#[error("the body stood still")]
+struct StoodStill;
+
 /// Opens what can be read or written without waiting for somebody: a FIFO or a device would.
-async fn open(path: &Path, options: &mut tokio::fs::OpenOptions) -> io::Result<(File, u64)> {
-    let file = options.custom_flags(libc::O_NONBLOCK).open(path).await?;
-    let found = file.metadata().await?;
+fn open(path: &Path, options: &mut std::fs::OpenOptions) -> io::Result<(std::fs::File, u64)> {
+    let file = options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    let found = file.metadata()?;
     if found.is_dir() {
         return Err(io::ErrorKind::IsADirectory.into());
     }
@@ -137,6 +131,65 @@ async fn open(path: &Path, options: &mut tokio::fs::OpenOptions) -> io::Result<(
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
     }
     Ok((file, found.len()))
+}
+
+/// File systems of the kernel's own, whose files are made as they are read: what they say of their length is not so.
+/// Source: Linux, `include/uapi/linux/magic.h`.
+const MADE_AS_READ: [u64; 12] = [
+    0x9fa0,      // proc
+    0x6265_6572, // sysfs
+    0x6367_7270, // cgroup2
+    0x0027_e0eb, // cgroup
+    0x6462_6720, // debugfs
+    0x7472_6163, // tracefs
+    0x7363_6673, // securityfs
+    0xcafe_4a11, // bpf
+    0xde5e_81e4, // efivarfs
+    0x6265_6570, // configfs
+    0x6165_676c, // pstore
+    0xf97c_ff8c, // selinux
+];
+
+/// A file to be downloaded, with its first bytes.
+struct Opened {
+    file: std::fs::File,
+    first: Vec<u8>,
+    /// Its length; none when that is known at its end only.
+    size: Option<u64>,
+}
+
+impl Opened {
+    fn at(path: &Path) -> io::Result<Self> {
+        let (mut file, size) = open(path, std::fs::File::options().read(true))?;
+        let mut first = vec![0; CHUNK];
+        let mut filled = 0;
+        // To the end of the chunk or of the file: what cannot be read is an error here, not in the middle of a reply.
+        let at_end = loop {
+            match io::Read::read(&mut file, &mut first[filled..]) {
+                Ok(0) => break filled < first.len(),
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // A file of the kernel's that would have to be waited for, or that fails once it was read.
+                Err(_) if filled > 0 => break true,
+                Err(error) => return Err(error),
+            }
+        };
+        first.truncate(filled);
+        let made_as_read =
+            || rustix::fs::fstatfs(&file).is_ok_and(|found| MADE_AS_READ.contains(&(found.f_type as u64)));
+        let size = match at_end {
+            // All of it is here: whatever was said of its length.
+            true => Some(filled as u64),
+            false if size < filled as u64 || made_as_read() => None,
+            false => Some(size),
+        };
+        Ok(Self { file, first, size })
+    }
+
+    /// All of it.
+    fn content(self) -> impl AsyncRead + Send + Unpin + 'static {
+        std::io::Cursor::new(self.first).chain(File::from_std(self.file))
+    }
 }
 
 /// `GET /files`.
@@ -151,7 +204,8 @@ pub async fn download(state: &Arc<State>, request: &Request<Incoming>) -> Reply 
             "no acceptable encoding found, supported: [identity, gzip]",
         );
     };
-    let (file, size) = match open(&path, tokio::fs::OpenOptions::new().read(true)).await {
+    let at = path.clone();
+    let opened = match blocking(move || Opened::at(&at)).await {
         Ok(opened) => opened,
         Err(problem) => return failed(&path, &problem),
     };
@@ -163,17 +217,20 @@ pub async fn download(state: &Arc<State>, request: &Request<Incoming>) -> Reply 
         .header("accept-ranges", "bytes")
         .header(VARY, "accept-encoding")
         .header(CONTENT_DISPOSITION, format!("inline; filename=\"{name}\""));
-    let made = if size == 0 {
-        // Files of /proc say 0 and have content: what there is goes out, its length unknown.
-        reply.body(stream(file))
-    } else if coding == Coding::Gzip && !request.headers().contains_key(RANGE) {
-        let packed = GzipEncoder::with_quality(BufReader::with_capacity(CHUNK, file), Level::Fastest);
-        reply.header(CONTENT_ENCODING, "gzip").body(stream(packed))
-    } else {
-        match part(reply, file, size, request.headers()).await {
+    let packs = coding == Coding::Gzip && !request.headers().contains_key(RANGE);
+    let made = match opened.size {
+        Some(size) if size > 0 && !packs => match part(reply, opened, size, request.headers()).await {
             Ok(made) => made,
             Err(problem) => return failed(&path, &problem),
+        },
+        Some(1..) if packs => {
+            let packed =
+                GzipEncoder::with_quality(BufReader::with_capacity(CHUNK, opened.content()), Level::Fastest);
+            reply.header(CONTENT_ENCODING, "gzip").body(stream(packed))
         }
+        Some(_) => reply.header(CONTENT_LENGTH, 0).body(stream(tokio::io::empty())),
+        // What there is goes out, its length unknown.
+        None => reply.body(stream(opened.content())),
     };
     made.unwrap_or_else(|problem| error(StatusCode::INTERNAL_SERVER_ERROR, &problem.to_string()))
 }
@@ -185,7 +242,7 @@ fn stream(content: impl AsyncRead + Send + 'static) -> Body {
 /// The body of a download whose length is known: all of it, or the range that is asked for.
 async fn part(
     mut reply: http::response::Builder,
-    mut file: File,
+    opened: Opened,
     size: u64,
     headers: &HeaderMap,
 ) -> io::Result<Result<Reply, http::Error>> {
@@ -205,13 +262,24 @@ async fn part(
             return Ok(Ok(reply));
         }
     };
-    file.seek(SeekFrom::Start(start)).await?;
-    let body = futures::stream::try_unfold((file, length), |(mut file, left)| async move {
+    let has = opened.first.len() as u64;
+    let content: Content = if start + length <= has {
+        let from = usize::try_from(start).map_err(io::Error::other)?;
+        Box::pin(std::io::Cursor::new(opened.first[from..].to_vec()))
+    } else if start == 0 {
+        Box::pin(opened.content())
+    } else {
+        let mut file = File::from_std(opened.file);
+        file.seek(SeekFrom::Start(start)).await?;
+        Box::pin(file)
+    };
+    let body = futures::stream::try_unfold((content, length), |(mut file, left)| async move {
         if left == 0 {
             return Ok(None);
         }
         let mut buffer = vec![0; CHUNK.min(usize::try_from(left).unwrap_or(CHUNK))];
-        match file.read(&mut buffer).await? {
+        let read = tokio::time::timeout(FILE_SYSTEM, file.read(&mut buffer)).await;
+        match read.unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into()))? {
             // Shorter than it was: cut the stream, so that nobody takes a part for the whole.
             0 => Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
             count => {
@@ -315,7 +383,7 @@ fn impatient(
     futures::stream::try_unfold(Box::pin(frames), |mut frames| async move {
         match tokio::time::timeout(IDLE, frames.try_next()).await {
             Ok(next) => Ok(next?.map(|bytes| (bytes, frames))),
-            Err(_elapsed) => Err(io::ErrorKind::TimedOut.into()),
+            Err(_elapsed) => Err(io::Error::new(io::ErrorKind::TimedOut, StoodStill)),
         }
     })
 }
@@ -479,18 +547,25 @@ impl Written {
 
 /// Creates or empties the file at `path`; who makes it new owns it.
 async fn create(path: &Path, user: &User) -> io::Result<File> {
-    if let Some(parent) = path.parent() {
-        make_dirs(parent, user)?;
-    }
-    let new = !path.exists();
-    let (file, size) =
-        open(path, tokio::fs::OpenOptions::new().write(true).create(true).truncate(false)).await?;
-    if new {
-        std::os::unix::fs::fchown(&file, Some(user.uid), Some(user.gid))?;
-    } else if size > 0 {
-        file.set_len(0).await?;
-    }
-    Ok(file)
+    let (path, user) = (path.to_owned(), user.clone());
+    let made = blocking(move || {
+        if let Some(parent) = path.parent() {
+            make_dirs(parent, &user)?;
+        }
+        let new = !path.exists();
+        let (file, size) = open(&path, std::fs::File::options().write(true).create(true).truncate(false))?;
+        if new {
+            std::os::unix::fs::fchown(&file, Some(user.uid), Some(user.gid))?;
+        } else if size > 0 {
+            match file.set_len(0) {
+                // Files of the kernel's have a length and cannot be cut.
+                Err(error) if error.raw_os_error() != Some(libc::EINVAL) => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(file)
+    });
+    Ok(File::from_std(made.await?))
 }
 
 async fn write(
@@ -509,10 +584,11 @@ async fn write(
             }
         }
         file.flush().await?;
-        metadata::replace(&path, attributes)
+        let (path, attributes) = (path.clone(), attributes.to_vec());
+        blocking(move || metadata::replace(&path, &attributes).map(|()| Written::at(&path))).await
     };
     match result.await {
-        Ok(()) => Ok(Written::at(&path)),
+        Ok(written) => Ok(written),
         Err(problem) => Err(Box::new(failed(&path, &problem))),
     }
 }
@@ -554,8 +630,9 @@ async fn join(sources: &[PathBuf], destination: &Path, user: &User) -> Result<()
     let at = |path: &Path, problem: &io::Error| Box::new(failed(path, problem));
     let mut inputs = Vec::new();
     for path in sources {
-        let opened = open(path, tokio::fs::OpenOptions::new().read(true)).await;
-        inputs.push(opened.map_err(|problem| at(path, &problem))?.0);
+        let own = path.clone();
+        let opened = blocking(move || open(&own, std::fs::File::options().read(true))).await;
+        inputs.push(File::from_std(opened.map_err(|problem| at(path, &problem))?.0));
     }
     if destination.is_dir() {
         return Err(at(destination, &io::ErrorKind::IsADirectory.into()));

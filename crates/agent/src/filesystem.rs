@@ -16,6 +16,7 @@ use kelvin_api::envd::filesystem::{
     StatResponse, WatchDirRequest, WatchDirResponse,
 };
 
+use crate::fault::{Fault, blocking, typed};
 use crate::process::keepalive;
 use crate::state::State;
 use crate::users::{User, group_name, user_name};
@@ -32,21 +33,25 @@ pub struct Files {
 
 /// What the caller is told of an error at `path`.
 pub fn failed(path: &Path, error: &io::Error) -> ConnectError {
-    let text = match error.kind() {
-        io::ErrorKind::NotFound => {
-            return ConnectError::not_found(format!("path '{}' does not exist", path.display()));
-        }
-        io::ErrorKind::AlreadyExists => {
-            return ConnectError::already_exists(format!("path '{}' exists already", path.display()));
-        }
-        io::ErrorKind::NotADirectory => format!("path '{}' is not a directory", path.display()),
-        _ => format!("path '{}': {error}", path.display()),
-    };
-    if error.kind() == io::ErrorKind::NotADirectory || error.raw_os_error() == Some(libc::ENAMETOOLONG) {
-        ConnectError::invalid_argument(text)
-    } else {
-        ConnectError::internal(text)
-    }
+    let path = path.display();
+    typed(
+        error,
+        match Fault::of(error) {
+            Fault::NotFound => format!("path '{path}' does not exist"),
+            Fault::Exists => format!("path '{path}' exists already"),
+            _ if error.kind() == io::ErrorKind::NotADirectory => format!("path '{path}' is not a directory"),
+            _ => format!("path '{path}': {error}"),
+        },
+    )
+}
+
+/// Does `work` where it may wait for a file system; an error is one of `path`.
+async fn at<T: Send + 'static>(
+    path: &Path,
+    work: impl FnOnce(&Path) -> Result<T, ConnectError> + Send + 'static,
+) -> Result<T, ConnectError> {
+    let own = path.to_owned();
+    blocking(move || Ok(work(&own))).await.unwrap_or_else(|error| Err(failed(path, &error)))
 }
 
 /// `path` without `.` and `..`, as text: it is shown, not opened.
@@ -136,8 +141,12 @@ pub fn make_dirs(path: &Path, user: &User) -> io::Result<()> {
         }
     }
     for directory in missing.into_iter().rev() {
-        std::fs::create_dir(directory)?;
-        std::os::unix::fs::chown(directory, Some(user.uid), Some(user.gid))?;
+        match std::fs::create_dir(directory) {
+            Ok(()) => std::os::unix::fs::chown(directory, Some(user.uid), Some(user.gid))?,
+            // Somebody else has made it since.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && directory.is_dir() => {}
+            Err(error) => return Err(error),
+        }
     }
     Ok(())
 }
@@ -189,7 +198,7 @@ impl Filesystem for Files {
         request: ServiceRequest<'_, StatRequest>,
     ) -> ServiceResult<StatResponse> {
         let (_, path) = self.path(&ctx, request.path)?;
-        let mut entry = entry(&path).map_err(|error| failed(&path, &error))?;
+        let mut entry = at(&path, |path| entry(path).map_err(|error| failed(path, &error))).await?;
         // A Stat follows the link. Source: `../shared/specs/e2b.md`, "Files"; clients show what has the flag as a link.
         entry.is_symlink = false;
         Response::ok(StatResponse { entry: entry.into(), ..Default::default() })
@@ -201,15 +210,17 @@ impl Filesystem for Files {
         request: ServiceRequest<'_, ListDirRequest>,
     ) -> ServiceResult<ListDirResponse> {
         let (_, path) = self.path(&ctx, request.path)?;
-        let found = std::fs::metadata(&path).map_err(|error| failed(&path, &error))?;
-        if !found.is_dir() {
-            return Err(ConnectError::invalid_argument(format!(
-                "path '{}' is not a directory",
-                path.display()
-            )));
-        }
-        let mut entries = Vec::new();
-        list(&path, request.depth.max(1), &mut entries)?;
+        let depth = request.depth.max(1);
+        let entries = at(&path, move |path| {
+            let found = std::fs::metadata(path).map_err(|error| failed(path, &error))?;
+            if !found.is_dir() {
+                return Err(failed(path, &io::ErrorKind::NotADirectory.into()));
+            }
+            let mut entries = Vec::new();
+            list(path, depth, &mut entries)?;
+            Ok(entries)
+        })
+        .await?;
         Response::ok(ListDirResponse { entries, ..Default::default() })
     }
 
@@ -219,11 +230,21 @@ impl Filesystem for Files {
         request: ServiceRequest<'_, MakeDirRequest>,
     ) -> ServiceResult<MakeDirResponse> {
         let (user, path) = self.path(&ctx, request.path)?;
-        if path.exists() {
-            return Err(ConnectError::already_exists(format!("path '{}' exists already", path.display())));
-        }
-        make_dirs(&path, &user).map_err(|error| failed(&path, &error))?;
-        let entry = entry(&path).map_err(|error| failed(&path, &error))?;
+        let entry = at(&path, move |path| {
+            match std::fs::metadata(path) {
+                Ok(found) if found.is_dir() => {
+                    return Err(failed(path, &io::ErrorKind::AlreadyExists.into()));
+                }
+                // As envd says it.
+                Ok(_) => {
+                    let text = format!("path '{}' exists already but it is not a directory", path.display());
+                    return Err(ConnectError::invalid_argument(text));
+                }
+                Err(_) => {}
+            }
+            make_dirs(path, &user).and_then(|()| entry(path)).map_err(|error| failed(path, &error))
+        })
+        .await?;
         Response::ok(MakeDirResponse { entry: entry.into(), ..Default::default() })
     }
 
@@ -234,11 +255,24 @@ impl Filesystem for Files {
     ) -> ServiceResult<MoveResponse> {
         let (user, source) = self.path(&ctx, request.source)?;
         let (_, destination) = self.path(&ctx, request.destination)?;
-        if let Some(parent) = destination.parent() {
-            make_dirs(parent, &user).map_err(|error| failed(parent, &error))?;
-        }
-        std::fs::rename(&source, &destination).map_err(|error| failed(&source, &error))?;
-        let entry = entry(&destination).map_err(|error| failed(&destination, &error))?;
+        let entry = at(&source, move |source| {
+            // What is missing is told of the source, and no folder is made for it.
+            std::fs::symlink_metadata(source).map_err(|error| failed(source, &error))?;
+            if let Some(parent) = destination.parent() {
+                make_dirs(parent, &user).map_err(|error| failed(parent, &error))?;
+            }
+            std::fs::rename(source, &destination).map_err(|error| match error.kind() {
+                io::ErrorKind::CrossesDevices => {
+                    let (source, destination) = (source.display(), destination.display());
+                    let text = format!("'{source}' and '{destination}' are on different file systems: copy it, then remove it");
+                    typed(&error, text)
+                }
+                io::ErrorKind::NotFound => failed(source, &error),
+                _ => failed(&destination, &error),
+            })?;
+            entry(&destination).map_err(|error| failed(&destination, &error))
+        })
+        .await?;
         Response::ok(MoveResponse { entry: entry.into(), ..Default::default() })
     }
 
@@ -248,15 +282,19 @@ impl Filesystem for Files {
         request: ServiceRequest<'_, RemoveRequest>,
     ) -> ServiceResult<RemoveResponse> {
         let (_, path) = self.path(&ctx, request.path)?;
-        let removed = match std::fs::symlink_metadata(&path) {
-            Ok(found) if found.is_dir() => std::fs::remove_dir_all(&path),
-            Ok(_) => std::fs::remove_file(&path),
-            Err(error) => Err(error),
-        };
-        match removed {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(&path, &error)),
-            _ => Response::ok(RemoveResponse::default()),
-        }
+        at(&path, |path| {
+            let removed = match std::fs::symlink_metadata(path) {
+                Ok(found) if found.is_dir() => std::fs::remove_dir_all(path),
+                Ok(_) => std::fs::remove_file(path),
+                Err(error) => Err(error),
+            };
+            match removed {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(path, &error)),
+                _ => Ok(()),
+            }
+        })
+        .await?;
+        Response::ok(RemoveResponse::default())
     }
 
     async fn watch_dir(
@@ -265,7 +303,8 @@ impl Filesystem for Files {
         request: ServiceRequest<'_, WatchDirRequest>,
     ) -> ServiceResult<ServiceStream<WatchDirResponse>> {
         let (_, root) = self.path(&ctx, request.path)?;
-        local(&root, request.allow_network_mounts)?;
+        let allowed = request.allow_network_mounts;
+        at(&root, move |root| local(root, allowed)).await?;
         let (recursive, include_entry) = (request.recursive, request.include_entry);
         let watch = self.watches.open(Wanted { root, recursive, include_entry })?;
         let start = WatchDirResponse { event: Some(Told::Start(Box::default())), ..Default::default() };
@@ -278,7 +317,8 @@ impl Filesystem for Files {
         request: ServiceRequest<'_, CreateWatcherRequest>,
     ) -> ServiceResult<CreateWatcherResponse> {
         let (_, root) = self.path(&ctx, request.path)?;
-        local(&root, request.allow_network_mounts)?;
+        let allowed = request.allow_network_mounts;
+        at(&root, move |root| local(root, allowed)).await?;
         let (recursive, include_entry) = (request.recursive, request.include_entry);
         let watcher_id = self.watches.create(Wanted { root, recursive, include_entry })?;
         Response::ok(CreateWatcherResponse { watcher_id, ..Default::default() })

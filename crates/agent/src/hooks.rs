@@ -8,9 +8,10 @@
 //! the environment of every process. What fails is on the console; nothing waits for them.
 
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
 
+use crate::groups::Place;
+use crate::services;
 use crate::state::State;
 
 /// Where they are.
@@ -30,22 +31,24 @@ pub async fn run(state: &State) {
     };
     let mut programs: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
     programs.sort();
+    let place = Place::root();
     for program in programs {
-        let environment = state.settings().environment();
-        let started = tokio::process::Command::new(&program)
-            .env_clear()
-            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-            .envs(environment)
-            .stdin(Stdio::null())
-            .kill_on_drop(true)
-            .spawn();
-        let ended = match started {
-            Ok(mut child) => tokio::time::timeout(LIMIT, child.wait()).await,
-            Err(error) => Ok(Err(error)),
+        let environment = state.settings().environment().into_iter().collect();
+        let child = match services::start_program(&program, environment, &place, None).await {
+            Ok(child) => child,
+            Err(error) => {
+                eprintln!("agent: {}: {error}", program.display());
+                continue;
+            }
         };
-        match ended {
-            Ok(Ok(status)) if status.success() => {}
-            other => eprintln!("agent: {}: {other:?}", program.display()),
+        match tokio::time::timeout(LIMIT, child.wait()).await {
+            Ok(Ok(status)) if status.exit_status() == Some(0) => {}
+            Ok(other) => eprintln!("agent: {}: {other:?}", program.display()),
+            Err(_elapsed) => {
+                eprintln!("agent: {} is ended: it took longer than {LIMIT:?}", program.display());
+                child.kill();
+                let _ = child.wait().await;
+            }
         }
     }
 }

@@ -23,7 +23,7 @@ use crate::filesystem::Files;
 use crate::metrics::{self, CpuMeter};
 use crate::process::Processes;
 use crate::state::State;
-use crate::{files, hooks, port, services, vsock};
+use crate::{files, hooks, port, services, tunnel, vsock};
 
 /// The body of every reply.
 pub type Body = UnsyncBoxBody<Bytes, io::Error>;
@@ -33,6 +33,9 @@ const MAX_JSON: usize = 1 << 20;
 
 /// Descriptors that a process may have at the most. Source: `fs.nr_open` of Linux.
 pub const DESCRIPTORS: u64 = 1 << 20;
+
+/// Threads for what may wait for a disk, or for a file system whose server is dead. Made when they are needed.
+const BLOCKING: usize = 64;
 
 struct Agent {
     state: Arc<State>,
@@ -57,7 +60,7 @@ pub fn run() -> io::Result<()> {
     let again = control.is_another();
     std::thread::Builder::new().name("control".to_owned()).spawn(move || control.run())?;
     let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
+        tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(BLOCKING).build()?;
     runtime.block_on(serve(state, again))
 }
 
@@ -127,9 +130,8 @@ async fn serve(state: Arc<State>, again: bool) -> io::Result<()> {
     if again {
         // The host is in the middle of a conversation with an agent that is no more.
         listener.dismiss().await?;
-    } else {
-        services::start();
     }
+    services::start(again);
     let hooks = Arc::clone(&agent.state);
     tokio::spawn(async move {
         loop {
@@ -187,6 +189,7 @@ impl Agent {
             }
         }
         match (request.method(), path) {
+            (&Method::CONNECT, _) => tunnel::open(request).await,
             (&Method::GET, "/metrics") => match metrics::read(&self.meter) {
                 Ok(metrics) => json(StatusCode::OK, &metrics),
                 Err(problem) => error(StatusCode::INTERNAL_SERVER_ERROR, &problem.to_string()),

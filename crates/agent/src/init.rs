@@ -4,13 +4,14 @@
 //! failed step means is written to the console and handed to the agent, which then refuses activation
 //! with the reason: a half-made machine is never called ready.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::network;
+use crate::activation::{self, Kept};
+use crate::{groups, network};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, mount, mount_move};
@@ -40,19 +41,32 @@ pub fn run() -> ! {
     step("modules", load_modules());
     step("root disk", enter_root());
     let quiet = MountFlags::NOSUID | MountFlags::NODEV;
-    step("/dev/pts", mount_at("devpts", "/dev/pts", "devpts", MountFlags::NOSUID));
-    step("/dev/shm", mount_at("tmpfs", "/dev/shm", "tmpfs", quiet));
-    step("/run", mount_at("tmpfs", "/run", "tmpfs", quiet));
-    step("/sys/fs/cgroup", mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", quiet));
-    step("/run/lock", std::fs::create_dir_all("/run/lock"));
-    // Each watch of a directory is an instance; the kernel allows 128 of a user.
-    step("inotify", std::fs::write("/proc/sys/fs/inotify/max_user_instances", "4096"));
+    // Programs that make terminals themselves are not root, and cannot give them away.
+    step(
+        "/dev/pts",
+        mount_with("devpts", "/dev/pts", "devpts", MountFlags::NOSUID, c"gid=5,mode=620,ptmxmode=666"),
+    );
+    step("/dev/shm", mount_with("tmpfs", "/dev/shm", "tmpfs", quiet, c"mode=1777"));
+    step("/dev/mqueue", optional(mount_at("mqueue", "/dev/mqueue", "mqueue", quiet | MountFlags::NOEXEC)));
+    step("/run", mount_with("tmpfs", "/run", "tmpfs", quiet, c"mode=755,size=20%"));
+    step("/sys/fs/cgroup", mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", quiet | MountFlags::NOEXEC));
+    step("/run/lock", make_shared_dir("/run/lock"));
+    step("control groups", groups::make());
+    for (name, value) in SYSCTLS {
+        let path = format!("/proc/sys/{}", name.replace('.', "/"));
+        step(name, optional(std::fs::write(path, value)));
+    }
     step("loopback", network::loopback_up());
     step("network", network::configure());
     for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
     {
         let _ = std::os::unix::fs::symlink(target, format!("/dev/{link}"));
     }
+    let kept = Kept::create();
+    step(
+        "activation",
+        kept.as_ref().map(drop).map_err(|error| io::Error::new(error.kind(), error.to_string())),
+    );
     let problems = problems.join("; ");
     let mut agent = None;
     loop {
@@ -62,6 +76,7 @@ pub fn run() -> ! {
                 .env_clear()
                 .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
                 .env(PROBLEMS, &problems)
+                .env(activation::VARIABLE, kept.as_ref().map_or(-1, |fd| *fd).to_string())
                 .spawn();
             match started {
                 Ok(child) => agent = Some(child.id()),
@@ -87,9 +102,46 @@ pub fn run() -> ! {
     }
 }
 
+/// What developers' tools expect of a kernel and its own defaults do not give.
+const SYSCTLS: [(&str, &str); 5] = [
+    // Each watch of a directory is an instance; the kernel allows 128 of a user, and watches by its memory.
+    ("fs.inotify.max_user_instances", "4096"),
+    // What editors and bundlers ask for: a kernel of 256 MiB allows 8,192 else. Paid for by who watches.
+    ("fs.inotify.max_user_watches", "524288"),
+    // Search engines and databases map many files and refuse to start with 65,530.
+    ("vm.max_map_count", "262144"),
+    // Who may ping: everybody, as on a desktop.
+    ("net.ipv4.ping_group_range", "0 2147483647"),
+    // Sandboxes inside of the sandbox: browsers, rootless containers.
+    ("kernel.unprivileged_userns_clone", "1"),
+];
+
+/// A kernel may not have it.
+fn optional(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// A directory that everybody may write to, and where nobody may remove what is another's.
+fn make_shared_dir(path: &str) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::create_dir_all(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o1777))
+}
+
 fn mount_at(source: &str, target: &str, kind: &str, flags: MountFlags) -> io::Result<()> {
+    mount_with(source, target, kind, flags, c"")
+}
+
+fn mount_with(source: &str, target: &str, kind: &str, flags: MountFlags, options: &CStr) -> io::Result<()> {
     std::fs::create_dir_all(target)?;
-    match mount(source, target, kind, flags, None) {
+    match mount(source, target, kind, flags, options) {
         Ok(()) | Err(rustix::io::Errno::BUSY) => Ok(()),
         Err(error) => Err(error.into()),
     }

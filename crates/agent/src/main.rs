@@ -14,11 +14,16 @@
 //! nobody reads) and every way in but the two ports, which are
 //! virtio ports or vsock, as the machine has them.
 
+mod activation;
 mod control;
+mod fault;
 mod files;
 mod filesystem;
+mod groups;
+mod guest_file;
 mod hooks;
 mod http;
+mod identity;
 mod init;
 mod metadata;
 mod metrics;
@@ -27,7 +32,9 @@ mod port;
 mod process;
 mod pty;
 mod services;
+mod spawn;
 mod state;
+mod tunnel;
 mod users;
 mod vsock;
 mod watch;

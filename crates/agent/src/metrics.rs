@@ -50,7 +50,8 @@ impl CpuMeter {
             }
             None => busy as f32 / all.max(1) as f32 * 100.0,
         };
-        Ok(percent)
+        // As envd: two digits after the point.
+        Ok((percent * 100.0).round() / 100.0)
     }
 }
 

@@ -8,11 +8,13 @@
 //! A process is known from its start until its end was read; nothing is written to disk. A crash of the
 //! agent leaves the processes to init and loses the streams.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
-use std::process::{ExitStatus, Stdio};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -34,13 +36,14 @@ use kelvin_api::envd::process::{
     StreamInputRequest, StreamInputResponse, UpdateRequest, UpdateResponse, process_event,
 };
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, WaitIdStatus, kill_process_group};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 
-use crate::http::DESCRIPTORS;
+use crate::groups::Place;
 use crate::port::watched;
 use crate::pty;
+use crate::spawn::{self, Child, Program};
 use crate::state::State;
 use crate::users::User;
 
@@ -54,6 +57,12 @@ const CHUNK: usize = 32 << 10;
 const GRACE: Duration = Duration::from_secs(1);
 /// Processes at one time that were started here.
 const MAX_PROCESSES: usize = 4096;
+/// How soon the kernel ends a command when memory is out: before what the image runs. Source: envd.
+const OOM_SCORE: i16 = 100;
+/// Pipes of commands that have ended, held open by what they left running.
+const MAX_LEFT_OPEN: usize = 4096;
+/// How many of those there are.
+static LEFT_OPEN: AtomicUsize = AtomicUsize::new(0);
 
 #[derive(Debug, Clone)]
 enum Chunk {
@@ -179,15 +188,18 @@ type End = Arc<AsyncFd<OwnedFd>>;
 
 type Table = Arc<Mutex<HashMap<u32, Arc<Entry>>>>;
 
-/// The service.
+/// The service. A cheap handle.
+#[derive(Clone)]
 pub struct Processes {
     state: Arc<State>,
     table: Table,
+    root: Arc<Place>,
+    user: Arc<Place>,
 }
 
 impl Processes {
     pub fn new(state: Arc<State>) -> Self {
-        Self { state, table: Table::default() }
+        Self { state, table: Table::default(), root: Arc::new(Place::root()), user: Arc::new(Place::user()) }
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<u32, Arc<Entry>>> {
@@ -210,7 +222,20 @@ impl Processes {
         }
     }
 
-    fn spawn(
+    /// Starts what is asked for, to its end even when whoever asked has gone away.
+    async fn start_process(
+        &self,
+        request: StartRequest,
+        user: User,
+        deadline: Option<std::time::Instant>,
+    ) -> Result<Arc<Entry>, ConnectError> {
+        let processes = self.clone();
+        tokio::spawn(async move { processes.spawn(request, &user, deadline).await })
+            .await
+            .map_err(|error| ConnectError::internal(format!("starting a process: {error}")))?
+    }
+
+    async fn spawn(
         &self,
         request: StartRequest,
         user: &User,
@@ -229,47 +254,45 @@ impl Processes {
             (None, Some(workdir)) => user.resolve(workdir),
             (None, None) => user.home.clone(),
         };
-        if !cwd.is_dir() {
-            return Err(ConnectError::invalid_argument(format!("cwd '{}' does not exist", cwd.display())));
-        }
         let internal = |error: io::Error| ConnectError::internal(format!("making pipes: {error}"));
         let pty = match request.pty.as_option() {
             Some(pty) => Some(pty::size(pty).map_err(ConnectError::invalid_argument)?),
             None => None,
         };
         let streams = match pty {
-            Some(size) => Streams::terminal(size),
-            None => Streams::pipes(request.stdin.unwrap_or(true)),
+            Some(size) => Streams::terminal(size, user),
+            None => Streams::pipes(request.stdin.unwrap_or(true), user),
         }
         .map_err(internal)?;
-        let mut command = tokio::process::Command::new(&config.cmd);
-        command
-            .args(&config.args)
-            .current_dir(&cwd)
-            .env_clear()
-            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-            .env("LANG", "C.UTF-8")
-            .env("HOME", &user.home)
-            .env("USER", &user.name)
-            .env("LOGNAME", &user.name)
-            .env("SHELL", &user.shell)
-            .envs(pty.map(|_| ("TERM", "xterm-256color")))
-            .envs(settings.environment())
-            .envs(config.envs.iter())
-            .stdin(streams.child.0)
-            .stdout(streams.child.1)
-            .stderr(streams.child.2);
-        become_user(&mut command, user, pty.is_some());
-        let mut child = command.spawn().map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => ConnectError::not_found(format!("command '{}' not found", config.cmd)),
-            io::ErrorKind::PermissionDenied => {
-                ConnectError::permission_denied(format!("command '{}' cannot be executed", config.cmd))
-            }
-            _ => ConnectError::internal(format!("starting '{}': {error}", config.cmd)),
-        })?;
+        let usual = [
+            ("PATH", spawn::PATH),
+            ("LANG", "C.UTF-8"),
+            ("HOME", &user.home.to_string_lossy()),
+            ("USER", &user.name),
+            ("LOGNAME", &user.name),
+            ("SHELL", &user.shell),
+        ];
+        let mut env: BTreeMap<String, String> =
+            usual.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+        env.extend(pty.map(|_| ("TERM".to_owned(), "xterm-256color".to_owned())));
+        env.extend(settings.environment());
+        env.extend(config.envs.iter().map(|(name, value)| (name.clone(), value.clone())));
+        let program = Program {
+            name: OsStr::new(&config.cmd),
+            args: &config.args,
+            env,
+            cwd: &cwd,
+            user,
+            streams: streams.child.each_ref().map(AsFd::as_fd),
+            terminal: pty.is_some(),
+            place: if user.uid == 0 { &self.root } else { &self.user },
+            oom_score: OOM_SCORE,
+        };
+        let started = spawn::start(&program).await;
+        let child = started.map_err(|error| not_started(&config.cmd, &cwd, &error))?;
         // The child has its ends now; while these stay open here, no pipe ever ends.
-        drop(command);
-        let pid = child.id().ok_or_else(|| ConnectError::internal("the process has no pid"))?;
+        drop(streams.child);
+        let pid = child.pid();
         let (ended, _) = watch::channel(false);
         let entry = Arc::new(Entry {
             pid,
@@ -290,29 +313,74 @@ impl Processes {
             .into_iter()
             .map(|(end, wrap)| tokio::spawn(pump(end, wrap, Arc::clone(&entry), exited_receiver.clone())))
             .collect();
-        let table = Arc::clone(&self.table);
-        let supervised = Arc::clone(&entry);
-        tokio::spawn(async move {
-            let status = child.wait().await;
-            exited.send_replace(true);
-            futures::future::join_all(pumps).await;
-            supervised.ended.send_replace(true);
-            supervised.hub.push(end_of(status)).await;
-            // Nobody saw the end: keep it for a client that was cut off.
-            let _ = tokio::time::timeout(UNSEEN_END, supervised.hub.collected()).await;
-            let mut table = table.lock().unwrap_or_else(PoisonError::into_inner);
-            // The pid may have been given to another process meanwhile.
-            if table.get(&supervised.pid).is_some_and(|known| Arc::ptr_eq(known, &supervised)) {
-                table.remove(&supervised.pid);
-            }
-        });
+        tokio::spawn(supervise(child, exited, pumps, entry.clone(), Arc::clone(&self.table)));
         Ok(entry)
+    }
+}
+
+/// Waits for the end of a process, tells it, and forgets it when everybody knows.
+async fn supervise(
+    child: Child,
+    exited: watch::Sender<bool>,
+    pumps: Vec<tokio::task::JoinHandle<()>>,
+    entry: Arc<Entry>,
+    table: Table,
+) {
+    let status = child.wait().await;
+    exited.send_replace(true);
+    futures::future::join_all(pumps).await;
+    entry.ended.send_replace(true);
+    entry.hub.push(end_of(status)).await;
+    // Nobody saw the end: keep it for a client that was cut off.
+    let _ = tokio::time::timeout(UNSEEN_END, entry.hub.collected()).await;
+    let mut table = table.lock().unwrap_or_else(PoisonError::into_inner);
+    // The pid may have been given to another process meanwhile.
+    if table.get(&entry.pid).is_some_and(|known| Arc::ptr_eq(known, &entry)) {
+        table.remove(&entry.pid);
+    }
+}
+
+/// What the caller is told of a process that was not started.
+fn not_started(command: &str, cwd: &Path, error: &spawn::Error) -> ConnectError {
+    let cwd = cwd.display();
+    match error {
+        spawn::Error::Nul(_) => ConnectError::invalid_argument(error.to_string()),
+        spawn::Error::Cwd(source) => match source.kind() {
+            io::ErrorKind::NotFound => ConnectError::invalid_argument(format!("cwd '{cwd}' does not exist")),
+            io::ErrorKind::NotADirectory => {
+                ConnectError::invalid_argument(format!("cwd '{cwd}' is not a directory"))
+            }
+            io::ErrorKind::PermissionDenied => {
+                ConnectError::permission_denied(format!("cwd '{cwd}' may not be entered by the user"))
+            }
+            _ => crate::fault::typed(source, format!("cwd '{cwd}': {source}")),
+        },
+        spawn::Error::Exec(source) => match source.kind() {
+            io::ErrorKind::NotFound => ConnectError::not_found(format!("command '{command}' not found")),
+            io::ErrorKind::PermissionDenied => {
+                ConnectError::permission_denied(format!("command '{command}' cannot be executed"))
+            }
+            io::ErrorKind::ArgumentListTooLong => {
+                let text = format!(
+                    "the arguments and the environment of '{command}' are longer than the kernel takes"
+                );
+                ConnectError::invalid_argument(text)
+            }
+            _ => crate::fault::typed(source, format!("executing '{command}': {source}")),
+        },
+        spawn::Error::Fork(source) => ConnectError::resource_exhausted(format!(
+            "no room for another process ({source}): the sandbox runs as many as it may, or its memory is used up"
+        )),
+        spawn::Error::Stuck => ConnectError::deadline_exceeded(format!("'{command}' in '{cwd}': {error}")),
+        spawn::Error::Step(what, source) => {
+            ConnectError::internal(format!("starting '{command}': {what}: {source}"))
+        }
     }
 }
 
 /// What a process reads and writes, and our ends of it.
 struct Streams {
-    child: (Stdio, Stdio, Stdio),
+    child: [OwnedFd; 3],
     input: Option<End>,
     outputs: Vec<(End, Wrap)>,
 }
@@ -320,28 +388,33 @@ struct Streams {
 type Wrap = fn(Vec<u8>) -> Chunk;
 
 impl Streams {
-    fn pipes(with_stdin: bool) -> io::Result<Self> {
-        let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
+    /// Pipes of `user`'s own: who is given one may open it again, by `/dev/stdout`.
+    fn pipes(with_stdin: bool, user: &User) -> io::Result<Self> {
+        let pipe = || {
+            let ends = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+            std::os::unix::fs::fchown(&ends.0, Some(user.uid), Some(user.gid))?;
+            Ok::<_, io::Error>(ends)
+        };
         let (stdout, stdout_child) = pipe()?;
         let (stderr, stderr_child) = pipe()?;
         let (input, stdin_child) = if with_stdin {
             let (reader, writer) = pipe()?;
-            (Some(end(writer)?), Stdio::from(reader))
+            (Some(end(writer)?), reader)
         } else {
-            (None, Stdio::null())
+            (None, File::open("/dev/null")?.into())
         };
         Ok(Self {
-            child: (stdin_child, stdout_child.into(), stderr_child.into()),
+            child: [stdin_child, stdout_child, stderr_child],
             input,
             outputs: vec![(end(stdout)?, Chunk::Stdout), (end(stderr)?, Chunk::Stderr)],
         })
     }
 
-    fn terminal(size: rustix::termios::Winsize) -> io::Result<Self> {
-        let (ours, theirs) = pty::open(size)?;
+    fn terminal(size: rustix::termios::Winsize, user: &User) -> io::Result<Self> {
+        let (ours, theirs) = pty::open(size, user)?;
         let ours = end(ours)?;
         Ok(Self {
-            child: (theirs.try_clone()?.into(), theirs.try_clone()?.into(), theirs.into()),
+            child: [theirs.try_clone()?, theirs.try_clone()?, theirs],
             input: Some(Arc::clone(&ours)),
             outputs: vec![(ours, Chunk::Pty)],
         })
@@ -354,53 +427,30 @@ fn end(fd: OwnedFd) -> io::Result<End> {
     Ok(Arc::new(watched(fd)?))
 }
 
-/// Makes the child lead a session of its own and drop to `user`.
-#[allow(unsafe_code)]
-fn become_user(command: &mut tokio::process::Command, user: &User, terminal: bool) {
-    let (uid, gid, groups) = (user.uid, user.gid, user.groups.clone());
-    // SAFETY: between fork and exec only async-signal-safe system calls are made, on memory that was
-    // allocated before.
-    unsafe {
-        command.pre_exec(move || {
-            let check = |result: libc::c_int| {
-                if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-            };
-            check(libc::setsid())?;
-            if terminal {
-                check(libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY, 0))?;
-            }
-            libc::umask(0o022);
-            // As a login of the distribution has it.
-            let usual = libc::rlimit { rlim_cur: 1024, rlim_max: DESCRIPTORS };
-            check(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const usual))?;
-            // The agent is spared by the OOM killer; what it starts is not.
-            let score = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
-            if score >= 0 {
-                libc::write(score, c"0".as_ptr().cast(), 1);
-                libc::close(score);
-            }
-            check(libc::setgroups(groups.len(), groups.as_ptr()))?;
-            check(libc::setgid(gid))?;
-            check(libc::setuid(uid))
-        });
-    }
-}
-
-/// Copies a pipe to the hub until it ends, or until it is empty after the process has exited: a
-/// grandchild in the background may hold it open for ever.
+/// Copies a pipe or a terminal to the hub until it ends, or until what was in it when the process exited is read: what
+/// it left running may hold the other end open, and write to it, for ever. That is read on, so that it does not die of
+/// a pipe without a reader, and nobody is told of it. A terminal hangs up with its process.
 async fn pump(end: End, wrap: Wrap, entry: Arc<Entry>, mut exited: watch::Receiver<bool>) {
     let mut buffer = vec![0; CHUNK];
-    loop {
+    // What is left to be read, in bytes; none while the process runs.
+    let mut left: Option<u64> = None;
+    while left != Some(0) {
         // One that writes without end, and to nobody, must not keep the others waiting.
         tokio::task::coop::consume_budget().await;
-        match rustix::io::read(end.get_ref(), &mut buffer) {
+        if left.is_none() && *exited.borrow_and_update() {
+            left = Some(rustix::io::ioctl_fionread(end.get_ref()).unwrap_or(0));
+            continue;
+        }
+        let most = left.map_or(CHUNK, |left| CHUNK.min(usize::try_from(left).unwrap_or(CHUNK)));
+        match rustix::io::read(end.get_ref(), &mut buffer[..most]) {
             Ok(0) => return,
-            Ok(count) => entry.hub.push(wrap(buffer[..count].to_vec())).await,
+            Ok(count) => {
+                left = left.map(|left| left - count as u64);
+                entry.hub.push(wrap(buffer[..count].to_vec())).await;
+            }
             Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) if left.is_some() => break,
             Err(Errno::AGAIN) => {
-                if *exited.borrow_and_update() {
-                    return;
-                }
                 tokio::select! {
                     // Cleared before the next read: what arrives after it makes it ready again.
                     ready = end.readable() => match ready {
@@ -414,6 +464,28 @@ async fn pump(end: End, wrap: Wrap, entry: Arc<Entry>, mut exited: watch::Receiv
             Err(_) => return,
         }
     }
+    if entry.pty.is_none() {
+        tokio::spawn(read_on(end));
+    }
+}
+
+/// Reads what nobody is told of, until the last writer has gone.
+async fn read_on(end: End) {
+    if LEFT_OPEN.fetch_add(1, Ordering::Relaxed) < MAX_LEFT_OPEN {
+        let mut buffer = vec![0; CHUNK];
+        loop {
+            tokio::task::coop::consume_budget().await;
+            match rustix::io::read(end.get_ref(), &mut buffer) {
+                Ok(1..) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => match end.readable().await {
+                    Ok(mut ready) => ready.clear_ready(),
+                    Err(_) => break,
+                },
+                Ok(0) | Err(_) => break,
+            }
+        }
+    }
+    LEFT_OPEN.fetch_sub(1, Ordering::Relaxed);
 }
 
 async fn write(end: &End, mut bytes: &[u8]) -> io::Result<()> {
@@ -427,18 +499,16 @@ async fn write(end: &End, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-fn end_of(status: io::Result<ExitStatus>) -> Chunk {
+fn end_of(status: io::Result<WaitIdStatus>) -> Chunk {
     match status {
-        Ok(status) => match (status.code(), status.signal()) {
-            (Some(code), _) => Chunk::End {
-                exit_code: code,
-                exited: true,
-                status: format!("exit status {code}"),
-                error: None,
-            },
+        Ok(status) => match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => {
+                let status = format!("exit status {code}");
+                let error = (code != 0).then(|| status.clone());
+                Chunk::End { exit_code: code, exited: true, status, error }
+            }
             (None, signal) => {
-                let number = signal.unwrap_or(0);
-                let text = format!("signal: {number}");
+                let text = kelvin_api::signal::status(signal.unwrap_or(0), status.dumped());
                 Chunk::End { exit_code: -1, exited: false, status: text.clone(), error: Some(text) }
             }
         },
@@ -582,7 +652,7 @@ impl Process for Processes {
         request: ServiceRequest<'_, StartRequest>,
     ) -> ServiceResult<ServiceStream<StartResponse>> {
         let user = self.state.user_of(ctx.headers())?;
-        let entry = self.spawn(request.to_owned_message(), &user, ctx.deadline())?;
+        let entry = self.start_process(request.to_owned_message(), user, ctx.deadline()).await?;
         let events = events(&entry, keepalive(&ctx))
             .map(|event| Ok(StartResponse { event: event.into(), ..Default::default() }));
         Response::stream_ok(until(ctx.deadline(), events))

@@ -7,18 +7,26 @@ use kelvin_api::envd::process::PTY;
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
+use crate::users::User;
+
 /// The size of a terminal that nobody gave one.
 const DEFAULT: Winsize = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
 
-/// A new terminal: our end, that does not block, and the process's end.
+/// The group of terminals in every distribution, and the mode that lets its members write messages to one.
+/// Source: Linux, Documentation/filesystems/devpts.
+const TTY: (u32, u32) = (5, 0o620);
+
+/// A new terminal of `user`'s own: our end, that does not block, and the process's end.
 ///
 /// # Errors
 /// When the machine has no terminal left.
-pub fn open(size: Winsize) -> io::Result<(OwnedFd, OwnedFd)> {
+pub fn open(size: Winsize, user: &User) -> io::Result<(OwnedFd, OwnedFd)> {
     let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
     grantpt(&ours)?;
     unlockpt(&ours)?;
     let theirs = ioctl_tiocgptpeer(&ours, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    std::os::unix::fs::fchown(&theirs, Some(user.uid), Some(TTY.0))?;
+    rustix::fs::fchmod(&theirs, TTY.1.into())?;
     tcsetwinsize(&theirs, size)?;
     Ok((ours, theirs))
 }

@@ -1,10 +1,21 @@
 //! What the image wants to be running when its machine is called ready: `/etc/kelvin/services.d/*`, started as root
 //! when the machine boots, and started again when they end. `/etc/kelvin/ready`, when it is there, ends when they can
 //! be used: a booted machine is not ready before, and a snapshot is of that instant.
+//!
+//! Each runs in a control group of its own. An agent that comes after one that crashed sees there which services still
+//! run, and starts the others.
 
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+use tokio::io::AsyncReadExt;
+
+use crate::groups::Place;
+use crate::spawn::{self, Child, PATH, Program};
+use crate::users::User;
 
 /// Where they are.
 const DIRECTORY: &str = "/etc/kelvin/services.d";
@@ -12,31 +23,61 @@ const DIRECTORY: &str = "/etc/kelvin/services.d";
 const READY: &str = "/etc/kelvin/ready";
 /// How long a service has to run to be started again at once.
 const AGAIN: Duration = Duration::from_secs(1);
+/// What is kept of what [`READY`] says, in bytes.
+const LAST_WORDS: usize = 4096;
 
-fn command(program: &Path) -> Command {
-    let mut command = Command::new(program);
-    command
-        .env_clear()
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-        .stdin(Stdio::null());
-    command
+/// Starts `program`, of the image and as root; `errors` is its standard error, the console when there is none.
+pub async fn start_program(
+    program: &Path,
+    environment: Vec<(String, String)>,
+    place: &Place,
+    errors: Option<OwnedFd>,
+) -> io::Result<Child> {
+    let null = File::open("/dev/null")?;
+    let console = io::stderr();
+    let errors = errors.as_ref().map_or(console.as_fd(), |fd| fd.as_fd());
+    let root = User::root();
+    let env = [("PATH".to_owned(), PATH.to_owned())].into_iter().chain(environment).collect();
+    let program = Program {
+        name: program.as_os_str(),
+        args: &[],
+        env,
+        cwd: Path::new("/"),
+        user: &root,
+        streams: [null.as_fd(), console.as_fd(), errors],
+        terminal: false,
+        place,
+        oom_score: 0,
+    };
+    spawn::start(&program).await.map_err(io::Error::other)
 }
 
-/// Starts all of them, each with a task that keeps it running.
-pub fn start() {
+/// Starts those that do not run, each with a task that keeps it running. `again`: an agent before this one may have
+/// started them.
+pub fn start(again: bool) {
     let Ok(entries) = std::fs::read_dir(DIRECTORY) else {
         return;
     };
     for entry in entries.flatten() {
-        tokio::spawn(keep(entry.path()));
+        let place = Place::service(&entry.file_name().to_string_lossy());
+        if again && place.descriptor().is_none() {
+            // Whether it runs cannot be seen, and two of it would be worse than none.
+            continue;
+        }
+        tokio::spawn(keep(entry.path(), place));
     }
 }
 
-async fn keep(program: PathBuf) {
+async fn keep(program: PathBuf, place: Place) {
     loop {
+        // Nothing is in it but what an agent before this one has started.
+        if let Err(error) = place.emptied().await {
+            eprintln!("agent: service {}: {error}", program.display());
+            return;
+        }
         let started = Instant::now();
-        let ended = match tokio::process::Command::from(command(&program)).spawn() {
-            Ok(mut child) => child.wait().await,
+        let ended = match start_program(&program, Vec::new(), &place, None).await {
+            Ok(child) => child.wait().await.map(|status| format!("{status:?}")),
             Err(error) => Err(error),
         };
         eprintln!("agent: service {} ended: {ended:?}", program.display());
@@ -45,7 +86,7 @@ async fn keep(program: PathBuf) {
     }
 }
 
-/// Waits until the services can be used.
+/// Waits until the services can be used. For a thread without a runtime.
 ///
 /// # Errors
 /// A text for the node, when the image says that they cannot.
@@ -53,13 +94,33 @@ pub fn wait_ready() -> Result<(), String> {
     if !Path::new(READY).exists() {
         return Ok(());
     }
-    match command(Path::new(READY)).output() {
-        Ok(output) if output.status.success() => Ok(()),
-        Ok(output) => {
-            let text = String::from_utf8_lossy(&output.stderr);
-            let text: String = text.trim().chars().take(500).collect();
-            Err(format!("{READY}: {}: {text}", output.status))
+    let failed = |error: io::Error| format!("{READY}: {error}");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    let (words, errors) =
+        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
+    let ended = runtime.block_on(async {
+        let mut words = tokio::net::unix::pipe::Receiver::from_owned_fd(words)?;
+        let child = start_program(Path::new(READY), Vec::new(), &Place::root(), Some(errors)).await?;
+        let ended = child.wait();
+        tokio::pin!(ended);
+        let (mut said, mut buffer) = (Vec::new(), [0; 1024]);
+        let mut is_open = true;
+        loop {
+            // Read while it runs, so that it never waits for a reader; not longer: what it left running may hold it open.
+            tokio::select! {
+                biased;
+                read = words.read(&mut buffer), if is_open => match read {
+                    Ok(count @ 1..) => said.extend(buffer[..count].iter().take(LAST_WORDS - said.len().min(LAST_WORDS))),
+                    _ => is_open = false,
+                },
+                status = &mut ended => return status.map(|status| (status, said)),
+            }
         }
-        Err(error) => Err(format!("{READY}: {error}")),
+    });
+    let (status, said) = ended.map_err(failed)?;
+    if status.exit_status() == Some(0) {
+        return Ok(());
     }
+    let text: String = String::from_utf8_lossy(&said).trim().chars().take(500).collect();
+    Err(format!("{READY}: {status:?}: {text}"))
 }

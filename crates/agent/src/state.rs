@@ -6,6 +6,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use connectrpc::ConnectError;
 use http::HeaderMap;
+use kelvin_api::guest::Activation;
 use kelvin_api::id::same_secret;
 use kelvin_api::sandbox::EnvVars;
 use tokio::sync::Notify;
@@ -66,6 +67,15 @@ impl State {
     /// The settings, locked; hold it for a few reads or writes, never across a wait.
     pub fn settings(&self) -> MutexGuard<'_, Settings> {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serves the sandbox of `activation` from now on.
+    pub fn become_sandbox(&self, activation: Activation) {
+        let mut settings = self.settings();
+        settings.sandbox_id = activation.sandbox_id;
+        settings.template = activation.template;
+        settings.env_vars = activation.env_vars;
+        settings.access_token = activation.access_token;
     }
 
     /// Says whether the HTTP port waits for a connection.

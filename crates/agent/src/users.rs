@@ -21,14 +21,31 @@ pub struct User {
     pub shell: String,
 }
 
+/// The most that is read of `/etc/passwd` and `/etc/group`, in bytes.
+const MOST: usize = 1 << 20;
+
 fn read(path: &str) -> String {
-    std::fs::read_to_string(path).unwrap_or_default()
+    crate::guest_file::read(Path::new(path), MOST)
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .unwrap_or_default()
 }
 
 impl User {
     /// The user called `name`; `None` when the image has none.
     pub fn find(name: &str) -> Option<Self> {
         Self::parse(&read("/etc/passwd"), &read("/etc/group"), name)
+    }
+
+    /// Who may do everything, also in an image that names no users.
+    pub fn root() -> Self {
+        Self::find("root").filter(|user| user.uid == 0).unwrap_or_else(|| Self {
+            name: "root".to_owned(),
+            uid: 0,
+            gid: 0,
+            groups: vec![0],
+            home: PathBuf::from("/root"),
+            shell: "/bin/sh".to_owned(),
+        })
     }
 
     fn parse(passwd: &str, group: &str, name: &str) -> Option<Self> {

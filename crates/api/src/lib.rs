@@ -12,6 +12,7 @@ pub mod network;
 pub mod node;
 pub mod phase;
 pub mod sandbox;
+pub mod signal;
 pub mod signature;
 pub mod units;
 

@@ -92,6 +92,11 @@ pub struct Route {
     pub mask_request_host: Option<String>,
 }
 
+/// Inside the I/O error of a connection that was cut because its sandbox went away: it was paused, or it ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the sandbox was paused or has ended")]
+pub struct Cut;
+
 /// A sandbox that is ready: its agent answered after activation.
 #[derive(Debug, Clone)]
 pub struct Created {

@@ -13,8 +13,6 @@ use crate::output::{Failed, waterfall};
 
 /// A command was ended at its deadline. Source: timeout(1).
 const DEADLINE: u8 = 124;
-/// Interrupted from the keyboard. Source: 128 + SIGINT.
-const INTERRUPTED: u8 = 130;
 /// What a sandbox of `kelvin run` may live longer than its command: if this program dies, the server ends
 /// it.
 const MARGIN_S: u64 = 60;
@@ -49,37 +47,91 @@ pub fn command(process: &ProcessArgs, words: &[String], deadline: Option<Duratio
 
 /// `kelvin run`.
 pub async fn run(client: &Client, args: RunArgs) -> Result<ExitCode, Failed> {
-    let created = client.create(&new_sandbox(&args.machine, args.timeout + MARGIN_S), None).await?;
-    let sandbox = created.sandbox;
+    let created = client.create(&new_sandbox(&args.machine, args.timeout + MARGIN_S), None).await;
+    let sandbox = created.map_err(not_run)?.sandbox;
     if args.timing {
         waterfall(sandbox.start_reason.as_deref().unwrap_or_default(), &sandbox.phases);
     }
-    let agent =
-        client.agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), args.process.user.clone())?;
+    let agent = client
+        .agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), args.process.user.clone())
+        .map_err(not_run)?;
     let deadline = Duration::from_secs(args.timeout);
     let command = command(&args.process, &args.command, Some(deadline));
+    let result = async {
+        let process = agent.start(&command).await.map_err(not_started)?;
+        follow(&agent, process, args.process.interactive, Some(deadline), OnLeaving::End).await
+    };
     let result = tokio::select! {
-        result = async {
-            let process = agent.start(&command).await?;
-            follow(&agent, process, args.process.interactive, Some(deadline)).await
-        } => result,
-        _ = tokio::signal::ctrl_c() => Ok(ExitCode::from(INTERRUPTED)),
+        result = result => result,
+        // The sandbox is ended with whatever runs in it.
+        signal = told_to_end() => Ok(ended_by(signal)),
     };
     let killed = client.kill(&sandbox.sandbox_id).await;
-    let code = result.or_else(deadline_code)?;
-    killed?;
+    let code = result?;
+    killed.map_err(not_run)?;
     Ok(code)
 }
 
-/// A deadline that passed is an exit code, not a failure.
-pub fn deadline_code(error: Error) -> Result<ExitCode, Error> {
-    match &error {
-        Error::Agent(inner) if inner.code == kelvin_client::agent::DEADLINE_EXCEEDED => {
-            Ok(ExitCode::from(DEADLINE))
+/// Kelvin could not run the command. Source: docker-run(1), "Exit Status".
+const NOT_RUN: u8 = 125;
+/// The command cannot be executed.
+const NOT_EXECUTABLE: u8 = 126;
+/// There is no such command.
+const NO_COMMAND: u8 = 127;
+
+/// Something failed before there was a command.
+pub fn not_run(error: Error) -> Failed {
+    Failed::from(error).with_code(NOT_RUN)
+}
+
+/// The command was not started, or its time was over.
+pub fn not_started(error: Error) -> Failed {
+    use kelvin_client::agent::ErrorCode;
+    let code = match &error {
+        Error::Agent(inner) if inner.code == ErrorCode::NotFound => NO_COMMAND,
+        Error::Agent(inner) if inner.code == ErrorCode::PermissionDenied => NOT_EXECUTABLE,
+        Error::Agent(inner) if inner.code == ErrorCode::DeadlineExceeded => DEADLINE,
+        _ => NOT_RUN,
+    };
+    Failed::from(error).with_code(code)
+}
+
+fn ended_by(signal: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(128 + signal).unwrap_or(u8::MAX))
+}
+
+/// Waits until this program is told to end; by which signal.
+pub async fn told_to_end() -> i32 {
+    use tokio::signal::unix::{SignalKind, signal};
+    let wait = |kind: SignalKind| async move {
+        match signal(kind) {
+            Ok(mut signal) => {
+                signal.recv().await;
+            }
+            Err(_) => std::future::pending().await,
         }
-        _ => Err(error),
+        kind.as_raw_value()
+    };
+    tokio::select! {
+        signal = wait(SignalKind::interrupt()) => signal,
+        signal = wait(SignalKind::terminate()) => signal,
+        signal = wait(SignalKind::hangup()) => signal,
     }
 }
+
+/// What becomes of a process when this program is told to end, or nobody reads its output any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnLeaving {
+    /// It is ended: SIGTERM, then SIGKILL.
+    End,
+    /// It goes on: it was there before.
+    Leave,
+}
+
+/// How long a process may take to obey SIGTERM, and SIGKILL, when this program ends.
+const GRACE: Duration = Duration::from_secs(2);
+/// A reader has gone away. Source: 128 + SIGPIPE.
+const CLOSED: i32 = 13;
 
 /// Copies what a process tells to our own output, and our input to it, until it ends.
 pub async fn follow(
@@ -87,8 +139,8 @@ pub async fn follow(
     mut process: Process,
     interactive: bool,
     deadline: Option<Duration>,
-) -> Result<ExitCode, Error> {
-    let local = |source| Error::Local { what: "writing the output".to_owned(), source };
+    on_leaving: OnLeaving,
+) -> Result<ExitCode, Failed> {
     let (mut stdout, mut stderr) = (tokio::io::stdout(), tokio::io::stderr());
     let mut feeder = None;
     let late = async {
@@ -98,27 +150,58 @@ pub async fn follow(
         }
     };
     tokio::pin!(late);
+    let (ending, unread) = (told_to_end(), kelvin_host::process::nobody_reads_stdout());
+    tokio::pin!(ending, unread);
+    let mut pid = None;
     let code = loop {
         let told = tokio::select! {
-            told = process.next() => told?,
-            () = &mut late => break ExitCode::from(DEADLINE),
+            told = process.next() => told.or_else(|error| match &error {
+                Error::Agent(inner) if inner.code == kelvin_client::agent::DEADLINE_EXCEEDED => Ok(None),
+                _ => Err(not_run(error)),
+            }),
+            () = &mut late => Ok(None),
+            signal = &mut ending => break leave(agent, process, pid, on_leaving, signal).await,
+            () = &mut unread => break leave(agent, process, pid, on_leaving, CLOSED).await,
         };
-        match told {
-            Some(Told::Started { pid }) if interactive => {
-                feeder = Some(tokio::spawn(feed(agent.clone(), pid)))
+        let written = match told? {
+            Some(Told::Started { pid: started }) => {
+                pid = Some(started);
+                if interactive {
+                    feeder = Some(tokio::spawn(feed(agent.clone(), started)));
+                }
+                Ok(())
             }
-            Some(Told::Started { .. }) => {}
             // Flushed each time: a command's output is followed by people.
             Some(Told::Stdout(bytes)) => {
-                stdout.write_all(&bytes).await.map_err(local)?;
-                stdout.flush().await.map_err(local)?;
+                async {
+                    stdout.write_all(&bytes).await?;
+                    stdout.flush().await
+                }
+                .await
             }
             Some(Told::Stderr(bytes)) => {
-                stderr.write_all(&bytes).await.map_err(local)?;
-                stderr.flush().await.map_err(local)?;
+                async {
+                    stderr.write_all(&bytes).await?;
+                    stderr.flush().await
+                }
+                .await
             }
             Some(Told::Ended { exit_code, status }) => break exit_code_of(exit_code, &status),
-            None => return Err(Error::Reply("the stream ended before the command".into())),
+            None if deadline.is_some() => break ExitCode::from(DEADLINE),
+            None => {
+                let error = Error::Reply("the stream ended before the command".into());
+                return Err(not_run(error));
+            }
+        };
+        match written {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+                break leave(agent, process, pid, on_leaving, CLOSED).await;
+            }
+            Err(source) => {
+                leave(agent, process, pid, on_leaving, CLOSED).await;
+                return Err(not_run(Error::Local { what: "writing the output".to_owned(), source }));
+            }
         }
     };
     if let Some(feeder) = feeder {
@@ -127,8 +210,30 @@ pub async fn follow(
     Ok(code)
 }
 
+/// Ends the process, or leaves it, because this program was told `signal`.
+async fn leave(
+    agent: &Agent,
+    mut process: Process,
+    pid: Option<u32>,
+    on_leaving: OnLeaving,
+    signal: i32,
+) -> ExitCode {
+    if let (OnLeaving::End, Some(pid)) = (on_leaving, pid) {
+        for kill in [false, true] {
+            let ended = async {
+                let _ = agent.signal(pid, kill).await;
+                while !matches!(process.next().await, Ok(None | Some(Told::Ended { .. })) | Err(_)) {}
+            };
+            if tokio::time::timeout(GRACE, ended).await.is_ok() {
+                break;
+            }
+        }
+    }
+    ended_by(signal)
+}
+
 fn exit_code_of(exit_code: i32, status: &str) -> ExitCode {
-    let signal = status.strip_prefix("signal: ").and_then(|number| number.parse::<u8>().ok());
+    let signal = kelvin_api::signal::of_status(status).and_then(|number| u8::try_from(number).ok());
     match (signal, u8::try_from(exit_code)) {
         (Some(signal), _) => ExitCode::from(signal.saturating_add(128)),
         (None, Ok(code)) => ExitCode::from(code),

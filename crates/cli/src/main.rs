@@ -1,10 +1,13 @@
 //! `kelvin`: the server and its command line.
 //!
-//! Exit codes: that of the command for `run` and `sandbox exec` (124 when its deadline passed, 128 + n
-//! when signal n ended it); otherwise 0, 1 for a failure, 2 for wrong usage.
+//! Exit codes of `run` and `sandbox exec`, as in docker's and timeout's documentation: that of the command; 124 when its
+//! deadline passed, 125 when Kelvin could not run it (no server, a wrong key, no such sandbox), 126 when it cannot be
+//! executed, 127 when there is no such command, 128 + n when signal n ended it or this program. Of everything else: 0, 1
+//! for a failure, 2 for wrong usage.
 
 mod args;
 mod config;
+mod copy;
 mod doctor;
 mod exec;
 mod key;
@@ -151,7 +154,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(failed) => {
             failed.print();
-            ExitCode::FAILURE
+            failed.code()
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
 
 use comfy_table::{ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -19,17 +20,29 @@ use crate::args::Output;
 pub struct Failed {
     message: String,
     remediation: Option<String>,
+    /// What the program ends with.
+    code: u8,
 }
 
 impl Failed {
     /// With a remedy.
     pub fn new(message: String, remediation: &str) -> Self {
-        Self { message, remediation: Some(remediation.to_owned()) }
+        Self { message, remediation: Some(remediation.to_owned()), code: 1 }
     }
 
     /// Without one.
     pub fn other(error: &dyn std::error::Error) -> Self {
-        Self { message: chain(error), remediation: None }
+        Self { message: chain(error), remediation: None, code: 1 }
+    }
+
+    /// With another exit code than 1.
+    pub fn with_code(self, code: u8) -> Self {
+        Self { code, ..self }
+    }
+
+    /// What the program ends with.
+    pub fn code(&self) -> ExitCode {
+        ExitCode::from(self.code)
     }
 
     /// Prints it on standard error.
@@ -51,7 +64,7 @@ impl From<Failure> for Failed {
     fn from(failure: Failure) -> Self {
         let message =
             [Some(failure.message), failure.cause].into_iter().flatten().collect::<Vec<_>>().join(": ");
-        Self { message, remediation: Some(failure.remediation) }
+        Self { message, remediation: Some(failure.remediation), code: 1 }
     }
 }
 
@@ -64,7 +77,7 @@ impl From<Error> for Failed {
             }
             _ => None,
         };
-        Self { message: chain(&error), remediation }
+        Self { message: chain(&error), remediation, code: 1 }
     }
 }
 

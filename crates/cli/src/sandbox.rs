@@ -11,11 +11,12 @@ use kelvin_client::{Client, Error};
 use serde::Serialize;
 
 use crate::args::{Output, SandboxCommand};
-use crate::exec::{command, deadline_code, follow, new_sandbox};
-use crate::output::{Failed, detail_table, line, print, progress, sandbox_table, table};
-use crate::{network, snapshot};
+use crate::exec::{OnLeaving, command, follow, new_sandbox, not_run, not_started};
+use crate::output::{Failed, detail_table, line, print, sandbox_table, table};
+use crate::{copy, network, snapshot};
 
-async fn agent(client: &Client, id: &str, user: Option<String>) -> Result<Agent, Error> {
+/// The agent of the sandbox `id`.
+pub async fn agent(client: &Client, id: &str, user: Option<String>) -> Result<Agent, Error> {
     let detail = client.sandbox(id).await?;
     client.agent(&detail.sandbox_id, detail.envd_access_token, user)
 }
@@ -105,7 +106,7 @@ pub async fn dispatch(client: &Client, output: Output, command: SandboxCommand) 
                 Output::Table => logs.logs.iter().for_each(|log| line(&log.line)),
             }
         }
-        SandboxCommand::Cp { source, target, user } => copy(client, &source, &target, user).await?,
+        SandboxCommand::Cp { source, target, user } => copy::run(client, &source, &target, user).await?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -119,26 +120,23 @@ async fn exec(
     attach: Option<u32>,
     words: &[String],
 ) -> Result<ExitCode, Failed> {
-    let agent = agent(client, id, process.user.clone()).await?;
+    let agent = agent(client, id, process.user.clone()).await.map_err(not_run)?;
     let deadline = timeout.map(Duration::from_secs);
-    let running = async {
-        let mut started = match attach {
-            Some(pid) => agent.attach(pid).await?,
-            None => agent.start(&command(process, words, deadline)).await?,
-        };
-        if detach {
-            if let Some(Told::Started { pid }) = started.next().await? {
-                line(&pid.to_string());
-            }
-            return Ok(ExitCode::SUCCESS);
+    let (mut started, on_leaving) = match attach {
+        // It was there before, and can be attached to again.
+        Some(pid) => (agent.attach(pid).await.map_err(not_run)?, OnLeaving::Leave),
+        None => {
+            let started = agent.start(&command(process, words, deadline)).await.map_err(not_started)?;
+            (started, OnLeaving::End)
         }
-        follow(&agent, started, process.interactive, deadline).await
     };
-    tokio::select! {
-        result = running => Ok(result.or_else(deadline_code)?),
-        // The process goes on: it can be attached to.
-        _ = tokio::signal::ctrl_c() => Ok(ExitCode::from(130)),
+    if detach {
+        if let Some(Told::Started { pid }) = started.next().await.map_err(not_started)? {
+            line(&pid.to_string());
+        }
+        return Ok(ExitCode::SUCCESS);
     }
+    follow(&agent, started, process.interactive, deadline, on_leaving).await
 }
 
 fn of_project(client: &Client, project: Option<&str>) -> Client {
@@ -188,61 +186,4 @@ fn ps_table(rows: &Vec<Ps>) -> comfy_table::Table {
         table.add_row([row.pid.to_string(), row.command.clone()]);
     }
     table
-}
-
-/// `ID:PATH`, when it is one.
-fn remote(text: &str) -> Option<(&str, &str)> {
-    text.split_once(':').filter(|(id, path)| id.parse::<SandboxId>().is_ok() && !path.is_empty())
-}
-
-async fn copy(client: &Client, source: &str, target: &str, user: Option<String>) -> Result<(), Failed> {
-    let local = |what: String| move |source| Failed::from(Error::Local { what, source });
-    match (remote(source), remote(target)) {
-        (Some((id, path)), None) => {
-            let agent = agent(client, id, user).await?;
-            let bar = progress(path, None);
-            let told = bar.clone();
-            let report = move |done, size: Option<u64>| {
-                if let Some(size) = size {
-                    told.set_length(size);
-                }
-                told.set_position(done);
-            };
-            if target == "-" {
-                agent.download(path, &mut tokio::io::stdout(), report).await?;
-            } else {
-                // Under another name first: an interrupted copy is not taken for the file.
-                let part = format!("{target}.part");
-                let mut file =
-                    tokio::fs::File::create(&part).await.map_err(local(format!("making {part}")))?;
-                let result = agent.download(path, &mut file, report).await;
-                if result.is_err() {
-                    let _ = tokio::fs::remove_file(&part).await;
-                }
-                result?;
-                tokio::fs::rename(&part, target).await.map_err(local(format!("naming {target}")))?;
-            }
-            bar.finish_and_clear();
-        }
-        (None, Some((id, path))) => {
-            let agent = agent(client, id, user).await?;
-            if source == "-" {
-                agent.upload(path, tokio::io::stdin(), |_| {}).await?;
-            } else {
-                let file = tokio::fs::File::open(source).await.map_err(local(format!("opening {source}")))?;
-                let size = file.metadata().await.map_err(local(format!("reading {source}")))?.len();
-                let bar = progress(source, Some(size));
-                let told = bar.clone();
-                agent.upload(path, file, move |done| told.set_position(done)).await?;
-                bar.finish_and_clear();
-            }
-        }
-        _ => {
-            return Err(Failed::new(
-                "one of the two has to be in a sandbox".to_owned(),
-                "cp FILE ID:PATH, or cp ID:PATH FILE",
-            ));
-        }
-    }
-    Ok(())
 }

@@ -372,5 +372,8 @@ impl Agent {
     }
 }
 
+/// Why an agent refused.
+pub use connectrpc::ErrorCode;
+
 /// The code of an error that means that a deadline has passed.
 pub const DEADLINE_EXCEEDED: connectrpc::ErrorCode = connectrpc::ErrorCode::DeadlineExceeded;

@@ -238,13 +238,12 @@ impl Client {
         use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode as encode};
         let mut path = format!("/v2/sandboxes?limit={limit}");
         if !metadata.is_empty() {
-            // Encoded twice: each key and value, then the whole as one query parameter.
-            let pairs: Vec<String> = metadata
-                .iter()
-                .map(|(key, value)| {
-                    format!("{}={}", encode(key, NON_ALPHANUMERIC), encode(value, NON_ALPHANUMERIC))
-                })
-                .collect();
+            // As E2B's clients: each key and value twice, then the whole as one query parameter.
+            let twice = |text: &str| {
+                encode(&encode(text, NON_ALPHANUMERIC).to_string(), NON_ALPHANUMERIC).to_string()
+            };
+            let pairs: Vec<String> =
+                metadata.iter().map(|(key, value)| format!("{}={}", twice(key), twice(value))).collect();
             path.push_str(&format!("&metadata={}", encode(&pairs.join("&"), NON_ALPHANUMERIC)));
         }
         if let Some(project) = &self.project {

@@ -256,9 +256,13 @@ impl Inner {
     async fn snapshots(&self, caller: &Account) -> Result<Vec<SnapshotInfo>, Failure> {
         let owners = self.database.snapshot_owners().await.map_err(database_failed)?;
         let mut found = self.node.snapshots().await?;
-        found.retain(|info| {
-            let owner = owners.get(&info.snapshot_id).map_or(DEFAULT_PROJECT, String::as_str);
-            owner == caller.project.as_str()
+        found.retain_mut(|info| match owners.get(&info.snapshot_id) {
+            Some((owner, name)) => {
+                // The name that it was taken with may have gone to a newer one.
+                info.names = name.iter().cloned().collect();
+                owner == caller.project.as_str()
+            }
+            None => caller.project.as_str() == DEFAULT_PROJECT,
         });
         Ok(found)
     }

@@ -92,10 +92,13 @@ struct ListQuery {
     project: Option<String>,
 }
 
+/// The pairs of a filter. Clients encode keys and values, then the pairs as a form, and both are undone here, as E2B's
+/// server does; the query string's own encoding was undone before. Source: E2B's clients, `SandboxQuery`.
 fn metadata_filter(text: &str) -> Result<Metadata, Failure> {
-    let decode = |part: &str| {
+    let once = |part: &str| {
         percent_encoding::percent_decode_str(&part.replace('+', " ")).decode_utf8_lossy().into_owned()
     };
+    let decode = |part: &str| once(&once(part));
     let pairs: Metadata = text
         .split('&')
         .filter(|pair| !pair.is_empty())
@@ -172,4 +175,26 @@ async fn list(State(control): State<Control>, Who(caller): Who, Query(query): Qu
     let filter = Filter { state: query.wanted_state()?, ..query.filter(query.of_project(&caller)?)? };
     let page = control.inner.list(filter, query.next_token.as_deref()).await?;
     Ok(with_next(json(StatusCode::OK, &page.sandboxes), page.next))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_clients_encode_comes_back() {
+        use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode as encode};
+        for value in ["blue", "blue green", "a+b", "100%", "%20", "a=b&c", "\u{fc}\u{1f600}", "", "a/b?c#d"] {
+            let twice = |text: &str| {
+                encode(&encode(text, NON_ALPHANUMERIC).to_string(), NON_ALPHANUMERIC).to_string()
+            };
+            let text = format!("{}={}&x=y", twice(value), twice(value));
+            let pairs = metadata_filter(&text).unwrap();
+            assert_eq!(pairs.get(value).map(String::as_str), Some(value), "{text}");
+            assert_eq!(pairs.get("x").map(String::as_str), Some("y"));
+        }
+        // By hand: a form, or nothing encoded at all.
+        assert_eq!(metadata_filter("team=blue+green").unwrap()["team"], "blue green");
+        assert_eq!(metadata_filter("team=blue%20green").unwrap()["team"], "blue green");
+    }
 }

@@ -35,7 +35,7 @@ use hyper_util::client::legacy::connect::{Connected, Connection};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use kelvin_api::error::{Failure, Kind, chain};
 use kelvin_api::id::{SandboxId, Token};
-use kelvin_api::node::Route;
+use kelvin_api::node::{Cut, Route};
 use kelvin_api::signature::Signature;
 use kelvin_api::{AGENT_PORT, PORT_HEADER, SANDBOX_HEADER};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -273,6 +273,11 @@ impl Gateway {
                 let text = "This path belongs to the platform";
                 return Err(problem(StatusCode::FORBIDDEN, text, "Use the control API."));
             }
+            if request.method() == Method::CONNECT {
+                // The node's own way to ports, which are reached by name.
+                let text = "CONNECT belongs to the platform";
+                return Err(problem(StatusCode::METHOD_NOT_ALLOWED, text, "Name the port of the sandbox."));
+            }
             return self.to_agent(&sandbox, target, request).await;
         }
         let route = self.sandboxes.route(&sandbox).await?;
@@ -311,8 +316,17 @@ impl Gateway {
         parts.headers.remove(header::HOST);
         parts.headers.remove(header::EXPECT);
         parts.extensions.clear();
+        let again = is_repeatable(&parts, &body).then(|| parts.clone());
         let request = Request::from_parts(parts, body.map_err(io::Error::other).boxed_unsync());
-        let (mut parts, body) = self.sandboxes.send(sandbox, request).await?.into_parts();
+        let mut answer = self.sandboxes.send(sandbox, request).await;
+        if let (Err(failure), Some(parts)) = (&answer, again)
+            && failure.error_code == "agent_unreachable"
+        {
+            // Paused under the request, or its agent has just been started again.
+            let nothing = Body::empty().map_err(io::Error::other).boxed_unsync();
+            answer = self.sandboxes.send(sandbox, Request::from_parts(parts, nothing)).await;
+        }
+        let (mut parts, body) = answer?.into_parts();
         parts.version = Version::HTTP_11;
         strip(&mut parts.headers);
         if target.way == Way::Path {
@@ -337,8 +351,18 @@ impl Gateway {
         let secure = parts.extensions.get::<Secure>().is_some();
         parts.uri = uri(&format!("{sandbox}:{port}"), &target.path)?;
         parts.version = Version::HTTP_11;
+        let takes_trailers = takes_trailers(&parts.headers);
+        let trailer = parts.headers.get_all(header::TRAILER).iter().cloned().collect::<Vec<_>>();
         strip(&mut parts.headers);
         let headers = &mut parts.headers;
+        // Of one connection by the letter, and what a proxy has to hand on so that they get through: RFC 9110, 6.5.1.
+        if takes_trailers {
+            headers.insert(header::TE, HeaderValue::from_static("trailers"));
+            headers.insert(header::CONNECTION, HeaderValue::from_static("te"));
+        }
+        for names in trailer {
+            headers.append(header::TRAILER, names);
+        }
         // The gateway's own: a server in the sandbox has no business with them.
         for name in [TRAFFIC_TOKEN, SANDBOX_HEADER, PORT_HEADER, "x-forwarded-prefix"] {
             headers.remove(name);
@@ -355,11 +379,20 @@ impl Gateway {
             headers.insert("x-forwarded-prefix", prefix);
         }
         if let Some(protocol) = upgrade {
-            headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+            let both = if takes_trailers { "te, upgrade" } else { "upgrade" };
+            headers.insert(header::CONNECTION, HeaderValue::from_static(both));
             headers.insert(header::UPGRADE, protocol);
         }
         parts.extensions.clear();
-        let mut response = match self.client.request(Request::from_parts(parts, body)).await {
+        let again = is_repeatable(&parts, &body).then(|| parts.clone());
+        let mut answer = self.client.request(Request::from_parts(parts, body)).await;
+        if let (Err(error), Some(parts)) = (&answer, again)
+            && was_cut(error)
+        {
+            // It was paused under the request: asked once more, it is woken up, or the reply says why not.
+            answer = self.client.request(Request::from_parts(parts, Body::empty())).await;
+        }
+        let mut response = match answer {
             Ok(response) => response,
             Err(error) => return Err(self.broken(sandbox, port, &error).into()),
         };
@@ -378,7 +411,12 @@ impl Gateway {
         let server_upgrade = switched.then(|| hyper::upgrade::on(&mut response));
         let (mut parts, body) = response.into_parts();
         parts.version = Version::HTTP_11;
+        let trailer = parts.headers.get_all(header::TRAILER).iter().cloned().collect::<Vec<_>>();
         strip(&mut parts.headers);
+        for names in trailer {
+            // Without it HTTP/1.1 sends no trailers.
+            parts.headers.append(header::TRAILER, names);
+        }
         if target.way == Way::Path {
             parts.headers.append(header::CONTENT_SECURITY_POLICY, OWN_ORIGIN);
         }
@@ -480,7 +518,7 @@ impl Gateway {
                 bad,
                 "The sandbox is running but port is not open".to_owned(),
                 format!(
-                    "Start a server in the sandbox that listens on 0.0.0.0, port {}.",
+                    "Start a server in the sandbox that listens on port {}.",
                     target.port.unwrap_or_default()
                 ),
             ),
@@ -580,6 +618,34 @@ fn upgrade_of(request: &Request<Body>) -> Option<HeaderValue> {
     request.headers().get(header::UPGRADE).filter(|_| named && usual).cloned()
 }
 
+/// Whether a request may be sent twice: it changes nothing, and all of it is at hand. Source: RFC 9110, 9.2.
+fn is_repeatable(parts: &http::request::Parts, body: &Body) -> bool {
+    parts.method.is_safe()
+        && !parts.headers.contains_key(header::UPGRADE)
+        && http_body::Body::size_hint(body).exact() == Some(0)
+}
+
+/// Whether a connection broke because its sandbox went away.
+fn was_cut(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut source = Some(error);
+    while let Some(error) = source {
+        let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        if inner.is_some_and(|inner| inner.is::<Cut>()) {
+            return true;
+        }
+        source = error.source();
+    }
+    false
+}
+
+/// Whether the caller takes trailers.
+fn takes_trailers(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(header::TE).iter().filter_map(|value| value.to_str().ok());
+    values
+        .flat_map(|value| value.split(','))
+        .any(|coding| coding.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("trailers"))
+}
+
 fn strip(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = headers
         .get_all(header::CONNECTION)
@@ -610,6 +676,27 @@ mod tests {
         }
         strip(&mut headers);
         assert_eq!(headers.keys().collect::<Vec<_>>(), ["x-access-token"]);
+    }
+
+    #[test]
+    fn only_what_was_cut_and_changes_nothing_is_sent_again() {
+        assert!(was_cut(&io::Error::new(io::ErrorKind::ConnectionReset, Cut)));
+        assert!(!was_cut(&io::Error::from(io::ErrorKind::ConnectionReset)));
+        let parts = |method: &str, name: &str| {
+            let request = Request::builder().method(method).header(name, "x");
+            request.body(()).unwrap().into_parts().0
+        };
+        assert!(is_repeatable(&parts("GET", "accept"), &Body::empty()));
+        assert!(!is_repeatable(&parts("POST", "accept"), &Body::empty()));
+        assert!(!is_repeatable(&parts("GET", "upgrade"), &Body::empty()));
+        assert!(!is_repeatable(&parts("GET", "accept"), &Body::from("x")));
+    }
+
+    #[test]
+    fn trailers_are_asked_for_by_name() {
+        let takes = |text: &str| takes_trailers(&[(header::TE, text.parse().unwrap())].into_iter().collect());
+        assert!(takes("trailers") && takes("gzip;q=0.5, Trailers;q=1"));
+        assert!(!takes("gzip") && !takes_trailers(&HeaderMap::new()));
     }
 
     #[test]

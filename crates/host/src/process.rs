@@ -373,6 +373,20 @@ pub fn proportional_kib(pid: i32) -> u64 {
     line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
 }
 
+/// Waits until nobody reads what this program prints any more; for ever where that cannot be seen (a file).
+#[allow(unsafe_code)]
+pub async fn nobody_reads_stdout() {
+    use tokio::io::Interest;
+    let watched = std::io::stdout().as_fd().try_clone_to_owned().ok().and_then(|fd| {
+        // SAFETY: the descriptor is owned by the `AsyncFd` and stays the same until it is dropped.
+        unsafe { tokio::io::unix::AsyncFd::register_with_interest(fd, Interest::ERROR) }.ok()
+    });
+    match watched {
+        Some(watched) if watched.ready(Interest::ERROR).await.is_ok() => {}
+        _ => std::future::pending().await,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

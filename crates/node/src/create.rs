@@ -792,8 +792,10 @@ impl Inner {
                 }
                 Err(error) => Err(error.into()),
             },
-            () = running.ended() => {
-                Err(kelvin_vmm::Error::Ended { what: "booting", stderr: running.stderr() }.into())
+            end = running.ended() => {
+                let console = running.console().await.unwrap_or_default();
+                let stderr = kelvin_vmm::guest_end::reason(end, &console, &running.stderr());
+                Err(kelvin_vmm::Error::Ended { what: "booting", stderr }.into())
             }
         }
     }

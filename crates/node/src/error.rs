@@ -217,7 +217,7 @@ impl From<Error> for Failure {
             Error::PortClosed { .. } => with(
                 Kind::Unavailable,
                 "port_closed",
-                "start a server that listens on 0.0.0.0 in the sandbox",
+                "start a server that listens on that port in the sandbox",
             ),
             Error::PortSilent { .. } => with(
                 Kind::Timeout,

@@ -15,6 +15,7 @@ use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{Capture, PauseMode, SnapshotInfo, StartPath};
 use kelvin_store::snapshot::{Care, Origin, Snapshot};
 
+use crate::capture::Captured;
 use crate::create::Seed;
 use crate::error::Error;
 use crate::record::SandboxRecord;
@@ -23,6 +24,9 @@ use crate::{Inner, Node};
 
 /// How long a machine that is ending may hold up the removal of what it ran from.
 const ENDING: Duration = Duration::from_secs(10);
+
+/// What a snapshot of a sandbox costs that is paused already.
+const STANDING_STILL: Capture = Capture { paused_ms: 0.0, dirty_pages: None, quiesced: true };
 
 fn info(inner: &Inner, snapshot: &Snapshot) -> Option<SnapshotInfo> {
     let manifest = &snapshot.manifest;
@@ -152,17 +156,24 @@ impl Node {
         }
     }
 
-    /// Takes a snapshot of a sandbox that is kept until it is deleted; the sandbox goes on.
+    /// Takes a snapshot of a sandbox that is kept until it is deleted; the sandbox goes on, or stays paused: of one that
+    /// is paused without memory the disk is kept.
     ///
     /// # Errors
-    /// `Unknown`, `Paused`, `NameTaken`; as [`Node::pause`] when it cannot be saved.
+    /// `Unknown`, `NameTaken`; as [`Node::pause`] when it cannot be saved.
     pub async fn snapshot(
         &self,
         id: &SandboxId,
         name: Option<TemplateName>,
         mode: PauseMode,
     ) -> Result<(SnapshotInfo, Capture, Timings), Error> {
-        let sandbox = self.find(id)?;
+        let sandbox = match self.find(id) {
+            Ok(sandbox) => Ok(sandbox),
+            Err(Error::Paused(_)) => {
+                Err(self.inner.paused(id).ok_or_else(|| Error::Unknown(id.to_string()))?)
+            }
+            Err(error) => return Err(error),
+        };
         if let Some(name) = &name
             && self.inner.store.template_stamp(name).is_ok()
         {
@@ -171,6 +182,14 @@ impl Node {
         let (inner, id) = (Arc::clone(&self.inner), id.clone());
         self.run("taking a snapshot", async move {
             let origin = Origin::Kept { sandbox: id.clone(), name };
+            let sandbox = match sandbox {
+                Ok(sandbox) => sandbox,
+                Err(paused) => {
+                    let (snapshot, timings) = inner.keep_paused(&paused, origin, mode).await?;
+                    let shown = info(&inner, &snapshot).ok_or_else(|| Error::Unknown(id.to_string()))?;
+                    return Ok((shown, STANDING_STILL, timings));
+                }
+            };
             let taken = sandbox.ask(|done| Command::Snapshot(origin, mode, Care::Durable, done)).await??;
             let (captured, _) = taken;
             let shown = info(&inner, &captured.snapshot).ok_or_else(|| Error::Unknown(id.to_string()))?;
@@ -179,24 +198,49 @@ impl Node {
         .await
     }
 
-    /// Makes `children` of a sandbox that runs, all of one instant of it. It stands still once, for as long as saving
-    /// what it has written takes.
+    /// Makes `children` of a sandbox, all of one instant of it. One that runs stands still once, for as long as saving
+    /// what it has written takes; one that is paused stays paused.
     ///
     /// # Errors
-    /// `Unknown`, `Paused`; as [`Node::pause`] when the source cannot be saved, and then there are no children. A
+    /// `Unknown`; as [`Node::pause`] when the source cannot be saved, and then there are no children. A
     /// child that fails is an error in its place; the others are there.
     pub async fn fork(&self, source: &SandboxId, children: Vec<Child>) -> Result<Forked, Error> {
-        let sandbox = self.find(source)?;
+        let sandbox = match self.find(source) {
+            Ok(sandbox) => Ok(sandbox),
+            Err(Error::Paused(_)) => {
+                Err(self.inner.paused(source).ok_or_else(|| Error::Unknown(source.to_string()))?)
+            }
+            Err(error) => return Err(error),
+        };
         let (inner, source) = (Arc::clone(&self.inner), source.clone());
         self.run("forking", async move {
             let origin = Origin::Fork { sandbox: source.clone() };
-            let taken =
-                sandbox.ask(|done| Command::Snapshot(origin, PauseMode::Full, Care::Passing, done)).await??;
-            let (captured, record) = taken;
+            let of_running = |sandbox: Arc<Sandbox>| async move {
+                let ask = |done| Command::Snapshot(origin, PauseMode::Full, Care::Passing, done);
+                let (captured, record) = sandbox.ask(ask).await??;
+                Ok::<_, Error>((captured, record))
+            };
+            // The lease keeps the image until every child has one of its own.
+            let (snapshot, _lease, record, capture, timings) = match sandbox {
+                Ok(sandbox) => {
+                    let (captured, record) = of_running(sandbox).await?;
+                    let Captured { snapshot, _lease, capture, timings } = captured;
+                    (snapshot, _lease, record, capture, timings)
+                }
+                // It stands still already, and its image is there.
+                Err(paused) => {
+                    let (snapshot, lease) = inner.image_of(&paused)?;
+                    (snapshot, lease, paused.record.clone(), STANDING_STILL, Timings::default())
+                }
+            };
             let mut starting = Vec::new();
             for child in children {
-                let request = child_of(&record, child, captured.snapshot.manifest.id.clone());
-                let seed = Seed::Snapshot(Arc::clone(&captured.snapshot), Some(source.clone()));
+                let mut request = child_of(&record, child, snapshot.manifest.id.clone());
+                if !snapshot.manifest.mode.is_full() {
+                    // Of the disk alone: its children boot.
+                    request.start_path = None;
+                }
+                let seed = Seed::Snapshot(Arc::clone(&snapshot), Some(source.clone()));
                 let inner = Arc::clone(&inner);
                 starting.push(inner.tasks.clone().spawn(async move { inner.create(request, seed).await }));
             }
@@ -207,7 +251,7 @@ impl Node {
                 });
                 children.push(created.map_err(Failure::from));
             }
-            Ok(Forked { capture: captured.capture, timings: captured.timings, children })
+            Ok(Forked { capture, timings, children })
         })
         .await
     }

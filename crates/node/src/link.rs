@@ -11,8 +11,10 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use hyper_util::rt::TokioIo;
 use kelvin_api::id::Token;
 use kelvin_api::network::{Attachment, Refusal};
+use kelvin_api::node::Cut;
 use kelvin_host::net::Slot;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -79,10 +81,7 @@ impl Network {
     /// # Errors
     /// `Busy`, `PortClosed`, `PortSilent`.
     pub async fn dial(&self, sandbox: &str, port: u16) -> Result<Stream, Error> {
-        let permit = Arc::clone(&self.permits)
-            .try_acquire_owned()
-            .map_err(|_| Error::Busy { sandbox: sandbox.to_owned(), limit: CONNECTIONS })?;
-        let token = self.open.token();
+        let place = self.place(sandbox)?;
         let address = SocketAddr::from((self.slot.address(), port));
         let connecting = tokio::time::timeout(CONNECT, TcpStream::connect(address));
         let gone = || Error::Unknown(sandbox.to_owned());
@@ -95,10 +94,38 @@ impl Network {
                 // A kept connection to a guest that fell silent must not look like a slow server for a quarter of an
                 // hour: bytes that nobody acknowledges end it.
                 let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, SILENCE_MS);
-                let cut = Box::pin(self.cut.clone().cancelled_owned());
-                Ok(Stream { stream, cut, _token: token, _permit: permit })
+                Ok(self.stream(Way::Direct(stream), place))
             }
         }
+    }
+
+    /// A connection that the agent makes inside of the guest, to what does not listen on the slot's address. `opening`
+    /// opens it.
+    ///
+    /// # Errors
+    /// `Busy`, `Unknown` when the sandbox ends meanwhile, and what `opening` says.
+    pub async fn tunnel(
+        &self,
+        sandbox: &str,
+        opening: impl Future<Output = Result<Tunnel, Error>>,
+    ) -> Result<Stream, Error> {
+        let place = self.place(sandbox)?;
+        match self.cut.run_until_cancelled(opening).await {
+            None => Err(Error::Unknown(sandbox.to_owned())),
+            Some(Err(error)) => Err(error),
+            Some(Ok(tunnel)) => Ok(self.stream(Way::Tunnel(tunnel), place)),
+        }
+    }
+
+    fn place(&self, sandbox: &str) -> Result<Place, Error> {
+        let permit = Arc::clone(&self.permits)
+            .try_acquire_owned()
+            .map_err(|_| Error::Busy { sandbox: sandbox.to_owned(), limit: CONNECTIONS })?;
+        Ok(Place { _token: self.open.token(), _permit: permit })
+    }
+
+    fn stream(&self, way: Way, place: Place) -> Stream {
+        Stream { way, cut: Box::pin(self.cut.clone().cancelled_owned()), _place: place }
     }
 
     /// Cuts every connection and waits until all are gone.
@@ -147,18 +174,47 @@ impl Network {
     }
 }
 
-/// A connection to a port of a guest.
-pub struct Stream {
-    stream: TcpStream,
-    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+/// A stream of bytes that the agent connects inside of the guest.
+pub type Tunnel = TokioIo<hyper::upgrade::Upgraded>;
+
+enum Way {
+    Direct(TcpStream),
+    Tunnel(Tunnel),
+}
+
+/// One connection among those that a sandbox may have, and that its end waits for.
+struct Place {
     _token: TaskTrackerToken,
     _permit: OwnedSemaphorePermit,
+}
+
+/// A connection to a port of a guest.
+pub struct Stream {
+    way: Way,
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    _place: Place,
+}
+
+/// Does the same to either way.
+macro_rules! on_way {
+    ($stream:expr, $way:ident => $work:expr) => {
+        match &mut $stream.way {
+            Way::Direct(stream) => {
+                let $way = Pin::new(stream);
+                $work
+            }
+            Way::Tunnel(stream) => {
+                let $way = Pin::new(stream);
+                $work
+            }
+        }
+    };
 }
 
 impl Stream {
     fn poll_cut(&mut self, context: &mut Context<'_>) -> io::Result<()> {
         match self.cut.as_mut().poll(context) {
-            Poll::Ready(()) => Err(io::Error::new(io::ErrorKind::ConnectionReset, "the sandbox has ended")),
+            Poll::Ready(()) => Err(io::Error::new(io::ErrorKind::ConnectionReset, Cut)),
             Poll::Pending => Ok(()),
         }
     }
@@ -171,7 +227,7 @@ impl AsyncRead for Stream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         self.poll_cut(context)?;
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        on_way!(self, way => way.poll_read(context, buffer))
     }
 }
 
@@ -182,15 +238,15 @@ impl AsyncWrite for Stream {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         self.poll_cut(context)?;
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+        on_way!(self, way => way.poll_write(context, bytes))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
+        on_way!(self, way => way.poll_flush(context))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+        on_way!(self, way => way.poll_shutdown(context))
     }
 
     fn poll_write_vectored(
@@ -199,10 +255,13 @@ impl AsyncWrite for Stream {
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         self.poll_cut(context)?;
-        Pin::new(&mut self.stream).poll_write_vectored(context, buffers)
+        on_way!(self, way => way.poll_write_vectored(context, buffers))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        match &self.way {
+            Way::Direct(stream) => stream.is_write_vectored(),
+            Way::Tunnel(stream) => stream.is_write_vectored(),
+        }
     }
 }

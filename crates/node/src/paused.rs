@@ -6,11 +6,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use kelvin_api::id::{SandboxId, VmId};
 use kelvin_api::network::Wanted;
 use kelvin_api::node::{Base, Create, Created};
+use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::PauseMode;
+use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
 
 use crate::Inner;
 use crate::create::Seed;
@@ -97,6 +100,74 @@ impl Inner {
         paused.over.store(true, Ordering::Release);
         self.paused_sandboxes().remove(id);
         Ok(Some(created))
+    }
+
+    /// What `paused` is frozen in, kept for as long as the lease lives.
+    ///
+    /// # Errors
+    /// `Store` with `Missing` when its files are not there, `Seal` when one was touched.
+    pub fn image_of(&self, paused: &Paused) -> Result<(Arc<Snapshot>, Lease), Error> {
+        let id = paused.record.snapshot.as_ref();
+        let missing = || kelvin_store::Error::Missing {
+            kind: "snapshot",
+            name: id.map(ToString::to_string).unwrap_or_default(),
+        };
+        let snapshot = id.and_then(|id| self.snapshots.get(id)).ok_or_else(missing)?;
+        let lease = self.snapshots.lease(&snapshot.manifest.id).ok_or_else(missing)?;
+        snapshot.check_seal()?;
+        Ok((snapshot, lease))
+    }
+
+    /// Makes a snapshot of its own of what `paused` is frozen in: its files are cloned, nothing is started.
+    ///
+    /// # Errors
+    /// As [`Inner::image_of`]; `Io` and `Store` when the files cannot be cloned, and then nothing is left.
+    pub async fn keep_paused(
+        &self,
+        paused: &Paused,
+        origin: Origin,
+        mode: PauseMode,
+    ) -> Result<(Arc<Snapshot>, Timings), Error> {
+        self.check_disk()?;
+        let (image, _lease) = self.image_of(paused)?;
+        let (mut timings, mut since) = (Timings::default(), Instant::now());
+        let store = self.store.clone();
+        let copied = tokio::task::spawn_blocking(move || {
+            let manifest = &image.manifest;
+            let mode = if manifest.mode.is_full() { mode } else { PauseMode::Filesystem };
+            let staged = store.stage()?;
+            let cloned = || -> std::io::Result<()> {
+                for name in kelvin_store::snapshot::files(mode) {
+                    kelvin_store::disk::clone_file(&image.file(name), &staged.join(name))?;
+                }
+                Ok(())
+            };
+            let draft = Draft {
+                template: manifest.template.clone(),
+                guest: manifest.guest.clone(),
+                parent: manifest.parent.clone(),
+                origin,
+                mode,
+                identity: manifest.identity.clone(),
+                arguments: manifest.arguments.clone(),
+            };
+            let kept = cloned()
+                .map_err(|source| Error::Io { what: "cloning a paused sandbox's snapshot", source })
+                .and_then(|()| Ok(store.publish_snapshot(&staged, draft, Care::Durable)?));
+            if kept.is_err() {
+                // What cannot be removed now is removed at the next start.
+                let _ = crate::home::remove_directory(&staged);
+            }
+            kept
+        });
+        let kept = copied.await.map_err(|error| Error::Io {
+            what: "cloning a paused sandbox's snapshot",
+            source: std::io::Error::other(error),
+        })??;
+        timings.lap(Phase::Publish, &mut since);
+        let kept = Arc::new(kept);
+        drop(self.snapshots.add_leased(Arc::clone(&kept)));
+        Ok((kept, timings))
     }
 
     /// Ends a sandbox that is paused.

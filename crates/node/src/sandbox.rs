@@ -6,6 +6,8 @@
 
 use std::sync::Arc;
 
+use http::{Request, Response};
+use hyper::body::Incoming;
 use kelvin_api::error::chain;
 use kelvin_api::id::{SandboxId, SnapshotId, Token, VmId};
 use kelvin_api::network::{Attachment, Policy};
@@ -16,11 +18,11 @@ use kelvin_host::process::ProcessKey;
 use kelvin_store::identity::Identity;
 use kelvin_store::snapshot::{Care, Origin};
 use kelvin_vmm::control::{Asked, Control, Dial};
-use kelvin_vmm::{MachineSpec, Paused, Running};
+use kelvin_vmm::{MachineEnd, MachineSpec, Paused, Running};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::Inner;
-use crate::agent::Agent;
+use crate::agent::{Agent, Body, SendError};
 use crate::capacity::Amount;
 use crate::capture::{Captured, Then};
 use crate::error::Error;
@@ -46,6 +48,8 @@ pub enum Command {
     Snapshot(Origin, PauseMode, Care, oneshot::Sender<Result<(Captured, SandboxRecord), Error>>),
     /// Let its vCPUs go on when the VMM stopped them, for want of disk space.
     GoOn(oneshot::Sender<()>),
+    /// Its agent does not answer: end it when its guest never will.
+    IsSilent,
     /// The console's text.
     Console(oneshot::Sender<Result<String, kelvin_vmm::Error>>),
 }
@@ -67,6 +71,12 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
+    /// Has its task look whether a guest that does not answer has halted. Not waited for.
+    pub fn is_silent(&self) {
+        // A full queue is looked through anyway.
+        let _ = self.commands.try_send(Command::IsSilent);
+    }
+
     /// What it is.
     pub fn live(&self) -> Live {
         self.live.borrow().clone()
@@ -81,6 +91,21 @@ impl Sandbox {
         let gone = || Error::Unknown(self.live.borrow().sandbox.to_string());
         self.commands.send(command(sender)).await.map_err(|_| gone())?;
         receiver.await.map_err(|_| gone())
+    }
+}
+
+impl Sandbox {
+    /// Sends a request to its agent.
+    ///
+    /// # Errors
+    /// When the guest does not answer, or its connection breaks.
+    pub async fn request(&self, request: Request<Body>) -> Result<Response<Incoming>, SendError> {
+        let dialer = Arc::clone(&self.dialer);
+        let reconnect = move || {
+            let dialer = Arc::clone(&dialer);
+            async move { Ok(dialer.connect().await?) }
+        };
+        self.agent.send(request, reconnect).await
     }
 }
 
@@ -180,6 +205,20 @@ pub struct Keeping {
 /// How long to wait before a pause at a deadline that failed is tried again.
 const AGAIN: std::time::Duration = std::time::Duration::from_secs(30);
 
+/// How long a VMM may take to show a console whose machine has ended.
+const CONSOLE: std::time::Duration = std::time::Duration::from_secs(2);
+
+async fn read_console(running: &Running) -> String {
+    let read = tokio::time::timeout(CONSOLE, running.console()).await;
+    read.ok().and_then(Result::ok).unwrap_or_default()
+}
+
+/// Why a machine does not run any more, for its owner.
+async fn why(running: &Running, end: MachineEnd) -> String {
+    let console = read_console(running).await;
+    kelvin_vmm::guest_end::reason(end, &console, &running.stderr())
+}
+
 /// Why the task goes no further.
 enum Over {
     /// The sandbox ends.
@@ -200,7 +239,7 @@ impl Keeping {
             tokio::select! {
                 // A daemon that stops leaves its machines running.
                 () = stop.cancelled() => return,
-                () = running.ended() => break Over::End(format!("the VMM ended: {}", running.stderr()), None),
+                end = running.ended() => break Over::End(why(running, end).await, None),
                 () = tokio::time::sleep(left) => match self.time_is_over().await {
                     Some(over) => break over,
                     None => { live.send_replace(self.record.live()); }
@@ -226,6 +265,12 @@ impl Keeping {
                         let _ = done.send(taken.map(|captured| (captured, self.record.clone())));
                     }
                     Some(Command::Console(reply)) => { let _ = reply.send(running.console().await); }
+                    Some(Command::IsSilent) => {
+                        let console = read_console(running).await;
+                        if kelvin_vmm::guest_end::is_halted(&console) {
+                            break Over::End("the guest halted".to_owned(), None);
+                        }
+                    }
                     Some(Command::GoOn(done)) => {
                         if let Err(error) = running.go_on().await {
                             tracing::warn!(sandbox = %self.record.sandbox, error = chain(&error), "its VMM does not answer");

@@ -4,10 +4,12 @@
 //! for.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use http::{Request, Response};
+use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::node::Route;
@@ -17,11 +19,47 @@ use kelvin_api::signature::Signature;
 use crate::Node;
 use crate::agent::{Body, SendError};
 use crate::error::Error;
-use crate::link::{Network, Stream};
-use crate::sandbox::Command;
+use crate::link::{Stream, Tunnel};
+use crate::sandbox::{Command, Sandbox};
 
+/// How long it may take to say what it uses: less than its caller waits.
+const METRICS: Duration = Duration::from_secs(4);
 /// What a guest may say of itself, in bytes.
 const MAX_METRICS: usize = 16 << 10;
+
+/// How long an agent may take to connect to a port of its guest: a little longer than it waits itself.
+const TUNNEL: Duration = Duration::from_secs(12);
+
+/// Has the agent of a sandbox connect to a port.
+///
+/// # Errors
+/// `PortClosed` when nobody listens, or the agent is of a build that cannot; `PortSilent`, `Agent`.
+async fn tunnel(id: &SandboxId, sandbox: &Sandbox, port: u16) -> Result<Tunnel, Error> {
+    let failed = |source: SendError| Error::Agent { sandbox: id.to_string(), source };
+    let mut request = Request::builder().method(Method::CONNECT).uri(format!("localhost:{port}"));
+    if let Some(token) = &sandbox.access_token {
+        request = request.header("x-access-token", token.expose());
+    }
+    let empty = http_body_util::Empty::new().map_err(|never| match never {}).boxed_unsync();
+    let request = request.body(empty).map_err(|error| failed(error.into()))?;
+    let opening = async {
+        let response = sandbox.request(request).await.map_err(failed)?;
+        match response.status() {
+            StatusCode::OK => {
+                hyper::upgrade::on(response).await.map(TokioIo::new).map_err(|error| failed(error.into()))
+            }
+            StatusCode::GATEWAY_TIMEOUT => {
+                Err(Error::PortSilent { sandbox: id.to_string(), port, after: TUNNEL })
+            }
+            status => {
+                let source = std::io::Error::other(format!("the agent says {status}"));
+                Err(Error::PortClosed { sandbox: id.to_string(), port, source })
+            }
+        }
+    };
+    let silent = |_| Err(Error::PortSilent { sandbox: id.to_string(), port, after: TUNNEL });
+    tokio::time::timeout(TUNNEL, opening).await.unwrap_or_else(silent)
+}
 
 impl Node {
     /// Sends an HTTP request to a sandbox's agent.
@@ -44,16 +82,11 @@ impl Node {
             }
         }
         let sandbox = self.awake(id).await?;
-        let dialer = Arc::clone(&sandbox.dialer);
-        let reconnect = move || {
-            let dialer = Arc::clone(&dialer);
-            async move { Ok(dialer.connect().await?) }
-        };
-        sandbox
-            .agent
-            .send(request, reconnect)
-            .await
-            .map_err(|source| Error::Agent { sandbox: id.to_string(), source })
+        let sent = sandbox.request(request).await;
+        if sent.is_err() {
+            sandbox.is_silent();
+        }
+        sent.map_err(|source| Error::Agent { sandbox: id.to_string(), source })
     }
 
     /// Whose token signed a URL that does not name its sandbox. Looks through all of them: a signature is the only
@@ -86,28 +119,49 @@ impl Node {
         }
         let empty = http_body_util::Empty::new().map_err(|never| match never {}).boxed_unsync();
         let request = request.body(empty).map_err(|error| failed(error.into()))?;
-        let response = self.send(id, request).await?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), MAX_METRICS).collect().await.map_err(failed)?;
+        let answer = async {
+            let response = sandbox.request(request).await?;
+            let status = response.status();
+            let body = Limited::new(response.into_body(), MAX_METRICS).collect().await?;
+            Ok::<_, SendError>((status, body))
+        };
+        let silent = |_| Err(format!("no answer within {METRICS:?}").into());
+        let answered = tokio::time::timeout(METRICS, answer).await.unwrap_or_else(silent);
+        if answered.is_err() {
+            sandbox.is_silent();
+        }
+        let (status, body) = answered.map_err(failed)?;
         if !status.is_success() {
             return Err(failed(format!("it answered {status}").into()));
         }
         serde_json::from_slice(&body.to_bytes()).map_err(|error| failed(error.into()))
     }
 
-    async fn network_of(&self, id: &SandboxId) -> Result<Arc<Network>, Error> {
-        let no_network = || Error::NoNetwork { what: format!("sandbox {id}"), reason: None };
-        self.awake(id).await?.network.clone().ok_or_else(no_network)
-    }
-
-    /// Connects to a port of a sandbox. The connection is cut when the sandbox ends.
+    /// Connects to a port of a sandbox, whatever address it is listened on there. The connection is cut when the
+    /// sandbox ends.
     ///
     /// # Errors
     /// `Unknown`, `NoNetwork`, `Busy`, `PortClosed`, `PortSilent`.
     pub async fn dial(&self, id: &SandboxId, port: u16) -> Result<Stream, Error> {
-        match self.network_of(id).await?.dial(id.as_str(), port).await {
+        match self.dial_once(id, port).await {
             // It was being paused: who wants it back gets it back.
-            Err(Error::Unknown(_)) => self.network_of(id).await?.dial(id.as_str(), port).await,
+            Err(Error::Unknown(_)) => self.dial_once(id, port).await,
+            other => other,
+        }
+    }
+
+    async fn dial_once(&self, id: &SandboxId, port: u16) -> Result<Stream, Error> {
+        let sandbox = self.awake(id).await?;
+        let no_network = || Error::NoNetwork { what: format!("sandbox {id}"), reason: None };
+        let network = sandbox.network.as_ref().ok_or_else(no_network)?;
+        match network.dial(id.as_str(), port).await {
+            // Nobody listens on its own address: loopback and everything else is seen from inside only.
+            Err(closed @ Error::PortClosed { .. }) => {
+                match network.tunnel(id.as_str(), tunnel(id, &sandbox, port)).await {
+                    Err(Error::PortClosed { .. }) => Err(closed),
+                    other => other,
+                }
+            }
             other => other,
         }
     }

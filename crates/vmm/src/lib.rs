@@ -16,6 +16,7 @@
 pub mod conformance;
 pub mod control;
 pub mod firecracker;
+pub mod guest_end;
 mod pages;
 mod process;
 pub mod qemu;
@@ -257,6 +258,30 @@ pub trait Handle: Send + Sync {
     async fn console(&self) -> Result<String, Error>;
     /// The last of the VMM's standard error, bounded.
     fn stderr(&self) -> String;
+    /// Waits until the guest has ended its machine; for ever with a VMM that ends with its guest.
+    async fn guest_ended(&self) -> GuestEnd {
+        std::future::pending().await
+    }
+}
+
+/// How a guest has ended, as its VMM tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuestEnd {
+    /// It powered its machine off.
+    PowerOff,
+    /// It reset its machine: it rebooted, or its kernel panicked.
+    Reset,
+    /// Its kernel said that it panicked.
+    Panic,
+}
+
+/// Why a machine does not run any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MachineEnd {
+    /// Its guest ended it; the VMM may still be there and has the console.
+    Guest(GuestEnd),
+    /// Its VMM has ended.
+    Vmm,
 }
 
 /// What a save cost.
@@ -433,9 +458,13 @@ impl Running {
         self.0.learn();
     }
 
-    /// Waits until the VMM has ended.
-    pub async fn ended(&self) {
-        self.0.process().ended().await;
+    /// Waits until the machine does not run any more. Its VMM may still be there, and is to be killed.
+    pub async fn ended(&self) -> MachineEnd {
+        tokio::select! {
+            biased;
+            end = self.0.guest_ended() => MachineEnd::Guest(end),
+            () = self.0.process().ended() => MachineEnd::Vmm,
+        }
     }
 
     /// The last of the console, bounded to 64 KiB by the VMM.

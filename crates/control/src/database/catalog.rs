@@ -16,31 +16,46 @@ pub struct TagRow {
 }
 
 impl Database {
-    /// Notes whose a snapshot is.
+    /// Notes whose a snapshot is. A name is one snapshot's: who had it before keeps its id alone, so that a name which
+    /// is deleted means nothing and never an older snapshot.
     pub async fn add_snapshot(&self, id: String, project: String, name: Option<String>) -> Result<(), Error> {
         let now = jiff::Timestamp::now().as_millisecond();
         self.0
             .call(move |connection| {
-                connection
+                let transaction = connection.transaction()?;
+                if let Some(name) = &name {
+                    transaction
+                        .prepare_cached("UPDATE snapshots SET name = NULL WHERE project = ?1 AND name = ?2")?
+                        .execute((&project, name))?;
+                }
+                transaction
                     .prepare_cached(
                         "INSERT OR REPLACE INTO snapshots (id, project, name, created_ms) VALUES (?1, ?2, ?3, ?4)",
                     )?
-                    .execute((id, project, name, now))
-                    .map(drop)
+                    .execute((id, project, name, now))?;
+                transaction.commit()
             })
             .await
     }
 
-    /// Forgets whose a snapshot was.
+    /// Forgets whose a snapshot was, and its name with it: a database of an older build may have others of that name.
     pub async fn forget_snapshot(&self, id: String) -> Result<(), Error> {
         self.0
             .call(move |connection| {
-                connection.prepare_cached("DELETE FROM snapshots WHERE id = ?1")?.execute([id]).map(drop)
+                let transaction = connection.transaction()?;
+                transaction
+                    .prepare_cached(
+                        "UPDATE snapshots SET name = NULL WHERE (project, name) IN \
+                         (SELECT project, name FROM snapshots WHERE id = ?1)",
+                    )?
+                    .execute([&id])?;
+                transaction.prepare_cached("DELETE FROM snapshots WHERE id = ?1")?.execute([&id])?;
+                transaction.commit()
             })
             .await
     }
 
-    /// The snapshot of a project that `text` names: its id, or a name, of which the newest counts.
+    /// The snapshot of a project that `text` names: its id, or its name.
     pub async fn snapshot(&self, project: &str, text: &str) -> Result<Option<String>, Error> {
         let (project, text) = (project.to_owned(), text.to_owned());
         self.0
@@ -63,13 +78,13 @@ impl Database {
             .await
     }
 
-    /// The owner of each snapshot that has one of its own.
-    pub async fn snapshot_owners(&self) -> Result<HashMap<String, String>, Error> {
+    /// The owner of each snapshot that has one of its own, and its name.
+    pub async fn snapshot_owners(&self) -> Result<HashMap<String, (String, Option<String>)>, Error> {
         self.0
             .call(move |connection| {
                 connection
-                    .prepare("SELECT id, project FROM snapshots")?
-                    .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+                    .prepare("SELECT id, project, name FROM snapshots")?
+                    .query_map([], |row| Ok((row.get(0)?, (row.get(1)?, row.get(2)?))))?
                     .collect()
             })
             .await

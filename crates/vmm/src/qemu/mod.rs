@@ -18,7 +18,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -27,11 +27,13 @@ use kelvin_host::accel::Accelerator;
 use kelvin_host::process::{Network, Process, ProcessKey, Spawn};
 use serde_json::json;
 use tokio::net::UnixStream;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 
 use crate::control::{Control, Dial, Dialed};
 use crate::process::{Sockets, Tail};
-use crate::{COMMAND_LINE, Disk, Driver, Error, Handle, MachineSpec, Running, Saved, Waiting, pages};
+use crate::{
+    COMMAND_LINE, Disk, Driver, Error, GuestEnd, Handle, MachineSpec, Running, Saved, Waiting, pages,
+};
 use qmp::Qmp;
 
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -199,6 +201,8 @@ impl Qemu {
                 .into_iter()
                 .map(|argument| fill(argument).into()),
         );
+        // A guest that ends leaves its VMM with what its console said. No part of the machine: nothing of it is saved.
+        args.extend(["-action", "reboot=shutdown,shutdown=pause"].map(OsString::from));
         args.extend(extra.iter().map(OsString::from));
         let env = if private && !self.read_only_memory {
             vec![("LD_PRELOAD".into(), SHIM_PATH.into()), ("KELVIN_RO_RAM".into(), memory.into())]
@@ -227,7 +231,9 @@ impl Qemu {
         match opened.await {
             Ok((sockets, qmp)) => Ok(Machine {
                 process: Arc::new(process),
+                guest_end: qmp.guest_end(),
                 qmp: Mutex::new(qmp),
+                console: StdMutex::default(),
                 sockets: Arc::new(sockets),
                 tail,
                 directory,
@@ -317,12 +323,16 @@ impl Driver for Qemu {
         let io = |source| Error::Io { what: "adopting the VMM", source };
         let process = Process::adopt(key).map_err(io)?;
         let sockets = Sockets::open(&spec.absolute())?;
-        let qmp = Qmp::open(sockets.connect("qmp.sock", &process).await.map_err(io)?).await?;
+        let mut qmp = Qmp::open(sockets.connect("qmp.sock", &process).await.map_err(io)?).await?;
+        // It may be of a build that had it end with its guest.
+        qmp.call("set-action", json!({ "reboot": "shutdown", "shutdown": "pause" })).await?;
         let own = spec.absolute().join("memory");
         let private = !own.exists();
         let machine = Machine {
             process: Arc::new(process),
+            guest_end: qmp.guest_end(),
             qmp: Mutex::new(qmp),
+            console: StdMutex::default(),
             sockets: Arc::new(sockets),
             tail: Tail::default(),
             directory: spec.directory(),
@@ -339,6 +349,10 @@ impl Driver for Qemu {
 struct Machine {
     process: Arc<Process>,
     qmp: Mutex<Qmp>,
+    /// Set when the guest has ended its machine.
+    guest_end: watch::Receiver<Option<GuestEnd>>,
+    /// The end of the console: QEMU forgets what was read of it.
+    console: StdMutex<String>,
     sockets: Arc<Sockets>,
     tail: Tail,
     /// Relative to the data directory.
@@ -479,6 +493,10 @@ impl Handle for Machine {
         let mut qmp = self.qmp.lock().await;
         let status = qmp.call("query-status", json!({})).await?;
         match status["status"].as_str() {
+            // One whose guest has ended it while nobody looked: a former daemon had it stay.
+            Some("shutdown") => {
+                Err(Error::Ended { what: "going on", stderr: "its guest has ended".to_owned() })
+            }
             Some("paused" | "io-error" | "postmigrate") => qmp.call("cont", json!({})).await.map(drop),
             _ => Ok(()),
         }
@@ -507,8 +525,27 @@ impl Handle for Machine {
 
     async fn console(&self) -> Result<String, Error> {
         let arguments = json!({ "device": "console", "size": CONSOLE, "format": "utf8" });
-        let text = self.qmp.lock().await.call("ringbuf-read", arguments).await?;
-        Ok(text.as_str().unwrap_or_default().to_owned())
+        let fresh = self.qmp.lock().await.call("ringbuf-read", arguments).await?;
+        let mut console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
+        console.push_str(fresh.as_str().unwrap_or_default());
+        let excess = console.len().saturating_sub(CONSOLE as usize);
+        let cut = (excess..=console.len()).find(|at| console.is_char_boundary(*at)).unwrap_or(excess);
+        console.drain(..cut);
+        Ok(console.clone())
+    }
+
+    async fn guest_ended(&self) -> GuestEnd {
+        let mut told = self.guest_end.clone();
+        loop {
+            let now = *told.borrow_and_update();
+            if let Some(end) = now {
+                return end;
+            }
+            if told.changed().await.is_err() {
+                // The connection has ended: whoever waits sees that of the process.
+                std::future::pending::<()>().await;
+            }
+        }
     }
 
     fn stderr(&self) -> String {

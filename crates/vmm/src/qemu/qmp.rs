@@ -1,48 +1,152 @@
 //! QEMU's machine protocol: one command at a time, events kept for whoever waits for one.
 //!
-//! Source: QEMU, docs/interop/qmp-spec. A VMM may have been taken over by its guest, so lines and events
-//! are bounded.
+//! ```text
+//! VMM ── lines ──> reader task ──> replies, by the id of their command
+//!                            ├──> events, the last 64
+//!                            └──> how the guest ended, once
+//! ```
+//!
+//! Source: QEMU, docs/interop/qmp-spec. A VMM may have been taken over by its guest, so lines, replies and events are
+//! bounded. The reader ends with the connection. Nothing is written; a crash of the daemon leaves the VMM as it is.
 
 use std::collections::VecDeque;
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
 use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{Notify, watch};
 
-use crate::Error;
+use crate::{Error, GuestEnd};
 
 const MAX_LINE: u64 = 1 << 20;
 const MAX_EVENTS: usize = 64;
+/// Replies that nobody has taken: of commands that were given up.
+const MAX_REPLIES: usize = 8;
 const LIMIT: Duration = Duration::from_secs(20);
+
+/// What the reader has read and nobody has taken.
+#[derive(Debug, Default)]
+struct Inbox {
+    replies: VecDeque<Value>,
+    events: VecDeque<Value>,
+    /// Why there will be no more.
+    closed: Option<io::ErrorKind>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    inbox: Mutex<Inbox>,
+    changed: Notify,
+}
+
+impl Shared {
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `take` finds something in the inbox.
+    async fn wait<T>(&self, take: impl Fn(&mut Inbox) -> Option<T>) -> Result<T, Error> {
+        loop {
+            let changed = self.changed.notified();
+            {
+                let mut inbox = self.inbox();
+                if let Some(found) = take(&mut inbox) {
+                    return Ok(found);
+                }
+                if let Some(kind) = inbox.closed {
+                    return Err(Error::Io { what: "reading from the VMM", source: kind.into() });
+                }
+            }
+            changed.await;
+        }
+    }
+}
+
+/// Keeps the last `limit`.
+fn keep(queue: &mut VecDeque<Value>, value: Value, limit: usize) {
+    if queue.len() == limit {
+        queue.pop_front();
+    }
+    queue.push_back(value);
+}
 
 /// A connection.
 #[derive(Debug)]
 pub struct Qmp {
-    stream: BufReader<UnixStream>,
-    events: VecDeque<Value>,
+    writer: OwnedWriteHalf,
+    shared: Arc<Shared>,
+    last_id: u64,
+    guest_end: watch::Receiver<Option<GuestEnd>>,
+}
+
+/// Reads until the connection ends.
+async fn read(
+    mut reader: BufReader<OwnedReadHalf>,
+    shared: Arc<Shared>,
+    guest_end: watch::Sender<Option<GuestEnd>>,
+) {
+    let mut line = Vec::new();
+    let kind = loop {
+        line.clear();
+        match (&mut reader).take(MAX_LINE).read_until(b'\n', &mut line).await {
+            Ok(0) => break io::ErrorKind::UnexpectedEof,
+            Err(error) => break error.kind(),
+            Ok(_) => {}
+        }
+        let Ok(value) = serde_json::from_slice::<Value>(&line) else { break io::ErrorKind::InvalidData };
+        if let Some(end) = ends_guest(&value) {
+            guest_end.send_replace(Some(end));
+        }
+        let mut inbox = shared.inbox();
+        match value.get("event") {
+            Some(_) => keep(&mut inbox.events, value, MAX_EVENTS),
+            None => keep(&mut inbox.replies, value, MAX_REPLIES),
+        }
+        drop(inbox);
+        shared.changed.notify_waiters();
+    };
+    shared.inbox().closed = Some(kind);
+    shared.changed.notify_waiters();
+}
+
+/// How a guest has ended, when `event` says so. Source: QEMU, `qapi/run-state.json`, `ShutdownCause`.
+fn ends_guest(event: &Value) -> Option<GuestEnd> {
+    if event["event"] != "SHUTDOWN" {
+        return None;
+    }
+    match event["data"]["reason"].as_str() {
+        Some("guest-shutdown") => Some(GuestEnd::PowerOff),
+        Some("guest-reset" | "subsystem-reset") => Some(GuestEnd::Reset),
+        Some("guest-panic") => Some(GuestEnd::Panic),
+        // The host's own doing.
+        _ => None,
+    }
 }
 
 impl Qmp {
     /// Reads the greeting and leaves negotiation mode.
     pub async fn open(stream: UnixStream) -> Result<Self, Error> {
-        let mut qmp = Self { stream: BufReader::new(stream), events: VecDeque::new() };
-        within("the VMM's greeting", qmp.line()).await?;
+        let (reader, writer) = stream.into_split();
+        let (sender, guest_end) = watch::channel(None);
+        let shared = Arc::<Shared>::default();
+        tokio::spawn(read(BufReader::new(reader), Arc::clone(&shared), sender));
+        let mut qmp = Self { writer, shared, last_id: 0, guest_end };
+        let is_greeting = |value: &Value| value.get("QMP").is_some();
+        let greeting = |inbox: &mut Inbox| inbox.replies.pop_front().filter(is_greeting);
+        within("the VMM's greeting", qmp.shared.wait(greeting)).await?;
         qmp.call("qmp_capabilities", json!({})).await?;
         Ok(qmp)
     }
 
-    async fn line(&mut self) -> Result<Value, Error> {
-        let io = |source| Error::Io { what: "reading from the VMM", source };
-        let mut line = Vec::new();
-        let count = (&mut self.stream).take(MAX_LINE).read_until(b'\n', &mut line).await.map_err(io)?;
-        if count == 0 {
-            return Err(io(std::io::ErrorKind::UnexpectedEof.into()));
-        }
-        serde_json::from_slice(&line).map_err(|error| io(std::io::Error::other(error)))
+    /// Tells how the guest has ended, when it has.
+    pub fn guest_end(&self) -> watch::Receiver<Option<GuestEnd>> {
+        self.guest_end.clone()
     }
 
     /// Runs `command` and returns its result.
@@ -67,68 +171,62 @@ impl Qmp {
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<Value, Error> {
         let io = |source| Error::Io { what: "writing to the VMM", source };
-        let mut line = json!({ "execute": command, "arguments": arguments }).to_string().into_bytes();
+        self.last_id += 1;
+        let id = self.last_id;
+        let mut line =
+            json!({ "execute": command, "arguments": arguments, "id": id }).to_string().into_bytes();
         line.push(b'\n');
-        let stream = self.stream.get_mut();
         let mut sent = 0;
         if let Some(fd) = fd {
             let fds = [fd];
+            let stream: &UnixStream = self.writer.as_ref();
             sent = stream
                 .async_io(Interest::WRITABLE, || {
                     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
                     let mut control = SendAncillaryBuffer::new(&mut space);
                     control.push(SendAncillaryMessage::ScmRights(&fds));
-                    Ok(sendmsg(&*stream, &[IoSlice::new(&line)], &mut control, SendFlags::NOSIGNAL)?)
+                    Ok(sendmsg(stream, &[IoSlice::new(&line)], &mut control, SendFlags::NOSIGNAL)?)
                 })
                 .await
                 .map_err(io)?;
         }
-        stream.write_all(&line[sent..]).await.map_err(io)?;
-        within(command, async {
-            loop {
-                let mut reply = self.line().await?;
-                if reply.get("return").is_some() {
-                    return Ok(reply["return"].take());
+        self.writer.write_all(&line[sent..]).await.map_err(io)?;
+        // What answers an earlier command came too late for it.
+        let own = |inbox: &mut Inbox| {
+            while let Some(reply) = inbox.replies.pop_front() {
+                if reply["id"] == id {
+                    return Some(reply);
                 }
-                if let Some(error) = reply.get("error") {
-                    return Err(Error::Refused {
-                        command,
-                        reason: error["desc"].as_str().unwrap_or("no reason given").to_owned(),
-                    });
-                }
-                self.keep(reply);
             }
-        })
-        .await
-    }
-
-    fn keep(&mut self, event: Value) {
-        if self.events.len() == MAX_EVENTS {
-            self.events.pop_front();
+            None
+        };
+        let mut reply = within(command, self.shared.wait(own)).await?;
+        match reply.get("error") {
+            None => Ok(reply["return"].take()),
+            Some(error) => Err(Error::Refused {
+                command,
+                reason: error["desc"].as_str().unwrap_or("no reason given").to_owned(),
+            }),
         }
-        self.events.push_back(event);
     }
 
     /// Waits for an event called `name` for which `done` returns something.
     pub async fn event<T>(
         &mut self,
         name: &'static str,
-        mut done: impl FnMut(&Value) -> Option<T>,
+        done: impl Fn(&Value) -> Option<T>,
     ) -> Result<T, Error> {
-        within(name, async {
-            loop {
-                let event = match self.events.pop_front() {
-                    Some(event) => event,
-                    None => self.line().await?,
-                };
+        let wanted = |inbox: &mut Inbox| {
+            while let Some(event) = inbox.events.pop_front() {
                 if event["event"] == name
                     && let Some(result) = done(&event["data"])
                 {
-                    return Ok(result);
+                    return Some(result);
                 }
             }
-        })
-        .await
+            None
+        };
+        within(name, self.shared.wait(wanted)).await
     }
 }
 
@@ -136,5 +234,60 @@ async fn within<T>(what: &'static str, work: impl Future<Output = Result<T, Erro
     match tokio::time::timeout(LIMIT, work).await {
         Ok(result) => result,
         Err(_) => Err(Error::Deadline { what, after: LIMIT, detail: "the VMM did not answer".to_owned() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn pair() -> (Qmp, UnixStream) {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let (qmp, ()) = tokio::join!(Qmp::open(ours), async {
+            theirs.write_all(b"{\"QMP\": {}}\n{\"return\": {}, \"id\": 1}\n").await.unwrap();
+        });
+        (qmp.unwrap(), theirs)
+    }
+
+    #[tokio::test]
+    async fn a_reply_that_came_too_late_is_not_another_commands() {
+        let (mut qmp, mut theirs) = pair().await;
+        let replies = b"{\"return\": 1, \"id\": 1}\n{\"event\": \"STOP\"}\n{\"return\": 2}\n{\"return\": 3, \"id\": 2}\n";
+        theirs.write_all(replies).await.unwrap();
+        assert_eq!(qmp.call("query-status", json!({})).await.unwrap(), 3);
+        theirs.write_all(b"{\"error\": {\"desc\": \"no\"}, \"id\": 3}\n").await.unwrap();
+        assert!(
+            matches!(qmp.call("stop", json!({})).await, Err(Error::Refused { reason, .. }) if reason == "no")
+        );
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_guest_is_seen_while_nobody_asks() {
+        for (reason, end) in [
+            ("guest-shutdown", Some(GuestEnd::PowerOff)),
+            ("guest-reset", Some(GuestEnd::Reset)),
+            ("guest-panic", Some(GuestEnd::Panic)),
+            ("host-signal", None),
+        ] {
+            let (qmp, mut theirs) = pair().await;
+            let event = json!({ "event": "SHUTDOWN", "data": { "guest": true, "reason": reason } });
+            theirs.write_all(format!("{event}\n").as_bytes()).await.unwrap();
+            drop(theirs);
+            let mut ended = qmp.guest_end();
+            // Until the sender is gone: then nothing else can come.
+            while ended.changed().await.is_ok() {}
+            assert_eq!(*ended.borrow(), end, "{reason}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_floods_holds_nothing() {
+        let (mut qmp, mut theirs) = pair().await;
+        for _ in 0..1000 {
+            theirs.write_all(b"{\"event\": \"STOP\"}\n{\"return\": 0}\n").await.unwrap();
+        }
+        theirs.write_all(b"{\"return\": 7, \"id\": 2}\n").await.unwrap();
+        assert_eq!(qmp.call("cont", json!({})).await.unwrap(), 7);
+        assert!(qmp.shared.inbox().events.len() <= MAX_EVENTS);
     }
 }
