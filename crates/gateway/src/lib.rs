@@ -319,9 +319,8 @@ impl Gateway {
         let again = is_repeatable(&parts, &body).then(|| parts.clone());
         let request = Request::from_parts(parts, body.map_err(io::Error::other).boxed_unsync());
         let mut answer = self.sandboxes.send(sandbox, request).await;
-        if let (Err(failure), Some(parts)) = (&answer, again)
-            && failure.error_code == "agent_unreachable"
-        {
+        let broke = answer.as_ref().is_err_and(|failure| failure.error_code == "agent_unreachable");
+        if broke && let Some(parts) = again {
             // Paused under the request, or its agent has just been started again.
             let nothing = Body::empty().map_err(io::Error::other).boxed_unsync();
             answer = self.sandboxes.send(sandbox, Request::from_parts(parts, nothing)).await;
@@ -386,9 +385,8 @@ impl Gateway {
         parts.extensions.clear();
         let again = is_repeatable(&parts, &body).then(|| parts.clone());
         let mut answer = self.client.request(Request::from_parts(parts, body)).await;
-        if let (Err(error), Some(parts)) = (&answer, again)
-            && was_cut(error)
-        {
+        let cut = answer.as_ref().is_err_and(|error| was_cut(error));
+        if cut && let Some(parts) = again {
             // It was paused under the request: asked once more, it is woken up, or the reply says why not.
             answer = self.client.request(Request::from_parts(parts, Body::empty())).await;
         }
