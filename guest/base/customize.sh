@@ -20,4 +20,7 @@ rm -rf "$root/var/lib/dbus/machine-id" "$root/var/lib/systemd/random-seed"
 
 # What only a build leaves behind.
 rm -rf "$root"/var/log/* "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/tmp/* "$root"/run/*
-rm -rf "$root"/usr/share/doc/* "$root"/usr/share/man/* "$root"/usr/share/locale/*
+# The directories stay: scripts of packages that are installed later expect them.
+for directory in doc man locale; do
+  find "$root/usr/share/$directory" -mindepth 1 ! -type d -delete
+done

@@ -257,7 +257,7 @@ impl Newc {
 
 /// Makes the image `name` of the recipes, each on top of those before it.
 fn ensure_image(directory: &Path, name: &str, recipes: &[&str], mib: u64) -> Result<PathBuf> {
-    let (mut packages, mut hooks, mut parts) = (Vec::new(), Vec::new(), vec![mib.to_le_bytes().to_vec()]);
+    let (mut packages, mut wheels, mut parts) = (Vec::new(), Vec::new(), vec![mib.to_le_bytes().to_vec()]);
     for recipe in recipes {
         let recipe = root().join("guest").join(recipe);
         let mut files: Vec<_> = fs::read_dir(&recipe)?.flatten().map(|entry| entry.path()).collect();
@@ -267,7 +267,8 @@ fn ensure_image(directory: &Path, name: &str, recipes: &[&str], mib: u64) -> Res
             parts.push(fs::read(file)?);
         }
         packages.extend(fs::read_to_string(recipe.join("packages"))?.lines().map(str::to_owned));
-        hooks.push(recipe.join("customize.sh"));
+        let hook = recipe.join("customize.sh");
+        wheels.push((hook, recipe.join("wheels")));
     }
     let done = directory.join(format!("{name}.ext4"));
     let key = digest(&parts.iter().map(Vec::as_slice).collect::<Vec<_>>());
@@ -279,11 +280,20 @@ fn ensure_image(directory: &Path, name: &str, recipes: &[&str], mib: u64) -> Res
     let tree = directory.join(format!("{name}.new"));
     run(as_root("rm").arg("-rf").arg(&tree))?;
     let sources = debian_sources()?;
+    let mut hooks = Vec::new();
+    for (hook, wheels) in wheels {
+        hooks.push(if wheels.exists() {
+            // A shell's line instead of a program's path: the root directory, then the wheels.
+            format!("'{}' \"$1\" '{}'", hook.display(), crate::sdk::wheels(name, &wheels)?.display())
+        } else {
+            hook.display().to_string()
+        });
+    }
     let mut bootstrap = as_root("mmdebstrap");
     bootstrap
         .args(["--quiet", "--variant=minbase", "--format=directory"])
         .arg(format!("--include={}", packages.join(",")))
-        .args(hooks.iter().map(|hook| format!("--customize-hook={}", hook.display())))
+        .args(hooks.iter().map(|hook| format!("--customize-hook={hook}")))
         .arg(codename()?)
         .arg(&tree)
         .arg("-")

@@ -1,4 +1,4 @@
-//! The official SDKs from the registries, for the tests: each version in a place of its own under `.cache/tools`.
+//! The official SDKs from the registries, for the tests, and wheels for images: each version in a place of its own under `.cache/tools`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -56,7 +56,7 @@ pub fn ensure() -> Result<Sdks> {
     Ok(Sdks { python, python_old, node: node.with_file_name("node"), javascript })
 }
 
-/// A virtual environment with `packages`; its Python.
+/// A virtual environment with `packages`, or with pip alone; its Python.
 fn environment(name: &str, packages: &[&str]) -> Result<PathBuf> {
     let directory = cache().join("tools").join(name);
     let (python, stamp) = (directory.join("bin/python"), directory.join("installed"));
@@ -67,9 +67,37 @@ fn environment(name: &str, packages: &[&str]) -> Result<PathBuf> {
     say(&format!("installing {key}"));
     let _ = fs::remove_dir_all(&directory);
     run(Command::new("python3").args(["-m", "venv"]).arg(&directory))?;
+    if packages.is_empty() {
+        fs::write(stamp, key)?;
+        return Ok(python);
+    }
     let mut install = Command::new(&python);
     install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(packages);
     run(install.stdout(Stdio::null()))?;
     fs::write(stamp, key)?;
     Ok(python)
+}
+
+/// A directory with the wheels that the requirements file `list` names, unpacked, for the image `image`.
+///
+/// Without what they need in turn, which the image has from Debian, and without anything compiled: a wheel that fits no
+/// other Python than this machine's does not belong in the list.
+///
+/// # Errors
+/// When the virtual environment cannot be made or pip cannot get a wheel.
+pub fn wheels(image: &str, list: &Path) -> Result<PathBuf> {
+    let python = environment("pip", &[])?;
+    let directory = cache().join("tools").join(format!("wheels-{image}"));
+    let (stamp, key) = (directory.join("installed"), fs::read_to_string(list)?);
+    if fs::read_to_string(&stamp).is_ok_and(|text| text == key) {
+        return Ok(directory);
+    }
+    say(&format!("fetching {}", key.split_whitespace().collect::<Vec<_>>().join(" ")));
+    let _ = fs::remove_dir_all(&directory);
+    let mut install = Command::new(&python);
+    install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile"]);
+    install.args(["--only-binary=:all:", "--target"]).arg(&directory).arg("--requirement").arg(list);
+    run(install.stdout(Stdio::null()))?;
+    fs::write(stamp, key)?;
+    Ok(directory)
 }
