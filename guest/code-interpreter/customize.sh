@@ -2,6 +2,7 @@
 # Makes a Kelvin image one that runs cells: after guest/base/customize.sh, with the root directory as $1 and what pip made of
 # the file `wheels` as $2.
 set -eu
+umask 022
 root=$1
 wheels=$2
 here=$(dirname "$0")
@@ -18,7 +19,9 @@ packages=$root/usr/local/lib/python$(chroot "$root" python3 -c 'import sys; prin
 install -d "$packages"
 cp -R "$wheels"/bash_kernel "$wheels"/bash_kernel-*.dist-info "$wheels"/filetype "$wheels"/filetype-*.dist-info "$packages"
 install -D -m 0755 "$wheels/bin/deno" "$root/usr/local/bin/deno"
+# Whoever ran pip, with whatever mask.
 chown -R 0:0 "$packages" "$root/usr/local/bin/deno"
+chmod -R a+rX "$packages"
 kernelspec() {
   install -d "$root/usr/share/jupyter/kernels/$1"
   cat >"$root/usr/share/jupyter/kernels/$1/kernel.json"

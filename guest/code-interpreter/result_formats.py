@@ -296,6 +296,7 @@ def box(shape, strokes, across):
         return abs(one - other) <= within
 
     median = bottom = top = None
+    widest = 0.0
     loose = []
     for line, points in strokes:
         values, places = points[:, along], points[:, place]
@@ -311,7 +312,10 @@ def box(shape, strokes, across):
             if near(low, high) and bottom is not None and top is None and near(values.min(), high):
                 top = float(values.max())
         elif len(points) == 2 and near(values[0], values[1]) and low - slack <= values[0] <= high + slack:
-            median = float(values[0]) if median is None else median
+            # The cap of a whisker without length is there too: not as wide, or drawn before.
+            width = abs(float(places[1] - places[0]))
+            if width >= widest * (1 - 1e-6):
+                median, widest = float(values[0]), width
     if median is None or bottom is None or top is None:
         return None
     return {

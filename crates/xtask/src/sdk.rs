@@ -95,8 +95,9 @@ pub fn wheels(image: &str, list: &Path) -> Result<PathBuf> {
     say(&format!("fetching {}", key.split_whitespace().collect::<Vec<_>>().join(" ")));
     let _ = fs::remove_dir_all(&directory);
     let mut install = Command::new(&python);
-    install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile"]);
-    install.args(["--only-binary=:all:", "--target"]).arg(&directory).arg("--requirement").arg(list);
+    install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]);
+    install.args(["--no-compile", "--only-binary=:all:"]);
+    install.arg("--target").arg(&directory).arg("--requirement").arg(list);
     run(install.stdout(Stdio::null()))?;
     fs::write(stamp, key)?;
     Ok(directory)
