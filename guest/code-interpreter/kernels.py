@@ -182,6 +182,8 @@ class Kernel:
             message = await self.client.get_iopub_msg()
             if message["parent_header"].get("msg_id") == request and is_idle(message):
                 return
+            # Messages that are there already come without a pause: others have to have their turn.
+            await asyncio.sleep(0)
 
     async def silent(self, code):
         """Runs code of ours; nobody sees it. `Died` when the kernel ends or refuses it."""

@@ -34,6 +34,8 @@ def plain(value):
     # Dates of the standard library and of pandas, whose "no time" is a date too.
     if isinstance(value, (date, time)):
         return value.isoformat() if value == value else None
+    if value is getattr(sys.modules.get("pandas"), "NA", object):
+        return None
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         if isinstance(value, numpy.datetime64):
