@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use crate::activation::{self, Kept};
 use crate::{groups, network};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::process::{WaitOptions, wait};
 
@@ -147,20 +147,75 @@ fn mount_with(source: &str, target: &str, kind: &str, flags: MountFlags, options
     }
 }
 
-/// Loads what `/modules/order` names, in that order: the image builder resolved the dependencies.
+/// Loads what `/modules/order` names, in that order: the image builder resolved the dependencies. Then the nodes of
+/// devices whose drivers the kernel loads when somebody opens them.
 fn load_modules() -> io::Result<()> {
     let order = std::fs::read_to_string("/modules/order")?;
     let mut first_error = Ok(());
     for name in order.lines() {
         let file = std::fs::File::open(Path::new("/modules").join(name))?;
-        if let Err(error) = rustix::system::finit_module(&file, &CString::default(), 0)
-            && error != rustix::io::Errno::EXIST
-            && first_error.is_ok()
-        {
+        let error = match rustix::system::finit_module(&file, &CString::default(), 0) {
+            // It is there, or it drives a processor that this is not.
+            Ok(()) | Err(rustix::io::Errno::EXIST | rustix::io::Errno::NODEV) => continue,
+            Err(error) => error,
+        };
+        if first_error.is_ok() {
             first_error = Err(io::Error::new(io::Error::from(error).kind(), format!("{name}: {error}")));
         }
     }
+    if let Ok(devices) = std::fs::read_to_string("/modules/devname") {
+        for device in static_devices(&devices) {
+            let made = make_device(&device);
+            if first_error.is_ok() {
+                first_error = made
+                    .map_err(|error| io::Error::new(error.kind(), format!("/dev/{}: {error}", device.name)));
+            }
+        }
+    }
     first_error
+}
+
+/// A device node that is there before its driver.
+#[derive(Debug, PartialEq, Eq)]
+struct StaticDevice<'a> {
+    /// Below `/dev`.
+    name: &'a str,
+    kind: FileType,
+    major: u32,
+    minor: u32,
+}
+
+/// The lines of `modules.devname`: `MODULE NAME c10:200`. Source: kmod, `depmod.c`.
+fn static_devices(text: &str) -> Vec<StaticDevice<'_>> {
+    text.lines().filter(|line| !line.starts_with('#')).filter_map(static_device).collect()
+}
+
+fn static_device(line: &str) -> Option<StaticDevice<'_>> {
+    let mut words = line.split_whitespace().skip(1);
+    let (name, number) = (words.next()?, words.next()?);
+    let kind = match number.as_bytes().first()? {
+        b'c' => FileType::CharacterDevice,
+        b'b' => FileType::BlockDevice,
+        _ => return None,
+    };
+    let (major, minor) = number.get(1..)?.split_once(':')?;
+    Some(StaticDevice { name, kind, major: major.parse().ok()?, minor: minor.parse().ok()? })
+}
+
+fn make_device(device: &StaticDevice<'_>) -> io::Result<()> {
+    let path = Path::new("/dev").join(device.name);
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    // As udev's rules have them.
+    let mode = if matches!(device.name, "fuse" | "net/tun") { 0o666 } else { 0o660 };
+    let number = rustix::fs::makedev(device.major, device.minor);
+    match rustix::fs::mknodat(rustix::fs::CWD, &path, device.kind, Mode::from_raw_mode(mode), number) {
+        Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+        Err(error) => return Err(error.into()),
+    }
+    // Whatever the mask says, and the kernel where the driver is built in.
+    Ok(rustix::fs::chmod(&path, Mode::from_raw_mode(mode))?)
 }
 
 /// Mounts the root disk and makes it the root directory.
@@ -191,4 +246,17 @@ fn enter_root() -> io::Result<()> {
     rustix::stdio::dup2_stdout(&console)?;
     rustix::stdio::dup2_stderr(&console)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_that_load_their_driver_are_read() {
+        let text = "# Device nodes to trigger on-demand module loading.\nfuse fuse c10:229\ntun net/tun c10:200\n\
+                    odd\nodd odd x1:2\nodd odd c1\n";
+        let device = |name, minor| StaticDevice { name, kind: FileType::CharacterDevice, major: 10, minor };
+        assert_eq!(static_devices(text), [device("fuse", 229), device("net/tun", 200)]);
+    }
 }

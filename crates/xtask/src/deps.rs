@@ -1,9 +1,8 @@
 //! Dependencies between the crates point down only: an edge that is not in this table fails the build.
 
 use std::collections::BTreeSet;
-use std::fs;
 
-use crate::{Result, root, say};
+use crate::{Result, files as fs, root, say};
 
 /// Who may use whom. The picture is in ARCHITECTURE.md; tests may use more.
 const ALLOWED: &[(&str, &[&str])] = &[
@@ -44,8 +43,7 @@ fn edges(manifest: &str) -> BTreeSet<String> {
 pub fn check() -> Result<()> {
     let mut wrong = Vec::new();
     let mut crates = 0;
-    for entry in fs::read_dir(root().join("crates"))? {
-        let path = entry?.path();
+    for path in fs::list(root().join("crates"))? {
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
             continue;
         };

@@ -1,9 +1,8 @@
 //! Every path that a document names exists.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::{Result, root, say};
+use crate::{Result, files as fs, root, say};
 
 /// Directories whose paths are looked for in the text.
 const TOPS: [&str; 7] = ["crates/", "docs/", "proto/", "guest/", ".ci/", "openapi/", ".cargo/"];
@@ -14,9 +13,7 @@ fn documents() -> Result<Vec<PathBuf>> {
         found.push(root().join(name));
     }
     for directory in ["docs", "docs/decisions"] {
-        for entry in fs::read_dir(root().join(directory))? {
-            found.push(entry?.path());
-        }
+        found.extend(fs::list(root().join(directory))?);
     }
     found.retain(|path| path.extension().is_some_and(|extension| extension == "md"));
     Ok(found)
@@ -46,8 +43,7 @@ pub fn check() -> Result<()> {
     let mut missing = Vec::new();
     let mut count = 0;
     for document in documents()? {
-        let text =
-            fs::read_to_string(&document).map_err(|error| format!("{}: {error}", document.display()))?;
+        let text = fs::read_to_string(&document)?;
         let directory = document.parent().unwrap_or(Path::new("."));
         for path in paths(&text) {
             count += 1;

@@ -5,11 +5,10 @@
 //! name is whole.
 
 use std::ffi::OsString;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::packages::{self, as_root, debian_sources, feed};
-use crate::{Result, run, say};
+use crate::{Result, files as fs, run, say};
 
 /// Debian's release, and the newer packages for it: QEMU 10.2 or later. Before that, two processors of an emulated KVM
 /// host stand still for ever within a minute of Firecracker; with it they last for some minutes.

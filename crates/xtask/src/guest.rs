@@ -1,27 +1,26 @@
 //! Makes what a machine boots: kernel, initial RAM disk with the agent, root file system.
 //!
 //! ```text
-//! .cache/guest/kernel/   vmlinuz and the modules, from Debian's cloud kernel package
+//! .cache/guest/kernel/   vmlinuz and the modules, from the distribution's kernel for virtual machines
 //! .cache/guest/initrd    newc archive: modules in load order, the agent as /init
-//! .cache/guest/*.ext4    the images, each made again when its recipe under guest/ changes
+//! .cache/guest/*.ext4    the images, each made again when its recipe under guest/ or the kernel changes
 //! ```
 //!
 //! Everything is made under another name and renamed: what has its name is whole.
 
-use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use crate::packages::{as_root, codename, debian_sources, feed, with_lists};
-use crate::{Result, cache, cargo, output, root, run, say};
+use crate::distribution::Distribution;
+use crate::kernel::{self, Wanted};
+use crate::packages::{as_root, codename, debian_sources, feed};
+use crate::{Result, cache, cargo, files as fs, is_prebuilt, root, run, say};
 
 /// Sizes of the images' disks: about 0.5 and 1 GiB of files, the rest is free.
 const BASE_MIB: u64 = 2560;
 const INTERPRETER_MIB: u64 = 3584;
 /// So that the same files give the same image.
-const EPOCH: &str = "1767225600";
+pub const EPOCH: &str = "1767225600";
 const UUID: &str = "6b656c76-696e-4000-8000-000000000001";
 
 /// Paths of a whole guest.
@@ -46,8 +45,10 @@ pub fn files() -> [(&'static str, PathBuf); 4] {
 pub fn ensure() -> Result<Guest> {
     let directory = cache().join("guest");
     fs::create_dir_all(&directory)?;
-    let wanted = fs::read_to_string(root().join("guest/base/modules"))?;
-    let kernel = ensure_kernel(&directory, "linux-image-cloud-amd64", &wanted)?;
+    let list = |name: &str| fs::read_to_string(root().join("guest/base").join(name));
+    let (loaded, on_demand) = (list("modules")?, list("modules-on-demand")?);
+    let package = Distribution::here()?.family().guest_kernel();
+    let kernel = kernel::ensure(&directory, Wanted { package, loaded: &loaded, on_demand: &on_demand })?;
     let agent = build_agent()?;
     let initrd = ensure_initrd(&directory, &kernel, &agent)?;
     let rootfs = ensure_image(&directory, "base", &["base"], BASE_MIB)?;
@@ -71,90 +72,13 @@ pub fn digest(parts: &[&[u8]]) -> String {
     format!("{:016x}", hasher.finish())
 }
 
-/// The kernel of Debian's meta package `package` in `directory/kernel`, with the modules in `wanted`, a line each, and
-/// what they need.
-pub fn ensure_kernel(directory: &Path, package: &str, wanted: &str) -> Result<PathBuf> {
-    let done = directory.join("kernel");
-    let key = digest(&[wanted.as_bytes()]);
-    if is_fresh(&done.join("key"), &key) {
-        return Ok(done);
-    }
-    say(&format!("fetching {package}"));
-    let work = directory.join("kernel.new");
-    let _ = fs::remove_dir_all(&work);
-    fs::create_dir_all(work.join("modules"))?;
-    // apt drops its privileges for a download; the directory has to let it in.
-    fs::set_permissions(&work, fs::Permissions::from_mode(0o777))?;
-    with_lists(|| download_kernel(&work, package))?;
-    let archive = fs::read_dir(&work)?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .ok_or("apt downloaded nothing")?;
-    let tree = work.join("tree");
-    run(Command::new("dpkg").arg("-x").arg(&archive).arg(&tree))?;
-    let release = fs::read_dir(tree.join("lib/modules"))?
-        .flatten()
-        .next()
-        .and_then(|entry| entry.file_name().into_string().ok())
-        .ok_or("the package has no modules")?;
-    run(Command::new("depmod").arg("-b").arg(&tree).arg(&release))?;
-    let mut order: Vec<String> = Vec::new();
-    for module in wanted.lines() {
-        let shown = Command::new("modprobe")
-            .arg("-d")
-            .arg(&tree)
-            .args(["-S", &release, "--show-depends", module])
-            .output()?;
-        if !shown.status.success() {
-            return Err(
-                format!("modprobe {module}: {}", String::from_utf8_lossy(&shown.stderr).trim()).into()
-            );
-        }
-        for line in String::from_utf8(shown.stdout)?.lines() {
-            // "builtin x" needs nothing.
-            // Options of this machine's own configuration follow.
-            let path = line.strip_prefix("insmod ").and_then(|rest| rest.split_whitespace().next());
-            let Some(path) = path else {
-                continue;
-            };
-            let name = Path::new(path).file_name().and_then(|name| name.to_str()).ok_or("odd module name")?;
-            if !order.iter().any(|known| known == name) {
-                fs::copy(path, work.join("modules").join(name))?;
-                order.push(name.to_owned());
-            }
-        }
-    }
-    fs::write(work.join("modules/order"), order.join("\n"))?;
-    fs::copy(tree.join(format!("boot/vmlinuz-{release}")), work.join("vmlinuz"))?;
-    fs::remove_dir_all(&tree)?;
-    fs::remove_file(&archive)?;
-    fs::write(work.join("key"), key)?;
-    let _ = fs::remove_dir_all(&done);
-    fs::rename(&work, &done)?;
-    Ok(done)
-}
-
-/// Downloads the package of the kernel that the meta package names.
-fn download_kernel(directory: &Path, meta: &str) -> Result<()> {
-    let package = output(Command::new("apt-cache").args(["depends", meta]))?
-        .lines()
-        .find_map(|line| {
-            line.trim()
-                .strip_prefix("Depends: ")
-                .filter(|name| name.starts_with("linux-image"))
-                .map(str::to_owned)
-        })
-        .ok_or_else(|| format!("apt knows no {meta}"))?;
-    run(Command::new("apt-get")
-        .args(["-q", "download", &package])
-        .current_dir(directory)
-        .stdout(std::io::stderr()))
-}
-
 /// Builds the agent: static, small. One target directory with everything else.
 fn build_agent() -> Result<PathBuf> {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
+    let built = root().join("target").join(TARGET).join("agent/kelvin-agent");
+    if is_prebuilt() {
+        return Ok(built);
+    }
     say("building the guest's agent");
     let mut command = cargo();
     command.args(["build", "--package", "kelvin-agent", "--profile", "agent", "--target", TARGET]).env(
@@ -162,7 +86,7 @@ fn build_agent() -> Result<PathBuf> {
         "-C target-feature=+crt-static -C relocation-model=static",
     );
     run(command.stdout(std::io::stderr()))?;
-    Ok(root().join("target").join(TARGET).join("agent/kelvin-agent"))
+    Ok(built)
 }
 
 fn ensure_initrd(directory: &Path, kernel: &Path, agent: &Path) -> Result<PathBuf> {
@@ -179,14 +103,10 @@ fn ensure_initrd(directory: &Path, kernel: &Path, agent: &Path) -> Result<PathBu
     Ok(done)
 }
 
-/// Adds the modules of `kernel`, and the order in which they are loaded.
+/// Adds the modules of `kernel`, the order in which they are loaded, and the device nodes that load others.
 pub fn add_modules(archive: &mut Newc, kernel: &Path) -> Result<()> {
-    let mut modules: Vec<_> =
-        fs::read_dir(kernel.join("modules"))?.flatten().map(|entry| entry.path()).collect();
-    modules.sort();
-    for path in modules {
-        let name = path.file_name().and_then(|name| name.to_str()).ok_or("odd module name")?.to_owned();
-        archive.add(&format!("modules/{name}"), 0o100_644, &fs::read(&path)?);
+    for path in fs::list(kernel.join("modules"))? {
+        archive.add(&format!("modules/{}", fs::name(&path)?), 0o100_644, &fs::read(&path)?);
     }
     Ok(())
 }
@@ -255,16 +175,27 @@ impl Newc {
     }
 }
 
+/// What gives an image the modules of `kernel` that are loaded on demand: `modprobe`, and with it the guest's kernel, finds
+/// them when it runs that kernel. Another kernel says that its own directory is not there.
+fn modules_hook(kernel: &Path) -> String {
+    let from = crate::kvm_host::quoted(&kernel.join("image").display().to_string());
+    let copy = format!("cp -r --preserve=mode,timestamps {from}/. \"$1/usr/lib/modules/\"");
+    format!("--customize-hook=mkdir -p \"$1/usr/lib/modules\" && {copy}")
+}
+
 /// Makes the image `name` of the recipes, each on top of those before it.
 fn ensure_image(directory: &Path, name: &str, recipes: &[&str], mib: u64) -> Result<PathBuf> {
     let (mut packages, mut wheels, mut parts) = (Vec::new(), Vec::new(), vec![mib.to_le_bytes().to_vec()]);
+    let release = codename()?;
+    let kernel = directory.join("kernel");
+    parts.extend([release.clone().into_bytes(), fs::read(kernel.join("key"))?]);
     for recipe in recipes {
         let recipe = root().join("guest").join(recipe);
-        let mut files: Vec<_> = fs::read_dir(&recipe)?.flatten().map(|entry| entry.path()).collect();
-        files.sort();
-        // The modules are the kernel's.
-        for file in files.iter().filter(|file| file.file_name().is_some_and(|name| name != "modules")) {
-            parts.push(fs::read(file)?);
+        for file in fs::list(&recipe)? {
+            // The modules are the kernel's.
+            if !fs::name(&file)?.starts_with("modules") {
+                parts.push(fs::read(&file)?);
+            }
         }
         packages.extend(fs::read_to_string(recipe.join("packages"))?.lines().map(str::to_owned));
         let hook = recipe.join("customize.sh");
@@ -294,7 +225,8 @@ fn ensure_image(directory: &Path, name: &str, recipes: &[&str], mib: u64) -> Res
         .args(["--quiet", "--variant=minbase", "--format=directory"])
         .arg(format!("--include={}", packages.join(",")))
         .args(hooks.iter().map(|hook| format!("--customize-hook={hook}")))
-        .arg(codename()?)
+        .arg(modules_hook(&kernel))
+        .arg(release)
         .arg(&tree)
         .arg("-")
         .env("SOURCE_DATE_EPOCH", EPOCH)
@@ -302,7 +234,7 @@ fn ensure_image(directory: &Path, name: &str, recipes: &[&str], mib: u64) -> Res
     feed(&mut bootstrap, &sources)?;
     let fresh = directory.join(format!("{name}.ext4.new"));
     let _ = fs::remove_file(&fresh);
-    fs::File::create(&fresh)?.set_len(mib << 20)?;
+    fs::create_sparse(&fresh, mib << 20)?;
     let mut mkfs = as_root("mke2fs");
     mkfs.args([
         "-q", "-F", "-t", "ext4", "-L", "kelvin", "-m", "0", "-b", "4096", "-J", "size=16", "-U", UUID,

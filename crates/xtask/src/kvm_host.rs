@@ -16,14 +16,15 @@
 //! one does not make anew.
 
 use std::ffi::OsString;
-use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::distribution::Distribution;
 use crate::guest::{Newc, write_if_changed};
+use crate::kernel::{self, Wanted};
 use crate::packages::{self, as_root};
-use crate::{Result, cache, emulator, guest, root, run, say};
+use crate::{Result, cache, emulator, files as fs, guest, root, run, say};
 
 const DISK_GIB: u64 = 64;
 const MEMORY_MIB: &str = "10240";
@@ -83,7 +84,7 @@ fn ensure_disk(directory: &Path) -> Result<PathBuf> {
     say("making the KVM host's disk");
     let (fresh, mounted) = (directory.join("disk.new"), directory.join("mounted"));
     let _ = fs::remove_file(&fresh);
-    fs::File::create(&fresh)?.set_len(DISK_GIB << 30)?;
+    fs::create_sparse(&fresh, DISK_GIB << 30)?;
     run(as_root("mkfs.xfs").args(["-q", "-f", "-m", "reflink=1"]).arg(&fresh))?;
     fs::create_dir_all(&mounted)?;
     run(as_root("mount").args(["-o", "loop"]).arg(&fresh).arg(&mounted))?;
@@ -104,7 +105,8 @@ fn ensure_disk(directory: &Path) -> Result<PathBuf> {
     Ok(done)
 }
 
-fn quoted(text: &str) -> String {
+/// `text` as one word of a shell's.
+pub fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
@@ -116,9 +118,11 @@ fn script(command: &[String]) -> Result<String> {
             lines.push(format!("export {name}={}", quoted(&value)));
         }
     }
+    let here =
+        std::env::current_dir().map_err(|error| format!("asking for the current directory: {error}"))?;
     let ground = quoted(&cache().join("e2e").display().to_string());
     lines.push(format!("mkdir -p {ground} && mount -o noatime /dev/vda {ground}"));
-    lines.push(format!("cd {}", quoted(&std::env::current_dir()?.display().to_string())));
+    lines.push(format!("cd {}", quoted(&here.display().to_string())));
     let words: Vec<String> = command.iter().map(|word| quoted(word)).collect();
     // A child: this shell stays to reap and to tell how it ended. Behind a pipe: what draws on a terminal would fill logs.
     lines.push("set -o pipefail".to_owned());
@@ -138,10 +142,11 @@ pub fn run_in(command: &[String]) -> Result<u8> {
     crate::suite::build()?;
     let directory = directory();
     fs::create_dir_all(&directory)?;
-    let lock = fs::File::create(directory.join("lock"))?;
+    let lock = fs::create(directory.join("lock"))?;
     lock.try_lock().map_err(|_| "another kvm-host runs in this tree")?;
     let wanted = fs::read_to_string(root().join("guest/kvm-host/modules"))?;
-    let kernel = guest::ensure_kernel(&directory, "linux-image-amd64", &wanted)?;
+    let package = Distribution::here()?.family().host_kernel();
+    let kernel = kernel::ensure(&directory, Wanted { package, loaded: &wanted, on_demand: "" })?;
     let initrd = ensure_initrd(&kernel)?;
     let disk = ensure_disk(&directory)?;
     let processors = number("KELVIN_KVM_HOST_PROCESSORS", PROCESSORS)?;
@@ -212,7 +217,8 @@ fn boot(
         .args(["-drive", &format!("if=virtio,format=raw,cache=unsafe,snapshot=on,file={}", disk.display())])
         .args(["-append", &append])
         .stdin(Stdio::null());
-    match qemu.status().map_err(|error| format!("{qemu:?}: {error}"))?.code() {
+    let ended = crate::spawn(&mut qemu)?.wait().map_err(|error| format!("waiting for {qemu:?}: {error}"))?;
+    match ended.code() {
         Some(0) => Ok(()),
         // Source: timeout(1).
         Some(124) => {

@@ -4,12 +4,17 @@
 //! package managers of the machine; what is expensive is cached under `.cache/`.
 
 mod deps;
+mod distribution;
 mod docs;
 mod emulator;
+mod files;
 mod guest;
+mod kernel;
 mod kvm_host;
 mod packages;
+mod preflight;
 mod prototype;
+mod roots;
 mod sdk;
 mod server;
 mod suite;
@@ -32,6 +37,8 @@ const USAGE: &str = "usage: cargo xtask <command>
   fuzz      the fuzz targets for a short while
   openapi   write openapi/kelvin.json anew
   down      stop it and everything that it owns
+  in-root [--fresh] RELEASE -- CMD
+            run a command on a minimal Debian of that release (bookworm, trixie), with this tree and this toolchain
   bench     build and bake, then run `kelvin bench create` with the given arguments on a server of its own
   build     the binary, the guest's agent and the base image
   deps      check the dependencies between the crates";
@@ -47,18 +54,35 @@ pub fn cache() -> PathBuf {
     root().join(".cache")
 }
 
+/// Why `command` could not be started, with the program's name: "No such file or directory" alone names nothing.
+fn not_started(command: &Command, error: &std::io::Error) -> String {
+    let program = command.get_program().to_string_lossy();
+    let directory =
+        command.get_current_dir().map(|path| format!(" in {}", path.display())).unwrap_or_default();
+    let missing = error.kind() == std::io::ErrorKind::NotFound;
+    let hint = if missing { ": there is no such program, or no such directory to run it in" } else { "" };
+    format!("cannot run {program}{hint} ({error}); the command was {command:?}{directory}")
+}
+
 /// Runs `command`, its output going where ours goes.
 pub fn run(command: &mut Command) -> Result<()> {
-    let status = command.status().map_err(|error| format!("{command:?}: {error}"))?;
+    let status = command.status().map_err(|error| not_started(command, &error))?;
     if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
+}
+
+/// Starts `command`.
+pub fn spawn(command: &mut Command) -> Result<std::process::Child> {
+    Ok(command.spawn().map_err(|error| not_started(command, &error))?)
+}
+
+/// Runs `command` and returns what it printed and how it ended, whatever that is.
+pub fn outcome(command: &mut Command) -> Result<std::process::Output> {
+    Ok(command.output().map_err(|error| not_started(command, &error))?)
 }
 
 /// Runs `command` and returns what it printed; its errors go where ours go.
 pub fn output(command: &mut Command) -> Result<String> {
-    let output = command
-        .stderr(std::process::Stdio::inherit())
-        .output()
-        .map_err(|error| format!("{command:?}: {error}"))?;
+    let output = outcome(command.stderr(std::process::Stdio::inherit()))?;
     if output.status.success() {
         Ok(String::from_utf8(output.stdout)?)
     } else {
@@ -69,6 +93,12 @@ pub fn output(command: &mut Command) -> Result<String> {
 /// Says what is going on, on standard error: `up` prints a script on standard output.
 pub fn say(text: &str) {
     eprintln!("xtask: {text}");
+}
+
+/// Whether everything that is compiled is there already, made elsewhere: in the emulated KVM host and in roots of other
+/// releases.
+pub fn is_prebuilt() -> bool {
+    kvm_host::is_inside() || std::env::var_os("KELVIN_PREBUILT").is_some()
 }
 
 fn cargo() -> Command {
@@ -96,7 +126,9 @@ pub fn build_binary() -> Result<PathBuf> {
 
 fn dispatch(arguments: &[String]) -> Result<ExitCode> {
     let rest = arguments.get(1..).unwrap_or_default();
-    match arguments.first().map(String::as_str) {
+    let command = arguments.first().map(String::as_str);
+    preflight::check(command.unwrap_or_default())?;
+    match command {
         Some("demo") => server::demo(),
         Some("test") => suite::run(rest),
         Some("up") => server::up(rest),
@@ -106,6 +138,10 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
             let command = rest.strip_prefix(&["--".to_owned()]).unwrap_or(rest);
             return kvm_host::run_in(command).map(ExitCode::from);
         }
+        Some("in-root") => return roots::in_root(rest).map(ExitCode::from),
+        // What `roots` runs in a root of another release, with what was built here.
+        Some("guest") => guest::ensure().map(drop),
+        Some("steps") => server::steps(),
         Some("fuzz") => suite::fuzz(),
         Some("openapi") => suite::write_openapi(),
         Some("build") => server::prepare().map(drop),
@@ -126,6 +162,28 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("xtask: {error}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_is_not_there_is_named() {
+        let mut command = Command::new("no-such-program-of-kelvin");
+        command.arg("x");
+        for error in [
+            run(&mut command).unwrap_err(),
+            outcome(&mut command).unwrap_err(),
+            spawn(&mut command).map(drop).unwrap_err(),
+        ] {
+            let text = error.to_string();
+            assert!(
+                text.contains("cannot run no-such-program-of-kelvin: there is no such program"),
+                "{text}"
+            );
         }
     }
 }

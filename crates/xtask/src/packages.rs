@@ -1,13 +1,13 @@
-//! Installs Debian packages that are missing.
+//! Installs packages of the distribution that are missing.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-use crate::{Result, output, run, say};
+use crate::distribution::Distribution;
+use crate::{Result, files as fs, outcome, output, run, say, spawn};
 
-/// What building the guest and running Kelvin need beyond the Rust toolchain.
-const NEEDED: &[&str] = &[
-    "debian-archive-keyring",
+/// What building the guest and running Kelvin need beyond the Rust toolchain, and the keyring of the distribution.
+pub const NEEDED: &[&str] = &[
     "e2fsprogs",
     "g++",
     "gcc",
@@ -23,11 +23,20 @@ const NEEDED: &[&str] = &[
     "xfsprogs",
 ];
 
+/// Whether this process is root.
+pub fn is_root() -> bool {
+    fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0)
+}
+
+/// Sends the signal `name` (`TERM`, `KILL`) to the process `pid`, with rights that may be more than ours. The shell's own
+/// `kill`: a minimal system has no program of that name.
+pub fn signal(name: &str, pid: &str) -> Result<()> {
+    run(as_root("sh").args(["-c", "kill -s \"$1\" \"$2\"", "sh", name, pid]))
+}
+
 /// A command run as root: through sudo where that is needed.
 pub fn as_root(program: &str) -> Command {
-    let root =
-        std::fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
-    if root {
+    if is_root() {
         return Command::new(program);
     }
     let mut command = Command::new("sudo");
@@ -40,18 +49,17 @@ fn missing<'a>(needed: &[&'a str]) -> Vec<&'a str> {
         .iter()
         .copied()
         .filter(|package| {
-            !Command::new("dpkg-query")
-                .args(["-W", "-f", "${db:Status-Status}", package])
-                .stderr(Stdio::null())
-                .output()
-                .is_ok_and(|output| output.stdout == b"installed")
+            let mut ask = Command::new("dpkg-query");
+            ask.args(["-W", "-f", "${db:Status-Status}", package]);
+            !outcome(&mut ask).is_ok_and(|output| output.stdout == b"installed")
         })
         .collect()
 }
 
 /// Installs what is missing.
 pub fn ensure() -> Result<()> {
-    ensure_all(NEEDED)
+    let keyring = Distribution::here()?.family().keyring();
+    ensure_all(&[NEEDED, &[keyring]].concat())
 }
 
 /// Installs what is missing of `needed`.
@@ -74,25 +82,26 @@ pub fn update() -> Result<()> {
 
 /// Does what asks apt for a package; once more with new lists when it fails, since they may name a version that is no longer
 /// there.
-pub fn with_lists(ask: impl Fn() -> Result<()>) -> Result<()> {
+pub fn with_lists<T>(ask: impl Fn() -> Result<T>) -> Result<T> {
     // Without lists apt knows no package at all.
     debian_sources()?;
-    if ask().is_ok() {
-        return Ok(());
+    if let Ok(answer) = ask() {
+        return Ok(answer);
     }
     update()?;
     ask()
 }
 
-/// This machine's Debian sources as lines of a `sources.list`, so that no registry's name stands here.
+/// This machine's sources of its distribution as lines of a `sources.list`, so that no registry's name stands here.
 pub fn debian_sources() -> Result<String> {
+    let origin = Distribution::here()?.family().origin();
     let list = || -> Result<String> {
         let mut lines: Vec<String> = output(Command::new("apt-get").args([
             "indextargets",
             "--format",
             "deb $(REPO_URI) $(RELEASE) $(COMPONENT)",
             "Identifier: Packages",
-            "Origin: Debian",
+            &format!("Origin: {origin}"),
             "Architecture: amd64",
         ]))?
         .lines()
@@ -109,22 +118,29 @@ pub fn debian_sources() -> Result<String> {
     // The lists were never fetched.
     update()?;
     let lines = list()?;
-    if lines.is_empty() { Err("apt knows no Debian source".into()) } else { Ok(lines) }
+    if lines.is_empty() {
+        Err(format!("apt knows no source of {origin}: see /etc/apt/sources.list.d").into())
+    } else {
+        Ok(lines)
+    }
 }
 
-/// The name of this machine's release of Debian.
+/// The name of this machine's release.
 pub fn codename() -> Result<String> {
-    let release = std::fs::read_to_string("/etc/os-release")?;
-    let name = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
-    Ok(name.ok_or("/etc/os-release names no suite")?.to_owned())
+    let name = Distribution::here()?.codename;
+    if name.is_empty() { Err("/etc/os-release has no VERSION_CODENAME".into()) } else { Ok(name) }
 }
 
 /// Runs `command` with `text` as its standard input.
 pub fn feed(command: &mut Command, text: &str) -> Result<()> {
-    let mut child = command.stdin(Stdio::piped()).spawn().map_err(|error| format!("{command:?}: {error}"))?;
-    if let Some(mut input) = child.stdin.take() {
-        input.write_all(text.as_bytes())?;
+    let mut child = spawn(command.stdin(Stdio::piped()))?;
+    // What ends without reading its input says why itself.
+    let fed = child.stdin.take().map_or(Ok(()), |mut input| input.write_all(text.as_bytes()));
+    let status = child.wait().map_err(|error| format!("waiting for {command:?}: {error}"))?;
+    if status.success()
+        && let Err(error) = fed
+    {
+        return Err(format!("writing to {command:?}: {error}").into());
     }
-    let status = child.wait()?;
     if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
 }

@@ -3,13 +3,12 @@
 //! `.cache/kvm-host/prototype/`: what `../shared/prototypes/guest-initrd.sh` makes. Made under another name and renamed:
 //! what has its name is whole. Absent where the prototypes are.
 
-use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
 use crate::guest::{digest, is_fresh};
 use crate::packages;
-use crate::{Result, cache, root, run, say};
+use crate::{Result, cache, files as fs, root, run, say};
 
 /// The program.
 pub fn program() -> PathBuf {

@@ -1,10 +1,9 @@
 //! The official SDKs from the registries, for the tests, and wheels for images: each version in a place of its own under `.cache/tools`.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::{Result, cache, run, say};
+use crate::{Result, cache, files as fs, run, say};
 
 /// The newest Python SDK, the code interpreter's client over it, and what runs the tests.
 const PYTHON: &[&str] = &[

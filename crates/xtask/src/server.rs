@@ -2,11 +2,10 @@
 //!
 //! ```text
 //! .cache/data.xfs        a file system that can clone files, mounted on .cache/data while a server is up
-//! .cache/data/run/       server.json (where it is), imported (which guest it has)
+//! .cache/data/run/       server.json (where it is), server-build (which binary it is of), imported-* (which guest it has)
 //! .cache/server.log      what the server says
 //! ```
 
-use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -14,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::guest::{self, Guest};
 use crate::packages::{self, as_root};
-use crate::{Result, build_binary, cache, output, run, say};
+use crate::{Result, build_binary, cache, files as fs, is_prebuilt, output, run, say, spawn};
 
 /// The template that runs cells, and what its machines have, in MiB.
 const INTERPRETER: &str = "code-interpreter";
@@ -30,6 +29,9 @@ pub struct Built {
 
 /// Installs, builds and makes what is missing.
 pub fn prepare() -> Result<Built> {
+    if is_prebuilt() {
+        return Ok(Built { binary: binary(), guest: guest::ensure()? });
+    }
     packages::ensure()?;
     // Beside each other: the end of each build keeps one processor busy, an image the network.
     let (guest, binary) = std::thread::scope(|scope| {
@@ -43,7 +45,11 @@ pub fn prepare() -> Result<Built> {
 /// What [`prepare`] has made before, on a machine that cannot.
 pub fn built() -> Built {
     let [(_, kernel), (_, initrd), (_, rootfs), _] = guest::files();
-    Built { binary: crate::root().join("target/release/kelvin"), guest: Guest { kernel, initrd, rootfs } }
+    Built { binary: binary(), guest: Guest { kernel, initrd, rootfs } }
+}
+
+fn binary() -> PathBuf {
+    crate::root().join("target/release/kelvin")
 }
 
 fn data_dir() -> PathBuf {
@@ -81,14 +87,14 @@ fn import(built: &Built, name: &str, rootfs: &Path, memory_mib: &str, data_dir: 
     Ok(())
 }
 
-struct Server {
+pub struct Server {
     pid: String,
     url: String,
 }
 
-/// The server that `run/server.json` names, when it is alive.
-fn running() -> Option<Server> {
-    let text = fs::read_to_string(data_dir().join("run/server.json")).ok()?;
+/// The server of `data` that `run/server.json` names, when it is alive.
+fn running(data: &Path) -> Option<Server> {
+    let text = fs::read_to_string(data.join("run/server.json")).ok()?;
     let field = |name: &str| {
         let rest = text.split_once(&format!("\"{name}\":"))?.1;
         Some(rest.trim_start_matches('"').split(['"', ',', '}']).next()?.to_owned())
@@ -98,36 +104,73 @@ fn running() -> Option<Server> {
     String::from_utf8_lossy(&line).contains("serve").then_some(Server { pid, url })
 }
 
+/// What `run/server-build` holds for a server of `binary` that runs as `pid`. Digests, not times: a build that changes
+/// nothing leaves a server alone.
+fn build_stamp(binary: &Path, pid: &str) -> Result<String> {
+    Ok(format!("{pid} {}", guest::digest(&[&fs::read(binary)?])))
+}
+
+/// Starts the server, or takes the one that runs when it is of this build. It has this guest then, too.
 fn start(built: &Built) -> Result<Server> {
-    if let Some(server) = running() {
-        return Ok(server);
-    }
     let data = data_dir();
-    let mut setup = kelvin(&built.binary);
-    setup.args(["setup", "--size-gib", "48", "--data-dir"]).arg(&data);
-    run(setup.stdout(std::io::stderr()))?;
-    fs::create_dir_all(data.join("run"))?;
-    import(built, "base", &built.guest.rootfs, "512", &data)?;
-    let _ = fs::remove_file(data.join("run/server.json"));
-    let log = cache().join("server.log");
-    let file = fs::File::create(&log)?;
-    // Its own session: it outlives this command and its terminal.
-    let mut child = as_root("setsid")
-        .arg(&built.binary)
-        // Never the machine's own uplink: what runs here is for trying and measuring.
-        .args(["serve", "--listen", "127.0.0.1:0", "--uplink", "none", "--data-dir"])
-        .arg(&data)
-        .stdin(Stdio::null())
-        .stdout(file.try_clone()?)
-        .stderr(file)
-        .spawn()?;
-    let started = Instant::now();
-    loop {
-        if let Some(server) = running() {
+    let mut listen = "127.0.0.1:0".to_owned();
+    if let Some(server) = running(&data) {
+        let stamp = fs::read_to_string(data.join("run/server-build")).unwrap_or_default();
+        if stamp == build_stamp(&built.binary, &server.pid)? {
+            import(built, "base", &built.guest.rootfs, "512", &data)?;
             return Ok(server);
         }
-        if let Some(status) = child.try_wait()? {
-            return Err(format!("the server ended ({status}):\n{}", fs::read_to_string(&log)?).into());
+        say(&format!(
+            "the server (pid {}) is of another build: starting it again, its sandboxes keep running",
+            server.pid
+        ));
+        // Where its clients look for it.
+        listen = server.url.trim_start_matches("http://").trim_end_matches('/').to_owned();
+        stop(&server)?;
+    }
+    mount(&built.binary, &data)?;
+    import(built, "base", &built.guest.rootfs, "512", &data)?;
+    start_at(&built.binary, &data, &listen, &cache().join("server.log"))
+}
+
+/// Makes `data` a directory that can clone files.
+pub fn mount(binary: &Path, data: &Path) -> Result<()> {
+    let mut setup = kelvin(binary);
+    setup.args(["setup", "--size-gib", "48", "--data-dir"]).arg(data);
+    run(setup.stdout(std::io::stderr()))?;
+    fs::create_dir_all(data.join("run"))?;
+    Ok(())
+}
+
+/// Unmounts it again.
+pub fn unmount(binary: &Path, data: &Path) -> Result<()> {
+    run(kelvin(binary).args(["setup", "--unmount", "--data-dir"]).arg(data).stdout(Stdio::null()))
+}
+
+/// Starts a server of `binary` for `data`, which has none, and waits until it answers.
+pub fn start_at(binary: &Path, data: &Path, listen: &str, log: &Path) -> Result<Server> {
+    let _ = fs::remove_file(data.join("run/server.json"));
+    let file = fs::create(log)?;
+    let same = file.try_clone().map_err(|error| format!("sharing {}: {error}", log.display()))?;
+    // Its own session: it outlives this command and its terminal.
+    let mut serve = as_root("setsid");
+    serve
+        .arg(binary)
+        // Never the machine's own uplink: what runs here is for trying and measuring.
+        .args(["serve", "--listen", listen, "--uplink", "none", "--data-dir"])
+        .arg(data)
+        .stdin(Stdio::null())
+        .stdout(same)
+        .stderr(file);
+    let mut child = spawn(&mut serve)?;
+    let started = Instant::now();
+    loop {
+        if let Some(server) = running(data) {
+            fs::write(data.join("run/server-build"), build_stamp(binary, &server.pid)?)?;
+            return Ok(server);
+        }
+        if let Some(status) = child.try_wait().map_err(|error| format!("waiting for the server: {error}"))? {
+            return Err(format!("the server ended ({status}):\n{}", fs::read_to_string(log)?).into());
         }
         if started.elapsed() > START {
             return Err(format!("the server is not up after {START:?}, see {}", log.display()).into());
@@ -136,15 +179,33 @@ fn start(built: &Built) -> Result<Server> {
     }
 }
 
-fn api_key() -> Result<String> {
-    Ok(output(as_root("cat").arg(data_dir().join("api-key")))?.trim().to_owned())
+/// Ends `server`; its sandboxes keep running.
+pub fn stop(server: &Server) -> Result<()> {
+    packages::signal("TERM", &server.pid)?;
+    let started = Instant::now();
+    while !has_ended(&server.pid) {
+        if started.elapsed() > START {
+            return Err(format!("the server (pid {}) does not end", server.pid).into());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+fn api_key(data: &Path) -> Result<String> {
+    Ok(output(as_root("cat").arg(data.join("api-key")))?.trim().to_owned())
+}
+
+/// A client command of `binary` against the `server` of `data`.
+pub fn client_of(binary: &Path, server: &Server, data: &Path) -> Result<Command> {
+    let mut command = Command::new(binary);
+    command.env("KELVIN_API_URL", &server.url).env("KELVIN_API_KEY", api_key(data)?);
+    Ok(command)
 }
 
 /// A client command against `server`.
 fn client(built: &Built, server: &Server) -> Result<Command> {
-    let mut command = Command::new(&built.binary);
-    command.env("KELVIN_API_URL", &server.url).env("KELVIN_API_KEY", api_key()?);
-    Ok(command)
+    client_of(&built.binary, server, &data_dir())
 }
 
 fn bake(built: &Built, server: &Server, name: &str) -> Result<()> {
@@ -173,7 +234,7 @@ pub fn up(templates: &[String]) -> Result<()> {
     }
     let directory = built.binary.parent().unwrap_or(Path::new("/")).display().to_string();
     println!("export KELVIN_API_URL='{}'", server.url);
-    println!("export KELVIN_API_KEY='{}'", api_key()?);
+    println!("export KELVIN_API_KEY='{}'", api_key(&data_dir())?);
     println!("export KELVIN_DATA_DIR='{}'", data_dir().display());
     println!("export PATH='{directory}':\"$PATH\"");
     Ok(())
@@ -185,39 +246,23 @@ fn has_ended(pid: &str) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // The second field is a name in parentheses that may hold anything; the third is the state.
     let is_zombie = stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']));
-    is_zombie && fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count) <= 1
+    is_zombie && fs::list(format!("/proc/{pid}/task")).map_or(0, |tasks| tasks.len()) <= 1
 }
 
 /// `cargo xtask down`.
 pub fn down() -> Result<()> {
-    let binary = crate::root().join("target/release/kelvin");
-    if let Some(server) = running() {
-        let mut kill = Command::new(&binary);
-        kill.args(["sandbox", "kill", "--all", "--project", "*"])
-            .env("KELVIN_API_URL", &server.url)
-            .env("KELVIN_API_KEY", api_key()?);
-        run(kill.stdout(Stdio::null()))?;
-        run(as_root("kill").arg(&server.pid))?;
-        let started = Instant::now();
-        while !has_ended(&server.pid) {
-            if started.elapsed() > START {
-                return Err(format!("the server (pid {}) does not end", server.pid).into());
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
+    let (binary, data) = (binary(), data_dir());
+    if let Some(server) = running(&data) {
+        let mut kill = client_of(&binary, &server, &data)?;
+        run(kill.args(["sandbox", "kill", "--all", "--project", "*"]).stdout(Stdio::null()))?;
+        stop(&server)?;
     }
-    if binary.exists() {
-        run(kelvin(&binary)
-            .args(["setup", "--unmount", "--data-dir"])
-            .arg(data_dir())
-            .stdout(Stdio::null()))?;
-    }
-    Ok(())
+    if binary.exists() { unmount(&binary, &data) } else { Ok(()) }
 }
 
 /// Runs `work` on a server, which is stopped afterwards when it was started here.
 fn with_server(work: impl FnOnce(&Built, &Server) -> Result<()>) -> Result<()> {
-    let was_up = running().is_some();
+    let was_up = running(&data_dir()).is_some();
     let built = prepare()?;
     let server = start(&built)?;
     let result = bake(&built, &server, "base").and_then(|()| work(&built, &server));
@@ -240,28 +285,83 @@ fn warm_one(built: &Built, server: &Server) -> Result<()> {
 
 /// `cargo xtask demo`.
 pub fn demo() -> Result<()> {
-    with_server(|built, server| {
-        for (path, words) in [
-            ("cold", "booted"),
-            ("clone", "restored from a snapshot"),
-            ("warm", "restored before it was asked for"),
-        ] {
-            if path == "warm" {
-                warm_one(built, server)?;
-            }
-            eprintln!("\n$ kelvin run --path {path} -- python3 -c 'print(2 ** 10)'      # {words}");
-            let mut command = client(built, server)?;
-            command.args(["run", "--timing", "--path", path, "--", "python3", "-c", "print(2 ** 10)"]);
-            let printed = output(&mut command)?;
-            print!("{printed}");
-            if printed != "1024\n" {
-                return Err(format!("expected 1024, the microVM printed {printed:?}").into());
-            }
-        }
-        eprintln!();
-        run(client(built, server)?.args(["pool", "set", "base", "--min", "0"]).stdout(Stdio::null()))
-    })
+    with_server(runs)
 }
+
+/// A run of each kind.
+fn runs(built: &Built, server: &Server) -> Result<()> {
+    for (path, words) in [
+        ("cold", "booted"),
+        ("clone", "restored from a snapshot"),
+        ("warm", "restored before it was asked for"),
+    ] {
+        if path == "warm" {
+            warm_one(built, server)?;
+        }
+        eprintln!("\n$ kelvin run --path {path} -- python3 -c 'print(2 ** 10)'      # {words}");
+        let mut command = client(built, server)?;
+        command.args(["run", "--timing", "--path", path, "--", "python3", "-c", "print(2 ** 10)"]);
+        let printed = output(&mut command)?;
+        print!("{printed}");
+        if printed != "1024\n" {
+            return Err(format!("expected 1024, the microVM printed {printed:?}").into());
+        }
+    }
+    eprintln!();
+    run(client(built, server)?.args(["pool", "set", "base", "--min", "0"]).stdout(Stdio::null()))
+}
+
+/// Where [`steps`] leaves the id of the sandbox that it paused last.
+pub const PAUSED: &str = "steps-paused";
+
+/// What every release has to pass, see `roots`: the demo's runs; a pause and a resume, over which a process lives on; what
+/// the guest's kernel loads on demand. Ends with the sandbox paused and the server stopped.
+pub fn steps() -> Result<()> {
+    let built = prepare()?;
+    let server = start(&built)?;
+    let done = (|| {
+        bake(&built, &server, "base")?;
+        runs(&built, &server)?;
+        let ask = |words: &[&str]| {
+            Ok::<_, Box<dyn std::error::Error>>(
+                output(client(&built, &server)?.args(words))?.trim().to_owned(),
+            )
+        };
+        let id = ask(&["sandbox", "create", "--timeout", "3600"])?;
+        let shell = |script: &str| ask(&["sandbox", "exec", &id, "--", "sh", "-c", script]);
+        let process = shell("sleep 3600 >/dev/null 2>&1 & echo $!")?;
+        shell("echo kept >note")?;
+        for script in ON_DEMAND {
+            say(&format!("in the guest: {script}"));
+            shell(script)?;
+        }
+        run(client(&built, &server)?.args(["sandbox", "pause", &id]).stdout(Stdio::null()))?;
+        run(client(&built, &server)?.args(["sandbox", "resume", &id]).stdout(Stdio::null()))?;
+        let found = shell(&format!("cat note /proc/{process}/comm"))?;
+        if found != "kept\nsleep" {
+            return Err(
+                format!("after a pause and a resume: expected kept and sleep, found {found:?}").into()
+            );
+        }
+        run(client(&built, &server)?.args(["sandbox", "pause", &id]).stdout(Stdio::null()))?;
+        fs::write(cache().join(PAUSED), id)?;
+        Ok(())
+    })();
+    if done.is_err() {
+        return done.and(down());
+    }
+    stop(&server)?;
+    unmount(&built.binary, &data_dir())
+}
+
+/// Each uses a module of the guest's kernel that was not loaded before.
+const ON_DEMAND: [&str; 4] = [
+    "cd /tmp && mkdir -p a b c d && sudo mount -t overlay overlay -o lowerdir=a,upperdir=b,workdir=c d && sudo umount d",
+    "sudo ip link add kelvin0 type bridge && sudo ip link add kelvin1 type veth peer name kelvin2 && \
+     sudo ip tuntap add dev kelvin3 mode tun && sudo ip link delete kelvin0",
+    "exec 3<>/dev/fuse && test -w /dev/net/tun && sudo modprobe nf_tables && sudo modprobe xt_MASQUERADE",
+    "truncate -s 1M /tmp/loop && device=$(sudo losetup --find --show /tmp/loop) && sudo losetup -d $device",
+];
 
 /// `cargo xtask bench ARGS`.
 pub fn bench(arguments: &[String]) -> Result<()> {

@@ -1,14 +1,13 @@
 //! `cargo xtask test`: everything, in the order in which it is cheap to fail.
 
 use std::ffi::OsStr;
-use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use crate::server::{self, Built, kelvin};
-use crate::{Result, cache, cargo, deps, docs, kvm_host, run as run_command, say};
+use crate::{Result, cache, cargo, deps, docs, files as fs, kvm_host, run as run_command, say};
 
 /// The version of cargo-deny that the suite runs.
 const DENY: &str = "0.20.2";
@@ -68,11 +67,10 @@ impl Ground {
         // What a run that was killed has left.
         for left in leftovers(&ground.directory) {
             if let Some(pid) = left.strip_prefix("process ") {
-                run_command(crate::packages::as_root("kill").args(["-9", pid]))?;
+                crate::packages::signal("KILL", pid)?;
             }
         }
-        for entry in fs::read_dir(&ground.directory)? {
-            let path = entry?.path();
+        for path in fs::list(&ground.directory)? {
             if path.is_dir() {
                 fs::remove_dir_all(&path)?;
             }
@@ -113,24 +111,24 @@ impl Ground {
 fn leftovers(directory: &Path) -> Vec<String> {
     let mut found = Vec::new();
     let place = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
-    let entries = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    let entries = |path: &Path| fs::list(path).unwrap_or_default().into_iter();
     let jails: Vec<_> = entries(directory)
         .flat_map(|server| entries(&server.join("sandboxes")).collect::<Vec<_>>())
         .filter_map(|machine| place(&machine))
         .collect();
-    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let is_process = name.to_str().is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+    for entry in entries(Path::new("/proc")) {
+        let name = fs::name(&entry).unwrap_or_default();
+        let is_process = name.bytes().all(|byte| byte.is_ascii_digit());
         // A jailed VMM works in another root: a machine's directory.
-        let is_jailed = || place(&entry.path().join("root")).is_some_and(|root| jails.contains(&root));
-        let works = || fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(directory));
+        let is_jailed = || place(&entry.join("root")).is_some_and(|root| jails.contains(&root));
+        let works = || fs::read_link(entry.join("cwd")).is_ok_and(|cwd| cwd.starts_with(directory));
         if is_process && (works() || is_jailed()) {
-            found.push(format!("process {}", name.to_string_lossy()));
+            found.push(format!("process {name}"));
         }
     }
-    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        if entry.path().is_dir() && entry.file_name() != "guest" {
-            found.push(entry.path().display().to_string());
+    for path in entries(directory) {
+        if path.is_dir() && !path.ends_with("guest") {
+            found.push(path.display().to_string());
         }
     }
     found
@@ -138,7 +136,8 @@ fn leftovers(directory: &Path) -> Vec<String> {
 
 /// One run at a time: it counts what its servers leave behind, and measures. The kernel unlocks it when a run dies.
 fn alone() -> Result<fs::File> {
-    let lock = fs::File::create(cache().join("e2e.lock"))?;
+    fs::create_dir_all(cache())?;
+    let lock = fs::create(cache().join("e2e.lock"))?;
     if let Err(error) = lock.try_lock() {
         let fs::TryLockError::WouldBlock = error else { return Err(error.into()) };
         say("waiting: another run of the tests is on its way in this tree");
@@ -230,17 +229,20 @@ pub fn build() -> Result<()> {
     server::prepare()?;
     prepare_tests()?;
     crate::prototype::ensure()?;
-    let mut lines = String::new();
-    let mut command = cargo();
-    command.args(ALL).args(["--no-run", "--message-format=json", "--test", END_TO_END, "--test", DRIVER]);
-    for line in crate::output(&mut command)?.lines().filter(|line| line.contains("\"kind\":[\"test\"]")) {
-        // A field among what else cargo says of a program that it has built.
-        let field = line.split_once("\"executable\":\"").and_then(|(_, rest)| rest.split('"').next());
-        let Some(program) = field else { continue };
-        lines.push_str(&format!("{program}\n"));
-    }
     fs::create_dir_all(cache().join("kvm-host"))?;
-    Ok(fs::write(built_tests(), lines)?)
+    Ok(fs::write(built_tests(), programs(&[END_TO_END, DRIVER])?.join("\n"))?)
+}
+
+/// Builds the programs of tests called `targets`, and returns their paths.
+fn programs(targets: &[&str]) -> Result<Vec<String>> {
+    let mut command = cargo();
+    command.args(ALL).args(["--no-run", "--message-format=json"]);
+    command.args(targets.iter().flat_map(|target| ["--test", target]));
+    let said = crate::output(&mut command)?;
+    let tests = said.lines().filter(|line| line.contains("\"kind\":[\"test\"]"));
+    // A field among what else cargo says of a program that it has built.
+    let field = |line: &str| Some(line.split_once("\"executable\":\"")?.1.split('"').next()?.to_owned());
+    Ok(tests.filter_map(field).collect())
 }
 
 /// Runs the tests of the program `target` whose names contain one of `filter`; all when it is empty. In the emulated
@@ -309,13 +311,13 @@ pub fn fuzz() -> Result<()> {
     for name in ["agent_bytes", "host_bytes"] {
         let corpus = directory.join(name);
         fs::create_dir_all(&corpus)?;
-        let run = Command::new(directory.join("target").join(target).join("debug").join(name))
-            .current_dir(&directory)
+        let mut fuzz = Command::new(directory.join("target").join(target).join("debug").join(name));
+        fuzz.current_dir(&directory)
             .arg(format!("-max_total_time={FUZZ_S}"))
             .args(["-rss_limit_mb=512", "-malloc_limit_mb=64", "-timeout=5", "-max_len=8192"])
             .args(["-verbosity=0", "-print_final_stats=1"])
-            .arg(&corpus)
-            .output()?;
+            .arg(&corpus);
+        let run = crate::outcome(&mut fuzz)?;
         let said = String::from_utf8_lossy(&run.stderr);
         if !run.status.success() {
             return Err(format!("{name} found something, it is in {}:\n{said}", directory.display()).into());
@@ -368,5 +370,6 @@ pub fn run(filter: &[String]) -> Result<()> {
         Ok(beside.join().map_err(|_| "preparing the tests panicked")??)
     })?;
     step("end to end", || end_to_end(&built, &[], "qemu"))?;
+    step("another release", || crate::roots::other_release(&programs(&["qemu"])?))?;
     run_firecracker(&[])
 }

@@ -10,6 +10,7 @@
 //! user). Its console is a 64 KiB ring in the VMM, its standard error a pipe of which the last 16 KiB are
 //! kept: a guest cannot fill a disk with either.
 
+mod firmware;
 mod qmp;
 
 use std::ffi::OsString;
@@ -55,6 +56,8 @@ pub struct Qemu {
     tsc_khz: u32,
     /// Whether memory can be opened read-only by an option (8.2 and newer) or needs the shim.
     read_only_memory: bool,
+    /// What has to be said of the firmware, see [`firmware::arguments`].
+    firmware: &'static [&'static str],
 }
 
 /// The build of the installed QEMU, as in identities.
@@ -65,8 +68,21 @@ pub fn build() -> Result<String, Error> {
     look().map(|(_, build)| build)
 }
 
+/// The firmware that machines of the installed QEMU boot with, for people: its file, and whether QEMU takes it by itself.
+///
+/// # Errors
+/// `Unusable` when it is missing.
+pub fn firmware() -> Result<String, Error> {
+    let found = firmware::find()?;
+    let how = if found.is_default { "this QEMU's own choice" } else { "named to this QEMU" };
+    Ok(format!("{}, {how}", found.path.display()))
+}
+
+fn unusable(reason: String) -> Error {
+    Error::Unusable { program: PROGRAM.to_owned(), reason }
+}
+
 fn look() -> Result<((u32, u32), String), Error> {
-    let unusable = |reason: String| Error::Unusable { program: PROGRAM.to_owned(), reason };
     let output = std::process::Command::new(PROGRAM)
         .arg("--version")
         .output()
@@ -83,7 +99,7 @@ impl Qemu {
     /// Looks at the installed QEMU and prepares `data_dir` for it.
     ///
     /// # Errors
-    /// `Unusable` when it is missing or older than 7.2.
+    /// `Unusable` when it is missing, older than 7.2, or without the firmware.
     pub fn open(data_dir: &Path, accelerator: Accelerator) -> Result<Self, Error> {
         let (version, package) = look()?;
         let io = |what| move |source| Error::Io { what, source };
@@ -93,7 +109,8 @@ impl Qemu {
         if !read_only_memory {
             install_shim(&data_dir.join(SHIM_PATH)).map_err(io("installing the memory shim"))?;
         }
-        Ok(Self { build: package, accelerator, tsc_khz, read_only_memory })
+        let firmware = firmware::find()?.arguments();
+        Ok(Self { build: package, accelerator, tsc_khz, read_only_memory, firmware })
     }
 
     fn append(&self) -> String {
@@ -169,6 +186,7 @@ impl Qemu {
         ]
         .map(str::to_owned)
         .to_vec();
+        machine.extend(self.firmware.iter().map(|&word| word.to_owned()));
         if network {
             let mac = kelvin_host::net::GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
             machine.extend([
