@@ -1,7 +1,8 @@
 //! `kelvin doctor`: every prerequisite, whether it is there, and how to get it.
 
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::{ExitCode, Stdio};
+use std::time::Duration;
 
 use kelvin_host::{accel, datadir, net};
 use kelvin_store::identity::{Identity, SNAPSHOT_FORMAT};
@@ -36,18 +37,116 @@ fn check(name: &'static str, verdict: Verdict, found: impl Into<String>, remedy:
     Check { name, verdict, found: found.into(), remedy }
 }
 
-fn program(name: &'static str, version: &str, package: &str, missing: Verdict) -> Check {
-    match Command::new(name).arg(version).output() {
-        Ok(output) => {
-            let text = String::from_utf8_lossy(if output.stdout.is_empty() {
-                &output.stderr
+/// How long a program may take to say its version.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// Asks the program `name` for its version with the argument `version`. It reads nothing, and is ended when it does not
+/// answer.
+async fn program(name: &'static str, version: &str, package: &str, missing: Verdict) -> Check {
+    let mut command = tokio::process::Command::new(name);
+    command.arg(version).stdin(Stdio::null()).kill_on_drop(true);
+    let install = format!("apt-get install {package}");
+    match tokio::time::timeout(ANSWER, command.output()).await {
+        Ok(Ok(output)) => {
+            let text = if output.stdout.is_empty() { &output.stderr } else { &output.stdout };
+            let text = String::from_utf8_lossy(text);
+            let line = text.lines().next().unwrap_or_default();
+            if output.status.success() {
+                check(name, Verdict::Ok, line, "")
             } else {
-                &output.stdout
-            })
-            .into_owned();
-            check(name, Verdict::Ok, text.lines().next().unwrap_or_default().to_owned(), "")
+                let found = format!("`{name} {version}` ended with {}: {line}", output.status);
+                check(name, missing, found, &format!("{install} --reinstall"))
+            }
         }
-        Err(error) => check(name, missing, error.to_string(), &format!("apt-get install {package}")),
+        Ok(Err(error)) if error.kind() == std::io::ErrorKind::NotFound => {
+            check(name, missing, "not found in PATH", &install)
+        }
+        Ok(Err(error)) => check(name, missing, error.to_string(), &install),
+        Err(_) => {
+            let found = format!("`{name} {version}` says nothing for {} s", ANSWER.as_secs());
+            check(name, missing, found, &format!("see what `command -v {name}` is; {install} --reinstall"))
+        }
+    }
+}
+
+/// QEMU: that it answers, that its version is one that can be used, the firmware that machines boot with.
+async fn qemu() -> Vec<Check> {
+    let answers = program("qemu-system-x86_64", "--version", "qemu-system-x86", Verdict::Failed).await;
+    if answers.verdict != Verdict::Ok {
+        return vec![answers];
+    }
+    let version = match kelvin_vmm::qemu::build() {
+        Ok(_) => answers,
+        Err(error) => check(
+            "qemu-system-x86_64",
+            Verdict::Failed,
+            kelvin_api::error::chain(&error),
+            "QEMU 7.2 or newer: Debian 12 and Ubuntu 24.04 have it, Ubuntu 22.04 has 6.2",
+        ),
+    };
+    let firmware = match kelvin_vmm::qemu::firmware() {
+        Ok(found) => check("QEMU's firmware", Verdict::Ok, found, ""),
+        Err(error) => check(
+            "QEMU's firmware",
+            Verdict::Failed,
+            kelvin_api::error::chain(&error),
+            "apt-get install qemu-system-data",
+        ),
+    };
+    vec![version, firmware]
+}
+
+/// Which release this is, from the text of `os-release`. `has_qemu`: whether its QEMU can be used.
+fn release(text: &str, has_qemu: bool) -> Check {
+    const NAME: &str = "distribution";
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        line.unwrap_or_default().trim_matches(['"', '\''])
+    };
+    let (id, version) = (field("ID"), field("VERSION_ID"));
+    let found = format!("{id} {version}");
+    match (id, version) {
+        ("debian", "12" | "13") => check(NAME, Verdict::Ok, found, ""),
+        ("ubuntu", "22.04") if !has_qemu => check(
+            NAME,
+            Verdict::Failed,
+            format!("{found}, whose QEMU is 6.2"),
+            "Ubuntu 24.04 or newer, or a QEMU of 7.2 or newer in PATH",
+        ),
+        ("ubuntu", "22.04" | "24.04" | "26.04") => check(
+            NAME,
+            Verdict::Warning,
+            format!("{found} should work, and is not tested"),
+            "apt-get install qemu-system-x86 libnftables1 xfsprogs; Debian 12 and 13 are tested",
+        ),
+        _ => check(NAME, Verdict::Warning, format!("{found} is not known"), "Debian 12 and 13 are tested"),
+    }
+}
+
+/// Ubuntu's restriction of user namespaces, which people look for when something of theirs does not start. `restricted`:
+/// the text of `kernel.apparmor_restrict_unprivileged_userns`.
+fn user_namespaces(restricted: Option<&str>) -> Option<Check> {
+    let is_on = restricted?.trim() == "1";
+    is_on.then(|| {
+        check(
+            "user namespaces",
+            Verdict::Ok,
+            "restricted by AppArmor: Kelvin uses none, leave it as it is",
+            "",
+        )
+    })
+}
+
+/// Whether `/dev/kvm` is there and refused: the group `kvm` has it on Debian and Ubuntu.
+fn kvm_rights(opened: &std::io::Result<std::fs::File>) -> Option<Check> {
+    match opened {
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => Some(check(
+            "/dev/kvm",
+            Verdict::Warning,
+            "not yours to open: machines are emulated",
+            "run the server as root, or join the group: usermod -aG kvm $USER, then log in again",
+        )),
+        _ => None,
     }
 }
 
@@ -91,12 +190,17 @@ fn data_directory(directory: &Path) -> Vec<Check> {
     checks
 }
 
-fn host() -> Vec<Check> {
+async fn host() -> Vec<Check> {
     let found = accel::detect();
     let verdict = if found.accelerator == accel::Accelerator::Kvm { Verdict::Ok } else { Verdict::Warning };
     let root = rustix::process::geteuid().is_root();
     let memory = rustix::system::sysinfo().totalram >> 20;
-    vec![
+    let qemu = qemu().await;
+    let has_qemu = qemu.iter().all(|check| check.verdict == Verdict::Ok);
+    let os_release = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let restricted = std::fs::read_to_string("/proc/sys/kernel/apparmor_restrict_unprivileged_userns").ok();
+    let mut checks = vec![
+        release(&os_release, has_qemu),
         check(
             "accelerator",
             verdict,
@@ -115,11 +219,15 @@ fn host() -> Vec<Check> {
             format!("{memory} MiB"),
             "2 GiB or more",
         ),
-        program("qemu-system-x86_64", "--version", "qemu-system-x86", Verdict::Failed),
-        program("setsid", "--version", "util-linux", Verdict::Failed),
-        program("setpriv", "--version", "util-linux", Verdict::Failed),
-        program("mkfs.xfs", "-V", "xfsprogs", Verdict::Warning),
-    ]
+    ];
+    checks.extend(kvm_rights(&std::fs::File::options().read(true).write(true).open("/dev/kvm")));
+    checks.extend(user_namespaces(restricted.as_deref()));
+    checks.extend(qemu);
+    checks.push(program("setsid", "--version", "util-linux", Verdict::Failed).await);
+    checks.push(program("setpriv", "--version", "util-linux", Verdict::Failed).await);
+    checks.push(program("mount", "--version", "mount", Verdict::Warning).await);
+    checks.push(program("mkfs.xfs", "-V", "xfsprogs", Verdict::Warning).await);
+    checks
 }
 
 /// Firecracker: the binary, its version, what the kernel costs it. Without KVM it is not looked for.
@@ -269,7 +377,7 @@ pub async fn run(connection: &Connection, output: Output, args: &DoctorArgs) -> 
     let has_kvm = accel::detect().accelerator == accel::Accelerator::Kvm;
     let named = args.firecracker.as_deref();
     let directory = data_dir(args.data_dir.as_ref());
-    let mut checks = host();
+    let mut checks = host().await;
     checks.extend(firecracker(named, has_kvm));
     checks.push(network().await);
     checks.extend(data_directory(&directory));
@@ -289,4 +397,47 @@ pub async fn run(connection: &Connection, output: Output, args: &DoctorArgs) -> 
     });
     let failed = checks.iter().any(|check| check.verdict == Verdict::Failed);
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_have_verdicts() {
+        for (id, version, has_qemu, verdict) in [
+            ("debian", "12", true, Verdict::Ok),
+            ("debian", "\"13\"", true, Verdict::Ok),
+            ("ubuntu", "\"22.04\"", false, Verdict::Failed),
+            ("ubuntu", "\"22.04\"", true, Verdict::Warning),
+            ("ubuntu", "\"24.04\"", true, Verdict::Warning),
+            ("ubuntu", "\"26.04\"", true, Verdict::Warning),
+            ("fedora", "44", true, Verdict::Warning),
+        ] {
+            let found = release(&format!("NAME=x\nVERSION_ID={version}\nID={id}\n"), has_qemu);
+            assert_eq!(found.verdict, verdict, "{found:?}");
+            assert_eq!(found.remedy.is_some(), verdict != Verdict::Ok, "{found:?}");
+        }
+    }
+
+    #[test]
+    fn what_ubuntu_restricts_is_told() {
+        assert_eq!(user_namespaces(Some("1\n")).map(|check| check.verdict), Some(Verdict::Ok));
+        assert!(user_namespaces(Some("0\n")).is_none() && user_namespaces(None).is_none());
+        let denied = kvm_rights(&Err(std::io::ErrorKind::PermissionDenied.into())).unwrap();
+        assert!(denied.remedy.unwrap().contains("usermod -aG kvm"));
+        assert!(kvm_rights(&Err(std::io::ErrorKind::NotFound.into())).is_none());
+    }
+
+    #[tokio::test]
+    async fn programs_are_told_apart() {
+        let missing = program("no-such-program-of-kelvin", "--version", "pkg", Verdict::Failed).await;
+        assert_eq!((missing.verdict, missing.found.as_str()), (Verdict::Failed, "not found in PATH"));
+        assert_eq!(missing.remedy.as_deref(), Some("apt-get install pkg"));
+        // Ends at once with an error: it is there, and of no use.
+        let broken = program("false", "--version-of-kelvin", "pkg", Verdict::Warning).await;
+        assert_eq!(broken.verdict, Verdict::Warning, "{broken:?}");
+        // Reads its standard input, which is empty, instead of waiting for somebody to type.
+        assert_eq!(program("cat", "-", "pkg", Verdict::Failed).await.verdict, Verdict::Ok);
+    }
 }

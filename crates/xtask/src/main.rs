@@ -34,6 +34,8 @@ const USAGE: &str = "usage: cargo xtask <command>
             start a server in the background, with the templates: eval \"$(cargo xtask up)\"
   kvm-host -- CMD
             run a command in an emulated machine that has KVM: Firecracker works there
+  other-release
+            of the tests, those with Debian 13's QEMU, kernel and user space
   fuzz      the fuzz targets for a short while
   openapi   write openapi/kelvin.json anew
   down      stop it and everything that it owns
@@ -139,6 +141,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
             return kvm_host::run_in(command).map(ExitCode::from);
         }
         Some("in-root") => return roots::in_root(rest).map(ExitCode::from),
+        Some("other-release") => suite::run_other_release(),
         // What `roots` runs in a root of another release, with what was built here.
         Some("guest") => guest::ensure().map(drop),
         Some("steps") => server::steps(),

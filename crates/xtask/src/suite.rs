@@ -329,6 +329,17 @@ pub fn fuzz() -> Result<()> {
     Ok(())
 }
 
+/// What was built here, with the QEMU, kernel and user space of another release.
+fn other_release() -> Result<()> {
+    crate::roots::other_release(&programs(&["qemu"])?)
+}
+
+/// `cargo xtask other-release`: that alone.
+pub fn run_other_release() -> Result<()> {
+    server::prepare()?;
+    step("another release", other_release)
+}
+
 /// Writes the OpenAPI document that is in the repository, from the routes.
 pub fn write_openapi() -> Result<()> {
     let test = "openapi::tests::the_document_in_the_repository_is_the_one_that_is_served";
@@ -370,6 +381,6 @@ pub fn run(filter: &[String]) -> Result<()> {
         Ok(beside.join().map_err(|_| "preparing the tests panicked")??)
     })?;
     step("end to end", || end_to_end(&built, &[], "qemu"))?;
-    step("another release", || crate::roots::other_release(&programs(&["qemu"])?))?;
+    step("another release", other_release)?;
     run_firecracker(&[])
 }
