@@ -54,7 +54,7 @@ fn only(group: &Path, vmm: i32) {
             return;
         }
         assert!(started.elapsed() < LIMIT, "{strays:?} do not end");
-        let _ = Command::new("kill").arg("-9").args(&strays).output();
+        let _ = Command::new("sh").args(["-c", "kill -9 \"$@\"", "sh"]).args(&strays).output();
     }
 }
 
