@@ -40,6 +40,7 @@ pub struct Place {
 
 impl Place {
     /// No group of its own: that of the agent.
+    #[cfg(test)]
     pub fn none() -> Self {
         Self { directory: None }
     }

@@ -92,6 +92,15 @@ pub struct Route {
     pub mask_request_host: Option<String>,
 }
 
+/// A line of a sandbox's console.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleLine {
+    /// When it was first read: a console has no clock.
+    pub at: jiff::Timestamp,
+    /// Its text, without its end and without control characters.
+    pub text: String,
+}
+
 /// Inside the I/O error of a connection that was cut because its sandbox went away: it was paused, or it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the sandbox was paused or has ended")]

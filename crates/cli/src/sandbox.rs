@@ -103,7 +103,7 @@ pub async fn dispatch(client: &Client, output: Output, command: SandboxCommand) 
             let logs = client.logs(&id).await?;
             match output {
                 Output::Json => print(output, &logs, |_| table(&[])),
-                Output::Table => logs.logs.iter().for_each(|log| line(&log.line)),
+                Output::Table => logs.log_entries.iter().for_each(|entry| line(&entry.message)),
             }
         }
         SandboxCommand::Cp { source, target, user } => copy::run(client, &source, &target, user).await?,

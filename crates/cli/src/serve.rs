@@ -19,7 +19,7 @@ use kelvin_api::ENVD_VERSION;
 use kelvin_api::error::{Failure, Kind};
 use kelvin_api::id::{SandboxId, TemplateName};
 use kelvin_api::network::{NetworkState, Policy};
-use kelvin_api::node::{Base, Changes, Child, Create, Created, Forked, Live, Route};
+use kelvin_api::node::{Base, Changes, Child, ConsoleLine, Create, Created, Forked, Live, Route};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{
     BakeTemplate, Capture, GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, Template,
@@ -68,7 +68,7 @@ impl kelvin_control::Node for Local {
         Ok(self.0.guest_metrics(id).await?)
     }
 
-    async fn console(&self, id: &SandboxId) -> Result<String, Failure> {
+    async fn console(&self, id: &SandboxId) -> Result<Vec<ConsoleLine>, Failure> {
         Ok(self.0.console(id).await?)
     }
 
@@ -226,6 +226,10 @@ impl Sandboxes for Local {
 
     async fn signer(&self, signature: &Signature) -> Option<SandboxId> {
         self.0.signer(signature)
+    }
+
+    async fn holder(&self, token: &str) -> Option<SandboxId> {
+        self.0.holder(token)
     }
 
     async fn ended(&self, sandbox: &SandboxId) -> Option<String> {

@@ -27,7 +27,7 @@ use async_trait::async_trait;
 use kelvin_api::error::Failure;
 use kelvin_api::id::{SandboxId, TemplateName};
 use kelvin_api::network::{NetworkState, Policy};
-use kelvin_api::node::{Base, Changes, Child, Create, Created, Forked, Live};
+use kelvin_api::node::{Base, Changes, Child, ConsoleLine, Create, Created, Forked, Live};
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{
     BakeTemplate, Capture, GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, Template,
@@ -53,7 +53,7 @@ pub trait Node: Send + Sync + 'static {
     /// What a running sandbox's guest says that it uses.
     async fn metrics(&self, id: &SandboxId) -> Result<GuestMetrics, Failure>;
     /// The last of a sandbox's console.
-    async fn console(&self, id: &SandboxId) -> Result<String, Failure>;
+    async fn console(&self, id: &SandboxId) -> Result<Vec<ConsoleLine>, Failure>;
     /// What a `templateID` names: a template, or a snapshot that is kept, by id or name.
     async fn base(&self, text: &str) -> Result<Base, Failure>;
     /// Freezes a sandbox; with `healthy`, only when its agent answers.

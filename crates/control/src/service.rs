@@ -11,7 +11,7 @@ use kelvin_api::account::{AuditEntry, Project};
 use kelvin_api::error::{Failure, Kind, chain};
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::network::{NetworkState, NetworkUpdate};
-use kelvin_api::node::{Base, Create, Created, Live};
+use kelvin_api::node::{Base, ConsoleLine, Create, Created, Live};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{
     EnvVars, Lifecycle, LogLevel, MAX_TIMEOUT_S, Metadata, NewSandbox, OnTimeout, PauseMode, Sandbox,
@@ -445,23 +445,25 @@ impl Inner {
 
     pub(crate) async fn logs(&self, id: &SandboxId) -> Result<SandboxLogs, Failure> {
         self.row(id).await?;
-        let console = self.node.console(id).await?;
-        let timestamp = jiff::Timestamp::now();
-        let lines = console
-            .lines()
-            // A console is a guest's bytes on their way to a terminal.
-            .map(|line| line.chars().filter(|c| !c.is_control() || *c == '\t').collect::<String>());
-        let (mut logs, mut log_entries) = (Vec::new(), Vec::new());
-        for line in lines {
-            log_entries.push(SandboxLogEntry {
-                timestamp,
-                message: line.clone(),
+        let console = match self.node.console(id).await {
+            // It has said nothing since it was paused.
+            Err(failure) if failure.error_code == "sandbox_paused" => Vec::new(),
+            other => other?,
+        };
+        let mut found = SandboxLogs::default();
+        for ConsoleLine { at, text } in console {
+            // Clients of the older route read each line as JSON. Source: E2B's CLI, `sandbox logs`.
+            let line =
+                serde_json::json!({ "level": "info", "logger": "console", "message": text, "sandboxID": id });
+            found.logs.push(SandboxLog { timestamp: at, line: line.to_string() });
+            found.log_entries.push(SandboxLogEntry {
+                timestamp: at,
+                message: text,
                 level: LogLevel::Info,
                 fields: BTreeMap::from([("source".to_owned(), "console".to_owned())]),
             });
-            logs.push(SandboxLog { timestamp, line });
         }
-        Ok(SandboxLogs { logs, log_entries })
+        Ok(found)
     }
 
     pub(crate) async fn list(&self, mut filter: Filter, token: Option<&str>) -> Result<Page, Failure> {

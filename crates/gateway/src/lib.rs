@@ -87,6 +87,9 @@ pub trait Sandboxes: Send + Sync + 'static {
     /// Whose token signed a URL that names no sandbox.
     async fn signer(&self, signature: &Signature) -> Option<SandboxId>;
 
+    /// Whose access token this is.
+    async fn holder(&self, token: &str) -> Option<SandboxId>;
+
     /// Why a sandbox ended, when that is known.
     async fn ended(&self, sandbox: &SandboxId) -> Option<String>;
 }
@@ -222,7 +225,15 @@ impl Gateway {
             Some(target) => target,
             None => {
                 let path = request.uri().path_and_query().map_or("/", |path| path.as_str()).to_owned();
-                match self.signed(Signature::of(request.method(), request.uri()), path).await {
+                let by_token = match token_alone(&request, &path) {
+                    Some(token) => self.held(&token, path.clone()).await,
+                    None => None,
+                };
+                let found = match by_token {
+                    Some(target) => Some(target),
+                    None => self.signed(Signature::of(request.method(), request.uri()), path).await,
+                };
+                match found {
                     Some(target) => target,
                     None => return Err(request),
                 }
@@ -244,6 +255,13 @@ impl Gateway {
     /// The agent that a signed URL is for: with one address for everybody, nothing else in it says so.
     async fn signed(&self, signature: Option<Signature>, path: String) -> Option<Target> {
         let sandbox = self.sandboxes.signer(&signature?).await?;
+        Some(Target { shown: sandbox.to_string(), port: Some(AGENT_PORT), way: Way::Header, path })
+    }
+
+    /// The agent that a request with nothing but its token is for: clients that have looked a sandbox up send no more.
+    /// Source: E2B's Python SDK 2.20, `Sandbox.connect`.
+    async fn held(&self, token: &str, path: String) -> Option<Target> {
+        let sandbox = self.sandboxes.holder(token).await?;
         Some(Target { shown: sandbox.to_string(), port: Some(AGENT_PORT), way: Way::Header, path })
     }
 
@@ -614,6 +632,13 @@ fn upgrade_of(request: &Request<Body>) -> Option<HeaderValue> {
         .any(|name| name.trim().eq_ignore_ascii_case("upgrade"));
     let usual = request.version() == Version::HTTP_11 && request.method() != Method::CONNECT;
     request.headers().get(header::UPGRADE).filter(|_| named && usual).cloned()
+}
+
+/// The access token of a request for an agent that names no sandbox.
+fn token_alone(request: &Request<Body>, path: &str) -> Option<String> {
+    let headers = request.headers();
+    let is_it = target::is_agents(path) && !headers.contains_key("x-api-key");
+    headers.get(ACCESS_TOKEN).filter(|_| is_it)?.to_str().ok().map(str::to_owned)
 }
 
 /// Whether a request may be sent twice: it changes nothing, and all of it is at hand. Source: RFC 9110, 9.2.

@@ -45,12 +45,40 @@ pub fn host<B>(request: &Request<B>) -> Option<&str> {
     authority.or_else(|| request.headers().get(header::HOST).and_then(|host| host.to_str().ok()))
 }
 
+/// Where envd answers: no path of the control API begins like these.
+const AGENTS: [&str; 6] =
+    ["/files", "/health", "/metrics", "/envs", "/process.Process/", "/filesystem.Filesystem/"];
+
+/// Whether `path` is one of envd's.
+pub fn is_agents(path: &str) -> bool {
+    let path = path.split('?').next().unwrap_or_default();
+    AGENTS.iter().any(|agents| {
+        path == *agents
+            || path.strip_prefix(agents).is_some_and(|rest| agents.ends_with('/') || rest.starts_with('/'))
+    })
+}
+
+/// What paths of the control API begin with, where clients send the headers of a sandbox too: envd has none of these.
+/// Source: E2B's Python SDK 2.20, `Sandbox.connect`.
+const CONTROLS: [&str; 8] =
+    ["/sandboxes", "/v2", "/v3", "/templates", "/snapshots", "/teams", "/api-keys", "/events"];
+
+fn is_controls(path: &str) -> bool {
+    let path = path.split('?').next().unwrap_or_default();
+    CONTROLS.iter().any(|controls| {
+        path.strip_prefix(controls).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    })
+}
+
 fn by_header(headers: &HeaderMap, path: &str) -> Option<Target> {
     let shown = headers.get(SANDBOX_HEADER)?.to_str().unwrap_or_default().chars().take(80).collect();
     let port = match headers.get(PORT_HEADER) {
         None => Some(AGENT_PORT),
         Some(text) => text.to_str().ok().and_then(port),
     };
+    if port == Some(AGENT_PORT) && is_controls(path) {
+        return None;
+    }
     Some(Target { shown, port, way: Way::Header, path: path.to_owned() })
 }
 
@@ -81,9 +109,19 @@ fn by_path(path: &str) -> Option<Target> {
     Some(Target { shown: id.chars().take(80).collect(), port: port(number), way: Way::Path, path })
 }
 
+/// Whether `host` is the control API's own name.
+fn is_api_host(host: &str, domain: &str) -> bool {
+    let bare = |text: &str| text.rsplit_once(':').map_or(text, |(name, _)| name).to_ascii_lowercase();
+    bare(host).strip_prefix("api.").is_some_and(|rest| rest == bare(domain))
+}
+
 /// The target of a request, when it is for a sandbox and not for the control API.
 pub fn target<B>(request: &Request<B>, domain: &str) -> Option<Target> {
     let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
+    let is_api = host(request).is_some_and(|host| is_api_host(host, domain));
+    if is_api {
+        return None;
+    }
     by_header(request.headers(), path)
         .or_else(|| by_host(host(request)?, domain, path))
         .or_else(|| by_path(path))
@@ -118,6 +156,17 @@ mod tests {
         assert_eq!(find(&format!("/sandboxes/{id}/ports/80"), &[]), owned(Some(80), Way::Path, "/"));
         assert_eq!(find(&format!("/sandboxes/{id}/ports/80/a?b"), &[]), owned(Some(80), Way::Path, "/a?b"));
         assert_eq!(find(&format!("/sandboxes/{id}/ports/80?b"), &[]), owned(Some(80), Way::Path, "/?b"));
+        // The control API's, whatever a client says beside it.
+        let agent = [(SANDBOX_HEADER, id), (PORT_HEADER, "49983")];
+        for path in ["/sandboxes/x/connect", "/v2/sandboxes?limit=1", "/templates"] {
+            assert_eq!(find(path, &agent), None, "{path}");
+        }
+        let by_name = [(SANDBOX_HEADER, id), ("host", "api.sandboxes.test:8443")];
+        assert_eq!(find("/health", &by_name), None);
+        assert_eq!(find("/sandboxesx", &agent), owned(Some(49983), Way::Header, "/sandboxesx"));
+        let server = [(SANDBOX_HEADER, id), (PORT_HEADER, "8000")];
+        assert_eq!(find("/sandboxes", &server), owned(Some(8000), Way::Header, "/sandboxes"));
+        assert!(is_agents("/files?path=x") && is_agents("/process.Process/Start") && !is_agents("/filesx"));
         for (uri, host) in [
             ("/sandboxes/x", "127.0.0.1:7400"),
             ("/", "8000-x.other.test"),

@@ -14,6 +14,7 @@ mod capacity;
 mod capture;
 mod changes;
 mod clock;
+mod console;
 mod create;
 mod error;
 mod home;
@@ -39,7 +40,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use futures::future::BoxFuture;
 use kelvin_api::error::Failure;
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
-use kelvin_api::node::{Base, Changes, Create, Created, Live};
+use kelvin_api::node::{Base, Changes, ConsoleLine, Create, Created, Live};
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{NodeInfo, NodeNetwork, TemplateSnapshot};
 use kelvin_api::units::{MemoryMib, Shape};
@@ -509,7 +510,7 @@ impl Node {
     ///
     /// # Errors
     /// `Unknown` when it does not run, `Vmm` when its VMM does not answer.
-    pub async fn console(&self, id: &SandboxId) -> Result<String, Error> {
+    pub async fn console(&self, id: &SandboxId) -> Result<Vec<ConsoleLine>, Error> {
         Ok(self.find(id)?.ask(Command::Console).await??)
     }
 

@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use kelvin_api::error::chain;
 use kelvin_api::id::{SandboxId, SnapshotId, Token, VmId};
 use kelvin_api::network::{Attachment, Policy};
-use kelvin_api::node::Live;
+use kelvin_api::node::{ConsoleLine, Live};
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{OnTimeout, PauseMode};
 use kelvin_host::process::ProcessKey;
@@ -25,6 +25,7 @@ use crate::Inner;
 use crate::agent::{Agent, Body, SendError};
 use crate::capacity::Amount;
 use crate::capture::{Captured, Then};
+use crate::console::Console;
 use crate::error::Error;
 use crate::link::Network;
 use crate::record::{Event, Record, SandboxRecord, next};
@@ -51,7 +52,7 @@ pub enum Command {
     /// Its agent does not answer: end it when its guest never will.
     IsSilent,
     /// The console's text.
-    Console(oneshot::Sender<Result<String, kelvin_vmm::Error>>),
+    Console(oneshot::Sender<Result<Vec<ConsoleLine>, kelvin_vmm::Error>>),
 }
 
 /// The handle of a running sandbox.
@@ -168,6 +169,7 @@ impl Inner {
             identity: machine.identity,
             lease: machine.lease,
             network,
+            console: Console::default(),
         };
         self.tasks.spawn(keeping.run(queue, live));
     }
@@ -200,6 +202,7 @@ pub struct Keeping {
     pub identity: Option<Identity>,
     lease: Option<Lease>,
     network: Option<Arc<Network>>,
+    console: Console,
 }
 
 /// How long to wait before a pause at a deadline that failed is tried again.
@@ -264,7 +267,10 @@ impl Keeping {
                         let taken = self.capture(origin, care, Then { mode, ..Then::default() }).await;
                         let _ = done.send(taken.map(|captured| (captured, self.record.clone())));
                     }
-                    Some(Command::Console(reply)) => { let _ = reply.send(running.console().await); }
+                    Some(Command::Console(reply)) => {
+                        let read = running.console().await;
+                        let _ = reply.send(read.map(|text| self.console.read(text, jiff::Timestamp::now())));
+                    }
                     Some(Command::IsSilent) => {
                         let console = read_console(running).await;
                         if kelvin_vmm::guest_end::is_halted(&console) {

@@ -106,6 +106,21 @@ impl Node {
         })
     }
 
+    /// Whose access token `token` is. Looks through all of them: such a request carries nothing else.
+    pub fn holder(&self, token: &str) -> Option<SandboxId> {
+        let is_it = |own: Option<&Token>| own.is_some_and(|own| own.matches(token));
+        let running = {
+            let sandboxes = self.inner.sandboxes();
+            let found = sandboxes.iter().find(|(_, sandbox)| is_it(sandbox.access_token.as_ref()));
+            found.map(|(id, _)| id.clone())
+        };
+        running.or_else(|| {
+            let paused = self.inner.paused_sandboxes();
+            let found = paused.values().find(|paused| is_it(paused.record.access_token.as_ref()));
+            found.map(|paused| paused.record.sandbox.clone())
+        })
+    }
+
     /// What the guest of a running sandbox says that it uses. One that is paused is not woken up for it.
     ///
     /// # Errors
