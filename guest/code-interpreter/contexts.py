@@ -132,7 +132,8 @@ class Context:
         self.background = set()
 
     def describe(self):
-        return {"id": self.id, "language": self.language, "cwd": self.cwd}
+        # How many wait is ours; E2B's clients ignore it.
+        return {"id": self.id, "language": self.language, "cwd": self.cwd, "queued": self.epoch.queued}
 
     async def start(self):
         """Starts the kernel, when there is none."""

@@ -150,6 +150,8 @@ def test_a_stuck_cell_is_left_by_restart_and_removal(sandbox):
     stuck = Running(sandbox, STUCK, context=context)
     assert stuck.printed.wait(20)
     waiting = [Running(sandbox, "open('/tmp/ran', 'w')", context=context) for _ in range(2)]
+    queued = "until curl -s 127.0.0.1:49999/contexts | grep -q '\"queued\": 2'; do sleep 0.2; done"
+    sandbox.commands.run(queued, timeout=20)
     restart = threading.Thread(target=sandbox.restart_code_context, args=(context,))
     restart.start()
     for cell in (stuck, *waiting):
