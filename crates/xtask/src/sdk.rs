@@ -63,7 +63,7 @@ fn environment(name: &str, packages: &[&str]) -> Result<PathBuf> {
     if fs::read_to_string(&stamp).is_ok_and(|text| text == key) {
         return Ok(python);
     }
-    say(&format!("installing {}", if packages.is_empty() { "pip" } else { &key }));
+    say(&format!("installing {}", if packages.is_empty() { "pip" } else { key.as_str() }));
     let _ = fs::remove_dir_all(&directory);
     run(Command::new("python3").args(["-m", "venv"]).arg(&directory))?;
     if packages.is_empty() {
