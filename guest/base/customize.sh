@@ -3,6 +3,13 @@
 set -eu
 root=$1
 
+# A login shell starts two programs for what it knows already; under emulation they are half of the time until its prompt.
+# Every command of E2B's SDKs is a login shell. A user's own ~/.dircolors is read as before.
+sed -i 's/"$(id -u)"/"${EUID:-$(id -u)}"/' "$root/etc/profile"
+install -d "$root/usr/lib/kelvin"
+chroot "$root" dircolors -b >"$root/usr/lib/kelvin/dircolors.sh"
+sed -i 's#|| eval "$(dircolors -b)"#|| . /usr/lib/kelvin/dircolors.sh#' "$root/etc/skel/.bashrc"
+
 chroot "$root" useradd --create-home --uid 1000 --user-group --shell /bin/bash user
 echo 'user ALL=(ALL:ALL) NOPASSWD: ALL' >"$root/etc/sudoers.d/user"
 chmod 0440 "$root/etc/sudoers.d/user"

@@ -176,7 +176,10 @@ impl Server {
     /// Imports the code interpreter's image as its template.
     pub fn import_interpreter(&self) {
         let (kernel, initrd) = (self.guest.join("vmlinuz"), self.guest.join("initrd"));
-        self.import_image("code-interpreter", "code-interpreter.ext4", "1024", &kernel, &initrd);
+        // The second is the one that E2B's client asks for. One image, one snapshot.
+        for name in ["code-interpreter", "code-interpreter-v1"] {
+            self.import_image(name, "code-interpreter.ext4", "1024", &kernel, &initrd);
+        }
     }
 
     fn import_image(&self, name: &str, image: &str, memory_mib: &str, kernel: &Path, initrd: &Path) {

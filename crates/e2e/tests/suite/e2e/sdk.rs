@@ -96,6 +96,19 @@ async fn the_javascript_sdk_works_unmodified() {
 }
 
 #[tokio::test]
+async fn the_command_line_client_works_unmodified() {
+    let Some(ground) = Ground::with_networks().await else { return };
+    let (Some(python), Some(_), Some(_)) =
+        (tool("KELVIN_E2E_PYTHON"), tool("KELVIN_E2E_NODE"), tool("KELVIN_E2E_CLI"))
+    else {
+        return;
+    };
+    let server = baked(&ground, "sdk-cli").await;
+    passes(&server, &mut pytest(&python, &["test_cli.py"]));
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn the_code_interpreter_runs_cells() {
     let Some(ground) = Ground::with_networks().await else { return };
     let Some(python) = tool("KELVIN_E2E_PYTHON") else { return };
@@ -105,7 +118,22 @@ async fn the_code_interpreter_runs_cells() {
     let request = BakeTemplate::default();
     server.client().bake("code-interpreter", &request).await.expect("it can be baked");
     passes(&server, &mut pytest(&python, &["test_interpreter.py"]));
+    // Here because the template takes longer to bake than they take to run.
+    agents_finish(&server).await;
     server.stop().await;
+}
+
+/// Frameworks for agents with their own E2B integrations, with replies in place of a model: each makes its sandbox, gets
+/// the results back into its loop, finishes and leaves nothing.
+async fn agents_finish(server: &Server) {
+    let Some(python) = tool("KELVIN_E2E_AGENTS") else { return };
+    server.bake(1).await;
+    let examples = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../examples/frameworks");
+    for name in ["smolagents_agent.py", "langchain_agent.py"] {
+        passes(server, Command::new(&python).arg(examples.join(name)).env("PYTHONDONTWRITEBYTECODE", "1"));
+    }
+    let info = server.settle().await;
+    assert_eq!((info.sandboxes, info.paused), (0, 0), "nothing is left");
 }
 
 #[tokio::test]
