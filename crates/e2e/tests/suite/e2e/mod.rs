@@ -14,6 +14,7 @@ mod integrity;
 mod isolation;
 mod lifecycle;
 mod network;
+mod people;
 mod run;
 mod sdk;
 mod speed;

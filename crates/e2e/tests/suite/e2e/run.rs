@@ -41,7 +41,7 @@ async fn commands_run_and_tell_how_they_ended() {
     assert_eq!(run(&["run", "--", "bash", "-c", "kill -9 $$"]).status.code(), Some(137));
     assert_eq!(run(&["run", "--timeout", "1", "--", "sleep", "60"]).status.code(), Some(124));
     let missing = run(&["run", "--", "no-such-program"]);
-    assert_eq!(missing.status.code(), Some(1));
+    assert_eq!(missing.status.code(), Some(127));
     assert!(
         text(&missing.stderr).contains("command 'no-such-program' not found"),
         "{}",
