@@ -118,6 +118,12 @@ pub enum Command {
         /// For which shell.
         shell: clap_complete::Shell,
     },
+    /// Write the manual pages; for packages.
+    #[command(hide = true)]
+    Man {
+        /// Where.
+        directory: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -362,6 +368,9 @@ pub enum SandboxCommand {
         /// All of them.
         #[arg(long)]
         all: bool,
+        /// Only those that run: what is paused is kept.
+        #[arg(long, requires = "all")]
+        running: bool,
         /// Those of another project, or * for all; needs the server's own key.
         #[arg(long, requires = "all")]
         project: Option<String>,

@@ -12,6 +12,7 @@ mod doctor;
 mod exec;
 mod key;
 mod network;
+mod notify;
 mod output;
 mod sandbox;
 mod serve;
@@ -102,6 +103,14 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
             clap_complete::generate(shell, &mut Cli::command(), "kelvin", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
         }
+        Command::Man { directory } => clap_mangen::generate_to(Cli::command(), &directory)
+            .map(|()| ExitCode::SUCCESS)
+            .map_err(|error| {
+                Failed::new(
+                    format!("writing manual pages to {}: {error}", directory.display()),
+                    "name a directory that is there and can be written",
+                )
+            }),
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use kelvin_api::envd::process::ProcessInfo;
 use kelvin_api::id::SandboxId;
-use kelvin_api::sandbox::{AutoResume, ForkSandbox};
+use kelvin_api::sandbox::{AutoResume, ForkSandbox, SandboxState};
 use kelvin_client::agent::{Agent, Told};
 use kelvin_client::{Client, Error};
 use serde::Serialize;
@@ -64,8 +64,8 @@ pub async fn dispatch(client: &Client, output: Output, command: SandboxCommand) 
                 agent(client, &id, None).await?.processes().await?.into_iter().map(Ps::from).collect();
             print(output, &rows, ps_table);
         }
-        SandboxCommand::Kill { ids, all, project } => {
-            return kill(&of_project(client, project.as_deref()), ids, all).await;
+        SandboxCommand::Kill { ids, all, running, project } => {
+            return kill(&of_project(client, project.as_deref()), ids, all, running).await;
         }
         SandboxCommand::Pause { ids, disk_only } => {
             return Ok(snapshot::pause(client, &ids, disk_only).await);
@@ -143,9 +143,16 @@ fn of_project(client: &Client, project: Option<&str>) -> Client {
     project.map_or_else(|| client.clone(), |project| client.of_project(project))
 }
 
-async fn kill(client: &Client, ids: Vec<String>, all: bool) -> Result<ExitCode, Failed> {
+async fn kill(
+    client: &Client,
+    ids: Vec<String>,
+    all: bool,
+    only_running: bool,
+) -> Result<ExitCode, Failed> {
     let ids = if all {
-        client.list_all(&[]).await?.into_iter().map(|sandbox| sandbox.sandbox_id).collect()
+        let found = client.list_all(&[]).await?.into_iter();
+        let meant = found.filter(|sandbox| !only_running || sandbox.state == SandboxState::Running);
+        meant.map(|sandbox| sandbox.sandbox_id).collect()
     } else {
         ids.iter().map(|id| parse(id)).collect::<Result<Vec<_>, _>>()?
     };

@@ -386,6 +386,7 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
         tracing::warn!(%address, "others can reach this address, and neither keys nor data are encrypted: put TLS in front");
     }
     announce(&data_dir, &address.to_string())?;
+    crate::notify::ready();
     let router = control.router();
     let front = gateway.clone();
     let service = service_fn(move |request: Request<Body>| {

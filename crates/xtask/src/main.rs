@@ -11,6 +11,8 @@ mod files;
 mod guest;
 mod kernel;
 mod kvm_host;
+mod package;
+mod package_test;
 mod packages;
 mod preflight;
 mod prototype;
@@ -43,6 +45,9 @@ const USAGE: &str = "usage: cargo xtask <command>
             run a command on a minimal Debian of that release (bookworm, trixie), with this tree and this toolchain
   bench     build and bake, then run `kelvin bench create` with the given arguments on a server of its own
   build     the binary, the guest's agent and the base image
+  package   a Debian package: target/debian/kelvin_<version>_amd64.deb
+  test-package
+            install, upgrade, remove and purge it in booted machines with Debian 12 and 13
   deps      check the dependencies between the crates";
 
 /// The top of the working tree.
@@ -148,6 +153,8 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         Some("fuzz") => suite::fuzz(),
         Some("openapi") => suite::write_openapi(),
         Some("build") => server::prepare().map(drop),
+        Some("package") => package::package().map(drop),
+        Some("test-package") => package_test::run(rest),
         Some("deps") => deps::check(),
         _ => Err(USAGE.into()),
     }?;

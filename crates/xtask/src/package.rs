@@ -1,0 +1,152 @@
+//! `cargo xtask package`: a Debian package of everything that a machine needs to run Kelvin.
+//!
+//! ```text
+//! target/package/     what is made for it: manual pages, completions, the guest, changelog, copyright
+//! target/debian/      the package; what lies where in it is in crates/cli/Cargo.toml
+//! packaging/          unit, configuration, maintainer scripts
+//! ```
+//!
+//! The image of a template is not in it: half a gigabyte that apt has anyway. `kelvin-build-template` makes it on the
+//! machine that runs it, with the recipes and the script that make it here.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::packages;
+use crate::server::{self, Built};
+use crate::{Result, cache, cargo, output, root, run, say};
+
+/// The version of cargo-deb that makes the package.
+const CARGO_DEB: &str = "3.8.0";
+/// Where shells look for completions of what packages install.
+const COMPLETIONS: [(&str, &str); 3] = [("bash", "kelvin"), ("zsh", "_kelvin"), ("fish", "kelvin.fish")];
+
+/// Builds everything and makes the package; its path.
+pub fn package() -> Result<PathBuf> {
+    let built = stage()?;
+    let package = deb(&built, "1", &root().join("target/debian"), &[])?;
+    say(&format!("{} KiB", fs::metadata(&package)?.len() >> 10));
+    println!("{}", package.display());
+    Ok(package)
+}
+
+/// Builds what goes into the package and lays it out.
+pub fn stage() -> Result<Built> {
+    packages::ensure_all(&["binutils", "dpkg-dev"])?;
+    let built = server::prepare()?;
+    let stage = root().join("target/package");
+    let _ = fs::remove_dir_all(&stage);
+    for directory in ["man", "completions", "guest"] {
+        fs::create_dir_all(stage.join(directory))?;
+    }
+    run(Command::new(&built.binary).arg("man").arg(stage.join("man")))?;
+    for (shell, name) in COMPLETIONS {
+        let script = output(Command::new(&built.binary).args(["completion", shell]))?;
+        fs::write(stage.join("completions").join(name), script)?;
+    }
+    fs::copy(&built.guest.kernel, stage.join("guest/vmlinuz"))?;
+    fs::copy(&built.guest.initrd, stage.join("guest/initrd"))?;
+    let kernel = Kernel::of(&built.guest.kernel)?;
+    let copyright = fs::read_to_string(root().join("packaging/copyright"))?;
+    let copyright = copyright.replace("@KERNEL@", &kernel.package).replace("@VERSION@", &kernel.version);
+    fs::write(stage.join("copyright"), copyright)?;
+    Ok(built)
+}
+
+/// Makes the package of what is staged in `directory`, with `revision` as Debian's part of the version; its path.
+pub fn deb(built: &Built, revision: &str, directory: &Path, options: &[&str]) -> Result<PathBuf> {
+    let stage = root().join("target/package");
+    let version = format!("{}-{revision}", version(&built.binary)?);
+    // Said of the commit, not of the time of the build: the same commit gives the same package.
+    let date = output(Command::new("git").current_dir(root()).args(["log", "-1", "--format=%aD"]))?;
+    fs::write(
+        stage.join("changelog"),
+        format!(
+            "kelvin ({version}) unstable; urgency=medium\n\n  * See the history of the repository.\n\n -- {}  {}\n",
+            field("maintainer")?,
+            date.trim()
+        ),
+    )?;
+    let package = directory.join(format!("kelvin_{version}_amd64.deb"));
+    let mut make = Command::new(cargo_deb()?);
+    make.current_dir(root())
+        .args(["deb", "--quiet", "--no-build", "--strip", "--package", "kelvin-cli", "--deb-version", &version])
+        .args(options)
+        .arg("--output")
+        .arg(&package);
+    run(make.stdout(std::io::stderr()))?;
+    Ok(package)
+}
+
+/// The version that the binary says it has.
+fn version(binary: &Path) -> Result<String> {
+    let said = output(Command::new(binary).arg("--version"))?;
+    Ok(said.split_whitespace().nth(1).ok_or("kelvin --version says none")?.to_owned())
+}
+
+/// A field of cargo-deb's part of the manifest.
+fn field(name: &str) -> Result<String> {
+    let manifest = fs::read_to_string(root().join("crates/cli/Cargo.toml"))?;
+    let value = manifest.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_prefix("= \""));
+    let value = value.and_then(|rest| rest.strip_suffix('"'));
+    Ok(value.ok_or_else(|| format!("crates/cli/Cargo.toml has no {name}"))?.to_owned())
+}
+
+fn cargo_deb() -> Result<PathBuf> {
+    let binary = cache().join("tools/bin/cargo-deb");
+    if !binary.exists() {
+        say("installing cargo-deb (once)");
+        let mut install = cargo();
+        install
+            .args(["install", "cargo-deb", "--locked", "--debug", "--version", CARGO_DEB, "--root"])
+            .env("CARGO_PROFILE_DEV_DEBUG", "0")
+            .arg(cache().join("tools"));
+        run(&mut install)?;
+    }
+    Ok(binary)
+}
+
+/// Which of Debian's kernels a file is: its licence wants that its source can be found.
+struct Kernel {
+    package: String,
+    version: String,
+}
+
+impl Kernel {
+    /// Reads the kernel's own name of itself. Source: Linux, Documentation/arch/x86/boot.rst, `kernel_version`.
+    fn of(path: &Path) -> Result<Self> {
+        let bytes = fs::read(path)?;
+        let odd = || format!("{} is no kernel of Debian's", path.display());
+        let at = bytes.get(0x20e..0x210).map(|field| usize::from(field[0]) | usize::from(field[1]) << 8);
+        let text = at.and_then(|at| bytes.get(at + 0x200..)).and_then(|rest| rest.split(|byte| *byte == 0).next());
+        let text = String::from_utf8_lossy(text.ok_or_else(odd)?).into_owned();
+        Self::parse(&text).ok_or_else(|| odd().into())
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let release = text.split_whitespace().next()?;
+        let version = text.split_once(" Debian ")?.1.split_whitespace().next()?;
+        Some(Self { package: format!("linux-image-{release}"), version: version.to_owned() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_names_its_package() {
+        let said = "6.1.0-56-cloud-amd64 (debian-kernel@lists.debian.org) #1 SMP PREEMPT_DYNAMIC Debian 6.1.192-2 (2026-11-16)";
+        let kernel = Kernel::parse(said).unwrap();
+        assert_eq!(kernel.package, "linux-image-6.1.0-56-cloud-amd64");
+        assert_eq!(kernel.version, "6.1.192-2");
+        assert!(Kernel::parse("6.1.0 (somebody@example.org) #1 SMP").is_none());
+    }
+
+    #[test]
+    fn the_maintainer_is_in_the_manifest() {
+        assert!(field("maintainer").unwrap().contains('@'));
+        assert!(field("no-such-field").is_err());
+    }
+}
