@@ -23,7 +23,7 @@ use crate::{Result, cache, package, root, run as run_command, say};
 /// The releases, by age: a package is for the one that it was built on and for those after it.
 const SUITES: [&str; 2] = ["bookworm", "trixie"];
 /// What a machine has beside the package's dependencies.
-const PACKAGES: &str = "apt,bash-completion,dbus,initramfs-tools,kmod,linux-image-amd64,man-db,nftables,systemd,\
+const PACKAGES: &str = "apt,bash-completion,dbus,initramfs-tools,kmod,linux-image-amd64,nftables,systemd,\
     systemd-sysv,udev";
 const DISK_GIB: u64 = 6;
 const MEMORY_MIB: &str = "2048";
