@@ -386,5 +386,6 @@ pub fn run(filter: &[String]) -> Result<()> {
     })?;
     step("end to end", || end_to_end(&built, &[], "qemu"))?;
     step("another release", other_release)?;
+    step("package", || crate::package_test::run(&[]))?;
     run_firecracker(&[])
 }
