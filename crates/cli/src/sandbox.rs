@@ -143,12 +143,7 @@ fn of_project(client: &Client, project: Option<&str>) -> Client {
     project.map_or_else(|| client.clone(), |project| client.of_project(project))
 }
 
-async fn kill(
-    client: &Client,
-    ids: Vec<String>,
-    all: bool,
-    only_running: bool,
-) -> Result<ExitCode, Failed> {
+async fn kill(client: &Client, ids: Vec<String>, all: bool, only_running: bool) -> Result<ExitCode, Failed> {
     let ids = if all {
         let found = client.list_all(&[]).await?.into_iter();
         let meant = found.filter(|sandbox| !only_running || sandbox.state == SandboxState::Running);

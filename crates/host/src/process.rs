@@ -70,6 +70,8 @@ pub struct Spawn {
     pub cwd: PathBuf,
     /// User and group to drop to, with no capability left; `None` keeps the daemon's.
     pub user: Option<u32>,
+    /// The one other group that it is in, for what that group may open; only with a user.
+    pub group: Option<u32>,
     /// Where it finds the network.
     pub network: Network,
     /// Its standard input; nothing when `None`.
@@ -277,8 +279,8 @@ fn nonblocking(stderr: ChildStderr) -> io::Result<pipe::Receiver> {
 fn start(spawn: Spawn) -> io::Result<(i32, ChildStderr)> {
     let mut command = Command::new("setsid");
     if let Some(id) = spawn.user {
-        command.arg("setpriv").arg(format!("--reuid={id}")).arg(format!("--regid={id}")).args([
-            "--clear-groups",
+        let groups = spawn.group.map_or("--clear-groups".to_owned(), |group| format!("--groups={group}"));
+        command.arg("setpriv").arg(format!("--reuid={id}")).arg(format!("--regid={id}")).arg(groups).args([
             "--no-new-privs",
             "--inh-caps=-all",
             "--bounding-set=-all",
@@ -398,6 +400,7 @@ mod tests {
             env: Vec::new(),
             cwd: "/".into(),
             user: None,
+            group: None,
             network: Network::Shared,
             stdin: None,
         }

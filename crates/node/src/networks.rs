@@ -154,6 +154,7 @@ impl Egress {
             env: Vec::new(),
             cwd: run.to_owned(),
             user: options.user,
+            group: None,
             network: Network::Shared,
             stdin: Some(listener.into()),
         };

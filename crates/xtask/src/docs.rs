@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::{Result, files as fs, root, say};
 
 /// Directories whose paths are looked for in the text.
-const TOPS: [&str; 8] =
-    ["crates/", "docs/", "proto/", "guest/", "packaging/", ".ci/", "openapi/", ".cargo/"];
+const TOPS: [&str; 8] = ["crates/", "docs/", "proto/", "guest/", "packaging/", ".ci/", "openapi/", ".cargo/"];
 
 fn documents() -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();

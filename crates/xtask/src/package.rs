@@ -9,13 +9,12 @@
 //! The image of a template is not in it: half a gigabyte that apt has anyway. `kelvin-build-template` makes it on the
 //! machine that runs it, with the recipes and the script that make it here.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::packages;
 use crate::server::{self, Built};
-use crate::{Result, cache, cargo, output, root, run, say};
+use crate::{Result, cache, cargo, files as fs, output, root, run, say};
 
 /// The version of cargo-deb that makes the package.
 const CARGO_DEB: &str = "3.8.0";
@@ -47,6 +46,17 @@ pub fn stage() -> Result<Built> {
     }
     fs::copy(&built.guest.kernel, stage.join("guest/vmlinuz"))?;
     fs::copy(&built.guest.initrd, stage.join("guest/initrd"))?;
+    // What the image's `modprobe` finds; one file, whose tree no pattern of assets has to follow.
+    let modules = built.guest.kernel.with_file_name("image");
+    if modules.is_dir() {
+        let archive = stage.join("guest/modules.tar");
+        run(Command::new("tar")
+            .arg("-C")
+            .arg(&modules)
+            .args(["--owner=0", "--group=0", "--sort=name", "-cf"])
+            .arg(&archive)
+            .arg("."))?;
+    }
     let kernel = Kernel::of(&built.guest.kernel)?;
     let copyright = fs::read_to_string(root().join("packaging/copyright"))?;
     let copyright = copyright.replace("@KERNEL@", &kernel.package).replace("@VERSION@", &kernel.version);
@@ -71,7 +81,16 @@ pub fn deb(built: &Built, revision: &str, directory: &Path, options: &[&str]) ->
     let package = directory.join(format!("kelvin_{version}_amd64.deb"));
     let mut make = Command::new(cargo_deb()?);
     make.current_dir(root())
-        .args(["deb", "--quiet", "--no-build", "--strip", "--package", "kelvin-cli", "--deb-version", &version])
+        .args([
+            "deb",
+            "--quiet",
+            "--no-build",
+            "--strip",
+            "--package",
+            "kelvin-cli",
+            "--deb-version",
+            &version,
+        ])
         .args(options)
         .arg("--output")
         .arg(&package);
@@ -119,7 +138,8 @@ impl Kernel {
         let bytes = fs::read(path)?;
         let odd = || format!("{} is no kernel of Debian's", path.display());
         let at = bytes.get(0x20e..0x210).map(|field| usize::from(field[0]) | usize::from(field[1]) << 8);
-        let text = at.and_then(|at| bytes.get(at + 0x200..)).and_then(|rest| rest.split(|byte| *byte == 0).next());
+        let text =
+            at.and_then(|at| bytes.get(at + 0x200..)).and_then(|rest| rest.split(|byte| *byte == 0).next());
         let text = String::from_utf8_lossy(text.ok_or_else(odd)?).into_owned();
         Self::parse(&text).ok_or_else(|| odd().into())
     }

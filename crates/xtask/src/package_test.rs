@@ -11,14 +11,14 @@
 //!
 //! Who writes: one run at a time. Everything is made under another name and renamed: what has its name is whole.
 
-use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::guest::{digest, is_fresh};
 use crate::packages::{self, as_root, debian_sources, feed};
-use crate::{Result, cache, package, root, run as run_command, say};
+use crate::{Result, cache, files as fs, package, root, run as run_command, say};
 
 /// The releases, by age: a package is for the one that it was built on and for those after it.
 const SUITES: [&str; 2] = ["bookworm", "trixie"];
@@ -30,7 +30,8 @@ const MEMORY_MIB: &str = "2048";
 /// How long a machine may take for everything.
 const SECONDS: u64 = 600;
 /// Options of its server: nothing is made before it is asked for, on the one emulated processor that there is.
-const OPTIONS: &str = "--no-auto-bake --waiting-vmms 0 --warm-max 0 --slots 1 --uplink none --boot-deadline 300";
+const OPTIONS: &str =
+    "--no-auto-bake --waiting-vmms 0 --warm-max 0 --slots 1 --uplink none --boot-deadline 300";
 
 /// Makes the packages, and tries them in the machines that `wanted` names, or in all that can have them.
 pub fn run(wanted: &[String]) -> Result<()> {
@@ -41,7 +42,7 @@ pub fn run(wanted: &[String]) -> Result<()> {
     packages::ensure_all(&["busybox-static"])?;
     let directory = cache().join("package");
     fs::create_dir_all(directory.join("debs"))?;
-    let lock = fs::File::create(directory.join("lock"))?;
+    let lock = fs::create(directory.join("lock"))?;
     lock.try_lock().map_err(|_| "another test-package runs in this tree")?;
     // Not among those that are given to people: there cargo-deb keeps one.
     let first = package::deb(&built, "1", &directory.join("debs"), &["--fast"])?;
@@ -80,7 +81,13 @@ struct Machine {
 
 impl Machine {
     /// Makes it, when it is missing or out of date, and lays out what it is given.
-    fn make(directory: &Path, suite: &'static str, first: &Path, second: &Path, template: &Path) -> Result<Self> {
+    fn make(
+        directory: &Path,
+        suite: &'static str,
+        first: &Path,
+        second: &Path,
+        template: &Path,
+    ) -> Result<Self> {
         let directory = directory.join(suite);
         fs::create_dir_all(&directory)?;
         make_root(&directory, suite, &dependencies(first)?)?;
@@ -103,7 +110,7 @@ impl Machine {
     fn try_package(&self) -> Result<()> {
         say(&format!("booting {}", self.suite));
         let file = |name: &str| self.directory.join(name);
-        let log = fs::File::create(file("log"))?;
+        let log = fs::create(file("log"))?;
         let share = format!("local,path={},mount_tag=out,security_model=none", self.out.display());
         // Each ends with the one before: a run that is killed leaves no machine.
         let with_parent = ["--pdeathsig", "KILL", "--"];
@@ -128,7 +135,8 @@ impl Machine {
         let said = fs::read(file("log"))?;
         let said = String::from_utf8_lossy(&said);
         let result = fs::read_to_string(self.out.join("result")).unwrap_or_default();
-        let steps: Vec<&str> = said.lines().map(str::trim_end).filter(|line| line.contains(" ms  ")).collect();
+        let steps: Vec<&str> =
+            said.lines().map(str::trim_end).filter(|line| line.contains(" ms  ")).collect();
         for line in &steps {
             eprintln!("{}: {line}", self.suite);
         }
@@ -179,14 +187,14 @@ fn make_root(directory: &Path, suite: &str, depends: &str) -> Result<()> {
     feed(&mut bootstrap, &sources(suite)?)?;
     let boot = tree.join("boot");
     for (prefix, name) in [("vmlinuz-", "vmlinuz"), ("initrd.img-", "initrd")] {
-        let found = fs::read_dir(&boot)?.flatten().map(|entry| entry.path()).find(|path| {
-            path.file_name().is_some_and(|found| found.to_string_lossy().starts_with(prefix))
-        });
+        let found = fs::list(&boot)?
+            .into_iter()
+            .find(|path| path.file_name().is_some_and(|found| found.to_string_lossy().starts_with(prefix)));
         let found = found.ok_or_else(|| format!("{suite} has no {prefix} in /boot"))?;
         run_command(as_root("install").args(["-m", "0644"]).arg(found).arg(directory.join(name)))?;
     }
     let _ = fs::remove_file(&fresh);
-    fs::File::create(&fresh)?.set_len(DISK_GIB << 30)?;
+    fs::create_sparse(&fresh, DISK_GIB << 30)?;
     run_command(as_root("mke2fs").args(["-q", "-F", "-t", "ext4", "-m", "0", "-d"]).arg(&tree).arg(&fresh))?;
     run_command(as_root("rm").args(["-rf", "--one-file-system"]).arg(&tree))?;
     fs::rename(fresh, done)?;
@@ -216,7 +224,7 @@ fn template(directory: &Path) -> Result<PathBuf> {
     }
     fs::copy("/bin/busybox", tree.join("bin/busybox"))?;
     for name in ["sh", "cat", "mv", "sleep", "echo", "true"] {
-        symlink("busybox", tree.join("bin").join(name))?;
+        fs::symlink("busybox", tree.join("bin").join(name))?;
     }
     fs::write(
         tree.join("etc/passwd"),
@@ -224,13 +232,13 @@ fn template(directory: &Path) -> Result<PathBuf> {
     )?;
     fs::write(tree.join("etc/group"), "root:x:0:\nuser:x:1000:\n")?;
     for file in ["hostname", "machine-id", "hosts"] {
-        symlink(format!("/run/kelvin/{file}"), tree.join("etc").join(file))?;
+        fs::symlink(format!("/run/kelvin/{file}"), tree.join("etc").join(file))?;
     }
-    fs::set_permissions(tree.join("home/user"), fs::Permissions::from_mode(0o777))?;
-    fs::set_permissions(tree.join("tmp"), fs::Permissions::from_mode(0o1777))?;
+    fs::set_permissions(tree.join("home/user"), Permissions::from_mode(0o777))?;
+    fs::set_permissions(tree.join("tmp"), Permissions::from_mode(0o1777))?;
     let fresh = directory.join("template.ext4.new");
     let _ = fs::remove_file(&fresh);
-    fs::File::create(&fresh)?.set_len(32 << 20)?;
+    fs::create_sparse(&fresh, 32 << 20)?;
     run_command(
         as_root("mke2fs")
             .args(["-q", "-F", "-t", "ext4", "-m", "0", "-b", "4096", "-E", "root_owner=0:0", "-d"])

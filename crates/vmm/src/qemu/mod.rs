@@ -78,6 +78,14 @@ pub fn firmware() -> Result<String, Error> {
     Ok(format!("{}, {how}", found.path.display()))
 }
 
+/// The group that may open `/dev/kvm`, which on Debian and Ubuntu is closed to everybody else: a VMM is a user that is in no
+/// group. Never root's.
+fn kvm_group() -> Option<u32> {
+    use std::os::unix::fs::MetadataExt;
+    let found = std::fs::metadata("/dev/kvm").ok()?;
+    (found.gid() != 0 && found.mode() & 0o060 == 0o060).then(|| found.gid())
+}
+
 fn unusable(reason: String) -> Error {
     Error::Unusable { program: PROGRAM.to_owned(), reason }
 }
@@ -238,7 +246,8 @@ impl Qemu {
             None => (Network::Shared, None),
         };
         let (program, cwd) = (PROGRAM.into(), spec.data_dir.clone());
-        let spawn = Spawn { program, args, env, cwd, user: spec.user, network, stdin };
+        let group = if self.accelerator == Accelerator::Kvm { kvm_group() } else { None };
+        let spawn = Spawn { program, args, env, cwd, user: spec.user, group, network, stdin };
         let (process, stderr) = Process::spawn(spawn).await.map_err(io)?;
         let tail = Tail::follow(stderr, STDERR);
         let opened = async {
