@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_kernel_names_its_package() {
-        let said = "6.1.0-56-cloud-amd64 (debian-kernel@lists.debian.org) #1 SMP PREEMPT_DYNAMIC Debian 6.1.192-2 (2026-11-16)";
+        let said = "6.1.0-56-cloud-amd64 (kernel@example.org) #1 SMP PREEMPT_DYNAMIC Debian 6.1.192-2 (2026-11-16)";
         let kernel = Kernel::parse(said).unwrap();
         assert_eq!(kernel.package, "linux-image-6.1.0-56-cloud-amd64");
         assert_eq!(kernel.version, "6.1.192-2");
