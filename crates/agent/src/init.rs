@@ -163,17 +163,11 @@ fn load_modules() -> io::Result<()> {
             first_error = Err(io::Error::new(io::Error::from(error).kind(), format!("{name}: {error}")));
         }
     }
-    if let Ok(devices) = std::fs::read_to_string("/modules/devname") {
-        for device in static_devices(&devices) {
-            let made = make_device(&device);
-            if first_error.is_ok() {
-                first_error = made
-                    .map_err(|error| io::Error::new(error.kind(), format!("/dev/{}: {error}", device.name)));
-            }
-        }
-    }
-    first_error
+    first_error.and(make_devices(&std::fs::read_to_string("/modules/devname").unwrap_or_default()))
 }
+
+/// Devices that everybody may open, as udev's rules have them.
+const EVERYBODYS: [&str; 2] = ["fuse", "net/tun"];
 
 /// A device node that is there before its driver.
 #[derive(Debug, PartialEq, Eq)]
@@ -202,19 +196,35 @@ fn static_device(line: &str) -> Option<StaticDevice<'_>> {
     Some(StaticDevice { name, kind, major: major.parse().ok()?, minor: minor.parse().ok()? })
 }
 
+/// Makes the nodes that the text of `modules.devname` names. A kernel that has such a driver built in has made its node
+/// already, for root alone.
+fn make_devices(text: &str) -> io::Result<()> {
+    let named = |name: &str, error: io::Error| io::Error::new(error.kind(), format!("/dev/{name}: {error}"));
+    for device in static_devices(text) {
+        make_device(&device).map_err(|error| named(device.name, error))?;
+    }
+    for name in EVERYBODYS {
+        let path = Path::new("/dev").join(name);
+        if path.exists() {
+            rustix::fs::chmod(&path, Mode::from_raw_mode(0o666))
+                .map_err(|error| named(name, error.into()))?;
+        }
+    }
+    Ok(())
+}
+
 fn make_device(device: &StaticDevice<'_>) -> io::Result<()> {
     let path = Path::new("/dev").join(device.name);
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent)?;
     }
-    // As udev's rules have them.
-    let mode = if matches!(device.name, "fuse" | "net/tun") { 0o666 } else { 0o660 };
+    let mode = if EVERYBODYS.contains(&device.name) { 0o666 } else { 0o660 };
     let number = rustix::fs::makedev(device.major, device.minor);
     match rustix::fs::mknodat(rustix::fs::CWD, &path, device.kind, Mode::from_raw_mode(mode), number) {
         Ok(()) | Err(rustix::io::Errno::EXIST) => {}
         Err(error) => return Err(error.into()),
     }
-    // Whatever the mask says, and the kernel where the driver is built in.
+    // Whatever the mask says.
     Ok(rustix::fs::chmod(&path, Mode::from_raw_mode(mode))?)
 }
 

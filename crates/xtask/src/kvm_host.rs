@@ -110,6 +110,12 @@ pub fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
+/// The same, only where a shell would not take it as it is.
+pub fn quoted_if_needed(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,+@%".contains(c);
+    if !text.is_empty() && text.chars().all(plain) { text.to_owned() } else { quoted(text) }
+}
+
 /// The script of one run: the environment, the disk, the command, its exit code.
 fn script(command: &[String]) -> Result<String> {
     let mut lines = vec!["export KELVIN_OUT=/mnt KELVIN_KVM_HOST=1".to_owned()];
@@ -217,7 +223,8 @@ fn boot(
         .args(["-drive", &format!("if=virtio,format=raw,cache=unsafe,snapshot=on,file={}", disk.display())])
         .args(["-append", &append])
         .stdin(Stdio::null());
-    let ended = crate::spawn(&mut qemu)?.wait().map_err(|error| format!("waiting for {qemu:?}: {error}"))?;
+    let ended =
+        crate::spawn(&mut qemu)?.wait().map_err(|error| format!("waiting for the emulator: {error}"))?;
     match ended.code() {
         Some(0) => Ok(()),
         // Source: timeout(1).

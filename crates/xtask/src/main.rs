@@ -68,13 +68,19 @@ fn not_started(command: &Command, error: &std::io::Error) -> String {
         command.get_current_dir().map(|path| format!(" in {}", path.display())).unwrap_or_default();
     let missing = error.kind() == std::io::ErrorKind::NotFound;
     let hint = if missing { ": there is no such program, or no such directory to run it in" } else { "" };
-    format!("cannot run {program}{hint} ({error}); the command was {command:?}{directory}")
+    format!("cannot run {program}{hint} ({error}); the command was {}{directory}", shown(command))
+}
+
+/// The words of `command`, as a person would look for them; without its environment, which may hold a key.
+pub fn shown(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| kvm_host::quoted_if_needed(&word.to_string_lossy())).collect::<Vec<_>>().join(" ")
 }
 
 /// Runs `command`, its output going where ours goes.
 pub fn run(command: &mut Command) -> Result<()> {
     let status = command.status().map_err(|error| not_started(command, &error))?;
-    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
+    if status.success() { Ok(()) } else { Err(format!("{}: {status}", shown(command)).into()) }
 }
 
 /// Starts `command`.
@@ -93,7 +99,7 @@ pub fn output(command: &mut Command) -> Result<String> {
     if output.status.success() {
         Ok(String::from_utf8(output.stdout)?)
     } else {
-        Err(format!("{command:?}: {}", output.status).into())
+        Err(format!("{}: {}", shown(command), output.status).into())
     }
 }
 

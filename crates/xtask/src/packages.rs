@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 
 use crate::distribution::Distribution;
-use crate::{Result, files as fs, outcome, output, run, say, spawn};
+use crate::{Result, files as fs, outcome, output, run, say, shown, spawn};
 
 /// What building the guest and running Kelvin need beyond the Rust toolchain, and the keyring of the distribution.
 pub const NEEDED: &[&str] = &[
@@ -136,11 +136,11 @@ pub fn feed(command: &mut Command, text: &str) -> Result<()> {
     let mut child = spawn(command.stdin(Stdio::piped()))?;
     // What ends without reading its input says why itself.
     let fed = child.stdin.take().map_or(Ok(()), |mut input| input.write_all(text.as_bytes()));
-    let status = child.wait().map_err(|error| format!("waiting for {command:?}: {error}"))?;
+    let status = child.wait().map_err(|error| format!("waiting for {}: {error}", shown(command)))?;
     if status.success()
         && let Err(error) = fed
     {
-        return Err(format!("writing to {command:?}: {error}").into());
+        return Err(format!("writing to {}: {error}", shown(command)).into());
     }
-    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
+    if status.success() { Ok(()) } else { Err(format!("{}: {status}", shown(command)).into()) }
 }
