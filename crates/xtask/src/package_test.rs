@@ -11,7 +11,6 @@
 //!
 //! Who writes: one run at a time. Everything is made under another name and renamed: what has its name is whole.
 
-use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -234,8 +233,8 @@ fn template(directory: &Path) -> Result<PathBuf> {
     for file in ["hostname", "machine-id", "hosts"] {
         fs::symlink(format!("/run/kelvin/{file}"), tree.join("etc").join(file))?;
     }
-    fs::set_permissions(tree.join("home/user"), Permissions::from_mode(0o777))?;
-    fs::set_permissions(tree.join("tmp"), Permissions::from_mode(0o1777))?;
+    fs::set_permissions(tree.join("home/user"), fs::Permissions::from_mode(0o777))?;
+    fs::set_permissions(tree.join("tmp"), fs::Permissions::from_mode(0o1777))?;
     let fresh = directory.join("template.ext4.new");
     let _ = fs::remove_file(&fresh);
     fs::create_sparse(&fresh, 32 << 20)?;
