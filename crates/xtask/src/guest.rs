@@ -10,11 +10,12 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::distribution::Distribution;
 use crate::kernel::{self, Wanted};
 use crate::packages::{as_root, codename, debian_sources, feed};
-use crate::{Result, cache, cargo, files as fs, is_prebuilt, root, run, say};
+use crate::{Result, cache, cargo, files as fs, is_prebuilt, output, root, run, say, shared};
 
 /// Sizes of the images' disks: about 0.5 and 1 GiB of files, the rest is free.
 const BASE_MIB: u64 = 2560;
@@ -207,6 +208,12 @@ fn ensure_image(directory: &Path, name: &str, recipes: &[&str], mib: u64) -> Res
     if done.exists() && is_fresh(&stamp, &key) {
         return Ok(done);
     }
+    let images = shared().join("images");
+    let kept = images.join(format!("{name}-{key}.ext4"));
+    if kept.exists() && copy(&kept, &done).is_ok() {
+        fs::write(stamp, key)?;
+        return Ok(done);
+    }
     say(&format!("building the image {name} (some minutes)"));
     let tree = directory.join(format!("{name}.new"));
     run(as_root("rm").arg("-rf").arg(&tree))?;
@@ -250,5 +257,49 @@ fn ensure_image(directory: &Path, name: &str, recipes: &[&str], mib: u64) -> Res
     run(as_root("rm").arg("-rf").arg(&tree))?;
     fs::rename(&fresh, &done)?;
     fs::write(stamp, key)?;
+    // For other checkouts; what cannot be kept is built again there.
+    if let Err(error) =
+        fs::create_dir_all(&images).map_err(Into::into).and_then(|()| keep(&images, name, &done, &kept))
+    {
+        say(&format!("the image {name} is not kept for other checkouts: {error}"));
+    }
     Ok(done)
+}
+
+/// Images of one name that are kept: of the checkouts that one works on.
+const KEPT: usize = 3;
+
+/// Keeps the image `done` as `kept`, and the newest others of its name.
+fn keep(images: &Path, name: &str, done: &Path, kept: &Path) -> Result<()> {
+    copy(done, kept)?;
+    let mut others: Vec<(std::time::SystemTime, PathBuf)> = Vec::new();
+    for path in fs::list(images)? {
+        let is_it = fs::name(&path)?
+            .strip_prefix(name)
+            .is_some_and(|rest| rest.starts_with('-') && rest.ends_with(".ext4"));
+        if is_it {
+            others.push((fs::metadata(&path)?.modified()?, path));
+        }
+    }
+    others.sort();
+    for (_, path) in others.iter().rev().skip(KEPT) {
+        fs::remove_file(path)?;
+    }
+    Ok(())
+}
+
+/// Another name for the image `from`, where the file system has it; else a copy. Whole or not there.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let fresh = to.with_extension(format!("{}.new", std::process::id()));
+    let link = || output(Command::new("cp").args(["--link", "--force"]).arg(from).arg(&fresh));
+    let whole = || {
+        output(
+            Command::new("cp")
+                .args(["--sparse=always", "--reflink=auto", "--preserve=timestamps"])
+                .arg(from)
+                .arg(&fresh),
+        )
+    };
+    link().or_else(|_| whole())?;
+    Ok(fs::rename(&fresh, to)?)
 }

@@ -61,6 +61,14 @@ pub fn cache() -> PathBuf {
     root().join(".cache")
 }
 
+/// The directory for what is expensive to make and the same for every checkout of this user: everything in it has a key over
+/// all that goes in, and is made again when it is missing.
+pub fn shared() -> PathBuf {
+    let named = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = named("XDG_CACHE_HOME").or_else(|| Some(named("HOME")?.join(".cache")));
+    base.map_or_else(cache, |base| base.join("kelvin"))
+}
+
 /// Why `command` could not be started, with the program's name: "No such file or directory" alone names nothing.
 fn not_started(command: &Command, error: &std::io::Error) -> String {
     let program = command.get_program().to_string_lossy();

@@ -14,7 +14,7 @@ use std::process::Command;
 
 use crate::packages;
 use crate::server::{self, Built};
-use crate::{Result, cache, cargo, files as fs, output, root, run, say};
+use crate::{Result, cargo, files as fs, output, root, run, say, shared};
 
 /// The version of cargo-deb that makes the package.
 const CARGO_DEB: &str = "3.8.0";
@@ -113,14 +113,14 @@ fn field(name: &str) -> Result<String> {
 }
 
 fn cargo_deb() -> Result<PathBuf> {
-    let binary = cache().join("tools/bin/cargo-deb");
+    let binary = shared().join("tools/bin/cargo-deb");
     if !binary.exists() {
         say("installing cargo-deb (once)");
         let mut install = cargo();
         install
             .args(["install", "cargo-deb", "--locked", "--debug", "--version", CARGO_DEB, "--root"])
             .env("CARGO_PROFILE_DEV_DEBUG", "0")
-            .arg(cache().join("tools"));
+            .arg(shared().join("tools"));
         run(&mut install)?;
     }
     Ok(binary)
@@ -157,7 +157,8 @@ mod tests {
 
     #[test]
     fn a_kernel_names_its_package() {
-        let said = "6.1.0-56-cloud-amd64 (kernel@example.org) #1 SMP PREEMPT_DYNAMIC Debian 6.1.192-2 (2026-11-16)";
+        let said =
+            "6.1.0-56-cloud-amd64 (kernel@example.org) #1 SMP PREEMPT_DYNAMIC Debian 6.1.192-2 (2026-11-16)";
         let kernel = Kernel::parse(said).unwrap();
         assert_eq!(kernel.package, "linux-image-6.1.0-56-cloud-amd64");
         assert_eq!(kernel.version, "6.1.192-2");

@@ -17,7 +17,7 @@ use std::process::{Command, Stdio};
 
 use crate::guest::{digest, is_fresh};
 use crate::packages::{self, as_root, debian_sources, feed};
-use crate::{Result, cache, files as fs, package, root, run as run_command, say};
+use crate::{Result, files as fs, package, root, run as run_command, say, shared};
 
 /// The releases, by age: a package is for the one that it was built on and for those after it.
 const SUITES: [&str; 2] = ["bookworm", "trixie"];
@@ -39,10 +39,10 @@ pub fn run(wanted: &[String]) -> Result<()> {
     }
     let built = package::stage()?;
     packages::ensure_all(&["busybox-static"])?;
-    let directory = cache().join("package");
+    let directory = shared().join("package");
     fs::create_dir_all(directory.join("debs"))?;
     let lock = fs::create(directory.join("lock"))?;
-    lock.try_lock().map_err(|_| "another test-package runs in this tree")?;
+    lock.try_lock().map_err(|_| "another test-package of this user runs")?;
     // Not among those that are given to people: there cargo-deb keeps one.
     let first = package::deb(&built, "1", &directory.join("debs"), &["--fast"])?;
     let second = package::deb(&built, "2", &directory.join("debs"), &["--fast"])?;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::distribution::{Distribution, Support};
-use crate::{Result, cache, files as fs, is_prebuilt, outcome, packages, root, say};
+use crate::{Result, cache, files as fs, is_prebuilt, outcome, packages, root, say, shared};
 
 /// Set to go on, on a machine that is not supported.
 const ANY_HOST: &str = "KELVIN_ANY_HOST";
@@ -305,7 +305,7 @@ fn disk() -> Result<(PathBuf, u64, u64)> {
     // Programs of coreutils: the standard library cannot ask.
     let free = crate::output(Command::new("df").args(["--output=avail", "-BM"]).arg(root()))?;
     let free = free.lines().nth(1).unwrap_or_default().trim().trim_end_matches('M').parse()?;
-    let there: Vec<PathBuf> = [cache().join("guest"), cache().join("tools"), root().join("target")]
+    let there: Vec<PathBuf> = [cache().join("guest"), shared().join("tools"), root().join("target")]
         .into_iter()
         .filter(|path| path.exists())
         .collect();

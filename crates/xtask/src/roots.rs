@@ -18,7 +18,7 @@ use std::process::Command;
 
 use crate::packages::{self, as_root, codename, debian_sources, feed};
 use crate::server::{self, PAUSED};
-use crate::{Result, cache, files as fs, output, root, run, say};
+use crate::{Result, files as fs, output, root, run, say, shared};
 
 /// The releases that there can be roots of.
 const RELEASES: [&str; 2] = ["bookworm", "trixie"];
@@ -40,7 +40,7 @@ impl Root {
     /// Makes the tree, when it is missing or has other packages.
     fn ensure(name: &str, release: &str, packages: &[&str], is_prebuilt: bool) -> Result<Self> {
         packages::ensure_all(&["mmdebstrap", "mount", "util-linux"])?;
-        let directory = cache().join("roots").join(name);
+        let directory = shared().join("roots").join(name);
         let root = Self { directory, release: release.to_owned(), is_prebuilt };
         fs::create_dir_all(&root.directory)?;
         let apt = output(Command::new("dpkg-query").args(["-W", "-f", "${Version}", "apt"]))?;

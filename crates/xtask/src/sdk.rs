@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::{Result, cache, files as fs, run, say};
+use crate::{Result, files as fs, run, say, shared};
 
 /// The newest Python SDK, the code interpreter's client over it, and what runs the tests.
 const PYTHON: &[&str] = &[
@@ -55,7 +55,7 @@ pub fn ensure() -> Result<Sdks> {
 
 /// A directory whose `node_modules` has `package`.
 fn modules(name: &str, package: &str, node: &Path) -> Result<PathBuf> {
-    let directory = cache().join("tools").join(name);
+    let directory = shared().join("tools").join(name);
     let stamp = directory.join("installed");
     if fs::read_to_string(&stamp).is_ok_and(|text| text == package) {
         return Ok(directory);
@@ -75,7 +75,7 @@ fn modules(name: &str, package: &str, node: &Path) -> Result<PathBuf> {
 
 /// A virtual environment with `packages`, or with pip alone; its Python.
 fn environment(name: &str, packages: &[&str]) -> Result<PathBuf> {
-    let directory = cache().join("tools").join(name);
+    let directory = shared().join("tools").join(name);
     let (python, stamp) = (directory.join("bin/python"), directory.join("installed"));
     let key = packages.join(" ");
     if fs::read_to_string(&stamp).is_ok_and(|text| text == key) {
@@ -104,7 +104,7 @@ fn environment(name: &str, packages: &[&str]) -> Result<PathBuf> {
 /// When the virtual environment cannot be made or pip cannot get a wheel.
 pub fn wheels(image: &str, list: &Path) -> Result<PathBuf> {
     let python = environment("pip", &[])?;
-    let directory = cache().join("tools").join(format!("wheels-{image}"));
+    let directory = shared().join("tools").join(format!("wheels-{image}"));
     let (stamp, key) = (directory.join("installed"), fs::read_to_string(list)?);
     if fs::read_to_string(&stamp).is_ok_and(|text| text == key) {
         return Ok(directory);

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use crate::server::{self, Built, kelvin};
-use crate::{Result, cache, cargo, deps, docs, files as fs, kvm_host, run as run_command, say};
+use crate::{Result, cache, cargo, deps, docs, files as fs, kvm_host, run as run_command, say, shared};
 
 /// The version of cargo-deny that the suite runs.
 const DENY: &str = "0.20.2";
@@ -27,7 +27,7 @@ fn cargo_step(arguments: &[&str]) -> Result<()> {
 /// Licences and sources. The advisory database is on a host that this project does not reach: said, not
 /// passed over.
 fn deny() -> Result<()> {
-    let binary = cache().join("tools/bin/cargo-deny");
+    let binary = shared().join("tools/bin/cargo-deny");
     if !binary.exists() {
         say("installing cargo-deny (once)");
         let mut install = cargo();
@@ -35,7 +35,7 @@ fn deny() -> Result<()> {
             // It looks at a few hundred packages: to optimise it takes longer than to run it ever will.
             .args(["install", "cargo-deny", "--locked", "--debug", "--version", DENY, "--root"])
             .env("CARGO_PROFILE_DEV_DEBUG", "0")
-            .arg(cache().join("tools"));
+            .arg(shared().join("tools"));
         run_command(&mut install)?;
     }
     println!("skipped: cargo deny advisories (the advisory database is in no package registry)");

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use http::{Method, StatusCode};
 use kelvin_api::sandbox::{AutoResume, ForkSandbox, NewSandbox, PauseSandbox, SandboxState};
@@ -47,11 +47,12 @@ async fn exit_codes_copies_and_filters_are_what_people_expect() {
         let output = exec(&words);
         assert_eq!(output.status.code(), Some(code), "{words:?}: {}", text(&output.stderr));
     }
-    let nobody = run(server.cli(&["--api-url", "http://127.0.0.1:9", "sandbox", "exec", id, "--", "true"]));
+    let nobody =
+        run(&mut server.cli(&["--api-url", "http://127.0.0.1:9", "sandbox", "exec", id, "--", "true"]));
     assert_eq!(nobody.status.code(), Some(125), "{}", text(&nobody.stderr));
-    let wrong = run(server.cli(&["--api-key", "e2b_0000", "run", "--", "true"]));
+    let wrong = run(&mut server.cli(&["--api-key", "e2b_0000", "run", "--", "true"]));
     assert_eq!(wrong.status.code(), Some(125), "{}", text(&wrong.stderr));
-    assert_eq!(run(server.cli(&["run", "-t", "nosuchtemplate", "--", "true"])).status.code(), Some(125));
+    assert_eq!(run(&mut server.cli(&["run", "-t", "nosuchtemplate", "--", "true"])).status.code(), Some(125));
 
     // Ctrl-C, SIGTERM and a reader that goes away end what runs in the sandbox.
     let runs = async |what: &str| {
@@ -109,7 +110,7 @@ async fn exit_codes_copies_and_filters_are_what_people_expect() {
     let here = |path: &str| local.join(path).display().to_string();
     let there = |path: &str| format!("{id}:{path}");
     let cp = |from: &str, to: &str| {
-        let output = run(server.cli(&["sandbox", "cp", from, to]));
+        let output = run(&mut server.cli(&["sandbox", "cp", from, to]));
         assert!(output.status.success(), "{from} {to}: {}", text(&output.stderr));
         output.stdout
     };
@@ -147,7 +148,7 @@ async fn exit_codes_copies_and_filters_are_what_people_expect() {
     for (from, to) in
         [(here("none"), there("x")), (there("none"), here("x")), (here("tree"), there("/root/x"))]
     {
-        let output = run(server.cli(&["sandbox", "cp", &from, &to]));
+        let output = run(&mut server.cli(&["sandbox", "cp", &from, &to]));
         assert_eq!(output.status.code(), Some(1), "{from} {to}");
         assert!(text(&output.stderr).starts_with("error: "), "{}", text(&output.stderr));
         assert!(!local.join("x").exists() && !local.join("x.part").exists());
@@ -166,7 +167,8 @@ async fn exit_codes_copies_and_filters_are_what_people_expect() {
             "{value:?}"
         );
         assert_eq!(found[0].metadata["te am"], value);
-        let listed = run(server.cli(&["sandbox", "list", "-o", "json", "-m", &format!("te am={value}")]));
+        let listed =
+            run(&mut server.cli(&["sandbox", "list", "-o", "json", "-m", &format!("te am={value}")]));
         assert!(text(&listed.stdout).contains(made.sandbox_id.as_str()), "{value:?}");
         client.kill(&made.sandbox_id).await.expect("a kill");
     }
