@@ -72,7 +72,7 @@ pub struct Control {
     state: Arc<State>,
     channel: Channel,
     random: File,
-    identity: Identity,
+    identity: Arc<Mutex<Identity>>,
     /// The last activation, for the agent after this one.
     kept: Kept,
     hardware: Hardware,
@@ -100,6 +100,10 @@ impl Control {
         let random = open_random()?;
         let kept = Kept::open()?;
         let another = kept.arrive() > 0;
+        if another {
+            // One that was killed while it was frozen has left nobody who thaws it.
+            let _ = ioctl_root(FITHAW);
+        }
         // An agent before this one has crashed, or was killed: the machine is who it was.
         let former = kept.get();
         match &former {
@@ -117,7 +121,7 @@ impl Control {
             state,
             channel,
             random,
-            identity,
+            identity: Arc::new(Mutex::new(identity)),
             kept,
             hardware: Hardware::open()?,
             mac,
@@ -193,12 +197,12 @@ impl Control {
             }
             Request::Activate(activation) => self.activate(activation),
             Request::Quiesce => {
-                self.identity.check();
+                self.check_identity();
                 rustix::fs::sync();
                 Ok(())
             }
             Request::Freeze => {
-                self.identity.check();
+                self.check_identity();
                 self.freeze()
             }
             Request::Wake(wake) => self.wake(&wake),
@@ -221,7 +225,16 @@ impl Control {
         thaw(&self.frozen, None);
         self.state.end_http(AT_REST);
         reseed(&self.random, &activation.entropy)?;
-        self.identity.set(&activation.hostname, activation.machine_id, activation.boot_id)?;
+        match self.identity.try_lock() {
+            Ok(mut identity) => {
+                identity.set(&activation.hostname, activation.machine_id, activation.boot_id)?;
+            }
+            // A look at the files is stuck, see there: they are as odd as its file system.
+            Err(_) => {
+                eprintln!("agent: files of identity cannot be written: a file system does not answer");
+                rustix::system::sethostname(activation.hostname.as_bytes())?;
+            }
+        }
         if activation.mac != [0; 6] && activation.mac != self.mac {
             self.hardware.set(activation.mac)?;
             self.mac = activation.mac;
@@ -245,6 +258,25 @@ impl Control {
         Ok(())
     }
 
+    /// Looks at the files of identity, for a while: root may have frozen what they are on, or put them on a file system
+    /// whose server is dead. Then the look goes on, on its thread, for ever.
+    fn check_identity(&self) {
+        if self.frozen.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
+            return;
+        }
+        let identity = Arc::clone(&self.identity);
+        let (sender, done) = std::sync::mpsc::sync_channel(1);
+        let look = move || {
+            if let Ok(mut identity) = identity.try_lock() {
+                identity.check();
+            }
+            let _ = sender.send(());
+        };
+        if std::thread::Builder::new().name("identity".to_owned()).spawn(look).is_ok() {
+            let _ = done.recv_timeout(CHECK);
+        }
+    }
+
     /// Writes everything back and stops writes to the root file system.
     fn freeze(&self) -> io::Result<()> {
         let mut frozen = self.frozen.lock().unwrap_or_else(PoisonError::into_inner);
@@ -265,6 +297,8 @@ impl Control {
     }
 }
 
+/// How long a look at the files of identity may take: some milliseconds are usual.
+const CHECK: Duration = Duration::from_secs(5);
 /// How long the root file system stays frozen without a host that says more, by the guest's clock.
 const FROZEN: Duration = Duration::from_secs(20);
 /// How long the HTTP port may take to notice that its connection is another machine's.

@@ -5,19 +5,16 @@
 //! └─ sandbox             everything that was started for somebody: memory and pids less the agent's reserve
 //!    ├─ root             commands of root
 //!    └─ user             commands of everybody else, less what a command of root needs
-//!       └─ service-NAME  each service of the image, to see whether it still runs
+//!       └─ service-NAME  each service of the image, to be looked at and ended as one
 //! ```
 //!
 //! Init makes them at boot; the agent opens them. Root in the guest can change or leave all of this: then it has taken
 //! the reserve from itself. Without control groups (a kernel that has none) there are no reserves, and no failure.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 
 const ROOT: &str = "/sys/fs/cgroup";
 const SANDBOX: &str = "sandbox";
@@ -35,7 +32,7 @@ const PIDS_ROOT: u64 = 256;
 /// A control group that processes are started in; or none.
 #[derive(Debug)]
 pub struct Place {
-    directory: Option<(PathBuf, File)>,
+    directory: Option<File>,
 }
 
 impl Place {
@@ -46,8 +43,7 @@ impl Place {
     }
 
     fn open(path: PathBuf) -> Self {
-        let directory = File::open(&path).ok().map(|file| (path, file));
-        Self { directory }
+        Self { directory: File::open(path).ok() }
     }
 
     /// Commands of root.
@@ -69,29 +65,7 @@ impl Place {
 
     /// Its directory, for `clone3`.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        self.directory.as_ref().map(|(_, file)| file.as_fd())
-    }
-
-    /// Waits until no process is left in it; nothing to wait for without a group.
-    ///
-    /// # Errors
-    /// When the kernel does not say what is in it.
-    pub async fn emptied(&self) -> io::Result<()> {
-        let Some((path, _)) = &self.directory else { return Ok(()) };
-        let events = File::open(path.join("cgroup.events"))?;
-        // SAFETY: the descriptor is owned by the `AsyncFd` and stays the same until it is dropped.
-        #[allow(unsafe_code)]
-        let events = unsafe { AsyncFd::register_with_interest(events, Interest::PRIORITY) }?;
-        loop {
-            let mut file = events.get_ref();
-            let mut text = String::new();
-            file.rewind()?;
-            file.take(4096).read_to_string(&mut text)?;
-            if text.lines().any(|line| line == "populated 0") {
-                return Ok(());
-            }
-            events.ready(Interest::PRIORITY).await?.clear_ready();
-        }
+        self.directory.as_ref().map(AsFd::as_fd)
     }
 }
 

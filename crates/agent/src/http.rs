@@ -37,6 +37,12 @@ pub const DESCRIPTORS: u64 = 1 << 20;
 /// Threads for what may wait for a disk, or for a file system whose server is dead. Made when they are needed.
 const BLOCKING: usize = 64;
 
+/// What may be on its way in one stream, and in all of them, in bytes: all tunnels together, whose servers do not read,
+/// leave a third for everything else.
+const STREAM_WINDOW: u32 = 128 << 10;
+const CONNECTION_WINDOW: u32 = 24 << 20;
+const _: () = assert!(tunnel::CONNECTIONS * STREAM_WINDOW as usize <= CONNECTION_WINDOW as usize * 2 / 3);
+
 struct Agent {
     state: Arc<State>,
     rpc: ConnectRpcService,
@@ -145,8 +151,8 @@ async fn serve(state: Arc<State>, again: bool) -> io::Result<()> {
         let state = Arc::clone(&agent.state);
         let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
-            .initial_stream_window_size(1 << 20)
-            .initial_connection_window_size(8 << 20)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
             .max_frame_size(64 << 10)
             .max_send_buf_size(256 << 10)
             .max_concurrent_streams(1024)

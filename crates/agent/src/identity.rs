@@ -234,7 +234,9 @@ impl Entry {
 
     /// Writes what is ours.
     fn set(&mut self, content: &[u8]) {
-        told(&self.path, self.memory.write(content));
+        // Of one that was edited nobody knows how long its file is.
+        let written = if self.own { self.memory.write(content) } else { self.memory.replace(content) };
+        told(&self.path, written);
     }
 
     /// Puts the link back.
@@ -242,6 +244,18 @@ impl Entry {
         let made =
             make_way(&self.path).and_then(|()| std::os::unix::fs::symlink(&self.memory.path, &self.path));
         self.own = told(&self.path, made);
+    }
+}
+
+/// Puts an edit that an agent before this one has not seen on the disk. Whether the file is the user's.
+fn rescue(name: &str, ours: &[u8]) -> bool {
+    let (path, memory) = (Path::new("/etc").join(name), Path::new(RUN).join(name));
+    if !leads_to(&path, &memory) {
+        return fs::symlink_metadata(&path).is_ok_and(|found| found.is_file());
+    }
+    match guest_file::read(&memory, MOST) {
+        Ok(found) if found != ours => told(&path, write_whole(&path, &found)),
+        _ => false,
     }
 }
 
@@ -349,6 +363,13 @@ impl Identity {
                 (name.to_owned(), hex(id), uuid(boot))
             });
         let line = if name.is_empty() { vec![b'\n'; 21] } else { format!("{name}\n").into_bytes() };
+        let mut edited = edited;
+        if former.is_some() {
+            edited.hosts |= rescue("hosts", &[HOSTS, &line].concat());
+            edited.hostname |= rescue("hostname", &line);
+            (edited.name, edited.machine_id) =
+                (name.clone(), String::from_utf8_lossy(id.trim_ascii_end()).into_owned());
+        }
         let boot_id = Mapped::create("boot-id", 3, &boot)?;
         let made = Self {
             hostname: Entry::create("hostname", 0, &line)?,
@@ -359,7 +380,13 @@ impl Identity {
             name,
             id,
         };
-        made.show_boot_id()?;
+        match former {
+            None => made.show_boot_id()?,
+            // Root may have covered it since: no reason to let nobody in.
+            Some(_) => {
+                told(Path::new(BOOT_ID), made.show_boot_id());
+            }
+        }
         Ok(made)
     }
 

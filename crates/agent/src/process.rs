@@ -59,6 +59,8 @@ const GRACE: Duration = Duration::from_secs(1);
 const MAX_PROCESSES: usize = 4096;
 /// How soon the kernel ends a command when memory is out: before what the image runs. Source: envd.
 const OOM_SCORE: i16 = 100;
+/// More than a terminal holds of what was written to it, in bytes.
+const TERMINAL: u64 = 128 << 10;
 /// Pipes of commands that have ended, held open by what they left running.
 const MAX_LEFT_OPEN: usize = 4096;
 /// How many of those there are.
@@ -438,7 +440,11 @@ async fn pump(end: End, wrap: Wrap, entry: Arc<Entry>, mut exited: watch::Receiv
         // One that writes without end, and to nobody, must not keep the others waiting.
         tokio::task::coop::consume_budget().await;
         if left.is_none() && *exited.borrow_and_update() {
-            left = Some(rustix::io::ioctl_fionread(end.get_ref()).unwrap_or(0));
+            left = Some(match entry.pty {
+                None => rustix::io::ioctl_fionread(end.get_ref()).unwrap_or(0),
+                // It tells of a part of what a terminal holds only.
+                Some(_) => TERMINAL,
+            });
             continue;
         }
         let most = left.map_or(CHUNK, |left| CHUNK.min(usize::try_from(left).unwrap_or(CHUNK)));
@@ -472,7 +478,8 @@ async fn pump(end: End, wrap: Wrap, entry: Arc<Entry>, mut exited: watch::Receiv
 /// Reads what nobody is told of, until the last writer has gone.
 async fn read_on(end: End) {
     if LEFT_OPEN.fetch_add(1, Ordering::Relaxed) < MAX_LEFT_OPEN {
-        let mut buffer = vec![0; CHUNK];
+        // Small: there may be many.
+        let mut buffer = [0; 4096];
         loop {
             tokio::task::coop::consume_budget().await;
             match rustix::io::read(end.get_ref(), &mut buffer) {

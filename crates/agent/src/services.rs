@@ -2,8 +2,8 @@
 //! when the machine boots, and started again when they end. `/etc/kelvin/ready`, when it is there, ends when they can
 //! be used: a booted machine is not ready before, and a snapshot is of that instant.
 //!
-//! Each runs in a control group of its own. An agent that comes after one that crashed sees there which services still
-//! run, and starts the others.
+//! Which process each is, is noted in `/run`: an agent that comes after one that crashed waits for the end of those that
+//! still run, and starts the others.
 
 use std::fs::File;
 use std::io;
@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt;
 
 use crate::groups::Place;
+use crate::guest_file;
 use crate::spawn::{self, Child, PATH, Program};
 use crate::users::User;
 
@@ -21,6 +22,8 @@ use crate::users::User;
 const DIRECTORY: &str = "/etc/kelvin/services.d";
 /// What tells that they can be used.
 const READY: &str = "/etc/kelvin/ready";
+/// Where it is noted which process each of them is.
+const NOTES: &str = "/run/kelvin-services";
 /// How long a service has to run to be started again at once.
 const AGAIN: Duration = Duration::from_secs(1);
 /// What is kept of what [`READY`] says, in bytes.
@@ -59,28 +62,65 @@ pub fn start(again: bool) {
         return;
     };
     for entry in entries.flatten() {
-        let place = Place::service(&entry.file_name().to_string_lossy());
-        if again && place.descriptor().is_none() {
-            // Whether it runs cannot be seen, and two of it would be worse than none.
-            continue;
-        }
-        tokio::spawn(keep(entry.path(), place));
+        let name = entry.file_name().to_string_lossy().into_owned();
+        tokio::spawn(keep(entry.path(), name, again));
     }
 }
 
-async fn keep(program: PathBuf, place: Place) {
+/// Where it is noted which process a service is: its id, and when it was started, by the kernel's clock.
+fn note(name: &str) -> PathBuf {
+    Path::new(NOTES).join(name)
+}
+
+/// When a process was started, in the kernel's ticks. Source: proc_pid_stat(5), field 22.
+fn started_at(pid: u32) -> Option<String> {
+    let stat = guest_file::read(Path::new(&format!("/proc/{pid}/stat")), 4096).ok()?;
+    let stat = String::from_utf8_lossy(&stat).into_owned();
+    // The name in parentheses may hold anything.
+    Some(stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.to_owned())
+}
+
+fn write_note(name: &str, pid: u32) -> io::Result<()> {
+    let started = started_at(pid).ok_or(io::ErrorKind::NotFound)?;
+    std::fs::create_dir_all(NOTES)?;
+    let fresh = Path::new(NOTES).join(format!(".{name}"));
+    std::fs::write(&fresh, format!("{pid} {started}"))?;
+    std::fs::rename(fresh, note(name))
+}
+
+/// Waits for the end of what an agent before this one has started.
+async fn outlive(name: &str) -> io::Result<()> {
+    let Ok(text) = guest_file::read(&note(name), 256) else { return Ok(()) };
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let Some((pid, started)) = text.split_once(' ') else { return Ok(()) };
+    let Some(number) = pid.parse().ok().and_then(rustix::process::Pid::from_raw) else { return Ok(()) };
+    let Ok(pidfd) = rustix::process::pidfd_open(number, rustix::process::PidfdFlags::empty()) else {
+        return Ok(());
+    };
+    // After the descriptor: it is of the process that is looked at.
+    if started_at(number.as_raw_nonzero().get().unsigned_abs()).as_deref() == Some(started) {
+        let _ = crate::port::watched(pidfd)?.readable().await?;
+    }
+    Ok(())
+}
+
+async fn keep(program: PathBuf, name: String, again: bool) {
+    if again && let Err(error) = outlive(&name).await {
+        eprintln!("agent: service {name}: {error}");
+    }
+    let place = Place::service(&name);
     loop {
-        // Nothing is in it but what an agent before this one has started.
-        if let Err(error) = place.emptied().await {
-            eprintln!("agent: service {}: {error}", program.display());
-            return;
-        }
         let started = Instant::now();
         let ended = match start_program(&program, Vec::new(), &place, None).await {
-            Ok(child) => child.wait().await.map(|status| format!("{status:?}")),
+            Ok(child) => {
+                if let Err(error) = write_note(&name, child.pid()) {
+                    eprintln!("agent: service {name}: {error}");
+                }
+                child.wait().await.map(|status| format!("{status:?}"))
+            }
             Err(error) => Err(error),
         };
-        eprintln!("agent: service {} ended: {ended:?}", program.display());
+        eprintln!("agent: service {name} ended: {ended:?}");
         // One that cannot run must not take the processor from everybody.
         tokio::time::sleep(AGAIN.saturating_sub(started.elapsed())).await;
     }

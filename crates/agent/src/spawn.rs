@@ -298,8 +298,18 @@ fn clone(plan: &Plan, failure: &OwnedFd, place: &Place) -> Result<Child, Error> 
         }
         // SAFETY: the kernel has just made this descriptor for us.
         let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-        let pidfd = watched(pidfd).map_err(|error| Error::Step("watching a child", error))?;
-        return Ok(Child { pid: u32::try_from(pid).unwrap_or(0), pidfd });
+        let again = pidfd.try_clone();
+        return match watched(pidfd) {
+            Ok(pidfd) => Ok(Child { pid: u32::try_from(pid).unwrap_or(0), pidfd }),
+            Err(error) => {
+                // Nobody would know of it.
+                if let Ok(pidfd) = again {
+                    let _ = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
+                    let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
+                }
+                Err(Error::Step("watching a child", error))
+            }
+        };
     }
 }
 

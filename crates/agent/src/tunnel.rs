@@ -21,8 +21,8 @@ use crate::http::{Body, empty, error};
 
 /// How long a server may take to accept.
 const CONNECT: Duration = Duration::from_secs(10);
-/// Connections at one time, as the node allows into a sandbox.
-const CONNECTIONS: usize = 1024;
+/// Connections at one time: they share one HTTP/2 connection with everything that is asked of the agent.
+pub const CONNECTIONS: usize = 128;
 /// The most that is read of the kernel's table, in bytes: some 100,000 sockets.
 const TABLE: usize = 16 << 20;
 /// The state of a socket that listens. Source: Linux, `include/net/tcp_states.h`.

@@ -109,19 +109,9 @@ fn by_path(path: &str) -> Option<Target> {
     Some(Target { shown: id.chars().take(80).collect(), port: port(number), way: Way::Path, path })
 }
 
-/// Whether `host` is the control API's own name.
-fn is_api_host(host: &str, domain: &str) -> bool {
-    let bare = |text: &str| text.rsplit_once(':').map_or(text, |(name, _)| name).to_ascii_lowercase();
-    bare(host).strip_prefix("api.").is_some_and(|rest| rest == bare(domain))
-}
-
 /// The target of a request, when it is for a sandbox and not for the control API.
 pub fn target<B>(request: &Request<B>, domain: &str) -> Option<Target> {
     let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
-    let is_api = host(request).is_some_and(|host| is_api_host(host, domain));
-    if is_api {
-        return None;
-    }
     by_header(request.headers(), path)
         .or_else(|| by_host(host(request)?, domain, path))
         .or_else(|| by_path(path))
@@ -161,8 +151,6 @@ mod tests {
         for path in ["/sandboxes/x/connect", "/v2/sandboxes?limit=1", "/templates"] {
             assert_eq!(find(path, &agent), None, "{path}");
         }
-        let by_name = [(SANDBOX_HEADER, id), ("host", "api.sandboxes.test:8443")];
-        assert_eq!(find("/health", &by_name), None);
         assert_eq!(find("/sandboxesx", &agent), owned(Some(49983), Way::Header, "/sandboxesx"));
         let server = [(SANDBOX_HEADER, id), (PORT_HEADER, "8000")];
         assert_eq!(find("/sandboxes", &server), owned(Some(8000), Way::Header, "/sandboxes"));

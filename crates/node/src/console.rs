@@ -7,8 +7,10 @@ use std::collections::VecDeque;
 
 use kelvin_api::node::ConsoleLine;
 
-/// Lines that are kept.
+/// Lines that are kept, bytes of all of them, and bytes of one: a guest may print without an end of line.
 const LINES: usize = 2000;
+const BYTES: usize = 256 << 10;
+const LINE: usize = 8 << 10;
 /// How much of the end of one reading is looked for in the next, in bytes.
 const SEAM: usize = 512;
 
@@ -41,13 +43,16 @@ impl Console {
         for piece in fresh(&self.last, &now).split_inclusive('\n') {
             let text: String = piece.chars().filter(|c| !c.is_control() || *c == '\t').collect();
             match self.lines.back_mut() {
-                Some(line) if self.is_open => line.text.push_str(&text),
+                Some(line) if self.is_open && line.text.len() + text.len() <= LINE => {
+                    line.text.push_str(&text)
+                }
                 _ => self.lines.push_back(ConsoleLine { at, text }),
             }
             self.is_open = !piece.ends_with('\n');
         }
-        while self.lines.len() > LINES {
-            self.lines.pop_front();
+        let mut bytes: usize = self.lines.iter().map(|line| line.text.len()).sum();
+        while self.lines.len() > LINES || bytes > BYTES {
+            bytes -= self.lines.pop_front().map_or(0, |line| line.text.len());
         }
         self.last = now;
         self.lines.iter().cloned().collect()
@@ -81,5 +86,10 @@ mod tests {
         let mut console = Console::default();
         let text = "x\n".repeat(3 * LINES);
         assert_eq!(console.read(text, jiff::Timestamp::UNIX_EPOCH).len(), LINES);
+        // Without an end of line, again and again.
+        for round in 0..100 {
+            let lines = console.read(format!("{round}{}", "y".repeat(64 << 10)), jiff::Timestamp::UNIX_EPOCH);
+            assert!(lines.iter().map(|line| line.text.len()).sum::<usize>() <= BYTES);
+        }
     }
 }

@@ -27,7 +27,7 @@ use kelvin_store::identity::Identity;
 use kelvin_store::image::Template;
 use kelvin_store::snapshot::Snapshot;
 use kelvin_vmm::control::{Asked, Control};
-use kelvin_vmm::{MachineSpec, Running};
+use kelvin_vmm::{MachineEnd, MachineSpec, Running};
 use tracing::Instrument;
 
 use crate::Inner;
@@ -376,7 +376,7 @@ impl Attempt<'_> {
             };
             let (asked, running) = resumed.instrument(span).await?;
             self.lap(Phase::Resume);
-            self.activated(&mut control, asked).await?;
+            self.activated(&running, &mut control, asked).await?;
             Ok::<_, Error>((running, control))
         };
         // The claim is also the probe: a VMM that is stuck must not hold up a create that could be a clone.
@@ -475,7 +475,7 @@ impl Attempt<'_> {
             };
             let (asked, running) = resumed.instrument(span).await?;
             self.lap(Phase::Resume);
-            self.activated(&mut control, asked).await?;
+            self.activated(&running, &mut control, asked).await?;
             // A paused sandbox's snapshot is restored once.
             if !matches!(self.seed, Seed::Resume(..)) {
                 running.learn();
@@ -562,7 +562,7 @@ impl Attempt<'_> {
             let mut control = self.inner.boot_guest(&running).instrument(span).await?;
             self.lap(Phase::Boot);
             let asked = control.post(&self.greeting(&record)?).await?;
-            self.activated(&mut control, asked).await?;
+            self.activated(&running, &mut control, asked).await?;
             // Not before: the guest has its hardware address only now, and the slot knows no other.
             if let Some(probe) = probe {
                 if let Some(took) = probe.answer().await {
@@ -609,13 +609,25 @@ impl Attempt<'_> {
         Ok(())
     }
 
-    async fn activated(&mut self, control: &mut Control, asked: Asked) -> Result<(), Error> {
+    async fn activated(
+        &mut self,
+        running: &Running,
+        control: &mut Control,
+        asked: Asked,
+    ) -> Result<(), Error> {
         let span = self.begin(Phase::Activate);
         let limit = self.inner.options.activate_deadline;
         let answered = async {
             let done = control.wait("activation", asked, limit).await?;
             right_clock(control, done, limit).await?;
             Ok::<_, Error>(done)
+        };
+        let answered = async {
+            tokio::select! {
+                biased;
+                done = answered => done,
+                end = running.ended() => Err(ended("activating", running, end).await),
+            }
         };
         let done = answered.instrument(span).await?;
         self.lap(Phase::Activate);
@@ -776,6 +788,13 @@ pub fn wake(restored: bool) -> Result<Wake, Error> {
     Ok(Wake { entropy, restored, wall_clock_ns: wall_clock_ns() })
 }
 
+/// That a machine does not run any more, and why.
+async fn ended(what: &'static str, running: &Running, end: MachineEnd) -> Error {
+    let console = running.console().await.unwrap_or_default();
+    let stderr = kelvin_vmm::guest_end::reason(end, &console, &running.stderr());
+    kelvin_vmm::Error::Ended { what, stderr }.into()
+}
+
 impl Inner {
     /// Waits for a booting guest's agent. The console tells why, when it does not come.
     pub async fn boot_guest(&self, running: &Running) -> Result<Control, Error> {
@@ -792,11 +811,7 @@ impl Inner {
                 }
                 Err(error) => Err(error.into()),
             },
-            end = running.ended() => {
-                let console = running.console().await.unwrap_or_default();
-                let stderr = kelvin_vmm::guest_end::reason(end, &console, &running.stderr());
-                Err(kelvin_vmm::Error::Ended { what: "booting", stderr }.into())
-            }
+            end = running.ended() => Err(ended("booting", running, end).await),
         }
     }
 }

@@ -169,9 +169,11 @@ impl Node {
     ) -> Result<(SnapshotInfo, Capture, Timings), Error> {
         let sandbox = match self.find(id) {
             Ok(sandbox) => Ok(sandbox),
-            Err(Error::Paused(_)) => {
-                Err(self.inner.paused(id).ok_or_else(|| Error::Unknown(id.to_string()))?)
-            }
+            Err(Error::Paused(_)) => match self.inner.paused(id) {
+                Some(paused) => Err(paused),
+                // Resumed meanwhile.
+                None => Ok(self.find(id)?),
+            },
             Err(error) => return Err(error),
         };
         if let Some(name) = &name
@@ -207,9 +209,11 @@ impl Node {
     pub async fn fork(&self, source: &SandboxId, children: Vec<Child>) -> Result<Forked, Error> {
         let sandbox = match self.find(source) {
             Ok(sandbox) => Ok(sandbox),
-            Err(Error::Paused(_)) => {
-                Err(self.inner.paused(source).ok_or_else(|| Error::Unknown(source.to_string()))?)
-            }
+            Err(Error::Paused(_)) => match self.inner.paused(source) {
+                Some(paused) => Err(paused),
+                // Resumed meanwhile.
+                None => Ok(self.find(source)?),
+            },
             Err(error) => return Err(error),
         };
         let (inner, source) = (Arc::clone(&self.inner), source.clone());

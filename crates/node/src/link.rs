@@ -31,6 +31,9 @@ const CONNECT: Duration = Duration::from_secs(10);
 const SILENCE_MS: u32 = 10_000;
 /// Connections into one sandbox at one time.
 const CONNECTIONS: usize = 1024;
+/// Of those the ones through the agent, which share its one connection with everything that is asked of it. The next one
+/// waits, as long as a connection may take.
+const TUNNELS: usize = 128;
 /// How long connections may take to notice that they are cut.
 const CUT: Duration = Duration::from_secs(10);
 /// Refusals that are remembered.
@@ -44,6 +47,7 @@ pub struct Network {
     cut: CancellationToken,
     open: TaskTracker,
     permits: Arc<Semaphore>,
+    tunnels: Arc<Semaphore>,
     recent: Mutex<VecDeque<Refusal>>,
 }
 
@@ -56,6 +60,7 @@ impl Network {
             cut: CancellationToken::new(),
             open: TaskTracker::new(),
             permits: Arc::new(Semaphore::new(CONNECTIONS)),
+            tunnels: Arc::new(Semaphore::new(TUNNELS)),
             recent: Mutex::default(),
         }
     }
@@ -109,7 +114,12 @@ impl Network {
         sandbox: &str,
         opening: impl Future<Output = Result<Tunnel, Error>>,
     ) -> Result<Stream, Error> {
-        let place = self.place(sandbox)?;
+        let mut place = self.place(sandbox)?;
+        let busy = || Error::Busy { sandbox: sandbox.to_owned(), limit: TUNNELS };
+        let turn = tokio::time::timeout(CONNECT, Arc::clone(&self.tunnels).acquire_owned());
+        let turn = self.cut.run_until_cancelled(turn).await;
+        let turn = turn.ok_or_else(|| Error::Unknown(sandbox.to_owned()))?;
+        place._tunnel = Some(turn.map_err(|_| busy())?.map_err(|_| busy())?);
         match self.cut.run_until_cancelled(opening).await {
             None => Err(Error::Unknown(sandbox.to_owned())),
             Some(Err(error)) => Err(error),
@@ -121,7 +131,7 @@ impl Network {
         let permit = Arc::clone(&self.permits)
             .try_acquire_owned()
             .map_err(|_| Error::Busy { sandbox: sandbox.to_owned(), limit: CONNECTIONS })?;
-        Ok(Place { _token: self.open.token(), _permit: permit })
+        Ok(Place { _token: self.open.token(), _permit: permit, _tunnel: None })
     }
 
     fn stream(&self, way: Way, place: Place) -> Stream {
@@ -186,6 +196,7 @@ enum Way {
 struct Place {
     _token: TaskTrackerToken,
     _permit: OwnedSemaphorePermit,
+    _tunnel: Option<OwnedSemaphorePermit>,
 }
 
 /// A connection to a port of a guest.
@@ -242,10 +253,12 @@ impl AsyncWrite for Stream {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_cut(context)?;
         on_way!(self, way => way.poll_flush(context))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_cut(context)?;
         on_way!(self, way => way.poll_shutdown(context))
     }
 

@@ -209,7 +209,7 @@ pub struct Keeping {
 const AGAIN: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// How long a VMM may take to show a console whose machine has ended.
-const CONSOLE: std::time::Duration = std::time::Duration::from_secs(2);
+const CONSOLE: std::time::Duration = std::time::Duration::from_secs(10);
 
 async fn read_console(running: &Running) -> String {
     let read = tokio::time::timeout(CONSOLE, running.console()).await;
@@ -240,6 +240,8 @@ impl Keeping {
             let deadline = self.record.ends_at.duration_since(jiff::Timestamp::now());
             let left = std::time::Duration::try_from(deadline).unwrap_or_default();
             tokio::select! {
+                // What has ended is not asked or paused any more.
+                biased;
                 // A daemon that stops leaves its machines running.
                 () = stop.cancelled() => return,
                 end = running.ended() => break Over::End(why(running, end).await, None),

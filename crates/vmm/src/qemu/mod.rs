@@ -402,6 +402,14 @@ impl Machine {
         }
     }
 
+    /// What has ended cannot go on from a snapshot.
+    fn check_guest(&self, what: &'static str) -> Result<(), Error> {
+        match *self.guest_end.borrow() {
+            None => Ok(()),
+            Some(_) => Err(Error::Ended { what, stderr: "its guest has ended".to_owned() }),
+        }
+    }
+
     async fn ends_soon(&self) -> bool {
         tokio::time::timeout(Duration::from_secs(2), self.process.ended()).await.is_ok()
     }
@@ -513,7 +521,8 @@ impl Handle for Machine {
 
     async fn pause(&self) -> Result<(), Error> {
         let result = self.qmp.lock().await.call("stop", json!({})).await;
-        self.explain("pausing", result.map(drop)).await
+        self.explain("pausing", result.map(drop)).await?;
+        self.check_guest("pausing")
     }
 
     async fn go_on(&self) -> Result<(), Error> {
@@ -538,7 +547,9 @@ impl Handle for Machine {
     }
 
     async fn save(&self, memory: &Path, state: &Path) -> Result<Saved, Error> {
-        self.explain("saving", self.try_save(memory, state).await).await
+        let saved = self.explain("saving", self.try_save(memory, state).await).await?;
+        self.check_guest("saving")?;
+        Ok(saved)
     }
 
     async fn control(&self) -> Result<Control, Error> {
