@@ -7,8 +7,8 @@
 //! ```
 //!
 //! As cp(1): into a directory that is there goes the name of the source. What a guest sends is hostile: nothing is
-//! written outside of the target, and of modes only the permissions are taken. A copy that is interrupted leaves a
-//! `.part` beside a file, and what had arrived of a directory.
+//! written outside of the target, and of modes only the permissions are taken. A copy that is interrupted leaves what had
+//! arrived of a directory; a program that is killed, a `.part` beside a file.
 
 use std::io::{PipeReader, Write};
 use std::os::fd::OwnedFd;
@@ -20,6 +20,7 @@ use kelvin_client::agent::{Agent, Command, ErrorCode, Told};
 use kelvin_client::{Client, Error};
 use tokio::io::AsyncReadExt;
 
+use crate::exec::told_to_end;
 use crate::output::{Failed, progress};
 use crate::sandbox::agent;
 
@@ -94,6 +95,8 @@ fn without(program: &str, error: Error) -> Failed {
 }
 
 fn failed(what: &str, code: i32, said: &str) -> Failed {
+    // A guest's words on their way to a terminal.
+    let said: String = said.chars().filter(|c| !c.is_control() || *c == '\n').collect();
     Failed::new(
         format!("{what}: the guest's program ended with {code}: {said}"),
         "check the path and whose it is",
@@ -116,11 +119,25 @@ pub async fn run(client: &Client, source: &str, target: &str, user: Option<Strin
     }
 }
 
-fn name_of(path: &str) -> Result<&str, Failed> {
-    let name = Path::new(path).file_name().and_then(|name| name.to_str());
-    name.ok_or_else(|| {
-        Failed::new(format!("{path:?} has no name to copy it by"), "name a file or a directory")
-    })
+/// Where the copy of `path` goes in a directory that is there, as cp(1): by its name; what has none (`.`, `..`, `/`) is
+/// the directory itself.
+fn name_of(path: &str) -> &str {
+    Path::new(path).file_name().and_then(|name| name.to_str()).unwrap_or_default()
+}
+
+/// The same on this machine. What a guest has sent before may be a link that leads elsewhere.
+fn place_in(target: &str, path: &str) -> Result<PathBuf, Failed> {
+    if !Path::new(target).is_dir() {
+        return Ok(PathBuf::from(target));
+    }
+    let place = Path::new(target).join(name_of(path));
+    match std::fs::symlink_metadata(&place) {
+        Ok(found) if found.is_symlink() => Err(Failed::new(
+            format!("{} is a link: it may lead out of {target}", place.display()),
+            "remove it, or name the file that it leads to",
+        )),
+        _ => Ok(place),
+    }
 }
 
 async fn upload(remote: &Remote, source: &str) -> Result<(), Failed> {
@@ -131,10 +148,9 @@ async fn upload(remote: &Remote, source: &str) -> Result<(), Failed> {
         return Ok(remote.agent.upload(&remote.path, tokio::io::stdin(), |_| {}).await?);
     }
     let found = tokio::fs::metadata(source).await.map_err(local(format!("reading {source}")))?;
-    // `dir/.` and `dir` are the same directory; what is copied is called as it is.
     let inside = remote.is_dir(&remote.path).await?;
     let target = match inside {
-        true => format!("{}/{}", remote.path.trim_end_matches('/'), name_of(source)?),
+        true => format!("{}/{}", remote.path.trim_end_matches('/'), name_of(source)),
         false => remote.path.clone(),
     };
     if found.is_dir() {
@@ -162,11 +178,65 @@ fn pack_here(source: PathBuf) -> std::io::Result<Packed> {
     let (reader, writer) = std::io::pipe()?;
     let packing = tokio::task::spawn_blocking(move || {
         let mut archive = tar::Builder::new(std::io::BufWriter::with_capacity(CHUNK, writer));
-        archive.follow_symlinks(false);
-        archive.append_dir_all(".", source)?;
-        archive.into_inner()?.flush()
+        let mut left_out = 0;
+        pack(&mut archive, &source, Path::new("."), &mut left_out)?;
+        archive.into_inner()?.flush()?;
+        match left_out {
+            0 => Ok(()),
+            count => Err(std::io::Error::other(format!("{count} files were left out"))),
+        }
     });
     Ok((reader, packing))
+}
+
+/// Adds what is at `path` to `archive` as `name`, and what is below it. What cannot be read, and what is neither a file, a
+/// directory nor a link, is said, counted when somebody would miss it, and left out.
+fn pack(
+    archive: &mut tar::Builder<impl Write>,
+    path: &Path,
+    name: &Path,
+    left_out: &mut usize,
+) -> std::io::Result<()> {
+    use std::io::Read;
+    let found = std::fs::symlink_metadata(path)?;
+    let mut header = tar::Header::new_gnu();
+    header.set_metadata(&found);
+    let mut leave_out = |error: &dyn std::fmt::Display| {
+        *left_out += 1;
+        eprintln!("left out: {}: {error}", path.display());
+    };
+    if found.is_symlink() {
+        archive.append_link(&mut header, name, std::fs::read_link(path)?)
+    } else if found.is_dir() {
+        archive.append_data(&mut header, name, std::io::empty())?;
+        let entries = match std::fs::read_dir(path) {
+            Ok(entries) => entries,
+            Err(error) => {
+                leave_out(&error);
+                return Ok(());
+            }
+        };
+        for entry in entries {
+            let entry = entry?;
+            pack(archive, &entry.path(), &name.join(entry.file_name()), left_out)?;
+        }
+        Ok(())
+    } else if found.is_file() {
+        match std::fs::File::open(path) {
+            // As long as it was: one that others write to would be taken for the next entry.
+            Ok(file) => {
+                let content = file.take(found.len()).chain(std::io::repeat(0)).take(found.len());
+                archive.append_data(&mut header, name, content)
+            }
+            Err(error) => {
+                leave_out(&error);
+                Ok(())
+            }
+        }
+    } else {
+        eprintln!("skipped: {} is no file", path.display());
+        Ok(())
+    }
 }
 
 /// Feeds the tar stream `content` to the guest's tar, which unpacks it in `directory`.
@@ -204,10 +274,27 @@ async fn unpack_there(
         }
         Ok(-1)
     };
+    let feed = async {
+        let fed = tokio::select! {
+            fed = feed => fed,
+            signal = told_to_end() => Err(interrupted(signal)),
+        };
+        if fed.is_err() {
+            // It would wait for the rest for ever.
+            let _ = remote.agent.signal(pid, true).await;
+        }
+        fed
+    };
     let (fed, ended) = tokio::join!(feed, end);
+    if let Err(failed) = fed {
+        // Unless the guest's tar has ended by itself: why is worth more than that it took no more.
+        return match ended {
+            Ok(code @ 1..) => Err(self::failed(WHAT, code, String::from_utf8_lossy(&said).trim())),
+            _ => Err(failed),
+        };
+    }
     match ended? {
         0 => fed,
-        // Why it ended is worth more than that it took no more.
         code => Err(failed(WHAT, code, String::from_utf8_lossy(&said).trim())),
     }
 }
@@ -220,10 +307,9 @@ async fn download(remote: &Remote, target: &str) -> Result<(), Failed> {
         remote.agent.download(&remote.path, &mut tokio::io::stdout(), |_, _| {}).await?;
         return Ok(());
     }
-    let target = match Path::new(target).is_dir() {
-        true => Path::new(target).join(name_of(&remote.path)?),
-        false => PathBuf::from(target),
-    };
+    let target = place_in(target, &remote.path)?;
+    // A device, a FIFO: written into, not replaced.
+    let special = std::fs::metadata(&target).is_ok_and(|found| !found.is_file());
     let bar = progress(&remote.path, None);
     let told = bar.clone();
     let report = move |done, size: Option<u64>| {
@@ -232,29 +318,45 @@ async fn download(remote: &Remote, target: &str) -> Result<(), Failed> {
         }
         told.set_position(done);
     };
-    // Under another name first: an interrupted copy is not taken for the file.
+    let making = |path: &Path| format!("making {}", path.display());
+    if special {
+        let file = tokio::fs::File::options().write(true).open(&target).await;
+        let mut file = file.map_err(local(making(&target)))?;
+        let copied = remote.agent.download(&remote.path, &mut file, report).await;
+        bar.finish_and_clear();
+        return copied.map(drop).map_err(Failed::from);
+    }
+    // Under another name first: an interrupted copy is not taken for the file. A name that nobody can have put there.
     let mut part = target.clone().into_os_string();
-    part.push(".part");
+    part.push(format!(".{}.part", kelvin_api::id::VmId::random()));
     let part = PathBuf::from(part);
-    let making = || format!("making {}", part.display());
     let copied = async {
-        let mut file = tokio::fs::File::create(&part).await.map_err(local(making()))?;
+        let file = tokio::fs::File::options().write(true).create_new(true).open(&part).await;
+        let mut file = file.map_err(local(making(&part)))?;
         remote.agent.download(&remote.path, &mut file, report).await?;
         let mode =
             remote.must("asking for its mode", "stat", &["-L", "-c", "%a", "--", &remote.path]).await?;
         // Of files of the kernel's own, and of those that are gone by now, it may not be a number.
         if let Ok(mode) = u32::from_str_radix(&mode, 8) {
             let mode = std::fs::Permissions::from_mode(mode & PERMISSIONS);
-            file.set_permissions(mode).await.map_err(local(making()))?;
+            file.set_permissions(mode).await.map_err(local(making(&part)))?;
         }
         tokio::fs::rename(&part, &target).await.map_err(local(format!("naming {}", target.display())))
     };
-    let copied: Result<(), Failed> = copied.await;
+    let copied: Result<(), Failed> = tokio::select! {
+        copied = copied => copied,
+        signal = told_to_end() => Err(interrupted(signal)),
+    };
     bar.finish_and_clear();
     if copied.is_err() {
         let _ = tokio::fs::remove_file(&part).await;
     }
     copied
+}
+
+fn interrupted(signal: i32) -> Failed {
+    let code = u8::try_from(128 + signal).unwrap_or(u8::MAX);
+    Failed::new("the copy was interrupted".to_owned(), "copy again").with_code(code)
 }
 
 async fn download_directory(remote: &Remote, target: &str) -> Result<(), Failed> {
@@ -265,38 +367,54 @@ async fn download_directory(remote: &Remote, target: &str) -> Result<(), Failed>
     let (unpacking, mut sink) = match target {
         "-" => (None, Sink::Stdout(tokio::io::stdout())),
         target => {
-            let here = match Path::new(target).is_dir() {
-                true => Path::new(target).join(name_of(&remote.path)?),
-                false => PathBuf::from(target),
-            };
+            let here = place_in(target, &remote.path)?;
             let (reader, writer) = std::io::pipe().map_err(local("making a pipe".to_owned()))?;
             let writer = tokio::net::unix::pipe::Sender::from_owned_fd(OwnedFd::from(writer));
             let writer = writer.map_err(local("making a pipe".to_owned()))?;
             (Some(tokio::task::spawn_blocking(move || unpack_here(reader, &here))), Sink::Pipe(writer))
         }
     };
-    let (mut said, mut code) = (Vec::new(), -1);
+    let (mut said, mut code, mut pid) = (Vec::new(), -1, None);
     let mut written = Ok(());
-    while let Some(told) = process.next().await? {
-        match told {
-            Told::Stdout(bytes) if written.is_ok() => written = sink.write(&bytes).await,
-            Told::Stderr(bytes) => said.extend(bytes.iter().take(WORDS.saturating_sub(said.len()))),
-            Told::Ended { exit_code, .. } => {
-                code = exit_code;
-                break;
+    let reading = async {
+        while let Some(told) = process.next().await? {
+            match told {
+                Told::Started { pid: started } => pid = Some(started),
+                Told::Stdout(bytes) => {
+                    written = sink.write(&bytes).await;
+                    if written.is_err() {
+                        break;
+                    }
+                }
+                Told::Stderr(bytes) => said.extend(bytes.iter().take(WORDS.saturating_sub(said.len()))),
+                Told::Ended { exit_code, .. } => {
+                    code = exit_code;
+                    break;
+                }
             }
-            Told::Started { .. } | Told::Stdout(_) => {}
         }
-    }
+        Ok::<_, Failed>(())
+    };
+    let read = tokio::select! {
+        read = reading => read,
+        signal = told_to_end() => Err(interrupted(signal)),
+    };
     drop(sink);
+    if let (-1, Some(pid)) = (code, pid) {
+        // Nobody takes the rest.
+        let _ = remote.agent.signal(pid, true).await;
+    }
     if let Some(unpacking) = unpacking {
+        // Why it took no more is worth more than that it did not.
         unpacking
             .await
             .map_err(|error| Failed::other(&error))?
             .map_err(local(format!("unpacking to {target}")))?;
     }
+    read?;
+    written.map_err(local("writing the directory".to_owned()))?;
     match code {
-        0 => written.map_err(local("writing the directory".to_owned())),
+        0 => Ok(()),
         code => Err(failed(WHAT, code, String::from_utf8_lossy(&said).trim())),
     }
 }
@@ -340,13 +458,29 @@ fn unpack_here(reader: PipeReader, target: &Path) -> std::io::Result<()> {
                 }
             }
             kind if kind.is_file() || kind.is_symlink() || kind.is_hard_link() => {
+                if kind.is_hard_link() {
+                    // One of an earlier copy.
+                    let inside = entry.path()?.into_owned();
+                    if inside
+                        .components()
+                        .all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
+                    {
+                        let old = target.join(&inside);
+                        let parent = old.parent().and_then(|parent| parent.canonicalize().ok());
+                        if parent.is_some_and(|parent| {
+                            target.canonicalize().is_ok_and(|target| parent.starts_with(target))
+                        }) {
+                            let _ = std::fs::remove_file(old);
+                        }
+                    }
+                }
                 if !entry.unpack_in(target)? {
                     let text = format!("{} leads outside", entry.path()?.display());
                     return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, text));
                 }
             }
             // Devices, FIFOs, sockets: nothing that belongs on this machine.
-            _ => eprintln!("skipped: {} is no file", entry.path()?.display()),
+            _ => eprintln!("skipped: {:?} is no file", entry.path()?),
         }
     }
     // What follows the end of the archive is padding.

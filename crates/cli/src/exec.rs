@@ -100,17 +100,24 @@ fn ended_by(signal: i32) -> ExitCode {
     ExitCode::from(u8::try_from(128 + signal).unwrap_or(u8::MAX))
 }
 
-/// Waits until this program is told to end; by which signal.
+/// Waits until this program is told to end; by which signal. Signals that it was started to ignore (`nohup`, a job of a
+/// script in the background) stay ignored.
 pub async fn told_to_end() -> i32 {
     use tokio::signal::unix::{SignalKind, signal};
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")?.trim().get(8..));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask, 16).ok()).unwrap_or(0);
     let wait = |kind: SignalKind| async move {
-        match signal(kind) {
-            Ok(mut signal) => {
+        let number = kind.as_raw_value();
+        // To listen to a signal is to stop ignoring it.
+        let listened = if ignored & (1 << (number - 1)) == 0 { signal(kind).ok() } else { None };
+        match listened {
+            Some(mut signal) => {
                 signal.recv().await;
             }
-            Err(_) => std::future::pending().await,
+            None => std::future::pending().await,
         }
-        kind.as_raw_value()
+        number
     };
     tokio::select! {
         signal = wait(SignalKind::interrupt()) => signal,
@@ -163,35 +170,39 @@ pub async fn follow(
             signal = &mut ending => break leave(agent, process, pid, on_leaving, signal).await,
             () = &mut unread => break leave(agent, process, pid, on_leaving, CLOSED).await,
         };
-        let written = match told? {
+        let (bytes, to_stdout) = match told? {
             Some(Told::Started { pid: started }) => {
                 pid = Some(started);
                 if interactive {
                     feeder = Some(tokio::spawn(feed(agent.clone(), started)));
                 }
-                Ok(())
+                continue;
             }
-            // Flushed each time: a command's output is followed by people.
-            Some(Told::Stdout(bytes)) => {
-                async {
-                    stdout.write_all(&bytes).await?;
-                    stdout.flush().await
-                }
-                .await
-            }
-            Some(Told::Stderr(bytes)) => {
-                async {
-                    stderr.write_all(&bytes).await?;
-                    stderr.flush().await
-                }
-                .await
-            }
+            Some(Told::Stdout(bytes)) => (bytes, true),
+            Some(Told::Stderr(bytes)) => (bytes, false),
             Some(Told::Ended { exit_code, status }) => break exit_code_of(exit_code, &status),
             None if deadline.is_some() => break ExitCode::from(DEADLINE),
             None => {
                 let error = Error::Reply("the stream ended before the command".into());
                 return Err(not_run(error));
             }
+        };
+        // Flushed each time: a command's output is followed by people.
+        let writing = async {
+            if to_stdout {
+                stdout.write_all(&bytes).await?;
+                stdout.flush().await
+            } else {
+                stderr.write_all(&bytes).await?;
+                stderr.flush().await
+            }
+        };
+        // A reader that does not read must not keep signals and deadlines off.
+        let written = tokio::select! {
+            written = writing => written,
+            () = &mut late => break ExitCode::from(DEADLINE),
+            signal = &mut ending => break leave(agent, process, pid, on_leaving, signal).await,
+            () = &mut unread => break leave(agent, process, pid, on_leaving, CLOSED).await,
         };
         match written {
             Ok(()) => {}

@@ -83,16 +83,26 @@ impl Agent {
                 }
                 Link::Fresh(stream) => self.shake(&mut link, stream).await?,
                 Link::First => self.shake(&mut link, reconnect().await?).await?,
-                Link::Open(_) | Link::Broken => self.shake_again(&mut link, reconnect).await?,
+                Link::Open(_) | Link::Broken => self.shake_again(&mut link, &reconnect).await?,
             }
         };
+        let mut unsent = match sender.try_send_request(request).await {
+            Ok(response) => return Ok(response),
+            Err(unsent) => unsent,
+        };
+        // Its connection was breaking, of an agent that was started again: not a byte of it was sent.
+        let Some(request) = unsent.take_message() else { return Err(unsent.into_error().into()) };
+        let mut link = self.link.lock().await;
+        *link = Link::Broken;
+        let mut sender = self.shake_again(&mut link, &reconnect).await?;
+        drop(link);
         Ok(sender.send_request(request).await?)
     }
 
     async fn shake_again<C: Future<Output = Result<UnixStream, SendError>>>(
         &self,
         link: &mut Link,
-        reconnect: impl Fn() -> C,
+        reconnect: &impl Fn() -> C,
     ) -> Result<SendRequest<Body>, SendError> {
         let (mut tries, deadline) = (0, Instant::now() + TRIED);
         loop {

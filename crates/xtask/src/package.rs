@@ -69,13 +69,22 @@ pub fn deb(built: &Built, revision: &str, directory: &Path, options: &[&str]) ->
     let stage = root().join("target/package");
     let version = format!("{}-{revision}", version(&built.binary)?);
     // Said of the commit, not of the time of the build: the same commit gives the same package.
-    let date = output(Command::new("git").current_dir(root()).args(["log", "-1", "--format=%aD"]))?;
+    let date = Command::new("git")
+        .current_dir(root())
+        .args(["-c", "safe.directory=*", "log", "-1", "--format=%aD"])
+        .output()
+        .ok()
+        .filter(|told| told.status.success())
+        .map(|told| String::from_utf8_lossy(&told.stdout).trim().to_owned());
+    // A tree without its history, or a machine without git.
+    let date =
+        date.filter(|date| !date.is_empty()).unwrap_or_else(|| "Thu, 01 Jan 2026 00:00:00 +0000".to_owned());
     fs::write(
         stage.join("changelog"),
         format!(
             "kelvin ({version}) unstable; urgency=medium\n\n  * See the history of the repository.\n\n -- {}  {}\n",
             field("maintainer")?,
-            date.trim()
+            date
         ),
     )?;
     let package = directory.join(format!("kelvin_{version}_amd64.deb"));

@@ -305,13 +305,14 @@ fn disk() -> Result<(PathBuf, u64, u64)> {
     // Programs of coreutils: the standard library cannot ask.
     let free = crate::output(Command::new("df").args(["--output=avail", "-BM"]).arg(root()))?;
     let free = free.lines().nth(1).unwrap_or_default().trim().trim_end_matches('M').parse()?;
-    let there: Vec<PathBuf> = [cache().join("guest"), shared().join("tools"), root().join("target")]
-        .into_iter()
-        .filter(|path| path.exists())
-        .collect();
+    let there: Vec<PathBuf> =
+        [cache(), shared(), root().join("target")].into_iter().filter(|path| path.exists()).collect();
     let mut mib = 0;
     if !there.is_empty() {
-        let used = crate::output(Command::new("du").args(["-sm"]).args(&there))?;
+        // Its status does not count: files may go away while it looks, and some may be root's alone.
+        let used = Command::new("du").args(["-sxm"]).args(&there).output();
+        let used = used.map_err(|error| format!("du: {error}"))?;
+        let used = String::from_utf8_lossy(&used.stdout).into_owned();
         mib = used.lines().filter_map(|line| line.split_whitespace().next()?.parse::<u64>().ok()).sum();
     }
     Ok((root(), free, mib))
