@@ -25,8 +25,9 @@ rm -f "$root/etc/resolv.conf"
 echo 'nameserver 169.254.0.22' >"$root/etc/resolv.conf"
 rm -rf "$root/var/lib/dbus/machine-id" "$root/var/lib/systemd/random-seed"
 
-# What only a build leaves behind.
-rm -rf "$root"/var/log/* "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/tmp/* "$root"/run/*
+# What only a build leaves behind. Not /tmp: mmdebstrap has its configuration of apt there and empties it last; without that
+# its clean-up empties the apt lists of the machine that builds.
+rm -rf "$root"/var/log/* "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/run/*
 # The directories stay: scripts of packages that are installed later expect them.
 for directory in doc man locale; do
   find "$root/usr/share/$directory" -mindepth 1 ! -type d -delete
