@@ -17,7 +17,7 @@ const ANY_HOST: &str = "KELVIN_ANY_HOST";
 /// rounded up; what is there of it already is counted in. Each is what the command writes, not what it leaves: images are
 /// made under another name.
 const DISK_MIB: [(&str, u64); 5] =
-    [("demo", 6 << 10), ("up", 6 << 10), ("bench", 6 << 10), ("build", 5 << 10), ("test", 16 << 10)];
+    [("demo", 4 << 10), ("up", 4 << 10), ("bench", 4 << 10), ("build", 4 << 10), ("test", 12 << 10)];
 /// To compile and to run a machine of 512 MiB, in MiB.
 const MEMORY_MIB: u64 = 1536;
 /// What compiling and machines have without waiting for each other, in MiB.
@@ -431,8 +431,8 @@ mod tests {
             ),
             (|facts| facts.missing_features = vec![Feature::Nftables], &["nftables: not in this kernel"]),
             (|facts| facts.missing_features = vec![Feature::Namespaces], &["network namespaces"]),
-            (|facts| facts.disk.1 = 5 << 10, &["! disk: 5120 MiB free in /tree, demo writes about"]),
-            (|facts| facts.disk = ("/tree".into(), 5 << 10, 3 << 10), &[]),
+            (|facts| facts.disk.1 = 3 << 10, &["! disk: 3072 MiB free in /tree, demo writes about"]),
+            (|facts| facts.disk = ("/tree".into(), 2 << 10, 3 << 10), &[]),
             (|facts| facts.memory_mib = 1024, &["! memory: 1024 MiB available"]),
             (|facts| facts.memory_mib = 2048, &["memory: 2048 MiB available: few"]),
             (
