@@ -250,7 +250,8 @@ async fn unpack_there(
     let args = ["-x", "-p", "--no-same-owner", "-f", "-", "-C", directory].map(str::to_owned).to_vec();
     let command = Command { program: "tar".to_owned(), args, stdin: true, ..Command::default() };
     let mut process = remote.agent.start(&command).await.map_err(|error| without("tar", error))?;
-    let Some(Told::Started { pid }) = process.next().await? else {
+    let started = process.next().await.map_err(|error| without("tar", error))?;
+    let Some(Told::Started { pid }) = started else {
         return Err(failed(WHAT, -1, "it did not start"));
     };
     let feed = async {
@@ -377,7 +378,7 @@ async fn download_directory(remote: &Remote, target: &str) -> Result<(), Failed>
     let (mut said, mut code, mut pid) = (Vec::new(), -1, None);
     let mut written = Ok(());
     let reading = async {
-        while let Some(told) = process.next().await? {
+        while let Some(told) = process.next().await.map_err(|error| without("tar", error))? {
             match told {
                 Told::Started { pid: started } => pid = Some(started),
                 Told::Stdout(bytes) => {

@@ -164,6 +164,8 @@ pub async fn follow(
         let told = tokio::select! {
             told = process.next() => told.or_else(|error| match &error {
                 Error::Agent(inner) if inner.code == kelvin_client::agent::DEADLINE_EXCEEDED => Ok(None),
+                // The stream begins with it, or with why it was not started.
+                _ if pid.is_none() && on_leaving == OnLeaving::End => Err(not_started(error)),
                 _ => Err(not_run(error)),
             }),
             () = &mut late => Ok(None),
