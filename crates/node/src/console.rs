@@ -15,7 +15,7 @@ const LINE: usize = 8 << 10;
 const SEAM: usize = 512;
 
 /// What was seen of it.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Console {
     last: String,
     lines: VecDeque<ConsoleLine>,
@@ -55,7 +55,17 @@ impl Console {
             bytes -= self.lines.pop_front().map_or(0, |line| line.text.len());
         }
         self.last = now;
+        self.lines()
+    }
+
+    /// The lines that were seen, oldest first.
+    pub fn lines(&self) -> Vec<ConsoleLine> {
         self.lines.iter().cloned().collect()
+    }
+
+    /// The same on another machine, whose console begins anew.
+    pub fn on_another_machine(&self) -> Self {
+        Self { last: String::new(), lines: self.lines.clone(), is_open: false }
     }
 }
 

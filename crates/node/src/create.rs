@@ -33,6 +33,7 @@ use tracing::Instrument;
 use crate::Inner;
 use crate::capacity::Amount;
 use crate::clock::right_clock;
+use crate::console::Console;
 use crate::error::Error;
 use crate::paused::Paused;
 use crate::pool::{Pool, Ready, manifest_shape};
@@ -670,6 +671,10 @@ impl Attempt<'_> {
             identity: Some(identity),
             lease,
             adopted: false,
+            console: match self.seed {
+                Seed::Resume(paused, _) => paused.console.on_another_machine(),
+                Seed::Template(_) | Seed::Snapshot(..) => Console::default(),
+            },
         });
         if matches!(self.seed, Seed::Resume(..)) {
             self.inner.changes.is(record.live());

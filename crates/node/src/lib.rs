@@ -506,12 +506,18 @@ impl Node {
         self.find(id)?.ask(|done| Command::SetDeadline(ends_at, done)).await
     }
 
-    /// The last of a sandbox's console.
+    /// The last of a sandbox's console; of one that is paused what was seen of it until then.
     ///
     /// # Errors
-    /// `Unknown` when it does not run, `Vmm` when its VMM does not answer.
+    /// `Unknown` when there is none, `Vmm` when its VMM does not answer.
     pub async fn console(&self, id: &SandboxId) -> Result<Vec<ConsoleLine>, Error> {
-        Ok(self.find(id)?.ask(Command::Console).await??)
+        match self.find(id) {
+            Err(Error::Paused(_)) => {
+                let paused = self.inner.paused(id).ok_or_else(|| Error::Unknown(id.to_string()))?;
+                Ok(paused.console.lines())
+            }
+            sandbox => Ok(sandbox?.ask(Command::Console).await??),
+        }
     }
 
     /// One sandbox as it is now.

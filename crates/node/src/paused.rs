@@ -16,6 +16,7 @@ use kelvin_api::sandbox::PauseMode;
 use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
 
 use crate::Inner;
+use crate::console::Console;
 use crate::create::Seed;
 use crate::error::Error;
 use crate::record::SandboxRecord;
@@ -29,17 +30,20 @@ pub struct Paused {
     pub record: SandboxRecord,
     /// Keeps that snapshot; none when its files are not there, which a resume then says.
     _lease: Option<Lease>,
+    /// What was seen of its console.
+    pub console: Console,
     gate: tokio::sync::Mutex<()>,
     over: AtomicBool,
 }
 
 impl Paused {
     /// The sandbox of `record`, which is in the ledger already.
-    pub fn new(owner: VmId, record: SandboxRecord, lease: Option<Lease>) -> Self {
+    pub fn new(owner: VmId, record: SandboxRecord, lease: Option<Lease>, console: Console) -> Self {
         Self {
             owner,
             record,
             _lease: lease,
+            console,
             gate: tokio::sync::Mutex::default(),
             over: AtomicBool::new(false),
         }

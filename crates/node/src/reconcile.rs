@@ -17,6 +17,7 @@ use kelvin_vmm::MachineSpec;
 use crate::Inner;
 use crate::capacity::Amount;
 use crate::clock::right_clock;
+use crate::console::Console;
 use crate::create::wake;
 use crate::error::Error;
 use crate::paused::Paused;
@@ -122,7 +123,7 @@ impl Inner {
                 && sandbox.state == State::Paused
             {
                 let lease = sandbox.snapshot.as_ref().and_then(|id| self.snapshots.lease(id));
-                let paused = Paused::new(record.owner, sandbox, lease);
+                let paused = Paused::new(record.owner, sandbox, lease, Console::default());
                 let id = paused.record.sandbox.clone();
                 self.paused_sandboxes().insert(id, Arc::new(paused));
                 continue;
@@ -250,7 +251,17 @@ impl Inner {
         let restored = record.snapshot.as_ref().and_then(|id| self.snapshots.get(id));
         let identity =
             restored.map(|snapshot| snapshot.manifest.identity.clone()).or(record.identity.clone());
-        self.own(Machine { spec: spec.clone(), running, control, record, identity, lease, adopted: true });
+        let console = Console::default();
+        self.own(Machine {
+            spec: spec.clone(),
+            running,
+            control,
+            record,
+            identity,
+            lease,
+            adopted: true,
+            console,
+        });
         Ok(())
     }
 }

@@ -126,6 +126,8 @@ pub struct Machine {
     pub lease: Option<Lease>,
     /// Whether another server had it before.
     pub adopted: bool,
+    /// What was seen of its console before it was paused.
+    pub console: Console,
 }
 
 impl Inner {
@@ -169,7 +171,7 @@ impl Inner {
             identity: machine.identity,
             lease: machine.lease,
             network,
-            console: Console::default(),
+            console: machine.console,
         };
         self.tasks.spawn(keeping.run(queue, live));
     }
@@ -326,6 +328,12 @@ impl Keeping {
         let Some(state) = next(self.record.state, Event::Pause) else {
             return Err(Error::Unknown(sandbox.to_string()));
         };
+        if let Some(running) = &self.running
+            && let Ok(text) = running.console().await
+        {
+            // Its VMM takes the console along.
+            self.console.read(text, jiff::Timestamp::now());
+        }
         let captured = self.capture(origin, Care::Durable, then).await?;
         let snapshot = Some(captured.snapshot.manifest.id.clone());
         let record = SandboxRecord { state, generation, snapshot, ..self.record.clone() };
@@ -343,12 +351,13 @@ impl Keeping {
             return Err(error);
         }
         let lease = self.inner.snapshots.lease(&captured.snapshot.manifest.id);
+        let console = std::mem::take(&mut self.console);
         let live = record.live();
         self.inner.begin_teardown();
         // Visible as paused before it is invisible as running: it is never unknown.
         self.inner
             .paused_sandboxes()
-            .insert(sandbox.clone(), Arc::new(crate::paused::Paused::new(owner, record, lease)));
+            .insert(sandbox.clone(), Arc::new(crate::paused::Paused::new(owner, record, lease, console)));
         self.inner.sandboxes().remove(&sandbox);
         self.inner.changes.is(live);
         tracing::info!(sandbox = %sandbox, generation, "sandbox paused");
