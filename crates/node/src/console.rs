@@ -28,13 +28,18 @@ fn fresh<'a>(last: &str, now: &'a str) -> &'a str {
     if let Some(rest) = now.strip_prefix(last) {
         return rest;
     }
-    // The beginning was lost meanwhile.
+    // The beginning was lost meanwhile. All of it, when what was read is not there any more.
     let from = (last.len().saturating_sub(SEAM)..=last.len()).find(|at| last.is_char_boundary(*at));
     let seam = &last[from.unwrap_or(last.len())..];
-    match now.rfind(seam) {
-        Some(at) if !seam.is_empty() => &now[at + seam.len()..],
-        _ => now,
+    if last.len() > SEAM {
+        return match now.rfind(seam) {
+            Some(at) => &now[at + seam.len()..],
+            None => now,
+        };
     }
+    let kept =
+        (0..last.len()).filter(|at| last.is_char_boundary(*at)).find(|at| now.starts_with(&last[*at..]));
+    kept.map_or(now, |at| &now[last.len() - at..])
 }
 
 impl Console {
