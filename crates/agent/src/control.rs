@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
+use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -73,6 +74,7 @@ pub struct Control {
     channel: Channel,
     random: File,
     identity: Arc<Mutex<Identity>>,
+    look: Option<Look>,
     /// The last activation, for the agent after this one.
     kept: Kept,
     hardware: Hardware,
@@ -116,12 +118,14 @@ impl Control {
         let identity = Identity::open(
             former.as_ref().map(|former| (former.hostname.as_str(), former.machine_id, former.boot_id)),
         )?;
+        let identity = Arc::new(Mutex::new(identity));
         let mac = former.as_ref().map_or([0; 6], |former| former.mac);
         Ok(Self {
             state,
             channel,
             random,
-            identity: Arc::new(Mutex::new(identity)),
+            look: Look::start(Arc::clone(&identity)),
+            identity,
             kept,
             hardware: Hardware::open()?,
             mac,
@@ -259,21 +263,17 @@ impl Control {
     }
 
     /// Looks at the files of identity, for a while: root may have frozen what they are on, or put them on a file system
-    /// whose server is dead. Then the look goes on, on its thread, for ever.
-    fn check_identity(&self) {
+    /// whose server is dead. Then the look goes on, on its thread, until that answers, and the next has another thread,
+    /// which finds them taken.
+    fn check_identity(&mut self) {
         if self.frozen.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
             return;
         }
-        let identity = Arc::clone(&self.identity);
-        let (sender, done) = std::sync::mpsc::sync_channel(1);
-        let look = move || {
-            if let Ok(mut identity) = identity.try_lock() {
-                identity.check();
-            }
-            let _ = sender.send(());
-        };
-        if std::thread::Builder::new().name("identity".to_owned()).spawn(look).is_ok() {
-            let _ = done.recv_timeout(CHECK);
+        if self.look.is_none() {
+            self.look = Look::start(Arc::clone(&self.identity));
+        }
+        if !self.look.as_ref().is_some_and(Look::done) {
+            self.look = None;
         }
     }
 
@@ -294,6 +294,37 @@ impl Control {
         ioctl_root(FIFREEZE)?;
         *frozen = Some(since);
         Ok(())
+    }
+}
+
+/// A thread that looks at the files of identity when it is asked. It waits in the snapshot: to start one costs a
+/// restored guest more than the look.
+struct Look {
+    ask: SyncSender<()>,
+    answer: Receiver<()>,
+}
+
+impl Look {
+    fn start(identity: Arc<Mutex<Identity>>) -> Option<Self> {
+        let (ask, asked) = std::sync::mpsc::sync_channel(1);
+        let (done, answer) = std::sync::mpsc::sync_channel(1);
+        let look = move || {
+            while asked.recv().is_ok() {
+                if let Ok(mut identity) = identity.try_lock() {
+                    identity.check();
+                }
+                if done.send(()).is_err() {
+                    return;
+                }
+            }
+        };
+        std::thread::Builder::new().name("identity".to_owned()).spawn(look).ok()?;
+        Some(Self { ask, answer })
+    }
+
+    /// Has it look. Whether it was done in time.
+    fn done(&self) -> bool {
+        self.ask.try_send(()).is_ok() && self.answer.recv_timeout(CHECK).is_ok()
     }
 }
 

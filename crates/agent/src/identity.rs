@@ -81,6 +81,10 @@ struct Mapped {
     bytes: *mut u8,
     content: Vec<u8>,
     slot: usize,
+    /// Which file it is: device and inode.
+    place: (u64, u64),
+    /// Whether the file has shrunk under the mapping, which is of nothing since.
+    lost: bool,
 }
 
 // SAFETY: the mapping belongs to this struct alone and lives as long as it.
@@ -102,7 +106,9 @@ impl Mapped {
             mmap(std::ptr::null_mut(), ROOM, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0)?
         };
         PAGES[slot].store(bytes as usize, Ordering::Relaxed);
-        let mut made = Self { path, file, bytes: bytes.cast(), content: content.to_vec(), slot };
+        let place = file.metadata().map(|found| (found.dev(), found.ino()))?;
+        let mut made =
+            Self { path, file, bytes: bytes.cast(), content: content.to_vec(), slot, place, lost: false };
         // Touched now: the page is there, writable, before the snapshot.
         made.set(content)?;
         Ok(made)
@@ -119,7 +125,8 @@ impl Mapped {
         }
         // SAFETY: the mapping has `ROOM` bytes, which `content` fits into; nobody else in this process uses it.
         unsafe { std::ptr::copy_nonoverlapping(content.as_ptr(), self.bytes, content.len()) };
-        if SHRANK.swap(false, Ordering::Relaxed) {
+        self.lost |= SHRANK.swap(false, Ordering::Relaxed);
+        if self.lost {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file has shrunk"));
         }
         self.content.clear();
@@ -142,12 +149,28 @@ impl Mapped {
         }
     }
 
+    /// What is at its path, when that is this very file.
+    fn here(&self) -> Option<fs::Metadata> {
+        fs::symlink_metadata(&self.path).ok().filter(|found| (found.dev(), found.ino()) == self.place)
+    }
+
+    /// Whether this very file is at its path, with what was written into it. One system call: its bytes are compared
+    /// where they are mapped.
+    #[allow(unsafe_code)]
+    fn is_as_left(&mut self) -> bool {
+        if self.lost || !self.here().is_some_and(|found| found.len() == self.content.len() as u64) {
+            return false;
+        }
+        let mut held = vec![0; self.content.len()];
+        // SAFETY: as in `set`; what others write meanwhile is bytes, whichever.
+        unsafe { std::ptr::copy_nonoverlapping(self.bytes, held.as_mut_ptr(), held.len()) };
+        self.lost |= SHRANK.swap(false, Ordering::Relaxed);
+        !self.lost && held == self.content
+    }
+
     /// What is at its path: whether that is this very file, and its content when it can be read.
     fn found(&self) -> (bool, io::Result<Vec<u8>>) {
-        let same =
-            |one: fs::Metadata, other: fs::Metadata| (one.dev(), one.ino()) == (other.dev(), other.ino());
-        let here = fs::symlink_metadata(&self.path).ok().zip(self.file.metadata().ok());
-        (here.is_some_and(|(one, other)| same(one, other)), guest_file::read(&self.path, MOST))
+        (self.here().is_some() && !self.lost, guest_file::read(&self.path, MOST))
     }
 }
 
@@ -220,6 +243,10 @@ impl Entry {
     fn check(&mut self) -> Option<Vec<u8>> {
         self.own = false;
         if !leads_to(&self.path, &self.memory.path) {
+            return None;
+        }
+        if self.memory.is_as_left() {
+            self.own = true;
             return None;
         }
         let content = self.memory.content.clone();
@@ -475,16 +502,10 @@ impl Identity {
         }
         // An edited machine-id stays what it is until this becomes another machine.
         self.machine_id.check();
-        told(
-            Path::new(BOOT_ID),
-            match self.boot_id.found() {
-                (true, Ok(found)) if found == self.boot_id.content => Ok(()),
-                _ => {
-                    let content = self.boot_id.content.clone();
-                    self.boot_id.replace(&content)
-                }
-            },
-        );
+        if !self.boot_id.is_as_left() {
+            let content = self.boot_id.content.clone();
+            told(Path::new(BOOT_ID), self.boot_id.replace(&content));
+        }
         told(Path::new(BOOT_ID), self.show_boot_id());
         let own_id = self.machine_id.own || leads_to(&self.machine_id.path, &self.machine_id.memory.path);
         if edited.hosts || edited.hostname || !own_id {
@@ -584,12 +605,23 @@ mod tests {
         };
         let bytes = bytes.unwrap();
         PAGES[0].store(bytes as usize, Ordering::Relaxed);
+        let place = file.metadata().map(|found| (found.dev(), found.ino())).unwrap();
+        let content = b"abc\n".to_vec();
         let mut mapped =
-            Mapped { path: path.clone(), file, bytes: bytes.cast(), content: b"abc\n".to_vec(), slot: 0 };
+            Mapped { path: path.clone(), file, bytes: bytes.cast(), content, slot: 0, place, lost: false };
         mapped.set(b"abd\n").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"abd\n");
+        assert!(mapped.is_as_left());
+        fs::write(&path, "abX\n").unwrap();
+        assert!(!mapped.is_as_left(), "others have written");
+        mapped.set(b"abd\n").unwrap();
+        assert!(mapped.is_as_left());
+        File::options().append(true).open(&path).unwrap().set_len(9).unwrap();
+        assert!(!mapped.is_as_left(), "it has grown");
         File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
         assert_eq!(mapped.set(b"abe\n").unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        fs::write(&path, "abd\n").unwrap();
+        assert!(!mapped.is_as_left() && !mapped.found().0, "it was lost in between");
         fs::remove_file(&path).unwrap();
     }
 }

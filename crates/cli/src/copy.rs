@@ -254,15 +254,21 @@ async fn unpack_there(
     let Some(Told::Started { pid }) = started else {
         return Err(failed(WHAT, -1, "it did not start"));
     };
+    // What the guest's tar took no more of is no failure yet: it reads to the archive's own end, ends, and its exit
+    // code says whether that was all.
     let feed = async {
         let mut buffer = vec![0; CHUNK];
         loop {
-            match content.read(&mut buffer).await.map_err(local("reading what is copied".to_owned()))? {
-                0 => break,
-                count => remote.agent.feed(pid, buffer[..count].to_vec()).await?,
+            let read = content.read(&mut buffer).await;
+            let count = read.map_err(local("reading what is copied".to_owned()))?;
+            let taken = match count {
+                0 => remote.agent.end_input(pid).await,
+                count => remote.agent.feed(pid, buffer[..count].to_vec()).await,
+            };
+            if taken.is_err() || count == 0 {
+                return Ok::<_, Failed>(taken.err());
             }
         }
-        Ok::<_, Failed>(remote.agent.end_input(pid).await?)
     };
     let mut said = Vec::new();
     let end = async {
@@ -280,23 +286,18 @@ async fn unpack_there(
             fed = feed => fed,
             signal = told_to_end() => Err(interrupted(signal)),
         };
-        if fed.is_err() {
-            // It would wait for the rest for ever.
+        if !matches!(fed, Ok(None)) {
+            // It would wait for the rest for ever. One that has ended does not notice.
             let _ = remote.agent.signal(pid, true).await;
         }
         fed
     };
     let (fed, ended) = tokio::join!(feed, end);
-    if let Err(failed) = fed {
-        // Unless the guest's tar has ended by itself: why is worth more than that it took no more.
-        return match ended {
-            Ok(code @ 1..) => Err(self::failed(WHAT, code, String::from_utf8_lossy(&said).trim())),
-            _ => Err(failed),
-        };
-    }
-    match ended? {
-        0 => fed,
-        code => Err(failed(WHAT, code, String::from_utf8_lossy(&said).trim())),
+    match (fed?, ended?) {
+        (_, 0) => Ok(()),
+        // It was ended because it could not be fed.
+        (Some(refused), ..0) => Err(refused.into()),
+        (_, code) => Err(failed(WHAT, code, String::from_utf8_lossy(&said).trim())),
     }
 }
 

@@ -31,12 +31,28 @@ pub struct Ground {
     directory: PathBuf,
 }
 
+/// Has every panic of a test appended to `path` too: `cargo xtask test` ends with them, whatever was printed since.
+fn write_down_panics(path: PathBuf) {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            let name = std::thread::current().name().unwrap_or("?").to_owned();
+            if let Ok(mut file) = fs::File::options().create(true).append(true).open(&path) {
+                let _ = std::io::Write::write_all(&mut file, format!("{name}: {panic}\n").as_bytes());
+            }
+            usual(panic);
+        }));
+    });
+}
+
 impl Ground {
     /// The ground that `cargo xtask test` made, or a line that says why there is none.
     pub fn find() -> Option<Self> {
         let variable = |name| std::env::var_os(name).map(PathBuf::from);
         match (variable("KELVIN_E2E_BINARY"), variable("KELVIN_E2E_DIR")) {
             (Some(binary), Some(directory)) => {
+                write_down_panics(directory.join("failures"));
                 // Slots, sockets and packets of a test stay in a namespace that ends with its thread. Runtimes of
                 // tests have no other thread that would open a socket.
                 if rustix::process::geteuid().is_root() {

@@ -286,7 +286,12 @@ fn end_to_end(built: &Built, filter: &[String], vmm: &str) -> Result<()> {
         ("KELVIN_E2E_PROTOTYPE", prototype.as_os_str()),
         ("KELVIN_E2E_PROTOTYPE_INITRD", prototype_initrd.as_os_str()),
     ];
-    let result = run_tests(END_TO_END, filter, &environment);
+    let failures = ground.directory.join("failures");
+    let _ = fs::remove_file(&failures);
+    let result = run_tests(END_TO_END, filter, &environment).map_err(|error| {
+        // What failed is far up by now.
+        format!("{error}\n{}", fs::read_to_string(&failures).unwrap_or_default()).into()
+    });
     let cleared = ground.clear();
     result.and(cleared)
 }
