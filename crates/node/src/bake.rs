@@ -99,6 +99,7 @@ impl Inner {
             home.started(&self.keeper, running.key()).await?;
             self.freeze(running, &home.spec, staged).await?;
             let draft = Draft {
+                id: SnapshotId::random(),
                 mode: kelvin_api::sandbox::PauseMode::Full,
                 template: template.name.clone(),
                 guest: template.guest.clone(),

@@ -69,6 +69,8 @@ use pool::Pool;
 use sandbox::{Command, Sandbox};
 use snapshots::Snapshots;
 
+/// How often what changes a sandbox looks for it anew, before it says that others change it all the time.
+const LOOKS: u32 = 16;
 /// How often a release that failed is tried again.
 const REAP: std::time::Duration = std::time::Duration::from_secs(30);
 
@@ -487,15 +489,31 @@ impl Node {
     /// # Errors
     /// `Unknown` when there is none.
     pub async fn kill(&self, id: &SandboxId) -> Result<(), Error> {
-        match self.find(id) {
-            Ok(sandbox) => match sandbox.ask(Command::Kill).await {
-                // It was being paused.
-                Err(Error::Unknown(_)) if self.inner.paused(id).is_some() => self.inner.end_paused(id).await,
-                other => other,
-            },
+        self.until_settled(id, async || match self.find(id) {
+            Ok(sandbox) => sandbox.ask(Command::Kill).await,
             Err(Error::Paused(_)) => self.inner.end_paused(id).await,
             Err(error) => Err(error),
+        })
+        .await
+    }
+
+    /// Does `work` again while it finds that the sandbox was paused or resumed between its look and its deed.
+    ///
+    /// # Errors
+    /// Of `work`; `Unknown` when the sandbox is not there any more.
+    pub(crate) async fn until_settled<T>(
+        &self,
+        id: &SandboxId,
+        work: impl AsyncFn() -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        for _ in 0..LOOKS {
+            match work().await {
+                Err(Error::Unknown(_)) if !matches!(self.find(id), Err(Error::Unknown(_))) => {}
+                other => return other,
+            }
+            tokio::task::yield_now().await;
         }
+        Err(Error::Changing(id.to_string()))
     }
 
     /// Sets when the node ends a sandbox.
@@ -503,7 +521,8 @@ impl Node {
     /// # Errors
     /// `Unknown` when it does not run.
     pub async fn set_deadline(&self, id: &SandboxId, ends_at: jiff::Timestamp) -> Result<(), Error> {
-        self.find(id)?.ask(|done| Command::SetDeadline(ends_at, done)).await
+        let set = async || self.find(id)?.ask(|done| Command::SetDeadline(ends_at, done)).await;
+        self.until_settled(id, set).await
     }
 
     /// The last of a sandbox's console; of one that is paused what was seen of it until then.
@@ -511,13 +530,14 @@ impl Node {
     /// # Errors
     /// `Unknown` when there is none, `Vmm` when its VMM does not answer.
     pub async fn console(&self, id: &SandboxId) -> Result<Vec<ConsoleLine>, Error> {
-        match self.find(id) {
+        let read = async || match self.find(id) {
             Err(Error::Paused(_)) => {
                 let paused = self.inner.paused(id).ok_or_else(|| Error::Unknown(id.to_string()))?;
                 Ok(paused.console.lines())
             }
             sandbox => Ok(sandbox?.ask(Command::Console).await??),
-        }
+        };
+        self.until_settled(id, read).await
     }
 
     /// One sandbox as it is now.
