@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -69,20 +70,55 @@ fn copy(source: &File, target: &File) -> io::Result<()> {
     }
 }
 
-/// Does what can be done of [`save_memory`] while the machine still runs: a snapshot's file does not change, so its
-/// copy is made; pages on their way to a file that is the memory itself are written.
-pub fn begin_memory(from: &Path, to: &Path, private: bool) -> io::Result<()> {
-    let source = File::open(from)?;
-    if !private {
-        return source.sync_data();
+/// What [`begin_memory`] has copied: places in the file, ascending. The machine may have written there since.
+#[derive(Debug, Default)]
+pub struct Ahead(Vec<Range<u64>>);
+
+impl Ahead {
+    fn has(&self, at: u64) -> bool {
+        let next = self.0.partition_point(|range| range.end <= at);
+        self.0.get(next).is_some_and(|range| range.contains(&at))
     }
-    copy(&source, &File::options().write(true).create_new(true).open(to)?)
 }
 
-/// Writes the memory of the stopped machine `pid` to `to`, which [`begin_memory`] may have begun: a reflink of
-/// `from` with the pages laid over it that the machine has written. Returns how many those were; `None` when
-/// the file is the memory itself.
-pub fn save_memory(pid: i32, from: &Path, to: &Path, private: bool) -> io::Result<Option<u64>> {
+/// A copy of a snapshot's memory that shares its blocks.
+pub fn clone_memory(from: &Path, to: &Path) -> io::Result<()> {
+    copy(&File::open(from)?, &File::options().write(true).create_new(true).open(to)?)
+}
+
+/// Does what can be done of [`save_memory`] while the machine still runs: a snapshot's file does not change, so its
+/// copy is made, and the pages laid over it that `pid` has written until now; pages on their way to a file that is the
+/// memory itself are written.
+pub fn begin_memory(pid: i32, from: &Path, to: &Path, private: bool) -> io::Result<Ahead> {
+    let source = File::open(from)?;
+    if !private {
+        return source.sync_data().map(|()| Ahead::default());
+    }
+    let target = File::options().write(true).create_new(true).open(to)?;
+    copy(&source, &target)?;
+    let memory = File::open(format!("/proc/{pid}/mem"))?;
+    let (mut buffer, mut ahead) = (Vec::new(), Vec::new());
+    own_pages(pid, from, |address, at, bytes| {
+        buffer.resize(usize::try_from(bytes).map_err(io::Error::other)?, 0);
+        memory.read_exact_at(&mut buffer, address)?;
+        ahead.push(at..at + bytes);
+        target.write_all_at(&buffer, at)
+    })?;
+    ahead.sort_by_key(|range| range.start);
+    Ok(Ahead(ahead))
+}
+
+/// Writes the memory of the stopped machine `pid` to `to`, which [`begin_memory`] may have begun with `ahead`: a reflink
+/// of `from` with the pages laid over it that the machine has written. Those that are there as they are now are not
+/// written again: to compare a page costs a fraction of writing it. Returns how many pages the machine had written;
+/// `None` when the file is the memory itself.
+pub fn save_memory(
+    pid: i32,
+    from: &Path,
+    to: &Path,
+    private: bool,
+    ahead: &Ahead,
+) -> io::Result<Option<u64>> {
     if !private {
         let source = File::open(from)?;
         // Pages that were written through the mapping belong to the file, on their way to the disk.
@@ -90,22 +126,57 @@ pub fn save_memory(pid: i32, from: &Path, to: &Path, private: bool) -> io::Resul
         copy(&source, &File::options().write(true).create_new(true).open(to)?)?;
         return Ok(None);
     }
-    let target = match File::options().write(true).open(to) {
+    let target = match File::options().read(true).write(true).open(to) {
         Ok(begun) => begun,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let target = File::options().write(true).create_new(true).open(to)?;
+            let target = File::options().read(true).write(true).create_new(true).open(to)?;
             copy(&File::open(from)?, &target)?;
             target
         }
         Err(error) => return Err(error),
     };
     let memory = File::open(format!("/proc/{pid}/mem"))?;
-    let mut buffer = Vec::new();
+    let (mut now, mut then, mut own) = (Vec::new(), Vec::new(), Vec::new());
     let copied = own_pages(pid, from, |address, at, bytes| {
-        buffer.resize(usize::try_from(bytes).map_err(io::Error::other)?, 0);
-        memory.read_exact_at(&mut buffer, address)?;
-        target.write_all_at(&buffer, at)
+        let length = usize::try_from(bytes).map_err(io::Error::other)?;
+        own.push(at..at + bytes);
+        now.resize(length, 0);
+        memory.read_exact_at(&mut now, address)?;
+        let places = || (at..at + bytes).step_by(PAGE_BYTES);
+        let known: Vec<bool> = places().map(|place| ahead.has(place)).collect();
+        if known.contains(&true) {
+            then.resize(length, 0);
+            target.read_exact_at(&mut then, at)?;
+        }
+        let is_there = |page: usize| {
+            let bytes = page * PAGE_BYTES..(page + 1) * PAGE_BYTES;
+            known[page] && now[bytes.clone()] == then[bytes]
+        };
+        let mut page = 0;
+        while page < known.len() {
+            let first = page;
+            while page < known.len() && !is_there(page) {
+                page += 1;
+            }
+            if page > first {
+                let bytes = &now[first * PAGE_BYTES..page * PAGE_BYTES];
+                target.write_all_at(bytes, at + (first * PAGE_BYTES) as u64)?;
+            }
+            page += 1;
+        }
+        Ok(())
     })?;
+    own.sort_by_key(|range: &Range<u64>| range.start);
+    let own = Ahead(own);
+    let source = File::open(from)?;
+    // What the machine has given back since is the snapshot's again.
+    for place in ahead.0.iter().flat_map(|range| range.clone().step_by(PAGE_BYTES)) {
+        if !own.has(place) {
+            now.resize(PAGE_BYTES, 0);
+            source.read_exact_at(&mut now, place)?;
+            target.write_all_at(&now, place)?;
+        }
+    }
     Ok(Some(copied))
 }
 
@@ -232,6 +303,25 @@ print(held[:].hex(), flush=True)
         // What is not in the file is nobody's page, and passed over.
         own_ahead(pid, &mapped, &[64 * PAGE]).unwrap();
         assert_eq!(count_own(pid, &path).unwrap(), 4);
+
+        // Saved with what was copied ahead, some of which is another by now, and some of which is not there any more.
+        let saved = directory.path().join("saved");
+        let ahead = begin_memory(pid, &path, &saved, true).unwrap();
+        assert!(ahead.has(7 * PAGE) && ahead.has(8 * PAGE) && !ahead.has(9 * PAGE));
+        let file = File::options().write(true).open(&saved).unwrap();
+        file.write_all_at(&[0xee; PAGE_BYTES], 7 * PAGE).unwrap();
+        own_ahead(pid, &mapped, &[20 * PAGE]).unwrap();
+        assert_eq!(save_memory(pid, &path, &saved, true, &ahead).unwrap(), Some(5));
+        assert_eq!(std::fs::read(&saved).unwrap(), bytes);
+        // What was copied ahead and is not the machine's own any more is the snapshot's.
+        file.write_all_at(&[0xee; PAGE_BYTES], 30 * PAGE).unwrap();
+        let more = Ahead(vec![0..PAGE, 30 * PAGE..31 * PAGE]);
+        assert_eq!(save_memory(pid, &path, &saved, true, &more).unwrap(), Some(5));
+        assert_eq!(std::fs::read(&saved).unwrap(), bytes);
+        // What was not copied ahead is written, whatever is there.
+        file.write_all_at(&[0xee; PAGE_BYTES], 8 * PAGE).unwrap();
+        assert_eq!(save_memory(pid, &path, &saved, true, &Ahead::default()).unwrap(), Some(5));
+        assert_eq!(std::fs::read(&saved).unwrap(), bytes);
 
         process.stdin.take().unwrap().write_all(b"\n").unwrap();
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();

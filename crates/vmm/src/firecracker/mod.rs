@@ -686,7 +686,7 @@ impl Machine {
             let (parent, target) = (parent.filter(|_| again), own_memory.clone());
             // What it wrote before the last snapshot is in no log any more.
             move || match parent {
-                Some(parent) => pages::save_memory(pid, &parent, &target, true),
+                Some(parent) => pages::save_memory(pid, &parent, &target, true, &pages::Ahead::default()),
                 None => Ok(None),
             }
         });
@@ -757,7 +757,7 @@ impl Handle for Machine {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
-            pages::begin_memory(&parent, &target, true)?;
+            pages::clone_memory(&parent, &target)?;
             let user = fs::metadata(disk)?;
             chown(&target, Some(user.uid()), Some(user.gid()))
         });

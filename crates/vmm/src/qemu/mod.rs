@@ -267,6 +267,7 @@ impl Qemu {
                 data_dir: spec.data_dir.clone(),
                 memory: spec.data_dir.join(memory),
                 private,
+                ahead: StdMutex::default(),
             }),
             Err(error) => {
                 let died = tokio::time::timeout(Duration::from_millis(500), process.ended()).await.is_ok();
@@ -366,6 +367,7 @@ impl Driver for Qemu {
             data_dir: spec.data_dir.clone(),
             memory: if private { pages::mapped_memory(key.pid, &spec.data_dir).map_err(io)? } else { own },
             private,
+            ahead: StdMutex::default(),
         };
         machine.go_on().await?;
         Ok(Running::new(Box::new(machine)))
@@ -389,6 +391,8 @@ struct Machine {
     memory: PathBuf,
     /// Whether that file is a snapshot's, mapped private.
     private: bool,
+    /// What the save that has begun has copied already.
+    ahead: StdMutex<Option<pages::Ahead>>,
 }
 
 impl Machine {
@@ -443,7 +447,9 @@ impl Machine {
         let (pid, from, to) = (self.process.key().pid, self.memory.clone(), memory.to_owned());
         let private = self.private;
         // Side by side: writing device state touches no page of the guest.
-        let copying = tokio::task::spawn_blocking(move || pages::save_memory(pid, &from, &to, private));
+        let ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
+        let copying =
+            tokio::task::spawn_blocking(move || pages::save_memory(pid, &from, &to, private, &ahead));
         let saved = self
             .qmp
             .lock()
@@ -540,10 +546,13 @@ impl Handle for Machine {
 
     async fn begin_save(&self, memory: &Path) -> Result<(), Error> {
         let (from, to, private) = (self.memory.clone(), memory.to_owned(), self.private);
-        tokio::task::spawn_blocking(move || pages::begin_memory(&from, &to, private))
+        let pid = self.process.key().pid;
+        let ahead = tokio::task::spawn_blocking(move || pages::begin_memory(pid, &from, &to, private))
             .await
             .unwrap_or_else(|error| Err(io::Error::other(error)))
-            .map_err(|source| Error::Io { what: "beginning to copy memory", source })
+            .map_err(|source| Error::Io { what: "beginning to copy memory", source })?;
+        *self.ahead.lock().unwrap_or_else(PoisonError::into_inner) = Some(ahead);
+        Ok(())
     }
 
     async fn save(&self, memory: &Path, state: &Path) -> Result<Saved, Error> {
