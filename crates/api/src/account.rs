@@ -121,7 +121,7 @@ pub struct Used {
 }
 
 /// `POST /api-keys`. Source: E2B's `NewTeamAPIKey`; the rest is Kelvin's.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct NewApiKey {

@@ -13,7 +13,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use governor::clock::Clock as _;
-use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use governor::{DefaultDirectRateLimiter, RateLimiter};
 use http::HeaderMap;
 use kelvin_api::account::{ApiKeyInfo, CreatedApiKey, Limits, Mask, NewApiKey, Project, ProjectInfo};
 use kelvin_api::error::{Failure, Kind};
@@ -68,7 +68,9 @@ fn hash(key: &str) -> String {
 }
 
 fn limiter(requests_per_second: Option<u32>) -> Option<DefaultDirectRateLimiter> {
-    requests_per_second.and_then(NonZeroU32::new).map(|rate| RateLimiter::direct(Quota::per_second(rate)))
+    requests_per_second
+        .and_then(NonZeroU32::new)
+        .map(|rate| RateLimiter::direct(governor::Quota::per_second(rate)))
 }
 
 impl Accounts {

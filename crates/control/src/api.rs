@@ -5,12 +5,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::{Extension, Router};
 use axum::body::{Body, Bytes};
 use axum::extract::{FromRequestParts, MatchedPath, Request, State};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Extension, Router};
 use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -627,8 +627,7 @@ async fn snapshot(
         return Ok(json(StatusCode::CREATED, &info));
     }
     let body: SnapshotSandbox = parse(&read(request).await?)?;
-    let (info, capture, timings) =
-        control.inner.snapshot(&caller, &id, body, key.map(|key| key.0.0)).await?;
+    let (info, capture, timings) = control.inner.snapshot(&caller, &id, body, key.map(|key| key.0.0)).await?;
     Ok(captured(timed(json(StatusCode::CREATED, &info), &timings, since.elapsed()), &capture))
 }
 

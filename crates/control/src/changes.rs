@@ -44,10 +44,19 @@ impl Changes {
     /// # Errors
     /// `Conflict` with the name of the other, which took too long to be waited for.
     pub async fn begin(self: &Arc<Self>, id: &SandboxId, what: &'static str) -> Result<Change, Failure> {
+        self.begin_within(id, what, PATIENCE).await
+    }
+
+    async fn begin_within(
+        self: &Arc<Self>,
+        id: &SandboxId,
+        what: &'static str,
+        patience: Duration,
+    ) -> Result<Change, Failure> {
         let gate = Arc::clone(self.all().entry(id.clone()).or_default());
         let mut change =
             Change { all: Arc::clone(self), id: id.clone(), gate: Some(Arc::clone(&gate)), turn: None };
-        let Ok(turn) = tokio::time::timeout(PATIENCE, Arc::clone(&gate.turn).lock_owned()).await else {
+        let Ok(turn) = tokio::time::timeout(patience, Arc::clone(&gate.turn).lock_owned()).await else {
             let other = *gate.what.lock().unwrap_or_else(PoisonError::into_inner);
             return Err(Failure::new(
                 Kind::Conflict,
@@ -84,13 +93,14 @@ impl Drop for Change {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn changes_take_turns_and_leave_nothing() {
         let changes = Arc::new(Changes::default());
         let (one, other) = (SandboxId::random(), SandboxId::random());
         let first = changes.begin(&one, "fork").await.unwrap();
         drop(changes.begin(&other, "pause").await.unwrap());
-        let late = changes.begin(&one, "pause").await.unwrap_err();
+        let short = Duration::from_millis(20);
+        let late = changes.begin_within(&one, "pause", short).await.unwrap_err();
         assert_eq!(late.error_code, "sandbox_changing");
         assert!(late.message.contains("a fork is under way"), "{}", late.message);
         let waiting = tokio::spawn({
@@ -100,7 +110,7 @@ mod tests {
         tokio::task::yield_now().await;
         // One that leaves while it waits.
         let left = changes.begin(&one, "snapshot");
-        assert!(tokio::time::timeout(Duration::from_secs(1), left).await.is_err());
+        assert!(tokio::time::timeout(short, left).await.is_err());
         drop(first);
         waiting.await.unwrap().unwrap();
         assert_eq!(changes.len(), 0);

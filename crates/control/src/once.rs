@@ -88,7 +88,8 @@ impl Inner {
             Ok(bytes) => bytes,
             Err(failure) => return reply(&failure),
         };
-        let target = format!("{} {}\n", parts.method, parts.uri.path_and_query().map_or("", |path| path.as_str()));
+        let target =
+            format!("{} {}\n", parts.method, parts.uri.path_and_query().map_or("", |path| path.as_str()));
         let fingerprint = kelvin_store::hash::sha256(&[target.as_bytes(), &bytes].concat());
         // Each project has its own.
         let key = format!("{}:{key}", caller.project);
@@ -97,7 +98,8 @@ impl Inner {
                 Err(failure) => return reply(&failure),
                 Ok(Some(known)) if known.fingerprint != fingerprint => return reply(&reused()),
                 Ok(Some(known)) => {
-                    if let Some(kept) = known.reply.and_then(|text| serde_json::from_str::<Kept>(&text).ok()) {
+                    if let Some(kept) = known.reply.and_then(|text| serde_json::from_str::<Kept>(&text).ok())
+                    {
                         return kept.response();
                     }
                     parts.extensions.insert(Again(known.subjects));

@@ -148,7 +148,11 @@ async fn projects(State(control): State<Control>) -> Outcome {
     Ok(json(StatusCode::OK, &control.inner.database.projects().await.map_err(database_failed)?))
 }
 
-async fn limit_project(State(control): State<Control>, Path(name): Path<String>, request: Request) -> Outcome {
+async fn limit_project(
+    State(control): State<Control>,
+    Path(name): Path<String>,
+    request: Request,
+) -> Outcome {
     let project: Project =
         name.parse().map_err(|error: &str| invalid("invalid_project", error, "for example team-1"))?;
     let limits: Limits = parse_required(&read(request).await?)?;

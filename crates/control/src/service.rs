@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
-use kelvin_api::ENVD_VERSION;
 use http::StatusCode;
+use kelvin_api::ENVD_VERSION;
 use kelvin_api::account::Project;
 use kelvin_api::error::{Failure, Kind, chain};
 use kelvin_api::id::{SandboxId, Token};
@@ -87,7 +87,9 @@ pub(crate) fn exceeded(Exceeded { what, of_project, limit, used }: Exceeded) -> 
             "delete snapshots, or end sandboxes",
         ),
     };
-    let remedy = format!("{remedy}, or ask the operator for another limit (`kelvin key create`, `kelvin project limit`)");
+    let remedy = format!(
+        "{remedy}, or ask the operator for another limit (`kelvin key create`, `kelvin project limit`)"
+    );
     Failure::new(Kind::Busy, code, text, remedy)
 }
 
@@ -421,7 +423,11 @@ impl Inner {
     }
 
     /// Has a paused sandbox count as one that runs, when there is room. None when it is not paused.
-    pub(crate) async fn claim(self: &Arc<Self>, id: &SandboxId, quota: Quota) -> Result<Option<Permit>, Failure> {
+    pub(crate) async fn claim(
+        self: &Arc<Self>,
+        id: &SandboxId,
+        quota: Quota,
+    ) -> Result<Option<Permit>, Failure> {
         match self.database.claim(id, Some(quota)).await.map_err(database_failed)? {
             Claim::Held => Ok(Some(Permit { inner: Arc::clone(self), id: id.clone() })),
             Claim::NotPaused => Ok(None),

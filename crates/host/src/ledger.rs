@@ -202,8 +202,9 @@ impl Ledger {
                 connection.pragma_update(None, "synchronous", "FULL")?;
                 let moved = (|| {
                     let transaction = connection.transaction()?;
-                    let struck =
-                        transaction.prepare_cached("DELETE FROM records WHERE owner = ?1")?.execute([&from])?;
+                    let struck = transaction
+                        .prepare_cached("DELETE FROM records WHERE owner = ?1")?
+                        .execute([&from])?;
                     if struck == 0 {
                         return Ok(false);
                     }

@@ -14,6 +14,7 @@ use kelvin_api::envd::process::{
 };
 use kelvin_api::error::chain;
 use kelvin_api::guest::Request;
+use kelvin_api::id::SnapshotId;
 use kelvin_api::id::Token;
 use kelvin_api::units::Shape;
 use kelvin_store::image::Template;

@@ -22,7 +22,7 @@ use crate::paused::Paused;
 use crate::pool::manifest_shape;
 use crate::record::SandboxRecord;
 use crate::sandbox::{Command, Sandbox};
-use crate::{Inner, Node};
+use crate::{Inner, LOOKS, Node};
 
 /// How long a machine that is ending may hold up the removal of what it ran from.
 const ENDING: Duration = Duration::from_secs(10);
@@ -111,9 +111,19 @@ impl Node {
     ) -> Result<(Capture, Timings), Error> {
         let (node, id) = (self.clone(), id.clone());
         self.run("pausing", async move {
-            let pause = async || node.find(&id)?.ask(|done| Command::Pause(mode, healthy, done)).await?;
-            let captured = node.until_settled(&id, pause).await?;
-            Ok((captured.capture, captured.timings))
+            let mut looks = LOOKS;
+            loop {
+                let paused = match node.find(&id) {
+                    Ok(sandbox) => {
+                        let asked = sandbox.ask(|done| Command::Pause(mode, healthy, done)).await;
+                        asked.and_then(std::convert::identity)
+                    }
+                    Err(error) => Err(error),
+                };
+                if !node.looks_again(&id, &paused, &mut looks).await? {
+                    return paused.map(|captured| (captured.capture, captured.timings));
+                }
+            }
         })
         .await
     }
@@ -153,15 +163,59 @@ impl Node {
                     paused.record.lifecycle.auto_resume && self.inner.has_memory(&paused)
                 }) =>
             {
-                if let Some(warden) = self.inner.warden.get() {
-                    warden(id.clone()).await.map_err(Error::Refused)?;
-                }
+                let _permit = match self.inner.warden.get() {
+                    Some(warden) => Some(warden(id.clone()).await.map_err(Error::Refused)?),
+                    None => None,
+                };
                 match self.resume(id, None, PauseMode::Full).await {
                     Ok(_) | Err(Error::Running(_)) => self.find(id),
                     Err(error) => Err(error),
                 }
             }
             other => other,
+        }
+    }
+
+    /// Takes or makes a snapshot of a sandbox as it is found.
+    async fn keep(
+        &self,
+        id: &SandboxId,
+        snapshot: SnapshotId,
+        origin: Origin,
+        mode: PauseMode,
+    ) -> Result<(SnapshotInfo, Capture, Timings), Error> {
+        let (taken, capture, timings) = match self.find_any(id)? {
+            Found::Running(sandbox) => {
+                let ask = |done| Command::Snapshot(snapshot, origin, mode, Care::Durable, done);
+                let (captured, _) = sandbox.ask(ask).await??;
+                (captured.snapshot, captured.capture, captured.timings)
+            }
+            Found::Paused(paused) => {
+                let (kept, timings) = self.inner.keep_paused(&paused, snapshot, origin, mode).await?;
+                (kept, STANDING_STILL, timings)
+            }
+        };
+        let shown = info(&self.inner, &taken).ok_or_else(|| Error::Unknown(id.to_string()))?;
+        Ok((shown, capture, timings))
+    }
+
+    /// What a sandbox is at one instant, for its children, and what is known of it.
+    async fn point(&self, source: &SandboxId) -> Result<(Captured, SandboxRecord), Error> {
+        match self.find_any(source)? {
+            Found::Running(sandbox) => {
+                let origin = Origin::Fork { sandbox: source.clone() };
+                let ask = |done| {
+                    Command::Snapshot(SnapshotId::random(), origin, PauseMode::Full, Care::Passing, done)
+                };
+                sandbox.ask(ask).await?
+            }
+            // It stands still already, and its image is there.
+            Found::Paused(paused) => {
+                let (snapshot, _lease) = self.inner.image_of(&paused)?;
+                let captured =
+                    Captured { snapshot, _lease, capture: STANDING_STILL, timings: Timings::default() };
+                Ok((captured, paused.record.clone()))
+            }
         }
     }
 
@@ -198,25 +252,14 @@ impl Node {
         }
         let (node, id) = (self.clone(), id.clone());
         self.run("taking a snapshot", async move {
-            let inner = &node.inner;
-            let take = async || {
-                let (origin, snapshot) =
-                    (Origin::Kept { sandbox: id.clone(), name: name.clone() }, snapshot.clone());
-                let (taken, capture, timings) = match node.find_any(&id)? {
-                    Found::Running(sandbox) => {
-                        let ask = |done| Command::Snapshot(snapshot, origin, mode, Care::Durable, done);
-                        let (captured, _) = sandbox.ask(ask).await??;
-                        (captured.snapshot, captured.capture, captured.timings)
-                    }
-                    Found::Paused(paused) => {
-                        let (kept, timings) = inner.keep_paused(&paused, snapshot, origin, mode).await?;
-                        (kept, STANDING_STILL, timings)
-                    }
-                };
-                let shown = info(inner, &taken).ok_or_else(|| Error::Unknown(id.to_string()))?;
-                Ok((shown, capture, timings))
-            };
-            node.until_settled(&id, take).await
+            let mut looks = LOOKS;
+            loop {
+                let origin = Origin::Kept { sandbox: id.clone(), name: name.clone() };
+                let taken = node.keep(&id, snapshot.clone(), origin, mode).await;
+                if !node.looks_again(&id, &taken, &mut looks).await? {
+                    return taken;
+                }
+            }
         })
         .await
     }
@@ -230,25 +273,15 @@ impl Node {
     pub async fn fork(&self, source: &SandboxId, children: Vec<Child>) -> Result<Forked, Error> {
         let (node, source) = (self.clone(), source.clone());
         self.run("forking", async move {
-            let inner = &node.inner;
-            let image = async || match node.find_any(&source)? {
-                Found::Running(sandbox) => {
-                    let origin = Origin::Fork { sandbox: source.clone() };
-                    let ask = |done| {
-                        Command::Snapshot(SnapshotId::random(), origin, PauseMode::Full, Care::Passing, done)
-                    };
-                    let (captured, record) = sandbox.ask(ask).await??;
-                    let Captured { snapshot, _lease, capture, timings } = captured;
-                    Ok((snapshot, _lease, record, capture, timings))
-                }
-                // It stands still already, and its image is there.
-                Found::Paused(paused) => {
-                    let (snapshot, lease) = inner.image_of(&paused)?;
-                    Ok((snapshot, lease, paused.record.clone(), STANDING_STILL, Timings::default()))
+            let (inner, mut looks) = (&node.inner, LOOKS);
+            let found = loop {
+                let found = node.point(&source).await;
+                if !node.looks_again(&source, &found, &mut looks).await? {
+                    break found?;
                 }
             };
             // The lease keeps the image until every child has one of its own.
-            let (snapshot, _lease, record, capture, timings) = node.until_settled(&source, image).await?;
+            let (Captured { snapshot, _lease, capture, timings }, record) = found;
             let mut starting = Vec::new();
             for child in children {
                 let mut request = child_of(&record, child, snapshot.manifest.id.clone());
@@ -288,21 +321,21 @@ impl Node {
     /// snapshots are their owners', not the node's.
     ///
     /// # Errors
-    /// `Store` with `Missing` when there is none.
-    pub async fn source(&self, text: &str) -> Result<Source, Error> {
+    /// `Store` when the template cannot be read.
+    pub async fn source(&self, text: &str) -> Result<Option<Source>, Error> {
         if let Ok(name) = text.parse::<TemplateName>()
             && self.has_template(&name)
         {
             let shape = self.inner.template(&name).await?.shape;
-            return Ok(Source { base: Base::Template(name), shape });
+            return Ok(Some(Source { base: Base::Template(name), shape }));
         }
         let id: Option<SnapshotId> = text.parse().ok();
         let kept = id.and_then(|id| self.inner.snapshots.get(&id));
         let kept = kept.filter(|found| matches!(found.manifest.origin, Origin::Kept { .. }));
-        let missing = || kelvin_store::Error::Missing { kind: "template", name: text.to_owned() };
-        let kept = kept.ok_or_else(missing)?;
-        let shape = manifest_shape(&kept.manifest);
-        Ok(Source { base: Base::Snapshot(kept.manifest.id.clone()), shape })
+        Ok(kept.map(|kept| Source {
+            base: Base::Snapshot(kept.manifest.id.clone()),
+            shape: manifest_shape(&kept.manifest),
+        }))
     }
 
     /// Deletes a kept snapshot. With `cascade`, those that descend from it too; sandboxes are never ended for it.

@@ -13,9 +13,9 @@ use http::Request;
 use http_body_util::BodyExt;
 use kelvin_api::ENVD_VERSION;
 use kelvin_api::error::{Failure, Kind};
-use kelvin_api::id::{SandboxId, TemplateName};
+use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
 use kelvin_api::network::{NetworkState, Policy};
-use kelvin_api::node::{Base, Changes, Child, ConsoleLine, Create, Created, Forked, Live, Route};
+use kelvin_api::node::{Changes, Child, ConsoleLine, Create, Created, Forked, Live, Route, Source};
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{
     BakeTemplate, Capture, GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, Template,
@@ -48,7 +48,10 @@ impl Server {
         let owners = control.clone();
         node.ask_before_waking(Box::new(move |id| {
             let owners = owners.clone();
-            Box::pin(async move { owners.may_wake(&id).await })
+            Box::pin(async move {
+                let permit = owners.may_wake(&id).await?;
+                Ok(Box::new(permit) as Box<dyn std::any::Any + Send>)
+            })
         }));
         let gateway = Gateway::new(local, domain.unwrap_or("localhost"));
         Ok(Self { node, control, gateway })
@@ -118,13 +121,8 @@ impl kelvin_control::Node for Local {
         Ok(self.0.console(id).await?)
     }
 
-    async fn base(&self, text: &str) -> Result<Base, Failure> {
-        if let Ok(template) = text.parse::<TemplateName>()
-            && self.0.has_template(&template)
-        {
-            return Ok(Base::Template(template));
-        }
-        self.0.find_kept(text).map(Base::Snapshot).ok_or_else(|| unknown_template(text))
+    async fn source(&self, text: &str) -> Result<Source, Failure> {
+        self.0.source(text).await?.ok_or_else(|| unknown_template(text))
     }
 
     async fn pause(
@@ -148,10 +146,11 @@ impl kelvin_control::Node for Local {
     async fn snapshot(
         &self,
         id: &SandboxId,
+        snapshot: SnapshotId,
         name: Option<TemplateName>,
         mode: PauseMode,
     ) -> Result<(SnapshotInfo, Capture, Timings), Failure> {
-        Ok(self.0.snapshot(id, name, mode).await?)
+        Ok(self.0.snapshot(id, snapshot, name, mode).await?)
     }
 
     async fn fork(&self, source: &SandboxId, children: Vec<Child>) -> Result<Forked, Failure> {
@@ -164,7 +163,7 @@ impl kelvin_control::Node for Local {
 
     async fn remove_snapshot(&self, text: &str, cascade: bool) -> Result<(), Failure> {
         let shown: String = text.chars().take(80).collect();
-        let id = self.0.find_kept(text).ok_or_else(|| {
+        let id = text.parse().map_err(|_| {
             Failure::new(
                 Kind::NotFound,
                 "snapshot_not_found",

@@ -25,7 +25,7 @@ fn key(row: &Row<'_>) -> Result<(String, ApiKeyInfo), rusqlite::Error> {
         max_creating: row.get(9)?,
         max_paused: row.get(10)?,
         max_snapshots: row.get(11)?,
-        max_disk_mib: row.get(12)?,
+        max_disk_mib: row.get::<_, Option<i64>>(12)?.and_then(|mib| u64::try_from(mib).ok()),
     };
     Ok((row.get(1)?, info))
 }
@@ -98,7 +98,7 @@ impl Database {
                         info.max_creating,
                         info.max_paused,
                         info.max_snapshots,
-                        info.max_disk_mib,
+                        info.max_disk_mib.map(|mib| i64::try_from(mib).unwrap_or(i64::MAX)),
                     ))
                     .map(drop)
             })

@@ -23,6 +23,8 @@ pub struct NewSnapshot {
 pub struct Owner {
     pub project: String,
     pub name: Option<String>,
+    /// Whether it may not be there yet.
+    pub is_being_taken: bool,
 }
 
 /// One tag of a template.

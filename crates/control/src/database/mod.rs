@@ -7,7 +7,7 @@ mod catalog;
 mod meter;
 mod quota;
 
-pub use answers::{KeyRow, NewKey};
+pub use answers::NewKey;
 pub use catalog::{NewSnapshot, Owner, TagRow};
 pub use quota::{Claim, Exceeded, Limited, More, Quota};
 
@@ -153,10 +153,10 @@ const MIGRATIONS: &[&str] = &[
     // Limits of keys and projects; idempotency of every change; whose a snapshot is before it is there.
     "
     ALTER TABLE sandboxes ADD COLUMN claims INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE sandboxes ADD COLUMN pausing INTEGER NOT NULL DEFAULT 0;
     DROP INDEX sandboxes_by_key;
     CREATE INDEX sandboxes_by_key ON sandboxes (key, state, claims, pausing);
     CREATE INDEX sandboxes_by_project_state ON sandboxes (project, state, claims, pausing);
-    ALTER TABLE sandboxes ADD COLUMN pausing INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE snapshots ADD COLUMN key TEXT NOT NULL DEFAULT '';
     ALTER TABLE snapshots ADD COLUMN mib INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE snapshots ADD COLUMN state TEXT NOT NULL DEFAULT 'kept';
@@ -576,7 +576,12 @@ impl Database {
     pub async fn forget_claims(&self) -> Result<(), Error> {
         self.0
             .call(|connection| {
-                connection.execute("UPDATE sandboxes SET claims = 0, pausing = 0 WHERE claims > 0 OR pausing > 0", []).map(drop)
+                connection
+                    .execute(
+                        "UPDATE sandboxes SET claims = 0, pausing = 0 WHERE claims > 0 OR pausing > 0",
+                        [],
+                    )
+                    .map(drop)
             })
             .await
     }

@@ -66,9 +66,13 @@ pub enum Limited {
 /// Whose: the column, and its value.
 type Of<'a> = (&'static str, &'a str);
 
+fn number(row: &rusqlite::Row<'_>) -> Result<u64, rusqlite::Error> {
+    Ok(u64::try_from(row.get::<_, i64>(0)?).unwrap_or(0))
+}
+
 fn count(connection: &Connection, (column, value): Of<'_>, rows: &str) -> Result<u64, rusqlite::Error> {
     let sql = format!("SELECT COUNT(*) FROM sandboxes WHERE {column} = ?1 AND {rows}");
-    connection.prepare_cached(&sql)?.query_row([value], |row| row.get(0))
+    connection.prepare_cached(&sql)?.query_row([value], number)
 }
 
 fn used(connection: &Connection, of: Of<'_>, what: Limited) -> Result<u64, rusqlite::Error> {
@@ -84,7 +88,7 @@ fn used(connection: &Connection, of: Of<'_>, what: Limited) -> Result<u64, rusql
             + count(connection, of, "state = 'running' AND pausing > 0")?),
         Limited::Snapshots => {
             let sql = format!("SELECT COUNT(*) FROM snapshots WHERE {column} = ?1");
-            connection.prepare_cached(&sql)?.query_row([value], |row| row.get(0))
+            connection.prepare_cached(&sql)?.query_row([value], number)
         }
         Limited::Disk => {
             let sql = format!(
@@ -92,7 +96,7 @@ fn used(connection: &Connection, of: Of<'_>, what: Limited) -> Result<u64, rusql
                  FROM sandboxes WHERE {column} = ?1) + \
                  (SELECT COALESCE(SUM(mib), 0) FROM snapshots WHERE {column} = ?1)"
             );
-            connection.prepare_cached(&sql)?.query_row([value], |row| row.get(0))
+            connection.prepare_cached(&sql)?.query_row([value], number)
         }
     }
 }
@@ -110,7 +114,11 @@ impl Quota {
         ];
         for (of, limits, of_project) in scopes {
             let asked = [
-                (Limited::Sandboxes, u64::from(more.creating + more.resuming), limits.max_sandboxes.map(u64::from)),
+                (
+                    Limited::Sandboxes,
+                    u64::from(more.creating + more.resuming),
+                    limits.max_sandboxes.map(u64::from),
+                ),
                 (Limited::Creating, more.creating.into(), limits.max_creating.map(u64::from)),
                 (Limited::Paused, more.paused.into(), limits.max_paused.map(u64::from)),
                 (Limited::Snapshots, more.snapshots.into(), limits.max_snapshots.map(u64::from)),
