@@ -385,4 +385,38 @@ mod tests {
             assert_eq!(accounts.create(bad, &database).await.unwrap_err().kind, Kind::Invalid);
         }
     }
+
+    #[tokio::test]
+    async fn a_caller_that_leaves_at_any_point_leaves_no_key_that_opens_and_is_not_there() {
+        use futures::FutureExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let database = Database::open(&dir.path().join("kelvin.db")).unwrap();
+        let own = ApiKey::open(&dir.path().join("api-key")).unwrap();
+        let accounts = Accounts::open(own, &database).await.unwrap();
+        let mut ends = 0;
+        for polls in 0..5 {
+            let wanted = NewApiKey { name: "leaves".into(), ..NewApiKey::default() };
+            let made = accounts.create(wanted.clone(), &database).await.unwrap();
+            let mut headers = HeaderMap::new();
+            headers.insert("x-api-key", made.key.parse().unwrap());
+            let mut revoking = Box::pin(accounts.revoke(&made.info.id, &database));
+            for _ in 0..polls {
+                if (&mut revoking).now_or_never().is_some() {
+                    ends += 1;
+                    break;
+                }
+                // Whatever it has asked of the database is done by then.
+                database.keys(None).await.unwrap();
+            }
+            drop(revoking);
+            let kept = database.keys(None).await.unwrap();
+            let is_there = kept.iter().any(|(_, info)| info.id == made.info.id);
+            assert!(is_there || accounts.admit(&headers).is_err(), "after {polls} polls");
+            // Nobody waits for a turn that is never given back.
+            accounts.create(wanted, &database).await.unwrap();
+            accounts.revoke(&made.info.id, &database).await.unwrap();
+            assert!(accounts.admit(&headers).is_err());
+        }
+        assert!(ends > 0, "it never came to its end");
+    }
 }
