@@ -33,6 +33,7 @@ mod snapshots;
 mod traffic;
 mod warm;
 
+use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -69,11 +70,14 @@ use pool::Pool;
 use sandbox::{Command, Sandbox};
 use snapshots::Snapshots;
 
+/// How often what changes a sandbox looks for it anew, before it says that others change it all the time.
+pub(crate) const LOOKS: u32 = 16;
 /// How often a release that failed is tried again.
 const REAP: std::time::Duration = std::time::Duration::from_secs(30);
 
-/// Asked before traffic wakes a sandbox: its owner may have as many that run as it may have.
-pub type Warden = dyn Fn(SandboxId) -> BoxFuture<'static, Result<(), Failure>> + Send + Sync;
+/// Asked before traffic wakes a sandbox: its owner may have as many that run as it may have. What it gives is kept until
+/// the sandbox runs, or does not.
+pub type Warden = dyn Fn(SandboxId) -> BoxFuture<'static, Result<Box<dyn Any + Send>, Failure>> + Send + Sync;
 
 /// The shared state of a node. Locks are held for a few instructions, never across a wait.
 pub(crate) struct Inner {
@@ -487,15 +491,37 @@ impl Node {
     /// # Errors
     /// `Unknown` when there is none.
     pub async fn kill(&self, id: &SandboxId) -> Result<(), Error> {
-        match self.find(id) {
-            Ok(sandbox) => match sandbox.ask(Command::Kill).await {
-                // It was being paused.
-                Err(Error::Unknown(_)) if self.inner.paused(id).is_some() => self.inner.end_paused(id).await,
-                other => other,
-            },
-            Err(Error::Paused(_)) => self.inner.end_paused(id).await,
-            Err(error) => Err(error),
+        let mut looks = LOOKS;
+        loop {
+            let killed = match self.find(id) {
+                Ok(sandbox) => sandbox.ask(Command::Kill).await,
+                Err(Error::Paused(_)) => self.inner.end_paused(id).await,
+                Err(error) => Err(error),
+            };
+            if !self.looks_again(id, &killed, &mut looks).await? {
+                return killed;
+            }
         }
+    }
+
+    /// Whether what was done with the sandbox came to `result` only because it was paused or resumed between the look for
+    /// it and the deed: then it is looked for again.
+    ///
+    /// # Errors
+    /// `Changing` when that was so `looks` times.
+    pub(crate) async fn looks_again<T>(
+        &self,
+        id: &SandboxId,
+        result: &Result<T, Error>,
+        looks: &mut u32,
+    ) -> Result<bool, Error> {
+        let is_gone = matches!(result, Err(Error::Unknown(_)));
+        if !is_gone || matches!(self.find(id), Err(Error::Unknown(_))) {
+            return Ok(false);
+        }
+        *looks = looks.checked_sub(1).ok_or_else(|| Error::Changing(id.to_string()))?;
+        tokio::task::yield_now().await;
+        Ok(true)
     }
 
     /// Sets when the node ends a sandbox.
@@ -503,7 +529,16 @@ impl Node {
     /// # Errors
     /// `Unknown` when it does not run.
     pub async fn set_deadline(&self, id: &SandboxId, ends_at: jiff::Timestamp) -> Result<(), Error> {
-        self.find(id)?.ask(|done| Command::SetDeadline(ends_at, done)).await
+        let mut looks = LOOKS;
+        loop {
+            let set = match self.find(id) {
+                Ok(sandbox) => sandbox.ask(|done| Command::SetDeadline(ends_at, done)).await,
+                Err(error) => Err(error),
+            };
+            if !self.looks_again(id, &set, &mut looks).await? {
+                return set;
+            }
+        }
     }
 
     /// The last of a sandbox's console; of one that is paused what was seen of it until then.
@@ -511,12 +546,19 @@ impl Node {
     /// # Errors
     /// `Unknown` when there is none, `Vmm` when its VMM does not answer.
     pub async fn console(&self, id: &SandboxId) -> Result<Vec<ConsoleLine>, Error> {
-        match self.find(id) {
-            Err(Error::Paused(_)) => {
-                let paused = self.inner.paused(id).ok_or_else(|| Error::Unknown(id.to_string()))?;
-                Ok(paused.console.lines())
+        let mut looks = LOOKS;
+        loop {
+            let read = match self.find(id) {
+                Err(Error::Paused(_)) => {
+                    let paused = self.inner.paused(id).ok_or_else(|| Error::Unknown(id.to_string()));
+                    paused.map(|paused| paused.console.lines())
+                }
+                Ok(sandbox) => sandbox.ask(Command::Console).await.and_then(|read| Ok(read?)),
+                Err(error) => Err(error),
+            };
+            if !self.looks_again(id, &read, &mut looks).await? {
+                return read;
             }
-            sandbox => Ok(sandbox?.ask(Command::Console).await??),
         }
     }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use kelvin_api::id::{SandboxId, VmId};
+use kelvin_api::id::{SandboxId, SnapshotId, VmId};
 use kelvin_api::network::Wanted;
 use kelvin_api::node::{Base, Create, Created};
 use kelvin_api::phase::{Phase, Timings};
@@ -100,7 +100,11 @@ impl Inner {
             lifecycle: record.lifecycle,
             timeout: std::time::Duration::from_secs(record.timeout_s),
         };
-        let created = self.create(request, Seed::Resume(Arc::clone(&paused), mode)).await?;
+        let created = match self.create(request, Seed::Resume(Arc::clone(&paused), mode)).await {
+            // It was killed meanwhile, whatever else went wrong.
+            Err(_) if paused.over.load(Ordering::Acquire) => return Err(unknown()),
+            other => other?,
+        };
         paused.over.store(true, Ordering::Release);
         self.paused_sandboxes().remove(id);
         Ok(Some(created))
@@ -122,13 +126,14 @@ impl Inner {
         Ok((snapshot, lease))
     }
 
-    /// Makes a snapshot of its own of what `paused` is frozen in: its files are cloned, nothing is started.
+    /// Makes a snapshot of its own, called `id`, of what `paused` is frozen in: its files are cloned, nothing is started.
     ///
     /// # Errors
     /// As [`Inner::image_of`]; `Io` and `Store` when the files cannot be cloned, and then nothing is left.
     pub async fn keep_paused(
         &self,
         paused: &Paused,
+        id: SnapshotId,
         origin: Origin,
         mode: PauseMode,
     ) -> Result<(Arc<Snapshot>, Timings), Error> {
@@ -147,6 +152,7 @@ impl Inner {
                 Ok(())
             };
             let draft = Draft {
+                id,
                 template: manifest.template.clone(),
                 guest: manifest.guest.clone(),
                 parent: manifest.parent.clone(),
@@ -174,18 +180,20 @@ impl Inner {
         Ok((kept, timings))
     }
 
-    /// Ends a sandbox that is paused.
+    /// Ends a sandbox that is paused, also one that is being resumed. Nothing is waited for: whether it ended or was
+    /// resumed is decided by who takes its record out of the ledger. A resume that comes too late finds none, and its
+    /// machine is released.
     ///
     /// # Errors
     /// `Unknown` when it was resumed or ended meanwhile, `Ledger`.
     pub async fn end_paused(&self, id: &SandboxId) -> Result<(), Error> {
         let unknown = || Error::Unknown(id.to_string());
         let paused = self.paused(id).ok_or_else(unknown)?;
-        let _gate = paused.gate.lock().await;
-        if paused.over.load(Ordering::Acquire) {
+        if paused.over.load(Ordering::Acquire) || !self.keeper.ledger.strike_record(&paused.owner).await? {
+            // A resume that has taken the record is about to be seen.
+            drop(paused.gate.lock().await);
             return Err(unknown());
         }
-        self.keeper.ledger.strike_all(&paused.owner).await?;
         paused.over.store(true, Ordering::Release);
         self.paused_sandboxes().remove(id);
         self.changes.add(id.clone(), "it was killed while it was paused");

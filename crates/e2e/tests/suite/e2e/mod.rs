@@ -18,4 +18,5 @@ mod people;
 mod run;
 mod sdk;
 mod speed;
+mod tenants;
 mod warm;
