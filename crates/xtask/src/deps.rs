@@ -26,6 +26,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "cli",
         &["server", "gateway", "control", "node", "egress", "client", "bench", "vmm", "store", "host", "api"],
     ),
+    // A disk for tests.
+    ("powercut", &[]),
     ("xtask", &[]),
 ];
 
