@@ -195,6 +195,15 @@ pub enum SnapshotCommand {
     /// List them.
     #[command(alias = "ls")]
     List,
+    /// Read all of them and compare it with what was taken: exit code 1 when one is damaged.
+    Verify {
+        /// Their ids, or names, of which the newest is meant.
+        #[arg(required_unless_present = "all")]
+        names: Vec<String>,
+        /// Every snapshot that is kept.
+        #[arg(long, conflicts_with = "names")]
+        all: bool,
+    },
     /// Delete one, by id or name.
     #[command(alias = "rm")]
     Delete {

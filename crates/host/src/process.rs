@@ -337,19 +337,32 @@ fn start_time(pid: i32) -> io::Result<u64> {
 
 /// Processes whose command line has an argument equal to `marker`: how a process is found whose start
 /// the ledger announced, but whose pid it never learnt. Start-up only: it scans `/proc`.
-pub fn find_by_argument(marker: &str) -> Vec<ProcessKey> {
-    let Ok(entries) = std::fs::read_dir("/proc") else {
-        return Vec::new();
+///
+/// # Errors
+/// When `/proc` or an entry of it cannot be read: whether there is one is not known then.
+pub fn find_by_argument(marker: &str) -> io::Result<Vec<ProcessKey>> {
+    // Ended while it was looked at; or hidden from a server that is not root, and then somebody else's.
+    let is_not_ours = |error: &io::Error| {
+        matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied)
+            || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
     };
-    entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-        .filter(|pid| {
-            std::fs::read(format!("/proc/{pid}/cmdline"))
-                .is_ok_and(|line| line.split(|byte| *byte == 0).any(|argument| argument == marker.as_bytes()))
-        })
-        .filter_map(|pid| Some(ProcessKey { pid, start_time: start_time(pid).ok()? }))
-        .collect()
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+            continue;
+        };
+        let line = match std::fs::read(format!("/proc/{pid}/cmdline")) {
+            Err(error) if is_not_ours(&error) => continue,
+            line => line?,
+        };
+        if line.split(|byte| *byte == 0).any(|argument| argument == marker.as_bytes()) {
+            match start_time(pid) {
+                Err(error) if is_not_ours(&error) => {}
+                start_time => found.push(ProcessKey { pid, start_time: start_time? }),
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// Processes that work in `directory`, and those that are jailed in one of its `sandboxes/`: those that a node starts.
@@ -414,7 +427,7 @@ mod tests {
         let key = process.key();
         // It shows no arguments while it becomes its program, and its own children show the same for a moment.
         let started = std::time::Instant::now();
-        while find_by_argument("marker-a1") != [key] {
+        while find_by_argument("marker-a1").unwrap() != [key] {
             assert!(started.elapsed().as_secs() < 30, "it is not found");
             tokio::task::yield_now().await;
         }

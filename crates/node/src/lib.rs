@@ -2,7 +2,7 @@
 //!
 //! Read in this order: [`Node`] (the handle), `create` (the path of a create, with `clock` and `probe`), `pool` (what is ready
 //! ahead of it), `home` (the resources of a machine), `sandbox` (a machine that runs), `lifecycle` (pause, resume,
-//! snapshot, fork) with `capture`, `paused` and `snapshots`, `warm` (machines that wait), `traffic`, `bake`, `reconcile` (after a crash).
+//! snapshot, fork) with `capture`, `paused`, `snapshots` and `verify`, `warm` (machines that wait), `traffic`, `bake`, `reconcile` (after a crash).
 //!
 //! Who writes: the ledger, `sandboxes/` and, through `kelvin-store`, snapshots. A crash leaves machines
 //! that the ledger names; the next start adopts those that ran and removes the rest. Time limits are
@@ -31,6 +31,7 @@ mod record;
 mod sandbox;
 mod snapshots;
 mod traffic;
+mod verify;
 mod warm;
 
 use std::any::Any;
@@ -104,6 +105,8 @@ pub(crate) struct Inner {
     warden: OnceLock<Box<Warden>>,
     restores: Semaphore,
     bakes: tokio::sync::Mutex<()>,
+    /// One snapshot is read whole at one time.
+    verifying: tokio::sync::Mutex<()>,
     requests: Mutex<u32>,
     teardowns: Mutex<u32>,
     settled: Notify,
@@ -400,6 +403,7 @@ impl Node {
             warden: OnceLock::new(),
             templates: Mutex::default(),
             bakes: tokio::sync::Mutex::default(),
+            verifying: tokio::sync::Mutex::default(),
             requests: Mutex::default(),
             teardowns: Mutex::default(),
             settled: Notify::new(),
@@ -429,6 +433,11 @@ impl Node {
         };
         inner.tasks.spawn(removing);
         inner.tasks.spawn(Arc::clone(&inner).govern());
+        let digesting = Arc::clone(&inner);
+        inner.tasks.spawn(async move {
+            let stop = digesting.stop.clone();
+            stop.run_until_cancelled(digesting.digest_kept()).await;
+        });
         for snapshot in snapshots {
             if snapshot.manifest.origin == Origin::Bake {
                 inner.add_pool(snapshot);
@@ -716,22 +725,15 @@ impl Node {
     /// Removes what nothing needs, or says what that would be.
     ///
     /// # Errors
-    /// `Store` when something cannot be removed.
+    /// `Store` with `Unreadable` when what something needs is not known, and then nothing is removed; `Store` when
+    /// something cannot be removed.
     pub async fn collect(&self, dry_run: bool) -> Result<Garbage, Error> {
-        // Lineage is kept for every snapshot that a machine runs from or a pool may still use.
-        let mut in_use: BTreeSet<SnapshotId> = self.inner.snapshots.leased();
-        in_use.extend(
-            lock(&self.inner.pools)
-                .values()
-                .filter(|pool| {
-                    pool.refusal().is_none() && self.inner.is_usable(&pool.snapshot.manifest.identity)
-                })
-                .map(|pool| pool.snapshot_id()),
-        );
+        let used = self.inner.references().await?;
         let store = self.inner.store.clone();
-        let garbage = tokio::task::spawn_blocking(move || store.collect(&in_use, dry_run)).await.map_err(
-            |error| Error::Io { what: "collecting garbage", source: std::io::Error::other(error) },
-        )??;
+        let garbage =
+            tokio::task::spawn_blocking(move || store.collect(&used, dry_run)).await.map_err(|error| {
+                Error::Io { what: "collecting garbage", source: std::io::Error::other(error) }
+            })??;
         if !dry_run {
             for id in garbage.snapshots.iter().filter_map(|id| id.parse().ok()) {
                 self.inner.snapshots.forget(&id);

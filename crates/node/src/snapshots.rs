@@ -38,6 +38,8 @@ pub struct Snapshots(Arc<Shared>);
 struct Shared {
     books: Mutex<Books>,
     wake: Notify,
+    /// Told of each snapshot that is made known.
+    came: Notify,
 }
 
 /// Keeps a snapshot's files. Dropping the last one of a passing snapshot tells the task that removes.
@@ -71,12 +73,19 @@ impl Snapshots {
     pub fn add(&self, snapshot: Arc<Snapshot>) {
         let id = snapshot.manifest.id.clone();
         self.0.books().known.entry(id).or_insert(Known { snapshot, leases: 0 });
+        self.0.came.notify_waiters();
+    }
+
+    /// Resolves when the next snapshot is made known.
+    pub fn came(&self) -> tokio::sync::futures::Notified<'_> {
+        self.0.came.notified()
     }
 
     /// The same, with a lease.
     pub fn add_leased(&self, snapshot: Arc<Snapshot>) -> Lease {
         let id = snapshot.manifest.id.clone();
         self.0.books().known.entry(id.clone()).or_insert(Known { snapshot, leases: 0 }).leases += 1;
+        self.0.came.notify_waiters();
         Lease { shared: Arc::clone(&self.0), id }
     }
 
