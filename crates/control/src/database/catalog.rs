@@ -79,7 +79,7 @@ impl Database {
     /// alone, so that a name which is deleted means nothing and never an older snapshot.
     pub async fn finish_snapshot(&self, id: String) -> Result<(), Error> {
         self.0
-            .call(move |connection| {
+            .call_durable(move |connection| {
                 let transaction = connection.transaction()?;
                 transaction
                     .prepare_cached(

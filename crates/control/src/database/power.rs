@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use kelvin_api::account::NewApiKey;
 use kelvin_powercut::{Disk, Loss};
 
-use super::Database;
+use super::{Database, NewSnapshot};
 use crate::ApiKey;
 use crate::accounts::Accounts;
 
@@ -46,12 +46,7 @@ impl Ground {
 }
 
 fn wanted() -> NewApiKey {
-    NewApiKey {
-        name: "ci".into(),
-        project: "blue".parse().unwrap(),
-        max_sandboxes: None,
-        requests_per_second: None,
-    }
+    serde_json::from_value(serde_json::json!({ "name": "ci", "project": "blue" })).unwrap()
 }
 
 /// What of it holds after a power failure at each reply: the server's key, a new key, its end, an owner, his name.
@@ -73,12 +68,18 @@ async fn replies(lost: &'static str) -> Option<[bool; 4]> {
     let has_key = ground.holds(&is_known).await;
     accounts.revoke(&made.info.id, &database).await.unwrap();
     let is_gone = ground.holds(async |database, root| !is_known(database, root).await).await;
-    let name = Some("ready".to_owned());
-    database.add_snapshot("s1".into(), "blue".into(), name.clone()).await.unwrap();
-    let owned = ("blue".to_owned(), name);
-    let has_owner = ground
-        .holds(async |database, _| database.snapshot_owners().await.unwrap().get("s1") == Some(&owned))
-        .await;
+    let quota = accounts.quota_of("server", &"blue".parse().unwrap());
+    let snapshot = NewSnapshot { id: "s1".into(), mib: 1, name: Some("ready".into()) };
+    assert!(database.begin_snapshot(snapshot, quota, None).await.unwrap().is_none());
+    // Before the snapshot is taken; and when it was, with its name.
+    let is_owned = async |database: &Database, name: Option<&str>| {
+        let owners = database.snapshot_owners().await.unwrap();
+        owners.get("s1").is_some_and(|owner| owner.project == "blue" && owner.name.as_deref() == name)
+    };
+    let is_begun = ground.holds(async |database, _| is_owned(database, None).await).await;
+    database.finish_snapshot("s1".into()).await.unwrap();
+    let is_finished = ground.holds(async |database, _| is_owned(database, Some("ready")).await).await;
+    let has_owner = is_begun && is_finished;
     Some([has_own, has_key, is_gone, has_owner])
 }
 
