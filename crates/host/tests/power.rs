@@ -1,6 +1,9 @@
 //! What a durable call has committed is there after a power failure, on a disk that loses what was not synced; what was
 //! only committed may be lost, newest first, and is never torn.
 
+// Everything here is a test.
+#![allow(clippy::unwrap_used)]
+
 use std::path::{Path, PathBuf};
 
 use kelvin_api::id::VmId;

@@ -1,6 +1,9 @@
 //! What the store says is published or removed is so after a power failure, on a disk that loses what was not synced;
 //! and each sync that this needs is needed: with any of them lost, something is lost.
 
+// Everything here is a test.
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -61,6 +64,7 @@ fn publish(store: &Store, care: Care) -> SnapshotId {
         "snapshot_format": 1,
     }));
     let draft = Draft {
+        id: SnapshotId::random(),
         template: "base".parse().unwrap(),
         guest: "g".into(),
         parent: None,
