@@ -591,6 +591,7 @@ fn prepare(caller: &Account, body: NewSandbox, base: Base) -> Result<(SandboxRow
     };
     let create = Create {
         sandbox: id,
+        project: caller.project.clone(),
         base,
         vcpus: body.cpu_count,
         memory_mib,

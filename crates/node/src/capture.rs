@@ -13,6 +13,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use kelvin_api::error::chain;
@@ -114,6 +115,8 @@ impl Keeping {
             return Err(Error::Unhealthy(self.record.sandbox.to_string()));
         }
 
+        // Not before: a guest that does not answer asks for no processor.
+        let _work = inner.work();
         let span = begin(Phase::Pause);
         let stopped = Instant::now();
         let Some(running) = self.running.take() else {
@@ -173,15 +176,26 @@ impl Keeping {
         if mode.is_full() {
             running.begin_save(&staged.join("memory")).await?;
         }
-        let frozen = self.control.call("freezing the file system", &Request::Freeze, FREEZE).await;
-        if let Err(error) = &frozen {
-            tracing::warn!(sandbox = %self.record.sandbox, error = chain(error), "its file system is not frozen");
-        }
+        let Some(control) = &mut self.control else {
+            return Err(Error::Unknown(self.record.sandbox.to_string()));
+        };
+        // What was posted before and not waited for is answered first, and passed over.
+        self.posted = None;
+        let freezing = control.call("freezing the file system", &Request::Freeze, FREEZE);
+        let frozen = match self.inner.hurry.run_until_cancelled(freezing).await {
+            Some(Ok(_)) => true,
+            Some(Err(error)) => {
+                tracing::warn!(sandbox = %self.record.sandbox, error = chain(&error), "its file system is not frozen");
+                false
+            }
+            // The node stops.
+            None => false,
+        };
         let disk = self.spec.absolute().join("disk");
         // What the guest has written is in the page cache: a clone of the file would write it back, with the
         // vCPUs stopped.
         blocking("flushing the disk", move || std::fs::File::open(disk)?.sync_data()).await?;
-        Ok(frozen.is_ok())
+        Ok(frozen)
     }
 
     async fn save(&self, paused: &Paused, staged: &Path, mode: PauseMode) -> Result<Saved, Error> {
@@ -236,9 +250,9 @@ impl Keeping {
             return Ok(());
         };
         // Posted while the vCPUs stand still: the guest wakes up once.
-        self.posted = match wake(false) {
-            Ok(wake) => self.control.post(&Request::Wake(wake)).await.ok(),
-            Err(_) => None,
+        self.posted = match (wake(false), &mut self.control) {
+            (Ok(wake), Some(control)) => control.post(&Request::Wake(wake)).await.ok(),
+            _ => None,
         };
         match paused.resume().await {
             Ok(running) => {
@@ -252,24 +266,30 @@ impl Keeping {
         }
     }
 
-    /// Waits until the agent of a machine that went on has stepped its clock and thawed its file system.
+    /// Waits until the agent of a machine that went on has stepped its clock and thawed its file system. One that does
+    /// not answer is reported, and runs on; a node that stops does not wait for it.
     pub async fn awake(&mut self) {
-        let asked = match self.posted.take() {
-            Some(asked) => asked,
-            None => match wake(false).map(Request::Wake) {
-                Ok(request) => match self.control.post(&request).await {
-                    Ok(asked) => asked,
-                    Err(_) => return,
-                },
-                Err(_) => return,
-            },
-        };
+        let (posted, hurry) = (self.posted.take(), self.inner.hurry.clone());
+        let Some(control) = &mut self.control else { return };
         let told = async {
-            let done = self.control.wait("going on", asked, AWAKE).await?;
-            right_clock(&mut self.control, done, AWAKE).await
+            let asked = match posted {
+                Some(asked) => asked,
+                None => control.post(&Request::Wake(wake(false)?)).await?,
+            };
+            let done = control.wait("going on", asked, AWAKE).await?;
+            right_clock(control, done, AWAKE).await
         };
-        if let Err(error) = told.await {
-            tracing::warn!(sandbox = %self.record.sandbox, error = chain(&error), "its agent did not say that it goes on");
+        match hurry.run_until_cancelled(told).await {
+            None => {}
+            Some(Ok(())) => self.is_silent.store(false, Ordering::Relaxed),
+            // It answers: one of a former version does not know the word.
+            Some(Err(Error::Vmm(kelvin_vmm::Error::Agent { .. }))) => {
+                self.is_silent.store(false, Ordering::Relaxed);
+            }
+            Some(Err(error)) => {
+                self.is_silent.store(true, Ordering::Relaxed);
+                tracing::warn!(sandbox = %self.record.sandbox, error = chain(&error), "its agent did not say that it goes on");
+            }
         }
     }
 }

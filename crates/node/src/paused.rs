@@ -14,6 +14,7 @@ use kelvin_api::node::{Base, Create, Created};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::PauseMode;
 use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
+use tokio::sync::watch;
 
 use crate::Inner;
 use crate::console::Console;
@@ -34,6 +35,8 @@ pub struct Paused {
     pub console: Console,
     gate: tokio::sync::Mutex<()>,
     over: AtomicBool,
+    /// Whether somebody wants it ended: a resume that is under way gives up.
+    killed: watch::Sender<bool>,
 }
 
 impl Paused {
@@ -46,7 +49,15 @@ impl Paused {
             console,
             gate: tokio::sync::Mutex::default(),
             over: AtomicBool::new(false),
+            killed: watch::Sender::new(false),
         }
+    }
+
+    /// Waits until somebody wants it ended.
+    pub async fn killed(&self) {
+        let mut killed = self.killed.subscribe();
+        // The sender is this one's.
+        let _ = killed.wait_for(|killed| *killed).await;
     }
 }
 
@@ -83,11 +94,15 @@ impl Inner {
         if paused.over.load(Ordering::Acquire) {
             return if self.sandboxes().contains_key(id) { Ok(None) } else { Err(unknown()) };
         }
+        if *paused.killed.borrow() {
+            return Err(unknown());
+        }
         let record = &paused.record;
-        let for_as_long = || jiff::Timestamp::now() + std::time::Duration::from_secs(record.timeout_s);
+        let for_as_long = || self.clock.wall() + std::time::Duration::from_secs(record.timeout_s);
         let image = record.snapshot.clone().ok_or_else(unknown)?;
         let request = Create {
             sandbox: id.clone(),
+            project: record.project.clone(),
             base: Base::Snapshot(image),
             vcpus: None,
             memory_mib: None,
@@ -174,18 +189,23 @@ impl Inner {
         Ok((kept, timings))
     }
 
-    /// Ends a sandbox that is paused.
+    /// Ends a sandbox that is paused. A resume that is under way is given up for it, however silent its guest is.
     ///
     /// # Errors
     /// `Unknown` when it was resumed or ended meanwhile, `Ledger`.
     pub async fn end_paused(&self, id: &SandboxId) -> Result<(), Error> {
         let unknown = || Error::Unknown(id.to_string());
         let paused = self.paused(id).ok_or_else(unknown)?;
+        paused.killed.send_replace(true);
         let _gate = paused.gate.lock().await;
         if paused.over.load(Ordering::Acquire) {
             return Err(unknown());
         }
-        self.keeper.ledger.strike_all(&paused.owner).await?;
+        if let Err(error) = self.keeper.ledger.strike_all(&paused.owner).await {
+            // It is there as before.
+            paused.killed.send_replace(false);
+            return Err(error.into());
+        }
         paused.over.store(true, Ordering::Release);
         self.paused_sandboxes().remove(id);
         self.changes.add(id.clone(), "it was killed while it was paused");
