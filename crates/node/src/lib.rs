@@ -1,7 +1,7 @@
 //! One node: it owns what runs here.
 //!
-//! Read in this order: [`Node`] (the handle), `create` (the path of a create, with `clock` and `probe`), `pool` (what is ready
-//! ahead of it), `home` (the resources of a machine), `sandbox` (a machine that runs), `lifecycle` (pause, resume,
+//! Read in this order: [`Node`] (the handle), `create` (the path of a create, with `turns`, `clock` and `probe`), `pool` (what is ready
+//! ahead of it), `home` (the resources of a machine), `sandbox` (a machine that runs, with `mail`), `lifecycle` (pause, resume,
 //! snapshot, fork) with `capture`, `paused` and `snapshots`, `warm` (machines that wait), `traffic`, `bake`, `reconcile` (after a crash).
 //!
 //! Who writes: the ledger, `sandboxes/` and, through `kelvin-store`, snapshots. A crash leaves machines
@@ -20,6 +20,7 @@ mod error;
 mod home;
 mod lifecycle;
 mod link;
+mod mail;
 mod networks;
 pub mod options;
 mod paused;
@@ -64,11 +65,12 @@ use create::Seed;
 pub use error::Error;
 use home::{Groups, Keeper};
 pub use link::Stream;
+use mail::Urgent;
 use networks::{EgressOptions, Networks};
 use options::{Options, Rule};
 use paused::Paused;
 use pool::Pool;
-use sandbox::{Command, Sandbox, Urgent};
+use sandbox::{Command, Sandbox};
 use snapshots::Snapshots;
 use turns::Turns;
 
@@ -228,7 +230,7 @@ impl Inner {
     /// Tells the control plane anew when sandboxes end, when the wall clock was set since `last`: they end when they would
     /// have, which is another time for people. The same moment on both clocks, for the next look.
     fn look_at_wall_clock(&self, last: (BootInstant, jiff::Timestamp)) -> (BootInstant, jiff::Timestamp) {
-        if self.clock.shown(last.0).duration_since(last.1).abs() > sandbox::SET {
+        if self.clock.shown(last.0).duration_since(last.1).abs() > mail::SET {
             tracing::warn!(wall = %self.clock.wall(), "the wall clock was set; lifetimes go on");
             let live: Vec<_> = self.sandboxes().values().map(|sandbox| sandbox.live()).collect();
             for live in live {

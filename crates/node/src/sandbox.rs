@@ -15,19 +15,19 @@
 //! Deadlines count on boot time and are enforced here alone. The machine is torn down off every request's path. When the
 //! daemon stops the task ends and the machine runs on. A crash leaves a machine that the next start adopts (`reconcile`).
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use http::{Request, Response};
 use hyper::body::Incoming;
 use kelvin_api::error::chain;
-use kelvin_api::id::{SandboxId, SnapshotId, Token, VmId};
+use kelvin_api::id::{SnapshotId, Token, VmId};
 use kelvin_api::network::{Attachment, Policy};
 use kelvin_api::node::{ConsoleLine, Live};
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{OnTimeout, PauseMode};
-use kelvin_host::clock::{BootInstant, Clock};
-use kelvin_host::process::{Process, ProcessKey};
+use kelvin_host::clock::Clock;
+use kelvin_host::process::ProcessKey;
 use kelvin_store::identity::Identity;
 use kelvin_store::snapshot::{Care, Origin};
 use kelvin_vmm::control::{Asked, Control, Dial};
@@ -41,6 +41,7 @@ use crate::capture::{Captured, Then};
 use crate::console::Console;
 use crate::error::Error;
 use crate::link::Network;
+use crate::mail::{Decided, Fate, Mail, Shown, TIME_IS_OVER, Urgent, deadline_of, shown};
 use crate::record::{Event, Record, SandboxRecord, next};
 use crate::snapshots::Lease;
 
@@ -63,20 +64,6 @@ pub enum Command {
     /// The console's text.
     Console(oneshot::Sender<Result<Vec<ConsoleLine>, kelvin_vmm::Error>>),
 }
-
-/// What is heard while a command is under way.
-pub enum Urgent {
-    /// End it; answered when its VMM has been told.
-    Kill(oneshot::Sender<()>),
-    /// End it at another time, as it was said and on boot time; answered when that is recorded.
-    SetDeadline(jiff::Timestamp, BootInstant, oneshot::Sender<()>),
-}
-
-/// What a sandbox is, and when it ends.
-type Shown = (Live, BootInstant);
-
-/// How far the wall clock may go from boot time before it is said to have been set: it is slewed all the time.
-pub const SET: jiff::SignedDuration = jiff::SignedDuration::from_secs(1);
 
 /// The handle of a running sandbox.
 pub struct Sandbox {
@@ -158,20 +145,6 @@ impl Sandbox {
         self.urgent.send(urgent(sender)).await.map_err(|_| self.gone())?;
         receiver.await.map_err(|_| self.gone())
     }
-}
-
-/// When the sandbox of `record` ends. One of another boot has no machine; what was written before there were stamps says it
-/// by the wall clock.
-fn deadline_of(clock: &Clock, record: &SandboxRecord) -> BootInstant {
-    let deadline = record.deadline.as_ref().and_then(|stamp| clock.recall(stamp));
-    deadline.unwrap_or_else(|| clock.at(record.ends_at))
-}
-
-/// `live` with when it ends as the wall clock is now: what was said at first, until somebody set that clock.
-fn shown(clock: &Clock, live: Live, deadline: BootInstant) -> Live {
-    let now = clock.shown(deadline);
-    let is_set = now.duration_since(live.ends_at).abs() > SET;
-    Live { ends_at: if is_set { now } else { live.ends_at }, ..live }
 }
 
 impl Sandbox {
@@ -317,117 +290,6 @@ pub fn body(record: &SandboxRecord) -> Result<String, Error> {
         .map_err(|error| Error::Io { what: "writing a record", source: error.into() })
 }
 
-/// What becomes of a running sandbox, decided once: whoever is second finds it decided.
-#[derive(Debug, Default)]
-struct Fate(Mutex<Decided>);
-
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-enum Decided {
-    /// It runs on.
-    #[default]
-    Open,
-    /// It is being recorded as paused.
-    Pausing,
-    /// It has ended, or is paused.
-    Over,
-}
-
-impl Fate {
-    /// Goes from one to the next; whether it was in the first.
-    fn turn(&self, from: Decided, to: Decided) -> bool {
-        let mut decided = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_from = *decided == from;
-        if is_from {
-            *decided = to;
-        }
-        is_from
-    }
-
-    fn is_over(&self) -> bool {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) == Decided::Over
-    }
-}
-
-/// What comes to the task, and what it needs to end the sandbox whatever else it is doing.
-struct Mail {
-    commands: mpsc::Receiver<Command>,
-    urgent: mpsc::Receiver<Urgent>,
-    shown: watch::Sender<Shown>,
-    deadline: BootInstant,
-    /// The deadline as it was said last, when that is not recorded yet, and who waits for it.
-    unrecorded: Option<(jiff::Timestamp, Vec<oneshot::Sender<()>>)>,
-    /// Who wanted it ended while it was being recorded as paused.
-    killed: Option<oneshot::Sender<()>>,
-    ended: bool,
-    ends_at_deadline: bool,
-    inner: Arc<Inner>,
-    sandbox: SandboxId,
-    key: ProcessKey,
-    fate: Arc<Fate>,
-}
-
-impl Mail {
-    /// Ends it for everybody, and its VMM. Releasing what it had is the task's. Whether it is ended by this.
-    fn end(&mut self, reason: &str) -> bool {
-        if !self.fate.turn(Decided::Open, Decided::Over) {
-            return false;
-        }
-        tracing::info!(sandbox = %self.sandbox, reason, "sandbox ends");
-        self.ended = true;
-        self.inner.begin_teardown();
-        self.inner.sandboxes().remove(&self.sandbox);
-        let killed = Process::adopt(self.key).and_then(|process| process.kill());
-        if let Err(error) = killed
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::error!(sandbox = %self.sandbox, %error, "its VMM could not be told, its release tries again");
-        }
-        self.inner.changes.add(self.sandbox.clone(), reason);
-        true
-    }
-
-    fn hear(&mut self, urgent: Urgent) {
-        match urgent {
-            Urgent::Kill(done) => {
-                if self.end("it was killed") {
-                    let _ = done.send(());
-                } else if !self.ended {
-                    // Answered when it is known whether it is paused.
-                    self.killed = Some(done);
-                }
-            }
-            Urgent::SetDeadline(ends_at, deadline, done) => {
-                self.deadline = deadline;
-                let unrecorded = self.unrecorded.get_or_insert_default();
-                unrecorded.0 = ends_at;
-                unrecorded.1.push(done);
-            }
-        }
-    }
-
-    /// Does `work` to its end, and hears what is urgent meanwhile. Whoever ends the sandbox has ended its VMM by that,
-    /// so `work` fails soon.
-    async fn beside<T>(&mut self, work: impl Future<Output = T>) -> T {
-        let mut work = std::pin::pin!(work);
-        let clock = self.inner.clock.clone();
-        let (mut is_open, mut ends) = (true, self.ends_at_deadline && !self.ended);
-        loop {
-            tokio::select! {
-                biased;
-                urgent = self.urgent.recv(), if is_open => match urgent {
-                    Some(urgent) => self.hear(urgent),
-                    None => is_open = false,
-                },
-                done = &mut work => return done,
-                () = clock.sleep_until(self.deadline), if ends && !self.ended => {
-                    // One that is being recorded as paused has no deadline any more; else it is ended after this.
-                    ends = self.end(TIME_IS_OVER);
-                }
-            }
-        }
-    }
-}
-
 /// What the task of a sandbox owns.
 pub struct Keeping {
     pub inner: Arc<Inner>,
@@ -459,8 +321,6 @@ const ADOPTION: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// How long a VMM may take to show a console whose machine has ended.
 const CONSOLE: std::time::Duration = std::time::Duration::from_secs(10);
-
-const TIME_IS_OVER: &str = "its time to live was over";
 
 async fn read_console(running: &Running) -> String {
     let read = tokio::time::timeout(CONSOLE, running.console()).await;
@@ -750,87 +610,5 @@ impl Keeping {
         // Its memory is mapped by nobody any more.
         drop(self.lease.take());
         self.inner.end_teardown();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use jiff::SignedDuration;
-    use kelvin_api::sandbox::Lifecycle;
-    use kelvin_host::clock::Simulated;
-
-    use super::*;
-
-    fn record(clock: &Clock, left: Duration) -> SandboxRecord {
-        let deadline = clock.now() + left;
-        let mut record = serde_json::json!({
-            "sandbox": SandboxId::random(), "state": "running", "shape": { "vcpus": 1, "memory_mib": 256, "disk_mib": 1024 },
-            "template": "base", "guest": "g", "snapshot": null, "lineage": null, "parent": null, "generation": 0,
-            "identity": null, "start_path": "clone", "started_at": clock.wall(), "ends_at": clock.shown(deadline),
-            "access_token": null, "env_vars": {}, "mac": null, "network": null,
-            "timeout_s": 60,
-        });
-        let lifecycle =
-            Lifecycle { on_timeout: OnTimeout::Kill, auto_resume: false, pause_mode: PauseMode::Full };
-        record["lifecycle"] = serde_json::to_value(lifecycle).unwrap();
-        record["deadline"] = serde_json::to_value(clock.stamp(deadline)).unwrap();
-        serde_json::from_value(record).unwrap()
-    }
-
-    /// A restart between the write and the read: all that the next daemon has is the text.
-    fn read_again(record: &SandboxRecord) -> SandboxRecord {
-        let Record::Sandbox(again) = serde_json::from_str(&body(record).unwrap()).unwrap();
-        again
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_wall_clock_that_jumps_and_a_restart_move_no_end_of_life() {
-        for hours in [1, -1] {
-            let time = Simulated::start();
-            let clock = time.clock();
-            let record = record(&clock, Duration::from_secs(600));
-            let before = clock.now();
-            tokio::time::sleep(Duration::from_secs(100)).await;
-            time.jump_wall(SignedDuration::from_hours(hours));
-            let again = read_again(&record);
-            let deadline = deadline_of(&clock, &again);
-            assert_eq!(deadline.saturating_duration_since(clock.now()), Duration::from_secs(500));
-            // People see the clock that they have, and a clock that nobody set shows what was said.
-            let live = shown(&clock, again.live(), deadline);
-            assert_eq!(live.ends_at, record.ends_at + SignedDuration::from_hours(hours));
-            time.jump_wall(SignedDuration::from_hours(-hours));
-            assert_eq!(shown(&clock, again.live(), deadline).ends_at, record.ends_at);
-            clock.sleep_until(deadline).await;
-            assert_eq!(clock.now().saturating_duration_since(before), Duration::from_secs(600));
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn what_a_former_version_wrote_ends_by_the_wall_clock_that_it_knew() {
-        let time = Simulated::start();
-        let clock = time.clock();
-        let mut former = serde_json::to_value(record(&clock, Duration::from_secs(600))).unwrap();
-        let fields = former.as_object_mut().unwrap();
-        assert!(fields.remove("deadline").is_some() && fields.remove("project").is_some());
-        let former: SandboxRecord = serde_json::from_value(former).unwrap();
-        let left = deadline_of(&clock, &former).saturating_duration_since(clock.now());
-        assert_eq!(left, Duration::from_secs(600));
-        // Nothing of the former boot runs; a record of it is no reason to panic.
-        let other = record(&clock, Duration::from_secs(600));
-        time.reboot();
-        assert!(deadline_of(&clock, &other) > clock.now());
-    }
-
-    #[test]
-    fn a_kill_and_a_pause_that_is_recorded_do_not_both_come_first() {
-        let fate = Fate::default();
-        assert!(fate.turn(Decided::Open, Decided::Pausing));
-        assert!(!fate.turn(Decided::Open, Decided::Over), "a kill waits for what the record says");
-        assert!(fate.turn(Decided::Pausing, Decided::Open), "which could not be written");
-        assert!(fate.turn(Decided::Open, Decided::Over));
-        assert!(!fate.turn(Decided::Open, Decided::Pausing), "what was killed is not paused");
-        assert!(fate.is_over());
     }
 }
