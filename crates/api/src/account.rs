@@ -59,8 +59,69 @@ impl fmt::Display for Project {
     }
 }
 
-/// `POST /api-keys`. Source: E2B's `NewTeamAPIKey`; the rest is Kelvin's.
+/// How much an API key, or a project, may have at one time. What is left out has no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Limits {
+    /// Sandboxes that run, are being made or resumed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_sandboxes: Option<u32>,
+    /// Sandboxes that are being made: creates and children of forks under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_creating: Option<u32>,
+    /// Sandboxes that are paused. A sandbox that pauses at its deadline is paused in any case, and counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_paused: Option<u32>,
+    /// Snapshots that are kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_snapshots: Option<u32>,
+    /// MiB of disk that all of it may come to: the disks of sandboxes, and memory and disk of what is paused or kept.
+    #[serde(default, rename = "maxDiskMB", skip_serializing_if = "Option::is_none")]
+    pub max_disk_mib: Option<u64>,
+}
+
+impl Limits {
+    /// Whether one of them is 0, which allows nothing.
+    pub fn has_zero(&self) -> bool {
+        [self.max_sandboxes, self.max_creating, self.max_paused, self.max_snapshots].contains(&Some(0))
+            || self.max_disk_mib == Some(0)
+    }
+}
+
+/// A row of `GET /projects`, and the reply of `PUT /projects/{name}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct ProjectInfo {
+    /// Its name.
+    pub name: Project,
+    /// What all its keys may have together.
+    pub limits: Limits,
+    /// What they have now.
+    pub used: Used,
+}
+
+/// How much of what is limited is in use.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct Used {
+    /// Sandboxes that run, are being made or resumed.
+    pub sandboxes: u32,
+    /// Sandboxes that are being made.
+    pub creating: u32,
+    /// Sandboxes that are paused.
+    pub paused: u32,
+    /// Snapshots that are kept.
+    pub snapshots: u32,
+    /// MiB of disk.
+    #[serde(rename = "diskMB")]
+    pub disk_mib: u64,
+}
+
+/// `POST /api-keys`. Source: E2B's `NewTeamAPIKey`; the rest is Kelvin's.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct NewApiKey {
@@ -72,9 +133,47 @@ pub struct NewApiKey {
     /// Sandboxes of it that run at one time; none is no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_sandboxes: Option<u32>,
+    /// Creates and children of forks of it that are under way at one time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_creating: Option<u32>,
+    /// Sandboxes of it that are paused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_paused: Option<u32>,
+    /// Snapshots of it that are kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_snapshots: Option<u32>,
+    /// MiB of disk; see [`Limits::max_disk_mib`].
+    #[serde(default, rename = "maxDiskMB", skip_serializing_if = "Option::is_none")]
+    pub max_disk_mib: Option<u64>,
     /// Requests per second of it, and how many may come at once; none is no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requests_per_second: Option<u32>,
+}
+
+impl NewApiKey {
+    /// What it may have.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            max_sandboxes: self.max_sandboxes,
+            max_creating: self.max_creating,
+            max_paused: self.max_paused,
+            max_snapshots: self.max_snapshots,
+            max_disk_mib: self.max_disk_mib,
+        }
+    }
+}
+
+impl ApiKeyInfo {
+    /// What it may have.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            max_sandboxes: self.max_sandboxes,
+            max_creating: self.max_creating,
+            max_paused: self.max_paused,
+            max_snapshots: self.max_snapshots,
+            max_disk_mib: self.max_disk_mib,
+        }
+    }
 }
 
 /// What of a key may be shown. Source: E2B's `IdentifierMaskingDetails`.
@@ -109,6 +208,18 @@ pub struct ApiKeyInfo {
     /// Kelvin: sandboxes of it that run at one time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_sandboxes: Option<u32>,
+    /// Kelvin: creates and children of forks of it that are under way at one time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_creating: Option<u32>,
+    /// Kelvin: sandboxes of it that are paused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_paused: Option<u32>,
+    /// Kelvin: snapshots of it that are kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_snapshots: Option<u32>,
+    /// Kelvin: MiB of disk; see [`Limits::max_disk_mib`].
+    #[serde(default, rename = "maxDiskMB", skip_serializing_if = "Option::is_none")]
+    pub max_disk_mib: Option<u64>,
     /// Kelvin: requests per second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requests_per_second: Option<u32>,
@@ -132,7 +243,7 @@ pub struct CreatedApiKey {
 pub struct AuditEntry {
     /// Its number; grows.
     pub id: i64,
-    /// When it was answered.
+    /// When it came.
     pub at: jiff::Timestamp,
     /// Of which project.
     pub project: String,
@@ -143,7 +254,7 @@ pub struct AuditEntry {
     pub action: String,
     /// What it was about: a sandbox, a template, a key.
     pub target: String,
-    /// The status of the reply.
+    /// The status of the reply; 0 while the request is under way, and of one whose end the server did not live to see.
     pub status: u16,
 }
 

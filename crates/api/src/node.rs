@@ -57,6 +57,15 @@ pub enum Base {
     Snapshot(SnapshotId),
 }
 
+/// What a create starts from, and what it would take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// What it is.
+    pub base: Base,
+    /// Of a machine of it, unless the request says another.
+    pub shape: Shape,
+}
+
 /// One child of a fork.
 #[derive(Debug, Clone)]
 pub struct Child {

@@ -70,6 +70,11 @@ pub enum Command {
         #[command(subcommand)]
         command: KeyCommand,
     },
+    /// Show projects and what they use, and set what they may have; needs the server's own key.
+    Project {
+        #[command(subcommand)]
+        command: ProjectCommand,
+    },
     /// Show who changed what, newest first; needs the server's own key.
     Audit {
         /// How many entries.
@@ -269,6 +274,8 @@ pub enum KeyCommand {
         /// Sandboxes of it that may run at one time.
         #[arg(long)]
         max_sandboxes: Option<u32>,
+        #[command(flatten)]
+        limits: MoreLimits,
         /// Requests per second of it.
         #[arg(long)]
         requests_per_second: Option<u32>,
@@ -279,6 +286,39 @@ pub enum KeyCommand {
     Revoke {
         /// Its id.
         id: String,
+    },
+}
+
+/// Limits beside that of sandboxes.
+#[derive(Debug, Args)]
+pub struct MoreLimits {
+    /// Sandboxes that may be made at one time: creates and children of forks under way.
+    #[arg(long)]
+    pub max_creating: Option<u32>,
+    /// Sandboxes that may be paused.
+    #[arg(long)]
+    pub max_paused: Option<u32>,
+    /// Snapshots that may be kept.
+    #[arg(long)]
+    pub max_snapshots: Option<u32>,
+    /// MiB of disk: of sandboxes, and memory and disk of what is paused or kept.
+    #[arg(long, value_name = "MIB")]
+    pub max_disk_mib: Option<u64>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ProjectCommand {
+    /// List them, with what they may have and what they use.
+    List,
+    /// Set what all keys of a project may have together. What is left out has no limit.
+    Limit {
+        /// Which project.
+        name: String,
+        /// Sandboxes that may run.
+        #[arg(long)]
+        max_sandboxes: Option<u32>,
+        #[command(flatten)]
+        limits: MoreLimits,
     },
 }
 

@@ -46,6 +46,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Key { command } => key::dispatch(&client()?, output, command).await,
+        Command::Project { command } => key::project(&client()?, output, command).await,
         Command::Audit { limit } => {
             output::print(output, &client()?.audit(limit).await?, key::audit_table);
             Ok(ExitCode::SUCCESS)

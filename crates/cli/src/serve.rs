@@ -4,33 +4,21 @@
 //! SIGTERM and SIGINT: requests under way end, waiting VMMs are released, sandboxes keep running and are
 //! adopted by the next start.
 
-use std::convert::Infallible;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use axum::body::Body;
-use axum::response::Response;
 use axum::serve::ListenerExt;
 use http::Request;
-use http_body_util::BodyExt;
-use kelvin_api::ENVD_VERSION;
-use kelvin_api::error::{Failure, Kind};
-use kelvin_api::id::{SandboxId, TemplateName};
-use kelvin_api::network::{NetworkState, Policy};
-use kelvin_api::node::{Base, Changes, Child, ConsoleLine, Create, Created, Forked, Live, Route};
-use kelvin_api::phase::{Phase, Timings};
-use kelvin_api::sandbox::{
-    BakeTemplate, Capture, GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, Template,
-};
-use kelvin_api::signature::Signature;
+use kelvin_api::error::Failure;
+use kelvin_api::phase::Phase;
 use kelvin_api::units::MemoryMib;
-use kelvin_control::{ApiKey, Control, unknown_template};
-use kelvin_gateway::{Gateway, Inbound, Io, Outbound, Sandboxes, Secure, tls};
+use kelvin_control::ApiKey;
+use kelvin_gateway::{Secure, tls};
 use kelvin_host::net;
 use kelvin_node::Node;
 use kelvin_node::options::{NetworkOptions, Options};
+use kelvin_server::Server;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tower::service_fn;
 use tracing_subscriber::EnvFilter;
@@ -38,204 +26,6 @@ use tracing_subscriber::EnvFilter;
 use crate::args::{ServeArgs, data_dir};
 use crate::output::Failed;
 use crate::vmm;
-
-/// Joins the node to what control plane and gateway ask of one.
-struct Local(Node);
-
-#[async_trait]
-impl kelvin_control::Node for Local {
-    async fn create(&self, request: Create) -> Result<Created, Failure> {
-        Ok(self.0.create(request).await?)
-    }
-
-    async fn kill(&self, id: &SandboxId) -> Result<(), Failure> {
-        Ok(self.0.kill(id).await?)
-    }
-
-    async fn set_deadline(&self, id: &SandboxId, ends_at: jiff::Timestamp) -> Result<(), Failure> {
-        Ok(self.0.set_deadline(id, ends_at).await?)
-    }
-
-    async fn set_policy(&self, id: &SandboxId, policy: Policy) -> Result<(), Failure> {
-        Ok(self.0.set_policy(id, policy).await?)
-    }
-
-    async fn network(&self, id: &SandboxId) -> Result<NetworkState, Failure> {
-        Ok(self.0.network(id).await?)
-    }
-
-    async fn metrics(&self, id: &SandboxId) -> Result<GuestMetrics, Failure> {
-        Ok(self.0.guest_metrics(id).await?)
-    }
-
-    async fn console(&self, id: &SandboxId) -> Result<Vec<ConsoleLine>, Failure> {
-        Ok(self.0.console(id).await?)
-    }
-
-    async fn base(&self, text: &str) -> Result<Base, Failure> {
-        if let Ok(template) = text.parse::<TemplateName>()
-            && self.0.has_template(&template)
-        {
-            return Ok(Base::Template(template));
-        }
-        self.0.find_kept(text).map(Base::Snapshot).ok_or_else(|| unknown_template(text))
-    }
-
-    async fn pause(
-        &self,
-        id: &SandboxId,
-        mode: PauseMode,
-        healthy: bool,
-    ) -> Result<(Capture, Timings), Failure> {
-        Ok(self.0.pause(id, mode, healthy).await?)
-    }
-
-    async fn resume(
-        &self,
-        id: &SandboxId,
-        ends_at: Option<jiff::Timestamp>,
-        mode: PauseMode,
-    ) -> Result<Created, Failure> {
-        Ok(self.0.resume(id, ends_at, mode).await?)
-    }
-
-    async fn snapshot(
-        &self,
-        id: &SandboxId,
-        name: Option<TemplateName>,
-        mode: PauseMode,
-    ) -> Result<(SnapshotInfo, Capture, Timings), Failure> {
-        Ok(self.0.snapshot(id, name, mode).await?)
-    }
-
-    async fn fork(&self, source: &SandboxId, children: Vec<Child>) -> Result<Forked, Failure> {
-        Ok(self.0.fork(source, children).await?)
-    }
-
-    async fn snapshots(&self) -> Result<Vec<SnapshotInfo>, Failure> {
-        Ok(self.0.snapshots().await?)
-    }
-
-    async fn remove_snapshot(&self, text: &str, cascade: bool) -> Result<(), Failure> {
-        let shown: String = text.chars().take(80).collect();
-        let id = self.0.find_kept(text).ok_or_else(|| {
-            Failure::new(
-                Kind::NotFound,
-                "snapshot_not_found",
-                format!("no snapshot {shown:?}"),
-                "`kelvin snapshot list` shows what there is",
-            )
-        })?;
-        Ok(self.0.remove_snapshot(&id, cascade).await?)
-    }
-
-    async fn pools(&self) -> Result<Vec<PoolInfo>, Failure> {
-        Ok(self.0.pools())
-    }
-
-    async fn set_pool(&self, template: &TemplateName, wanted: SetPool) -> Result<(), Failure> {
-        Ok(self.0.set_pool(template, wanted).await?)
-    }
-
-    async fn one(&self, id: &SandboxId) -> Result<Option<Live>, Failure> {
-        Ok(self.0.one(id))
-    }
-
-    async fn live(&self) -> Result<Vec<Live>, Failure> {
-        Ok(self.0.live())
-    }
-
-    async fn changes(&self, generation: u64) -> Result<Changes, Failure> {
-        Ok(self.0.changes(generation).await)
-    }
-
-    async fn templates(&self) -> Result<Vec<Template>, Failure> {
-        let templates = self.0.templates().await?;
-        Ok(templates
-            .into_iter()
-            .map(|(template, created, snapshots)| Template {
-                template_id: template.name.to_string(),
-                build_id: template.image.clone(),
-                cpu_count: template.shape.vcpus,
-                memory_mb: template.shape.memory_mib.0,
-                disk_size_mb: template.shape.disk_mib.0,
-                public: false,
-                aliases: vec![template.name.to_string()],
-                names: vec![template.name.to_string()],
-                created_at: created,
-                updated_at: created,
-                created_by: None,
-                last_spawned_at: None,
-                spawn_count: 0,
-                build_count: 1,
-                envd_version: ENVD_VERSION.to_owned(),
-                build_status: "ready".to_owned(),
-                snapshots,
-            })
-            .collect())
-    }
-
-    async fn bake(&self, template: &TemplateName, request: BakeTemplate) -> Result<String, Failure> {
-        let memory = match request.memory_mb.map(u32::try_from) {
-            None => None,
-            Some(Ok(memory)) => Some(MemoryMib(memory)),
-            Some(Err(_)) => {
-                return Err(Failure::new(
-                    Kind::Invalid,
-                    "invalid_shape",
-                    "memoryMB is outside every range",
-                    "ask for less memory",
-                ));
-            }
-        };
-        let (vcpus, waiting, network) = (request.cpu_count, request.waiting_vmms, request.network);
-        Ok(self.0.bake(template, vcpus, memory, waiting, network).await?.to_string())
-    }
-
-    async fn info(&self) -> Result<NodeInfo, Failure> {
-        Ok(self.0.info().await?)
-    }
-
-    async fn collect(&self, dry_run: bool) -> Result<serde_json::Value, Failure> {
-        let garbage = self.0.collect(dry_run).await?;
-        serde_json::to_value(garbage).map_err(|error| {
-            Failure::new(Kind::Internal, "encoding", "the result cannot be written", "report this")
-                .with_cause(&error)
-        })
-    }
-}
-
-#[async_trait]
-impl Sandboxes for Local {
-    async fn send(
-        &self,
-        sandbox: &SandboxId,
-        request: Request<Inbound>,
-    ) -> Result<Response<Outbound>, Failure> {
-        let response = self.0.send(sandbox, request).await?;
-        Ok(response.map(|body| body.map_err(std::io::Error::other).boxed_unsync()))
-    }
-
-    async fn route(&self, sandbox: &SandboxId) -> Result<Route, Failure> {
-        Ok(self.0.route(sandbox)?)
-    }
-
-    async fn dial(&self, sandbox: &SandboxId, port: u16) -> Result<Box<dyn Io>, Failure> {
-        Ok(Box::new(self.0.dial(sandbox, port).await?))
-    }
-
-    async fn signer(&self, signature: &Signature) -> Option<SandboxId> {
-        self.0.signer(signature)
-    }
-
-    async fn holder(&self, token: &str) -> Option<SandboxId> {
-        self.0.holder(token)
-    }
-
-    async fn ended(&self, sandbox: &SandboxId) -> Option<String> {
-        self.0.ended(sandbox)
-    }
-}
 
 async fn options(args: &ServeArgs) -> Result<Options, Failed> {
     let mut options = Options::for_host(data_dir(args.data_dir.as_ref()));
@@ -348,17 +138,9 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     let node = Node::open(options, driver).await.map_err(|error| Failed::from(Failure::from(error)))?;
     let key_path = node.data_dir().join("api-key");
     let key = ApiKey::open(&key_path).map_err(|error| Failed::other(&error))?;
-    let local = Arc::new(Local(node.clone()));
-    let as_node = Arc::clone(&local) as Arc<dyn kelvin_control::Node>;
-    let control = Control::open(node.data_dir(), as_node, key, args.domain.clone())
+    let server = Server::open(node.clone(), key, args.domain.as_deref())
         .await
         .map_err(|error| Failed::other(&error))?;
-    let owners = control.clone();
-    node.ask_before_waking(Box::new(move |id| {
-        let owners = owners.clone();
-        Box::pin(async move { owners.may_wake(&id).await })
-    }));
-    let gateway = Gateway::new(local, args.domain.as_deref().unwrap_or("localhost"));
     let info = node.info().await.map_err(|error| Failed::other(&error))?;
     if !info.reflink {
         tracing::warn!(
@@ -387,17 +169,7 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     }
     announce(&data_dir, &address.to_string())?;
     crate::notify::ready();
-    let router = control.router();
-    let front = gateway.clone();
-    let service = service_fn(move |request: Request<Body>| {
-        let (router, gateway) = (router.clone(), front.clone());
-        async move {
-            match gateway.forward(request).await {
-                Ok(reply) => Ok::<Response, Infallible>(reply),
-                Err(request) => tower::ServiceExt::oneshot(router, request).await,
-            }
-        }
-    });
+    let service = server.service();
     let listener = listener.tap_io(|stream| {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "TCP_NODELAY");
@@ -423,9 +195,7 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
         served = encrypted => served.map_err(|error| Failed::other(&error))?,
         () = stopping => {}
     }
-    gateway.stop().await;
-    control.stop().await;
-    node.stop().await;
+    server.stop().await;
     let _ = std::fs::remove_file(data_dir.join("run/server.json"));
     drop(lock);
     Ok(())

@@ -16,7 +16,7 @@ use hyper::body::Incoming;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use kelvin_api::account::{ApiKeyInfo, AuditEntry, CreatedApiKey, NewApiKey};
+use kelvin_api::account::{ApiKeyInfo, AuditEntry, CreatedApiKey, Limits, NewApiKey, Project, ProjectInfo};
 use kelvin_api::error::ApiError;
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::network::{NetworkState, NetworkUpdate};
@@ -498,6 +498,24 @@ impl Client {
     /// Any of [`Error`].
     pub async fn create_key(&self, wanted: &NewApiKey) -> Result<CreatedApiKey, Error> {
         let (_, _, body) = self.call(Method::POST, "/api-keys", &[], Some(wanted)).await?;
+        decode(&body)
+    }
+
+    /// Every project, what it may have and what it uses.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn projects(&self) -> Result<Vec<ProjectInfo>, Error> {
+        self.get("/projects").await
+    }
+
+    /// Sets what all keys of a project may have together.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn limit_project(&self, project: &Project, limits: &Limits) -> Result<ProjectInfo, Error> {
+        let path = format!("/projects/{project}");
+        let (_, _, body) = self.call(Method::PUT, &path, &[], Some(limits)).await?;
         decode(&body)
     }
 

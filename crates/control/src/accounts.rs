@@ -2,8 +2,8 @@
 //!
 //! Keys are kept as hashes (SHA-256 of 160 random bits: there is nothing to guess) in `kelvin.db` and in memory, where
 //! each request is looked up. The server's own key is in the file `api-key`, stays out of the database, and is the
-//! only one that may change what belongs to everybody. Who writes: `create` and `revoke`, and one task for the audit
-//! log and the times of last use; a crash loses the last of those, never a key.
+//! only one that may change what belongs to everybody. Who writes: `create`, `revoke` and `limit_project`, each on a task
+//! that no caller can end half-way, and the meter for the times of last use; a crash loses the last of those, never a key.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -13,13 +13,13 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use governor::clock::Clock as _;
-use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use governor::{DefaultDirectRateLimiter, RateLimiter};
 use http::HeaderMap;
-use kelvin_api::account::{ApiKeyInfo, CreatedApiKey, Mask, NewApiKey, Project};
+use kelvin_api::account::{ApiKeyInfo, CreatedApiKey, Limits, Mask, NewApiKey, Project, ProjectInfo};
 use kelvin_api::error::{Failure, Kind};
 
 use crate::ApiKey;
-use crate::database::Database;
+use crate::database::{Database, Quota};
 use crate::service::{database_failed, invalid};
 
 /// What stands before every key. Source: `../shared/specs/e2b.md`: clients insist on it.
@@ -38,8 +38,8 @@ pub struct Account {
     pub project: Project,
     /// Whether it may change what belongs to everybody.
     pub is_admin: bool,
-    /// Sandboxes that run at one time.
-    pub max_sandboxes: Option<u32>,
+    /// What it may have at one time.
+    pub limits: Limits,
     rate: Option<DefaultDirectRateLimiter>,
     /// Milliseconds since 1970; 0 is never.
     last_used: AtomicI64,
@@ -57,6 +57,10 @@ pub struct Accounts {
     owner: Caller,
     /// By hash. Replaced as a whole: a request clones one pointer.
     known: RwLock<Arc<Known>>,
+    /// What projects may have; those without limits are not in it.
+    projects: RwLock<HashMap<Project, Limits>>,
+    /// Held while the database and what is in memory change together: whoever is later in one is later in the other.
+    writing: tokio::sync::Mutex<()>,
 }
 
 fn hash(key: &str) -> String {
@@ -64,7 +68,9 @@ fn hash(key: &str) -> String {
 }
 
 fn limiter(requests_per_second: Option<u32>) -> Option<DefaultDirectRateLimiter> {
-    requests_per_second.and_then(NonZeroU32::new).map(|rate| RateLimiter::direct(Quota::per_second(rate)))
+    requests_per_second
+        .and_then(NonZeroU32::new)
+        .map(|rate| RateLimiter::direct(governor::Quota::per_second(rate)))
 }
 
 impl Accounts {
@@ -79,11 +85,18 @@ impl Accounts {
             key: OWN.to_owned(),
             project: Project::default(),
             is_admin: true,
-            max_sandboxes: None,
+            limits: Limits::default(),
             rate: None,
             last_used: AtomicI64::default(),
         };
-        Ok(Self { own, owner: Arc::new(owner), known: RwLock::new(Arc::new(known)) })
+        let projects = database.project_limits().await.map_err(database_failed)?.into_iter().collect();
+        Ok(Self {
+            own,
+            owner: Arc::new(owner),
+            known: RwLock::new(Arc::new(known)),
+            projects: RwLock::new(projects),
+            writing: tokio::sync::Mutex::default(),
+        })
     }
 
     fn known(&self) -> Arc<Known> {
@@ -130,9 +143,8 @@ impl Accounts {
     /// `Invalid` for a name or a limit that is none, `Internal` when it cannot be kept.
     pub async fn create(&self, wanted: NewApiKey, database: &Database) -> Result<CreatedApiKey, Failure> {
         let name = check_name(&wanted.name)?;
-        if wanted.requests_per_second == Some(0) || wanted.max_sandboxes == Some(0) {
-            let text = "a limit of 0 allows nothing";
-            return Err(invalid("invalid_limit", text, "leave it out for no limit, or revoke the key"));
+        if wanted.requests_per_second == Some(0) || wanted.limits().has_zero() {
+            return Err(no_limit());
         }
         let key = random_key()?;
         let info = ApiKeyInfo {
@@ -149,7 +161,12 @@ impl Accounts {
             project: wanted.project,
             max_sandboxes: wanted.max_sandboxes,
             requests_per_second: wanted.requests_per_second,
+            max_creating: wanted.max_creating,
+            max_paused: wanted.max_paused,
+            max_snapshots: wanted.max_snapshots,
+            max_disk_mib: wanted.max_disk_mib,
         };
+        let _writing = self.writing.lock().await;
         database.add_key(hash(&key), info.clone()).await.map_err(database_failed)?;
         self.change(|known| drop(known.insert(hash(&key), Arc::new(account(&info)))));
         Ok(CreatedApiKey { key, info })
@@ -165,12 +182,66 @@ impl Accounts {
 
     /// Revokes a key: its next request is refused. Whether there was one.
     ///
+    /// In memory first: whatever becomes of the caller or of the disk, a key that is gone from the database lets nobody in.
+    ///
     /// # Errors
-    /// When the database cannot be written; then it is still accepted.
+    /// When the database cannot be written; then it is accepted again.
     pub async fn revoke(&self, id: &str, database: &Database) -> Result<bool, Failure> {
-        let gone = database.remove_key(id.to_owned()).await.map_err(database_failed)?;
+        let _writing = self.writing.lock().await;
+        let former = self.known();
         self.change(|known| known.retain(|_, account| account.key != id));
-        Ok(gone)
+        match database.remove_key(id.to_owned()).await {
+            Ok(gone) => Ok(gone),
+            Err(error) => {
+                let mine = former.iter().filter(|(_, account)| account.key == id);
+                let mine: Vec<_> = mine.map(|(hash, account)| (hash.clone(), Arc::clone(account))).collect();
+                self.change(|known| known.extend(mine));
+                Err(database_failed(error))
+            }
+        }
+    }
+
+    /// Sets what all keys of a project may have together.
+    ///
+    /// # Errors
+    /// `Invalid` for a limit that is none, `Internal` when it cannot be kept; then it is as it was.
+    pub async fn limit_project(
+        &self,
+        project: &Project,
+        limits: Limits,
+        database: &Database,
+    ) -> Result<ProjectInfo, Failure> {
+        if limits.has_zero() {
+            return Err(no_limit());
+        }
+        let _writing = self.writing.lock().await;
+        database.set_project_limits(project, limits).await.map_err(database_failed)?;
+        self.projects.write().unwrap_or_else(PoisonError::into_inner).insert(project.clone(), limits);
+        let all = database.projects().await.map_err(database_failed)?;
+        let none = || ProjectInfo { name: project.clone(), limits, used: Default::default() };
+        Ok(all.into_iter().find(|info| info.name == *project).unwrap_or_else(none))
+    }
+
+    /// Whose limits hold for what `caller` does.
+    pub fn quota(&self, caller: &Account) -> Quota {
+        let projects = self.projects.read().unwrap_or_else(PoisonError::into_inner);
+        Quota {
+            key: caller.key.clone(),
+            of_key: caller.limits,
+            project: caller.project.clone(),
+            of_project: projects.get(&caller.project).copied().unwrap_or_default(),
+        }
+    }
+
+    /// Whose limits hold for a sandbox that the key `id` of `project` has made: a key that was revoked has none.
+    pub fn quota_of(&self, id: &str, project: &Project) -> Quota {
+        let projects = self.projects.read().unwrap_or_else(PoisonError::into_inner);
+        Quota {
+            key: id.to_owned(),
+            of_key: self.of(id).map(|account| account.limits).unwrap_or_default(),
+            project: project.clone(),
+            of_project: projects.get(project).copied().unwrap_or_default(),
+        }
     }
 
     /// The keys that are accepted beside the server's own, of one project or of all.
@@ -207,6 +278,10 @@ pub fn shown(headers: &HeaderMap) -> Option<&str> {
     headers.get("x-api-key").and_then(|value| value.to_str().ok()).or_else(bearer)
 }
 
+fn no_limit() -> Failure {
+    invalid("invalid_limit", "a limit of 0 allows nothing", "leave it out for no limit, or revoke the key")
+}
+
 fn check_name(name: &str) -> Result<String, Failure> {
     let name = name.trim();
     if name.is_empty() || name.chars().count() > NAME || name.chars().any(char::is_control) {
@@ -221,7 +296,7 @@ fn account(info: &ApiKeyInfo) -> Account {
         key: info.id.clone(),
         project: info.project.clone(),
         is_admin: false,
-        max_sandboxes: info.max_sandboxes,
+        limits: info.limits(),
         rate: limiter(info.requests_per_second),
         last_used: AtomicI64::default(),
     }
@@ -274,6 +349,10 @@ mod tests {
             project: "blue".parse().unwrap(),
             max_sandboxes: Some(2),
             requests_per_second: Some(3),
+            max_creating: None,
+            max_paused: None,
+            max_snapshots: Some(1),
+            max_disk_mib: None,
         };
         let made = accounts.create(wanted.clone(), &database).await.unwrap();
         assert!(made.key.starts_with("e2b_") && made.key.len() == 44);
@@ -290,7 +369,7 @@ mod tests {
         assert!(caller.count().unwrap_err() <= Duration::from_secs(1), "the fourth in one second");
         // Another start knows it, and nobody can read it.
         let again = Accounts::open(own.clone(), &database).await.unwrap();
-        assert_eq!(ask(&again, &made.key).unwrap().max_sandboxes, Some(2));
+        assert_eq!(ask(&again, &made.key).unwrap().limits, wanted.limits());
         for file in std::fs::read_dir(dir.path()).unwrap().flatten() {
             if file.file_name() != "api-key" {
                 let bytes = std::fs::read(file.path()).unwrap();
@@ -305,5 +384,39 @@ mod tests {
             let bad = NewApiKey { name: name.into(), requests_per_second: rate, ..wanted.clone() };
             assert_eq!(accounts.create(bad, &database).await.unwrap_err().kind, Kind::Invalid);
         }
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_leaves_at_any_point_leaves_no_key_that_opens_and_is_not_there() {
+        use futures::FutureExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let database = Database::open(&dir.path().join("kelvin.db")).unwrap();
+        let own = ApiKey::open(&dir.path().join("api-key")).unwrap();
+        let accounts = Accounts::open(own, &database).await.unwrap();
+        let mut ends = 0;
+        for polls in 0..5 {
+            let wanted = NewApiKey { name: "leaves".into(), ..NewApiKey::default() };
+            let made = accounts.create(wanted.clone(), &database).await.unwrap();
+            let mut headers = HeaderMap::new();
+            headers.insert("x-api-key", made.key.parse().unwrap());
+            let mut revoking = Box::pin(accounts.revoke(&made.info.id, &database));
+            for _ in 0..polls {
+                if (&mut revoking).now_or_never().is_some() {
+                    ends += 1;
+                    break;
+                }
+                // Whatever it has asked of the database is done by then.
+                database.keys(None).await.unwrap();
+            }
+            drop(revoking);
+            let kept = database.keys(None).await.unwrap();
+            let is_there = kept.iter().any(|(_, info)| info.id == made.info.id);
+            assert!(is_there || accounts.admit(&headers).is_err(), "after {polls} polls");
+            // Nobody waits for a turn that is never given back.
+            accounts.create(wanted, &database).await.unwrap();
+            accounts.revoke(&made.info.id, &database).await.unwrap();
+            assert!(accounts.admit(&headers).is_err());
+        }
+        assert!(ends > 0, "it never came to its end");
     }
 }

@@ -5,16 +5,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{FromRequestParts, MatchedPath, Request, State};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Extension, Router};
 use http::request::Parts;
-use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use http::{HeaderValue, Method, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use kelvin_api::account::AuditEntry;
 use kelvin_api::error::{Failure, Kind};
 use kelvin_api::id::SandboxId;
 use kelvin_api::network::{NetworkState, NetworkUpdate};
@@ -28,9 +27,12 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Caller;
+use crate::audit::Audit;
+use crate::database::NewKey;
+use crate::once::{self, Again, Key};
 use crate::openapi::{Api, Operation, op};
 use crate::reply::reply;
-use crate::service::{Control, DEFAULT_TIMEOUT_S, invalid, sandbox_of, unknown_template};
+use crate::service::{Control, DEFAULT_TIMEOUT_S, Inner, invalid, sandbox_of, unknown_template};
 use crate::{catalog, list, logs, meter, metrics, people};
 
 /// The largest body of a request.
@@ -319,7 +321,12 @@ pub(crate) fn about(mut response: Response, target: &str) -> Response {
     response
 }
 
-/// Admits a request, counts it, and writes down what could change something.
+/// Routes that write their own idempotency key and audit entry, in the transactions that they have.
+const CREATES: [&str; 2] = ["/sandboxes", "/v2/sandboxes"];
+/// Routes whose answers are not kept: they tell a secret.
+const SECRETS: [&str; 1] = ["/api-keys"];
+
+/// Admits a request and counts it. What could change something runs to its end, whoever leaves, and is written down.
 async fn authenticate(State(control): State<Control>, mut request: Request, next: Next) -> Response {
     let caller = match control.inner.accounts.admit(request.headers()) {
         Ok(caller) => caller,
@@ -335,28 +342,49 @@ async fn authenticate(State(control): State<Control>, mut request: Request, next
     if matches!(*request.method(), Method::GET | Method::HEAD) {
         return next.run(request).await;
     }
-    let path = request.extensions().get::<MatchedPath>().map_or("?", MatchedPath::as_str);
+    let inner = Arc::clone(&control.inner);
+    let changing = control.inner.tasks.spawn(async move { change(&inner, caller, request, next).await });
+    changing.await.unwrap_or_else(|error| {
+        let text = "the request was aborted";
+        reply(&Failure::new(Kind::Internal, "aborted", text, "look at the server's log").with_cause(&error))
+    })
+}
+
+/// Runs a request that could change something.
+async fn change(inner: &Inner, caller: Caller, mut request: Request, next: Next) -> Response {
+    let path = request.extensions().get::<MatchedPath>().map_or("?", MatchedPath::as_str).to_owned();
     let action = format!("{} {path}", request.method());
     // The one parameter of a path is what it is about.
     let named = path.split('/').position(|part| part.starts_with('{'));
     let target = named.and_then(|at| request.uri().path().split('/').nth(at)).unwrap_or_default();
     let target: String = target.chars().take(120).collect();
-    let response = next.run(request).await;
-    let target = response.extensions().get::<About>().map_or(target, |about| about.0.clone());
-    let entry = AuditEntry {
-        id: 0,
-        at: jiff::Timestamp::now(),
-        project: caller.project.to_string(),
-        key_id: caller.key.clone(),
-        action,
-        target,
-        status: response.status().as_u16(),
-    };
-    if control.inner.audit.send(entry).await.is_err() {
-        tracing::error!("the audit log is not written any more");
+    let audit = Arc::new(Audit::new(&caller, action, target));
+    request.extensions_mut().insert(Arc::clone(&audit));
+    let is_create = CREATES.contains(&path.as_str());
+    if !is_create && let Err(failure) = audit.begin(&inner.database).await {
+        return reply(&failure);
     }
+    let key = match once::key_of(request.headers()) {
+        Ok(key) => key,
+        Err(failure) => return reply_to(inner, &caller, &audit, reply(&failure)).await,
+    };
+    let response = match key.filter(|_| !is_create) {
+        Some(_) if SECRETS.contains(&path.as_str()) => {
+            let text = "what tells a secret takes no idempotency key: its answer would have to be kept";
+            reply(&Failure::new(Kind::Invalid, "unsupported_header", text, "leave the header out"))
+        }
+        Some(key) => inner.once(&caller, &key, request, |request| next.run(request)).await,
+        None => next.run(request).await,
+    };
+    reply_to(inner, &caller, &audit, response).await
+}
+
+/// Writes down how a request ended, and tells who is over a limit when to come again.
+async fn reply_to(inner: &Inner, caller: &Caller, audit: &Audit, response: Response) -> Response {
+    let about = response.extensions().get::<About>().map(|about| about.0.clone());
+    audit.end(&inner.database, response.status(), about).await;
     if response.status() == StatusCode::TOO_MANY_REQUESTS {
-        let first = control.inner.database.running(&caller.key).await.ok().and_then(|(_, first)| first);
+        let first = inner.database.first_end(&caller.key).await.ok().flatten();
         let left = first.map(|first| first.duration_since(jiff::Timestamp::now()));
         let wait = left.and_then(|left| Duration::try_from(left).ok()).unwrap_or(Duration::from_secs(1));
         return retry_after(response, wait.min(LONGEST_WAIT));
@@ -431,38 +459,45 @@ pub(crate) fn parse_required<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Fa
     })
 }
 
-async fn create(State(control): State<Control>, Who(caller): Who, request: Request) -> Outcome {
+async fn create(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Extension(audit): Extension<Arc<Audit>>,
+    request: Request,
+) -> Outcome {
     let started = Instant::now();
-    let key = idempotency_key(request.headers())?;
+    let key = once::key_of(request.headers())?;
     let bytes = read(request).await?;
     let body: NewSandbox = parse_required(&bytes)?;
-    let key = key.map(|key| (key, kelvin_store::hash::sha256(&bytes)));
-    let created = control.create(caller, body, key).await?;
+    let key = key.map(|key| NewKey {
+        key: format!("{}:{key}", caller.project),
+        fingerprint: kelvin_store::hash::sha256(&bytes),
+        subjects: Vec::new(),
+    });
+    let created = control.inner.create_once(&caller, body, key, &audit).await?;
     let reply = timed(json(StatusCode::CREATED, &created.sandbox), &created.timings, started.elapsed());
     Ok(about(reply, created.sandbox.sandbox_id.as_str()))
-}
-
-fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Failure> {
-    let Some(value) = headers.get("idempotency-key") else {
-        return Ok(None);
-    };
-    match value.to_str() {
-        Ok(key) if !key.is_empty() && key.len() <= 255 => Ok(Some(key.to_owned())),
-        _ => Err(Failure::new(
-            Kind::Invalid,
-            "invalid_idempotency_key",
-            "the idempotency key is empty, longer than 255 characters or not ASCII",
-            "use a random UUID",
-        )),
-    }
 }
 
 async fn detail(State(control): State<Control>, Own { id, .. }: Own) -> Outcome {
     Ok(json(StatusCode::OK, &control.inner.get(&id).await?))
 }
 
-async fn kill(State(control): State<Control>, Own { id, .. }: Own) -> Outcome {
-    control.inner.kill(&id).await?;
+async fn kill(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(id): Path<String>,
+    again: Option<Extension<Again>>,
+) -> Outcome {
+    let killed = match control.inner.owned(&caller, &id).await {
+        Ok(id) => control.inner.kill(&id).await,
+        Err(failure) => Err(failure),
+    };
+    match killed {
+        // It was there when it was first asked for.
+        Err(failure) if failure.kind == Kind::NotFound && again.is_some() => {}
+        other => other?,
+    }
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
@@ -516,40 +551,62 @@ fn captured(mut response: Response, capture: &Capture) -> Response {
     response
 }
 
-async fn pause(State(control): State<Control>, Own { id, since, .. }: Own, request: Request) -> Outcome {
+async fn pause(
+    State(control): State<Control>,
+    Own { id, since, .. }: Own,
+    again: Option<Extension<Again>>,
+    request: Request,
+) -> Outcome {
     let body: PauseSandbox = parse(&read(request).await?)?;
     let (mode, healthy) = (PauseMode::of(body.memory), body.require_healthy_guest == Some(true));
-    let (capture, timings) = control.inner.pause(&id, mode, healthy).await?;
+    let (capture, timings) = match control.inner.pause(&id, mode, healthy).await {
+        // It was done before the server died.
+        Err(failure) if failure.error_code == "sandbox_paused" && again.is_some() => {
+            return Ok(StatusCode::NO_CONTENT.into_response());
+        }
+        other => other?,
+    };
     let response = timed(StatusCode::NO_CONTENT.into_response(), &timings, since.elapsed());
     Ok(captured(response, &capture))
 }
 
-async fn resume(State(control): State<Control>, Own { caller, id, since }: Own, request: Request) -> Outcome {
+async fn resume(
+    State(control): State<Control>,
+    Own { caller, id, since }: Own,
+    again: Option<Extension<Again>>,
+    request: Request,
+) -> Outcome {
     let body: ResumeSandbox = parse(&read(request).await?)?;
     if body.auto_pause.is_some() {
         let text = "autoPause is set when a sandbox is created, not when it is resumed";
         return Err(Failure::new(Kind::Invalid, "unsupported_field", text, "leave the field out").into());
     }
     let (timeout, mode) = (body.timeout.unwrap_or(DEFAULT_TIMEOUT_S), PauseMode::of(body.memory));
-    let resumed = control.inner.resume(&caller, &id, timeout, mode).await?;
+    let resumed = match control.inner.resume(&caller, &id, timeout, mode).await {
+        Err(failure) if failure.error_code == "sandbox_running" && again.is_some() => {
+            return Ok(json(StatusCode::CREATED, &sandbox_of(&control.inner.get(&id).await?)));
+        }
+        other => other?,
+    };
     Ok(timed(json(StatusCode::CREATED, &resumed.sandbox), &resumed.timings, since.elapsed()))
 }
 
-async fn fork(State(control): State<Control>, Own { caller, id, since }: Own, request: Request) -> Outcome {
-    no_key(request.headers())?;
+async fn fork(
+    State(control): State<Control>,
+    Own { caller, id, since }: Own,
+    key: Option<Extension<Key>>,
+    again: Option<Extension<Again>>,
+    request: Request,
+) -> Outcome {
+    if let Some(Extension(Again(children))) = again
+        && let Some(results) = control.inner.children_of(&children).await?
+    {
+        return Ok(json(StatusCode::CREATED, &results));
+    }
     let body: ForkSandbox = parse(&read(request).await?)?;
-    let forked = control.fork(caller, id, body).await?;
+    let forked = control.inner.fork(&caller, &id, body, key.map(|key| key.0.0)).await?;
     let response = timed(json(StatusCode::CREATED, &forked.results), &forked.timings, since.elapsed());
     Ok(captured(response, &forked.capture))
-}
-
-/// Forks and snapshots are of another instant each time.
-fn no_key(headers: &HeaderMap) -> Result<(), Failure> {
-    if !headers.contains_key("idempotency-key") {
-        return Ok(());
-    }
-    let text = "forks and snapshots have no idempotency key: each is of another instant";
-    Err(Failure::new(Kind::Invalid, "unsupported_header", text, "leave the header out"))
 }
 
 async fn promote(State(control): State<Control>, Own { id, .. }: Own) -> Outcome {
@@ -557,10 +614,20 @@ async fn promote(State(control): State<Control>, Own { id, .. }: Own) -> Outcome
     Ok(json(StatusCode::OK, &Promoted { ended }))
 }
 
-async fn snapshot(State(control): State<Control>, Own { id, since, .. }: Own, request: Request) -> Outcome {
-    no_key(request.headers())?;
+async fn snapshot(
+    State(control): State<Control>,
+    Own { caller, id, since }: Own,
+    key: Option<Extension<Key>>,
+    again: Option<Extension<Again>>,
+    request: Request,
+) -> Outcome {
+    if let Some(Extension(Again(taken))) = again
+        && let Some(info) = control.inner.taken(&caller, &taken).await?
+    {
+        return Ok(json(StatusCode::CREATED, &info));
+    }
     let body: SnapshotSandbox = parse(&read(request).await?)?;
-    let (info, capture, timings) = control.inner.snapshot(&id, body).await?;
+    let (info, capture, timings) = control.inner.snapshot(&caller, &id, body, key.map(|key| key.0.0)).await?;
     Ok(captured(timed(json(StatusCode::CREATED, &info), &timings, since.elapsed()), &capture))
 }
 

@@ -8,16 +8,15 @@ use std::collections::{HashMap, HashSet};
 use axum::extract::{Request, State};
 use axum::response::IntoResponse;
 use http::{Method, StatusCode};
-use kelvin_api::account::DEFAULT_PROJECT;
 use kelvin_api::error::{Failure, Kind};
 use kelvin_api::id::TemplateName;
-use kelvin_api::node::Base;
+use kelvin_api::node::{Base, Source};
 use kelvin_api::sandbox::{SnapshotInfo, Template};
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Account;
 use crate::api::{Outcome, Path, Query, Who, json, parse_required, read};
-use crate::database::TagRow;
+use crate::database::{Owner, TagRow};
 use crate::list::{PAGE, page_limit, with_next};
 use crate::openapi::{Api, op};
 use crate::service::{
@@ -173,16 +172,20 @@ fn parse_tag(text: &str) -> Result<TemplateName, Failure> {
 
 impl Inner {
     /// What `text` (a template, or a snapshot by id or name, each with or without a tag) is for a caller.
-    pub(crate) async fn base(&self, caller: &Account, text: &str) -> Result<Base, Failure> {
+    pub(crate) async fn base(&self, caller: &Account, text: &str) -> Result<Source, Failure> {
         let (name, tag) = split_tag(text);
         let tag = tag.filter(|tag| *tag != DEFAULT_TAG);
         // A template first: nothing is asked of the database for it, and no snapshot can take its name.
-        let base = match self.node.base(name).await? {
-            Base::Template(template) => Base::Template(template),
-            Base::Snapshot(_) => match self.snapshot_of(caller, name).await? {
-                Some(id) if tag.is_none() => return self.node.base(&id).await,
-                _ => return Err(unknown_template(text)),
-            },
+        let template = match self.node.source(name).await {
+            Ok(source) if matches!(source.base, Base::Template(_)) => Some(source),
+            Err(failure) if failure.kind != Kind::NotFound => return Err(failure),
+            _ => None,
+        };
+        let Some(source) = template else {
+            return match self.snapshot_of(caller, name).await? {
+                Some(id) if tag.is_none() => self.node.source(&id).await,
+                _ => Err(unknown_template(text)),
+            };
         };
         if let Some(tag) = tag {
             let tags = self.database.tags(caller.project.as_str(), name).await.map_err(database_failed)?;
@@ -197,26 +200,34 @@ impl Inner {
                 ));
             }
         }
-        Ok(base)
+        Ok(source)
     }
 
-    /// The id of the snapshot that a caller calls `name`, when it has such a one.
+    /// The id of the snapshot that a caller calls `name`, when it has such a one. What has no owner is nobody's.
     async fn snapshot_of(&self, caller: &Account, name: &str) -> Result<Option<String>, Failure> {
-        let project = caller.project.as_str();
-        let found = self.database.snapshot(project, name).await.map_err(database_failed)?;
-        if found.is_some() || project != DEFAULT_PROJECT {
-            return Ok(found);
+        self.database.snapshot(caller.project.as_str(), name).await.map_err(database_failed)
+    }
+
+    /// After a start: gives what was there before there were projects to the default one, once, and brings to an end what
+    /// the last server did not live to see the end of.
+    pub(crate) async fn compare_snapshots(&self) -> Result<(), Failure> {
+        let there = self.node.snapshots().await?;
+        let known = there
+            .iter()
+            .map(|info| {
+                let name = info.names.first().cloned();
+                (info.snapshot_id.clone(), name, info.created_at.as_millisecond())
+            })
+            .collect();
+        self.database.adopt_snapshots(known).await.map_err(database_failed)?;
+        for id in self.database.unfinished_snapshots().await.map_err(database_failed)? {
+            let ended = match there.iter().any(|info| info.snapshot_id == id) {
+                true => self.database.finish_snapshot(id).await,
+                false => self.database.forget_snapshot(id).await,
+            };
+            ended.map_err(database_failed)?;
         }
-        // Those from before there were projects have no owner: they are the default project's.
-        match self.node.base(name).await {
-            Ok(Base::Snapshot(id)) => {
-                let owner = self.database.snapshot_owner(id.as_str()).await.map_err(database_failed)?;
-                Ok(owner.is_none().then(|| id.to_string()))
-            }
-            Ok(Base::Template(_)) => Ok(None),
-            Err(failure) if failure.kind == Kind::NotFound => Ok(None),
-            Err(failure) => Err(failure),
-        }
+        Ok(())
     }
 
     /// Every template, with how often it was started.
@@ -246,23 +257,24 @@ impl Inner {
         let owners = self.database.snapshot_owners().await.map_err(database_failed)?;
         let there: HashSet<String> =
             self.node.snapshots().await?.into_iter().map(|info| info.snapshot_id).collect();
-        for id in owners.into_keys().filter(|id| !there.contains(id)) {
+        let is_gone = |(id, owner): &(String, Owner)| !owner.is_being_taken && !there.contains(id);
+        for (id, _) in owners.into_iter().filter(is_gone) {
             self.database.forget_snapshot(id).await.map_err(database_failed)?;
         }
         Ok(())
     }
 
     /// The snapshots of a caller's project, newest first.
-    async fn snapshots(&self, caller: &Account) -> Result<Vec<SnapshotInfo>, Failure> {
+    pub(crate) async fn snapshots(&self, caller: &Account) -> Result<Vec<SnapshotInfo>, Failure> {
         let owners = self.database.snapshot_owners().await.map_err(database_failed)?;
         let mut found = self.node.snapshots().await?;
         found.retain_mut(|info| match owners.get(&info.snapshot_id) {
-            Some((owner, name)) => {
+            Some(owner) => {
                 // The name that it was taken with may have gone to a newer one.
-                info.names = name.iter().cloned().collect();
-                owner == caller.project.as_str()
+                info.names = owner.name.iter().cloned().collect();
+                owner.project == caller.project.as_str()
             }
-            None => caller.project.as_str() == DEFAULT_PROJECT,
+            None => false,
         });
         Ok(found)
     }
@@ -394,7 +406,7 @@ async fn template(State(control): State<Control>, Who(_): Who, Path(name): Path<
 
 /// Whether a name means something. Another project's snapshot is not there.
 async fn alias(State(control): State<Control>, Who(caller): Who, Path(alias): Path<String>) -> Outcome {
-    let (template_id, public) = match control.inner.base(&caller, &alias).await? {
+    let (template_id, public) = match control.inner.base(&caller, &alias).await?.base {
         Base::Template(name) => (name.to_string(), true),
         Base::Snapshot(id) => (id.to_string(), false),
     };

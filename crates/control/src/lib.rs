@@ -3,14 +3,19 @@
 //! Read in this order: [`Control`], `api` (the routes), `service` (what they do), `database` (what is
 //! remembered). It never links a node: [`Node`] is what it needs of one, and the binary joins the two.
 //!
+//! What changes something runs on a task of its own to its end, whoever leaves: its owner and its entry in the audit log are
+//! written before its effect is there (`audit`, `once`, `changes`).
+//!
 //! Who writes: `kelvin.db` alone. A crash leaves rows in state `creating`; the next start asks the node
 //! which of them exist, keeps those and forgets the others, so that a retry with the same idempotency key
 //! gives exactly one sandbox.
 
 mod accounts;
 mod api;
+mod audit;
 mod auth;
 mod catalog;
+mod changes;
 mod database;
 mod lifecycle;
 mod list;
@@ -18,6 +23,7 @@ mod logs;
 mod meter;
 mod metrics;
 mod network;
+mod once;
 mod openapi;
 mod people;
 mod reply;
@@ -25,9 +31,9 @@ mod service;
 
 use async_trait::async_trait;
 use kelvin_api::error::Failure;
-use kelvin_api::id::{SandboxId, TemplateName};
+use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
 use kelvin_api::network::{NetworkState, Policy};
-use kelvin_api::node::{Base, Changes, Child, ConsoleLine, Create, Created, Forked, Live};
+use kelvin_api::node::{Changes, Child, ConsoleLine, Create, Created, Forked, Live, Source};
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{
     BakeTemplate, Capture, GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, Template,
@@ -35,7 +41,7 @@ use kelvin_api::sandbox::{
 
 pub use auth::ApiKey;
 pub use reply::{reply, status};
-pub use service::{Control, unknown_template};
+pub use service::{Control, Permit, unknown_template};
 
 /// What the control plane asks of a node.
 #[async_trait]
@@ -54,8 +60,8 @@ pub trait Node: Send + Sync + 'static {
     async fn metrics(&self, id: &SandboxId) -> Result<GuestMetrics, Failure>;
     /// The last of a sandbox's console.
     async fn console(&self, id: &SandboxId) -> Result<Vec<ConsoleLine>, Failure>;
-    /// What a `templateID` names: a template, or a snapshot that is kept, by id or name.
-    async fn base(&self, text: &str) -> Result<Base, Failure>;
+    /// What a `templateID` names: a template, or a snapshot that is kept, by id.
+    async fn source(&self, text: &str) -> Result<Source, Failure>;
     /// Freezes a sandbox; with `healthy`, only when its agent answers.
     async fn pause(
         &self,
@@ -70,10 +76,11 @@ pub trait Node: Send + Sync + 'static {
         ends_at: Option<jiff::Timestamp>,
         mode: PauseMode,
     ) -> Result<Created, Failure>;
-    /// Takes a snapshot that is kept.
+    /// Takes a snapshot that is kept, with the id `snapshot`.
     async fn snapshot(
         &self,
         id: &SandboxId,
+        snapshot: SnapshotId,
         name: Option<TemplateName>,
         mode: PauseMode,
     ) -> Result<(SnapshotInfo, Capture, Timings), Failure>;
@@ -81,7 +88,7 @@ pub trait Node: Send + Sync + 'static {
     async fn fork(&self, source: &SandboxId, children: Vec<Child>) -> Result<Forked, Failure>;
     /// The snapshots that are kept, newest first.
     async fn snapshots(&self) -> Result<Vec<SnapshotInfo>, Failure>;
-    /// Deletes a kept snapshot, and with `cascade` those that descend from it.
+    /// Deletes the kept snapshot with this id, and with `cascade` those that descend from it.
     async fn remove_snapshot(&self, text: &str, cascade: bool) -> Result<(), Failure>;
     /// Every pool of machines that wait.
     async fn pools(&self) -> Result<Vec<PoolInfo>, Failure>;

@@ -1,9 +1,10 @@
 //! Pause, resume, snapshots and forks: intent is recorded, the node is asked, the result is recorded.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use kelvin_api::error::{Failure, Kind, chain};
-use kelvin_api::id::{SandboxId, TemplateName, Token};
+use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, Token};
 use kelvin_api::node::{Child, Created, Live};
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{
@@ -11,12 +12,12 @@ use kelvin_api::sandbox::{
     SnapshotSandbox,
 };
 
-use crate::accounts::{Account, Caller};
-use crate::database::SandboxRow;
+use crate::accounts::Account;
+use crate::database::{NewSnapshot, SandboxRow};
 use crate::reply;
 use crate::service::{
-    Control, DEFAULT_TIMEOUT_S, ENV_BYTES, Inner, METADATA_BYTES, Reply, check_env, check_map,
-    database_failed, deadline, invalid,
+    DEFAULT_TIMEOUT_S, ENV_BYTES, Inner, METADATA_BYTES, Reply, check_env, check_map, database_failed,
+    deadline, exceeded, invalid, sandbox_of,
 };
 
 /// Children of one fork. Source: E2B's OpenAPI, `SandboxForkRequest.count`.
@@ -33,23 +34,6 @@ fn is(failure: &Failure, code: &str) -> bool {
     failure.error_code == code
 }
 
-impl Control {
-    pub(crate) async fn fork(
-        &self,
-        caller: Caller,
-        id: SandboxId,
-        body: ForkSandbox,
-    ) -> Result<Forked, Failure> {
-        let inner = std::sync::Arc::clone(&self.inner);
-        // A client that goes away must not leave intent without a result.
-        let task = self.inner.tasks.spawn(async move { inner.fork(&caller, &id, body).await });
-        task.await.unwrap_or_else(|error| {
-            Err(Failure::new(Kind::Internal, "fork_aborted", "the fork was aborted", "try again")
-                .with_cause(&error))
-        })
-    }
-}
-
 impl Inner {
     pub(crate) async fn pause(
         &self,
@@ -57,15 +41,28 @@ impl Inner {
         mode: PauseMode,
         healthy: bool,
     ) -> Result<(Capture, Timings), Failure> {
-        self.row(id).await?;
-        let paused = self.node.pause(id, mode, healthy).await?;
-        self.refresh(id).await?;
-        Ok(paused)
+        let _change = self.changes.begin(id, "pause").await?;
+        let row = self.row(id).await?;
+        if row.state == SandboxState::Paused {
+            return self.node.pause(id, mode, healthy).await;
+        }
+        let quota = self.accounts.quota_of(&row.key, &row.project);
+        let memory = if mode.is_full() { row.memory_mib } else { 0 };
+        let limit = self.database.begin_pause(id, quota, memory).await.map_err(database_failed)?;
+        if let Some(limit) = limit {
+            return Err(exceeded(limit));
+        }
+        let paused = self.node.pause(id, mode, healthy).await;
+        // In this order: it counts all the time, as one that is being paused or that is.
+        let refreshed = self.refresh(id).await;
+        self.database.end_pause(id).await.map_err(database_failed)?;
+        refreshed?;
+        paused
     }
 
     /// Brings a row to what the node says now; its changes come by themselves, but the caller should not see an older
     /// state than what was replied.
-    async fn refresh(&self, id: &SandboxId) -> Result<(), Failure> {
+    pub(crate) async fn refresh(&self, id: &SandboxId) -> Result<(), Failure> {
         match self.node.one(id).await? {
             Some(live) => self.database.set_live(&live).await.map_err(database_failed),
             None => Ok(()),
@@ -74,40 +71,58 @@ impl Inner {
 
     /// Resumes a paused sandbox.
     pub(crate) async fn resume(
-        &self,
+        self: &Arc<Self>,
+        caller: &Account,
+        id: &SandboxId,
+        timeout_s: u64,
+        mode: PauseMode,
+    ) -> Result<Reply, Failure> {
+        let _change = self.changes.begin(id, "resume").await?;
+        self.resume_now(caller, id, timeout_s, mode).await
+    }
+
+    /// The same, by whoever changes the sandbox already.
+    async fn resume_now(
+        self: &Arc<Self>,
         caller: &Account,
         id: &SandboxId,
         timeout_s: u64,
         mode: PauseMode,
     ) -> Result<Reply, Failure> {
         let row = self.row(id).await?;
-        if row.state == SandboxState::Paused {
-            self.check_room(caller).await?;
-        }
-        let created = self.node.resume(id, Some(deadline(timeout_s)?), mode).await?;
+        let ends_at = deadline(timeout_s)?;
+        // An operator resumes within the limits of the owner.
+        let quota = match caller.is_admin {
+            true => self.accounts.quota_of(&row.key, &row.project),
+            false => self.accounts.quota(caller),
+        };
+        let permit = self.claim(id, quota).await?;
+        let created = self.node.resume(id, Some(ends_at), mode).await?;
         self.refresh(id).await?;
+        drop(permit);
         let sandbox = self.reply_of(&row, created.start_path, created.reason, &created.timings);
         Ok(Reply { sandbox, timings: created.timings })
     }
 
     /// A sandbox that runs for at least `timeout_s` from now: resumed when it is paused. Whether it was.
     pub(crate) async fn connect(
-        &self,
+        self: &Arc<Self>,
         caller: &Account,
         id: &SandboxId,
         timeout_s: u64,
         mode: PauseMode,
     ) -> Result<(SandboxDetail, Option<Reply>), Failure> {
-        // Twice: it may be paused or resumed by somebody else in between.
-        for _ in 0..2 {
+        let _change = self.changes.begin(id, "connect").await?;
+        // Again: the node may pause or resume it by itself in between.
+        for _ in 0..3 {
             if self.row(id).await?.state == SandboxState::Paused {
-                match self.resume(caller, id, timeout_s, mode).await {
+                match self.resume_now(caller, id, timeout_s, mode).await {
                     Ok(reply) => return Ok((self.get(id).await?, Some(reply))),
                     Err(failure) if is(&failure, "sandbox_running") => self.refresh(id).await?,
                     Err(failure) => return Err(failure),
                 }
             }
-            match self.set_timeout(id, timeout_s, false).await {
+            match self.set_timeout_now(id, timeout_s, false).await {
                 Ok(detail) => return Ok((detail, None)),
                 Err(failure) if is(&failure, "sandbox_paused") => self.refresh(id).await?,
                 Err(failure) => return Err(failure),
@@ -116,17 +131,19 @@ impl Inner {
         Err(Failure::new(
             Kind::Conflict,
             "sandbox_changing",
-            format!("sandbox {id} is being paused"),
+            format!("sandbox {id} is paused and resumed by others all the time"),
             "try again",
         ))
     }
 
+    /// Takes a snapshot. Whose it is, is written before it is there. `key`: the idempotency key that it is taken for.
     pub(crate) async fn snapshot(
         &self,
+        caller: &Account,
         id: &SandboxId,
         body: SnapshotSandbox,
+        key: Option<String>,
     ) -> Result<(SnapshotInfo, Capture, Timings), Failure> {
-        let row = self.row(id).await?;
         let name = match body.name {
             None => None,
             Some(text) => {
@@ -140,31 +157,95 @@ impl Inner {
                 Some(name)
             }
         };
-        let called = name.as_ref().map(ToString::to_string);
-        let taken = self.node.snapshot(id, name, PauseMode::of(body.memory)).await?;
-        let (snapshot, project) = (taken.0.snapshot_id.clone(), row.project.to_string());
-        if let Err(error) = self.database.add_snapshot(snapshot, project, called).await {
-            // Nobody would know whose it is.
-            let _ = self.node.remove_snapshot(&taken.0.snapshot_id, false).await;
+        let _change = self.changes.begin(id, "snapshot").await?;
+        let row = self.row(id).await?;
+        let mode = PauseMode::of(body.memory);
+        // The sandbox's project owns it, whoever asks.
+        let quota = match caller.project == row.project {
+            true => self.accounts.quota(caller),
+            false => self.accounts.quota_of(&row.key, &row.project),
+        };
+        let snapshot = SnapshotId::random();
+        let memory = if mode.is_full() { u64::from(row.memory_mib) } else { 0 };
+        let new = NewSnapshot {
+            id: snapshot.to_string(),
+            mib: u64::from(row.disk_mib) + memory,
+            name: name.as_ref().map(ToString::to_string),
+        };
+        if let Some(limit) = self.database.begin_snapshot(new, quota, key).await.map_err(database_failed)? {
+            return Err(exceeded(limit));
+        }
+        let taken = match self.node.snapshot(id, snapshot.clone(), name, mode).await {
+            Ok(taken) => taken,
+            Err(failure) => {
+                self.forget_snapshot(&snapshot).await;
+                return Err(failure);
+            }
+        };
+        if let Err(error) = self.database.finish_snapshot(snapshot.to_string()).await {
+            let _ = self.node.remove_snapshot(snapshot.as_str(), false).await;
+            self.forget_snapshot(&snapshot).await;
             return Err(database_failed(error));
         }
         Ok(taken)
     }
 
-    async fn fork(&self, caller: &Account, id: &SandboxId, body: ForkSandbox) -> Result<Forked, Failure> {
-        let source = self.row(id).await?;
+    async fn forget_snapshot(&self, snapshot: &SnapshotId) {
+        if let Err(error) = self.database.forget_snapshot(snapshot.to_string()).await {
+            // It counts until the next start, which finds that it is not there.
+            tracing::error!(%snapshot, error = chain(&error), "a snapshot that was not taken was not forgotten");
+        }
+    }
+
+    /// The snapshot of `caller` that a request took whose answer was lost.
+    pub(crate) async fn taken(
+        &self,
+        caller: &Account,
+        ids: &[String],
+    ) -> Result<Option<SnapshotInfo>, Failure> {
+        let all = self.snapshots(caller).await?;
+        Ok(all.into_iter().find(|info| ids.contains(&info.snapshot_id)))
+    }
+
+    /// What became of the children of a fork whose answer was lost; none when none of them is there.
+    pub(crate) async fn children_of(&self, ids: &[String]) -> Result<Option<Vec<ForkResult>>, Failure> {
+        let (mut results, mut is_any) = (Vec::new(), false);
+        for id in ids {
+            let found = match id.parse() {
+                Ok(id) => self.get(&id).await,
+                Err(_) => continue,
+            };
+            is_any |= found.is_ok();
+            results.push(match found {
+                Ok(detail) => ForkResult { sandbox: Some(sandbox_of(&detail)), error: None },
+                Err(failure) => ForkResult { sandbox: None, error: Some(reply::body(&failure)) },
+            });
+        }
+        Ok(is_any.then_some(results))
+    }
+
+    /// Makes children of a sandbox. `key`: the idempotency key that they are made for.
+    pub(crate) async fn fork(
+        &self,
+        caller: &Account,
+        id: &SandboxId,
+        body: ForkSandbox,
+        key: Option<String>,
+    ) -> Result<Forked, Failure> {
         let count = body.count.unwrap_or(1);
         if !(1..=MAX_CHILDREN).contains(&count) {
             let text = format!("a fork has 1 to {MAX_CHILDREN} children, not {count}");
             return Err(invalid("invalid_count", text, "fork again for more"));
         }
         let timeout_s = body.timeout.unwrap_or(DEFAULT_TIMEOUT_S);
-        let ends_at = deadline(timeout_s)?;
-        let metadata = body.metadata.unwrap_or_else(|| source.metadata.clone());
-        check_map("metadata", &metadata, METADATA_BYTES)?;
         let env_vars = body.env_vars.unwrap_or_default();
         check_map("envVars", &env_vars, ENV_BYTES)?;
         check_env(&env_vars)?;
+        let _change = self.changes.begin(id, "fork").await?;
+        let source = self.row(id).await?;
+        let ends_at = deadline(timeout_s)?;
+        let metadata = body.metadata.unwrap_or_else(|| source.metadata.clone());
+        check_map("metadata", &metadata, METADATA_BYTES)?;
         let (mut rows, mut children) = (Vec::new(), Vec::new());
         for _ in 0..count {
             let row = SandboxRow {
@@ -190,7 +271,22 @@ impl Inner {
             });
             rows.push(row);
         }
-        let result = self.fork_rows(caller, id, &rows, children).await;
+        let quota = match caller.project == source.project {
+            true => self.accounts.quota(caller),
+            false => self.accounts.quota_of(&source.key, &source.project),
+        };
+        self.begin(quota, &rows, None, None).await?;
+        let noted = match key {
+            Some(key) => {
+                let subjects = rows.iter().map(|row| row.id.to_string()).collect();
+                self.database.note_subjects(key, subjects).await.map_err(database_failed)
+            }
+            None => Ok(()),
+        };
+        let result = match noted {
+            Ok(()) => self.fork_rows(id, &rows, children).await,
+            Err(failure) => Err(failure),
+        };
         if result.is_err() {
             for row in &rows {
                 self.undo(&row.id).await;
@@ -201,14 +297,10 @@ impl Inner {
 
     async fn fork_rows(
         &self,
-        caller: &Account,
         id: &SandboxId,
         rows: &[SandboxRow],
         children: Vec<Child>,
     ) -> Result<Forked, Failure> {
-        for row in rows {
-            self.begin(caller, row, None).await?;
-        }
         let forked = self.node.fork(id, children).await?;
         let mut results = Vec::new();
         for (row, child) in rows.iter().zip(forked.children) {
@@ -238,7 +330,7 @@ impl Inner {
             state: SandboxState::Running,
             generation: 0,
         };
-        if let Err(error) = self.database.commit(&live, None).await {
+        if let Err(error) = self.database.commit(&live, None, None).await {
             let _ = self.node.kill(&row.id).await;
             return Err(database_failed(error));
         }

@@ -143,6 +143,9 @@ impl Inner {
                 let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
                 started.drain().collect()
             };
+            if let Err(error) = self.database.note_used(self.accounts.used()).await {
+                tracing::error!(error = chain(&error), "when keys were used was not written");
+            }
             let now = jiff::Timestamp::now();
             let span = now.as_second() - last.as_second();
             last = now;

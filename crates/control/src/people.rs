@@ -1,27 +1,21 @@
 //! Teams (our projects), API keys and the audit log.
 
-use std::time::Duration;
-
 use axum::extract::{Request, State};
 use axum::response::IntoResponse;
 use http::{Method, StatusCode};
-use kelvin_api::account::{ApiKeyInfo, AuditEntry, CreatedApiKey, DEFAULT_PROJECT, NewApiKey, Project};
-use kelvin_api::error::{Failure, Kind, chain};
+use kelvin_api::account::{
+    ApiKeyInfo, AuditEntry, CreatedApiKey, DEFAULT_PROJECT, Limits, NewApiKey, Project, ProjectInfo,
+};
+use kelvin_api::error::{Failure, Kind};
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
 
 use crate::accounts::shown;
 use crate::api::{Outcome, Path, Query, Who, about, json, parse_required, read};
 use crate::openapi::{Api, op};
-use crate::service::{Control, Inner, database_failed};
+use crate::service::{Control, database_failed, invalid};
 
 /// Entries of the audit log that are given at once.
 const AUDIT_PAGE: usize = 1000;
-/// Entries that are written in one transaction.
-const BATCH: usize = 256;
-/// How long entries wait for others before they are written.
-const GATHER: Duration = Duration::from_millis(200);
-
 /// Routes of everybody.
 pub(crate) fn routes() -> Api {
     Api::new().route(&Method::GET, "/teams", teams, op("The project of the key").reply::<Vec<Team>>(200))
@@ -58,6 +52,21 @@ pub(crate) fn admin() -> Api {
             "/api-keys/{id}",
             revoke_key,
             op("Revoke an API key").empty(204).errors(&[404]),
+        )
+        .route(
+            &Method::GET,
+            "/projects",
+            projects,
+            op("Kelvin: projects, what they may have and what they use").reply::<Vec<ProjectInfo>>(200),
+        )
+        .route(
+            &Method::PUT,
+            "/projects/{name}",
+            limit_project,
+            op("Kelvin: set what all keys of a project may have together; what is left out has no limit")
+                .body::<Limits>()
+                .reply::<ProjectInfo>(200)
+                .errors(&[400]),
         )
         .route(
             &Method::GET,
@@ -135,6 +144,22 @@ async fn revoke_key(State(control): State<Control>, Path(id): Path<String>) -> O
     }
 }
 
+async fn projects(State(control): State<Control>) -> Outcome {
+    Ok(json(StatusCode::OK, &control.inner.database.projects().await.map_err(database_failed)?))
+}
+
+async fn limit_project(
+    State(control): State<Control>,
+    Path(name): Path<String>,
+    request: Request,
+) -> Outcome {
+    let project: Project =
+        name.parse().map_err(|error: &str| invalid("invalid_project", error, "for example team-1"))?;
+    let limits: Limits = parse_required(&read(request).await?)?;
+    let inner = &control.inner;
+    Ok(json(StatusCode::OK, &inner.accounts.limit_project(&project, limits, &inner.database).await?))
+}
+
 #[derive(Debug, Deserialize)]
 struct AuditQuery {
     before: Option<i64>,
@@ -146,29 +171,4 @@ async fn audit(State(control): State<Control>, Query(query): Query<AuditQuery>) 
     let limit = query.limit.unwrap_or(AUDIT_PAGE).min(AUDIT_PAGE);
     let entries = control.inner.database.audit(query.before, limit).await.map_err(database_failed)?;
     Ok(json(StatusCode::OK, &entries))
-}
-
-impl Inner {
-    /// Writes the audit log, many entries at once, until the server stops; what was asked for until then is written.
-    pub(crate) async fn write_audit(&self, mut entries: mpsc::Receiver<AuditEntry>) {
-        loop {
-            let first = tokio::select! {
-                first = entries.recv() => first,
-                () = self.stop.cancelled() => entries.try_recv().ok(),
-            };
-            let Some(first) = first else { return };
-            let mut batch = vec![first];
-            let gather = async {
-                while batch.len() < BATCH {
-                    let Some(next) = entries.recv().await else { return };
-                    batch.push(next);
-                }
-            };
-            let gather = tokio::time::timeout(GATHER, gather);
-            let _ = self.stop.run_until_cancelled(gather).await;
-            if let Err(error) = self.database.add_audit(batch, self.accounts.used()).await {
-                tracing::error!(error = chain(&error), "a part of the audit log was not written");
-            }
-        }
-    }
 }

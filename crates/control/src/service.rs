@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
+use http::StatusCode;
 use kelvin_api::ENVD_VERSION;
-use kelvin_api::account::{AuditEntry, Project};
+use kelvin_api::account::Project;
 use kelvin_api::error::{Failure, Kind, chain};
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::network::{NetworkState, NetworkUpdate};
-use kelvin_api::node::{Base, ConsoleLine, Create, Created, Live};
+use kelvin_api::node::{ConsoleLine, Create, Created, Live, Source};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{
     EnvVars, Lifecycle, LogLevel, MAX_TIMEOUT_S, Metadata, NewSandbox, OnTimeout, PauseMode, Sandbox,
@@ -19,20 +20,19 @@ use kelvin_api::sandbox::{
 };
 use kelvin_api::units::MemoryMib;
 use kelvin_host::db;
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::accounts::{Account, Accounts, Caller};
-use crate::database::{Database, Filter, SandboxRow};
-use crate::{ApiKey, Node, network};
+use crate::accounts::{Account, Accounts};
+use crate::audit::Audit;
+use crate::changes::Changes;
+use crate::database::{Begun, Claim, Database, Exceeded, Filter, Limited, NewKey, Quota, SandboxRow};
+use crate::{ApiKey, Node, network, once};
 
 /// The time to live of requests that name none, in seconds. Source: E2B's OpenAPI, `NewSandbox.timeout`.
 pub(crate) const DEFAULT_TIMEOUT_S: u64 = 15;
 pub(crate) const METADATA_BYTES: usize = 64 << 10;
 pub(crate) const ENV_BYTES: usize = 256 << 10;
-/// Entries of the audit log that wait to be written; requests wait behind them.
-const AUDIT_QUEUE: usize = 1024;
 /// How long to wait before a node that failed is asked again for its changes.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -46,24 +46,70 @@ pub(crate) struct Inner {
     pub(crate) database: Database,
     pub(crate) node: Arc<dyn Node>,
     pub(crate) accounts: Accounts,
-    pub(crate) audit: mpsc::Sender<AuditEntry>,
     /// Sandboxes that were started since the last measurement, by project.
     pub(crate) started: Mutex<HashMap<Project, u32>>,
     domain: Option<String>,
     /// One lock for each idempotency key that is in use: a second request waits for the first.
     keys: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// Changes of sandboxes that are under way.
+    pub(crate) changes: Arc<Changes>,
     pub(crate) tasks: TaskTracker,
     pub(crate) stop: CancellationToken,
 }
 
-fn too_many_sandboxes(caller: &Account) -> Failure {
-    let most = caller.max_sandboxes.unwrap_or_default();
-    Failure::new(
-        Kind::Busy,
-        "too_many_sandboxes",
-        format!("{most} sandboxes of this API key run already"),
-        "end one, or ask for another limit: `kelvin key create --max-sandboxes`",
-    )
+/// What is said when a limit would be exceeded.
+pub(crate) fn exceeded(Exceeded { what, of_project, limit, used }: Exceeded) -> Failure {
+    let whose = if of_project { "this project" } else { "this API key" };
+    let (code, text, remedy) = match what {
+        Limited::Sandboxes => (
+            "too_many_sandboxes",
+            format!("{used} of the {limit} sandboxes that {whose} may have run already"),
+            "end or pause one",
+        ),
+        Limited::Creating => (
+            "too_many_creates",
+            format!("{used} of the {limit} sandboxes that {whose} may make at one time are being made"),
+            "wait until one is there",
+        ),
+        Limited::Paused => (
+            "too_many_paused",
+            format!("{used} of the {limit} sandboxes that {whose} may pause are paused"),
+            "end or resume one",
+        ),
+        Limited::Snapshots => (
+            "too_many_snapshots",
+            format!("{used} of the {limit} snapshots that {whose} may keep are kept"),
+            "delete one",
+        ),
+        Limited::Disk => (
+            "too_much_disk",
+            format!("{used} MiB of the {limit} MiB of disk that {whose} may take are in use"),
+            "delete snapshots, or end sandboxes",
+        ),
+    };
+    let remedy = format!(
+        "{remedy}, or ask the operator for another limit (`kelvin key create`, `kelvin project limit`)"
+    );
+    Failure::new(Kind::Busy, code, text, remedy)
+}
+
+/// A paused sandbox that counts as one that runs while it is being resumed; it is given back when this is dropped.
+pub struct Permit {
+    inner: Arc<Inner>,
+    id: SandboxId,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let (inner, id) = (Arc::clone(&self.inner), self.id.clone());
+        // In this order: it counts all the time, as claimed or as one that runs.
+        self.inner.tasks.spawn(async move {
+            let refreshed = inner.refresh(&id).await;
+            if let Err(failure) = refreshed.and(inner.database.disclaim(&id).await.map_err(database_failed)) {
+                tracing::error!(sandbox = %id, error = chain(&failure), "a claim stays until the next start");
+            }
+        });
+    }
 }
 
 /// What a create replies.
@@ -136,15 +182,14 @@ impl Control {
     ) -> Result<Self, Failure> {
         let database = Database::open(&data_dir.join("kelvin.db")).map_err(database_failed)?;
         let accounts = Accounts::open(key, &database).await?;
-        let (audit, entries) = mpsc::channel(AUDIT_QUEUE);
         let inner = Arc::new(Inner {
             database,
             node,
             accounts,
-            audit,
             started: Mutex::default(),
             domain,
             keys: Mutex::default(),
+            changes: Arc::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
@@ -154,8 +199,6 @@ impl Control {
             let stop = follower.stop.clone();
             stop.run_until_cancelled(follower.follow()).await;
         });
-        let writer = Arc::clone(&inner);
-        inner.tasks.spawn(async move { writer.write_audit(entries).await });
         let meter = Arc::clone(&inner);
         inner.tasks.spawn(async move {
             let stop = meter.stop.clone();
@@ -171,32 +214,14 @@ impl Control {
         self.inner.tasks.wait().await;
     }
 
-    /// Whether the owner of a paused sandbox has room for it to run: its traffic wants it.
+    /// Whether the owner of a paused sandbox has room for it to run: its traffic wants it. It counts as one that runs for
+    /// as long as the permit lives. None for one that is not paused any more.
     ///
     /// # Errors
-    /// `NotFound`; `Busy` when its API key has as many that run as it may have.
-    pub async fn may_wake(&self, id: &SandboxId) -> Result<(), Failure> {
+    /// `NotFound`; `Busy` when its API key or its project has as much as it may have.
+    pub async fn may_wake(&self, id: &SandboxId) -> Result<Option<Permit>, Failure> {
         let row = self.inner.row(id).await?;
-        match self.inner.accounts.of(&row.key) {
-            // Somebody else's traffic may have woken it meanwhile.
-            Some(owner) if row.state == SandboxState::Paused => self.inner.check_room(&owner).await,
-            _ => Ok(()),
-        }
-    }
-
-    pub(crate) async fn create(
-        &self,
-        caller: Caller,
-        body: NewSandbox,
-        key: Option<(String, String)>,
-    ) -> Result<Reply, Failure> {
-        let inner = Arc::clone(&self.inner);
-        // A client that goes away must not leave intent without a result.
-        let task = self.inner.tasks.spawn(async move { inner.create_once(&caller, body, key).await });
-        task.await.unwrap_or_else(|error| {
-            Err(Failure::new(Kind::Internal, "create_aborted", "the create was aborted", "try again")
-                .with_cause(&error))
-        })
+        self.inner.claim(id, self.inner.accounts.quota_of(&row.key, &row.project)).await
     }
 }
 
@@ -204,6 +229,10 @@ impl Inner {
     /// Brings the database to what the node has: after a start, or when the node's log was too short. Only
     /// at a start are rows that are being made somebody's who died.
     async fn compare(&self, at_start: bool) -> Result<(), Failure> {
+        if at_start {
+            self.database.forget_claims().await.map_err(database_failed)?;
+            self.compare_snapshots().await?;
+        }
         let live: BTreeMap<SandboxId, Live> =
             self.node.live().await?.into_iter().map(|live| (live.sandbox.clone(), live)).collect();
         for (id, creating) in self.database.all().await.map_err(database_failed)? {
@@ -222,13 +251,13 @@ impl Inner {
 
     /// Commits a sandbox whose create the last daemon did not live to see the end of.
     async fn finish(&self, live: &Live) -> Result<(), db::Error> {
-        self.database.commit(live, None).await?;
+        self.database.commit(live, None, None).await?;
         let Some(row) = self.database.get(&live.sandbox).await? else {
             return Ok(());
         };
         let reason = format!("{}: the server was restarted meanwhile", live.start_path.name());
         let sandbox = self.reply_of(&row, live.start_path, reason, &Timings::default());
-        self.database.commit(live, serde_json::to_string(&sandbox).ok()).await
+        self.database.commit(live, serde_json::to_string(&sandbox).ok(), None).await
     }
 
     /// Follows what ends on the node.
@@ -262,50 +291,51 @@ impl Inner {
         }
     }
 
-    async fn create_once(
-        &self,
+    /// Creates a sandbox, once for its idempotency key.
+    pub(crate) async fn create_once(
+        self: &Arc<Self>,
         caller: &Account,
         body: NewSandbox,
-        key: Option<(String, String)>,
+        key: Option<NewKey>,
+        audit: &Audit,
     ) -> Result<Reply, Failure> {
-        let Some((key, fingerprint)) = key else {
-            return self.create_new(caller, body, None).await;
+        let Some(key) = key else {
+            return self.create_new(caller, body, None, audit).await;
         };
-        // Each project has its own.
-        let key = format!("{}:{key}", caller.project);
+        let name = key.key.clone();
+        self.alone_with_key(&name, self.create_with_key(caller, body, key, audit)).await
+    }
+
+    /// Does `work` when nobody else does something for the idempotency key `key`.
+    pub(crate) async fn alone_with_key<T>(&self, key: &str, work: impl Future<Output = T>) -> T {
         let lock = {
             let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
-            Arc::clone(keys.entry(key.clone()).or_default())
+            Arc::clone(keys.entry(key.to_owned()).or_default())
         };
         let guard = lock.lock().await;
-        let result = self.create_with_key(caller, body, &key, fingerprint).await;
+        let result = work.await;
         drop(guard);
         let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
         // Two are this task's own and the map's.
         if Arc::strong_count(&lock) <= 2 {
-            keys.remove(&key);
+            keys.remove(key);
         }
         result
     }
 
     async fn create_with_key(
-        &self,
+        self: &Arc<Self>,
         caller: &Account,
         body: NewSandbox,
-        key: &str,
-        fingerprint: String,
+        key: NewKey,
+        audit: &Audit,
     ) -> Result<Reply, Failure> {
-        let known = self.database.key(key.to_owned()).await.map_err(database_failed)?;
+        let known = self.database.key(key.key.clone()).await.map_err(database_failed)?;
         let Some(known) = known else {
-            return self.create_new(caller, body, Some((key.to_owned(), fingerprint))).await;
+            return self.create_new(caller, body, Some(key), audit).await;
         };
-        if known.fingerprint != fingerprint {
-            return Err(Failure::new(
-                Kind::Conflict,
-                "idempotency_key_reused",
-                "the idempotency key was used for another request",
-                "use a new key for each request; the same one only to repeat it",
-            ));
+        if known.fingerprint != key.fingerprint {
+            return Err(once::reused());
         }
         let reply = known.reply.and_then(|reply| serde_json::from_str(&reply).ok());
         match reply {
@@ -320,16 +350,17 @@ impl Inner {
     }
 
     async fn create_new(
-        &self,
+        self: &Arc<Self>,
         caller: &Account,
         body: NewSandbox,
-        key: Option<(String, String)>,
+        key: Option<NewKey>,
+        audit: &Audit,
     ) -> Result<Reply, Failure> {
         let mut since = Instant::now();
         let mut timings = Timings::default();
-        let base = self.base(caller, &body.template_id).await?;
-        let (row, mut request) = prepare(caller, body, base)?;
-        self.begin(caller, &row, key).await?;
+        let source = self.base(caller, &body.template_id).await?;
+        let (row, mut request) = prepare(caller, body, source)?;
+        self.begin(self.accounts.quota(caller), std::slice::from_ref(&row), key, Some(audit)).await?;
         request.ends_at = row.ends_at;
         timings.lap(Phase::Reserve, &mut since);
         let created = match self.node.create(request).await {
@@ -357,33 +388,51 @@ impl Inner {
         };
         let sandbox = self.reply_of(&row, start_path, reason, &timings);
         let text = serde_json::to_string(&sandbox).ok();
-        if let Err(error) = self.database.commit(&live, text).await {
+        let ended = audit.to_end(StatusCode::CREATED, row.id.as_str());
+        if let Err(error) = self.database.commit(&live, text, ended.clone()).await {
             let _ = self.node.kill(&row.id).await;
+            // What cannot be written now is undone at the next start.
+            let _ = self.database.undo(&row.id).await;
             return Err(database_failed(error));
         }
+        audit.ended(ended);
         timings.lap(Phase::Commit, &mut since);
         self.count_start(&row.project);
         Ok(Reply { sandbox, timings })
     }
 
-    /// Records intent, when the key has room for one more.
+    /// Records intent, when there is room for all of it.
     pub(crate) async fn begin(
         &self,
-        caller: &Account,
-        row: &SandboxRow,
-        key: Option<(String, String)>,
+        quota: Quota,
+        rows: &[SandboxRow],
+        key: Option<NewKey>,
+        audit: Option<&Audit>,
     ) -> Result<(), Failure> {
-        match self.database.begin(row, key, caller.max_sandboxes).await.map_err(database_failed)? {
-            true => Ok(()),
-            false => Err(too_many_sandboxes(caller)),
+        let target = rows.first().map(|row| row.id.to_string()).unwrap_or_default();
+        let entry = audit.map(|audit| audit.to_begin(&target));
+        match self.database.begin(rows, key, Some(quota), entry).await.map_err(database_failed)? {
+            Begun::Done(entry) => {
+                if let Some(audit) = audit {
+                    audit.begun(entry);
+                }
+                Ok(())
+            }
+            Begun::Exceeded(limit) => Err(exceeded(limit)),
         }
     }
 
-    /// Refuses what would be one sandbox more than the key may have.
-    pub(crate) async fn check_room(&self, caller: &Account) -> Result<(), Failure> {
-        let Some(most) = caller.max_sandboxes else { return Ok(()) };
-        let (running, _) = self.database.running(&caller.key).await.map_err(database_failed)?;
-        if running < most { Ok(()) } else { Err(too_many_sandboxes(caller)) }
+    /// Has a paused sandbox count as one that runs, when there is room. None when it is not paused.
+    pub(crate) async fn claim(
+        self: &Arc<Self>,
+        id: &SandboxId,
+        quota: Quota,
+    ) -> Result<Option<Permit>, Failure> {
+        match self.database.claim(id, Some(quota)).await.map_err(database_failed)? {
+            Claim::Held => Ok(Some(Permit { inner: Arc::clone(self), id: id.clone() })),
+            Claim::NotPaused => Ok(None),
+            Claim::Exceeded(limit) => Err(exceeded(limit)),
+        }
     }
 
     pub(crate) fn count_start(&self, project: &Project) {
@@ -421,6 +470,17 @@ impl Inner {
         seconds: u64,
         may_shorten: bool,
     ) -> Result<SandboxDetail, Failure> {
+        let _change = self.changes.begin(id, "change of its deadline").await?;
+        self.set_timeout_now(id, seconds, may_shorten).await
+    }
+
+    /// The same, by whoever changes the sandbox already.
+    pub(crate) async fn set_timeout_now(
+        &self,
+        id: &SandboxId,
+        seconds: u64,
+        may_shorten: bool,
+    ) -> Result<SandboxDetail, Failure> {
         let ends_at = deadline(seconds)?;
         let mut row = self.row(id).await?;
         if may_shorten || ends_at > row.ends_at {
@@ -432,6 +492,7 @@ impl Inner {
     }
 
     pub(crate) async fn set_network(&self, id: &SandboxId, update: NetworkUpdate) -> Result<(), Failure> {
+        let _change = self.changes.begin(id, "change of its network").await?;
         self.row(id).await?;
         let allowed = update.allow_internet_access;
         self.node.set_policy(id, network::policy(update)?).await?;
@@ -529,7 +590,8 @@ pub(crate) fn deadline(seconds: u64) -> Result<jiff::Timestamp, Failure> {
 }
 
 /// Checks a request and makes its row and what the node is asked. Every field is honoured or refused.
-fn prepare(caller: &Account, body: NewSandbox, base: Base) -> Result<(SandboxRow, Create), Failure> {
+fn prepare(caller: &Account, body: NewSandbox, source: Source) -> Result<(SandboxRow, Create), Failure> {
+    let Source { base, shape } = source;
     let unsupported = [
         ("iam", body.iam.as_ref().is_some_and(|value| !is_empty(value))),
         ("volumeMounts", body.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty())),
@@ -578,8 +640,9 @@ fn prepare(caller: &Account, body: NewSandbox, base: Base) -> Result<(SandboxRow
         allow_internet: body.allow_internet_access,
         traffic_token: network::traffic_token(&network),
         vcpus: 0,
-        memory_mib: 0,
-        disk_mib: 0,
+        // What it is expected to take, until the node says.
+        memory_mib: memory_mib.unwrap_or(shape.memory_mib).0,
+        disk_mib: shape.disk_mib.0,
         start_path: kelvin_api::sandbox::StartPath::Cold,
         started_at: jiff::Timestamp::now(),
         ends_at,

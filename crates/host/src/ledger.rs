@@ -176,23 +176,42 @@ impl Ledger {
             .await
     }
 
+    /// Strikes out the record of one machine, or of what is paused. Whether there was one: of two that want it, one gets it.
+    ///
+    /// # Errors
+    /// As the database gives them.
+    pub async fn strike_record(&self, owner: &VmId) -> Result<bool, Error> {
+        let owner = owner.to_string();
+        self.db
+            .call(move |connection| {
+                Ok(connection.prepare_cached("DELETE FROM records WHERE owner = ?1")?.execute([&owner])? > 0)
+            })
+            .await
+    }
+
     /// Writes `body` as the record of `to` and strikes that of `from`, in one transaction that survives a power
-    /// failure: what is remembered goes from one machine to another, or to none.
+    /// failure: what is remembered goes from one machine to another, or to none. Whether there was one of `from`: when
+    /// not, nothing is written.
     ///
     /// # Errors
     /// As the database gives them; then nothing has changed.
-    pub async fn move_record(&self, from: &VmId, to: &VmId, body: String) -> Result<(), Error> {
+    pub async fn move_record(&self, from: &VmId, to: &VmId, body: String) -> Result<bool, Error> {
         let (from, to) = (from.to_string(), to.to_string());
         self.db
             .call(move |connection| {
                 connection.pragma_update(None, "synchronous", "FULL")?;
                 let moved = (|| {
                     let transaction = connection.transaction()?;
-                    transaction.prepare_cached("DELETE FROM records WHERE owner = ?1")?.execute([&from])?;
+                    let struck = transaction
+                        .prepare_cached("DELETE FROM records WHERE owner = ?1")?
+                        .execute([&from])?;
+                    if struck == 0 {
+                        return Ok(false);
+                    }
                     transaction
                         .prepare_cached("INSERT OR REPLACE INTO records (owner, body) VALUES (?1, ?2)")?
                         .execute((to, body))?;
-                    transaction.commit()
+                    transaction.commit().map(|()| true)
                 })();
                 // Not an error of the move, which is on the disk or is not: FULL only costs the next writes more.
                 if let Err(error) = connection.pragma_update(None, "synchronous", "NORMAL") {

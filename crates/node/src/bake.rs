@@ -14,6 +14,7 @@ use kelvin_api::envd::process::{
 };
 use kelvin_api::error::chain;
 use kelvin_api::guest::Request;
+use kelvin_api::id::SnapshotId;
 use kelvin_api::id::Token;
 use kelvin_api::units::Shape;
 use kelvin_store::image::Template;
@@ -103,6 +104,7 @@ impl Inner {
                 () = self.hurry.cancelled() => return Err(Error::Stopping),
             }
             let draft = Draft {
+                id: SnapshotId::random(),
                 mode: kelvin_api::sandbox::PauseMode::Full,
                 template: template.name.clone(),
                 guest: template.guest.clone(),

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use kelvin_api::error::chain;
 use kelvin_api::guest::Request;
+use kelvin_api::id::SnapshotId;
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{Capture, PauseMode};
 use kelvin_host::clock::Clock;
@@ -130,12 +131,18 @@ impl Freeze for Freezing<'_> {
 }
 
 impl Keeping {
-    /// Takes a snapshot. With `then.stay`, the machine stays stopped when that succeeds, in `self.held`.
+    /// Takes a snapshot called `id`. With `then.stay`, the machine stays stopped when that succeeds, in `self.held`.
     ///
     /// # Errors
     /// Of the step that failed; then the machine runs and nothing is left of the snapshot. When it cannot go on,
     /// its task ends it.
-    pub async fn capture(&mut self, origin: Origin, care: Care, then: Then) -> Result<Captured, Error> {
+    pub async fn capture(
+        &mut self,
+        id: SnapshotId,
+        origin: Origin,
+        care: Care,
+        then: Then,
+    ) -> Result<Captured, Error> {
         self.inner.check_disk()?;
         let store = self.inner.store.clone();
         let staged = tokio::task::spawn_blocking(move || store.stage()).await;
@@ -143,7 +150,7 @@ impl Keeping {
             what: "making a staging directory",
             source: std::io::Error::other(error),
         })??;
-        let result = self.capture_to(&staged, origin, care, then).await;
+        let result = self.capture_to(&staged, id, origin, care, then).await;
         if result.is_err() {
             let path = staged.clone();
             let removed = blocking("removing", move || crate::home::remove_directory(&path)).await;
@@ -157,6 +164,7 @@ impl Keeping {
     async fn capture_to(
         &mut self,
         staged: &Path,
+        id: SnapshotId,
         origin: Origin,
         care: Care,
         Then { stay, healthy, mode }: Then,
@@ -210,7 +218,7 @@ impl Keeping {
 
         let span = begin(Phase::Publish);
         since = Instant::now();
-        let published = self.publish(staged, origin, mode, care).instrument(span).await;
+        let published = self.publish(staged, id, origin, mode, care).instrument(span).await;
         timings.lap(Phase::Publish, &mut since);
         let snapshot = match published {
             Ok(snapshot) => Arc::new(snapshot),
@@ -285,6 +293,7 @@ impl Keeping {
     async fn publish(
         &self,
         staged: &Path,
+        id: SnapshotId,
         origin: Origin,
         mode: PauseMode,
         care: Care,
@@ -296,6 +305,7 @@ impl Keeping {
         };
         let identity = self.identity.clone().ok_or_else(missing)?;
         let draft = Draft {
+            id,
             template: record.template.clone(),
             guest: record.guest.clone(),
             parent: record.lineage.clone(),

@@ -688,13 +688,12 @@ impl Attempt<'_> {
         let remembered = match self.seed {
             // From here on its image is used up.
             Seed::Resume(paused, _) => match body(&record) {
-                Ok(body) => self
-                    .inner
-                    .keeper
-                    .ledger
-                    .move_record(&paused.owner, &spec.vm, body)
-                    .await
-                    .map_err(Error::from),
+                Ok(body) => match self.inner.keeper.ledger.move_record(&paused.owner, &spec.vm, body).await {
+                    Ok(true) => Ok(()),
+                    // It was killed meanwhile.
+                    Ok(false) => Err(Error::Unknown(record.sandbox.to_string())),
+                    Err(error) => Err(error.into()),
+                },
                 Err(error) => Err(error),
             },
             _ => {

@@ -33,6 +33,9 @@ pub enum Error {
     /// No such sandbox runs here.
     #[error("sandbox {0} was not found")]
     Unknown(String),
+    /// Others pause and resume it all the time.
+    #[error("sandbox {0} is changed by others all the time")]
+    Changing(String),
     /// The path that was insisted on is not possible.
     #[error("the start path {path} is not possible: {reason}")]
     Path {
@@ -189,6 +192,7 @@ impl From<Error> for Failure {
                 "kill sandboxes that are not needed, ask for less, or try again later",
             ),
             Error::Exists(_) => with(Kind::Conflict, "sandbox_exists", "use another id"),
+            Error::Changing(_) => with(Kind::Conflict, "sandbox_changing", "try again"),
             Error::Unknown(_) => {
                 with(Kind::NotFound, "sandbox_not_found", "`kelvin sandbox list` shows what runs")
             }

@@ -35,6 +35,7 @@ mod traffic;
 mod turns;
 mod warm;
 
+use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -80,13 +81,14 @@ const ADOPTIONS: usize = 16;
 /// long after that, before what is left is left to the next start.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
 const LEAVE: std::time::Duration = std::time::Duration::from_secs(60);
-/// How often a kill follows a sandbox from one state to the next.
-const KILLS: u32 = 8;
+/// How often what changes a sandbox looks for it anew, before it says that others change it all the time.
+pub(crate) const LOOKS: u32 = 16;
 /// How often a release that failed is tried again.
 const REAP: std::time::Duration = std::time::Duration::from_secs(30);
 
-/// Asked before traffic wakes a sandbox: its owner may have as many that run as it may have.
-pub type Warden = dyn Fn(SandboxId) -> BoxFuture<'static, Result<(), Failure>> + Send + Sync;
+/// Asked before traffic wakes a sandbox: its owner may have as many that run as it may have. What it gives is kept until
+/// the sandbox runs, or does not.
+pub type Warden = dyn Fn(SandboxId) -> BoxFuture<'static, Result<Box<dyn Any + Send>, Failure>> + Send + Sync;
 
 /// The shared state of a node. Locks are held for a few instructions, never across a wait.
 pub(crate) struct Inner {
@@ -552,19 +554,38 @@ impl Node {
     /// # Errors
     /// `Unknown` when there is none.
     pub async fn kill(&self, id: &SandboxId) -> Result<(), Error> {
-        // Again when it was being paused, or resumed: then it is the other now.
-        for _ in 0..KILLS {
-            let ended = match self.find(id) {
+        let mut looks = LOOKS;
+        loop {
+            let killed = match self.find(id) {
                 Ok(sandbox) => sandbox.urge(Urgent::Kill).await,
                 Err(Error::Paused(_)) => self.inner.end_paused(id).await,
-                Err(error) => return Err(error),
+                Err(error) => Err(error),
             };
-            match ended {
-                Err(Error::Unknown(_)) => {}
-                other => return other,
+            if !self.looks_again(id, &killed, &mut looks).await? {
+                return killed;
             }
         }
         Err(Error::Unknown(id.to_string()))
+    }
+
+    /// Whether what was done with the sandbox came to `result` only because it was paused or resumed between the look for
+    /// it and the deed: then it is looked for again.
+    ///
+    /// # Errors
+    /// `Changing` when that was so `looks` times.
+    pub(crate) async fn looks_again<T>(
+        &self,
+        id: &SandboxId,
+        result: &Result<T, Error>,
+        looks: &mut u32,
+    ) -> Result<bool, Error> {
+        let is_gone = matches!(result, Err(Error::Unknown(_)));
+        if !is_gone || matches!(self.find(id), Err(Error::Unknown(_))) {
+            return Ok(false);
+        }
+        *looks = looks.checked_sub(1).ok_or_else(|| Error::Changing(id.to_string()))?;
+        tokio::task::yield_now().await;
+        Ok(true)
     }
 
     /// Sets when the node ends a sandbox.
@@ -572,11 +593,15 @@ impl Node {
     /// # Errors
     /// `Unknown` when it does not run.
     pub async fn set_deadline(&self, id: &SandboxId, ends_at: jiff::Timestamp) -> Result<(), Error> {
-        let deadline = self.inner.clock.at(ends_at);
-        match self.find(id)?.urge(|done| Urgent::SetDeadline(ends_at, deadline, done)).await {
-            // It was being paused, or it ended: whichever it is now.
-            Err(Error::Unknown(_)) => self.find(id).and_then(|_| Err(Error::Unknown(id.to_string()))),
-            other => other,
+        let (mut looks, deadline) = (LOOKS, self.inner.clock.at(ends_at));
+        loop {
+            let set = match self.find(id) {
+                Ok(sandbox) => sandbox.urge(|done| Urgent::SetDeadline(ends_at, deadline, done)).await,
+                Err(error) => Err(error),
+            };
+            if !self.looks_again(id, &set, &mut looks).await? {
+                return set;
+            }
         }
     }
 
@@ -585,12 +610,19 @@ impl Node {
     /// # Errors
     /// `Unknown` when there is none, `Vmm` when its VMM does not answer.
     pub async fn console(&self, id: &SandboxId) -> Result<Vec<ConsoleLine>, Error> {
-        match self.find(id) {
-            Err(Error::Paused(_)) => {
-                let paused = self.inner.paused(id).ok_or_else(|| Error::Unknown(id.to_string()))?;
-                Ok(paused.console.lines())
+        let mut looks = LOOKS;
+        loop {
+            let read = match self.find(id) {
+                Err(Error::Paused(_)) => {
+                    let paused = self.inner.paused(id).ok_or_else(|| Error::Unknown(id.to_string()));
+                    paused.map(|paused| paused.console.lines())
+                }
+                Ok(sandbox) => sandbox.ask(Command::Console).await.and_then(|read| Ok(read?)),
+                Err(error) => Err(error),
+            };
+            if !self.looks_again(id, &read, &mut looks).await? {
+                return read;
             }
-            sandbox => Ok(sandbox?.ask(Command::Console).await??),
         }
     }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 use kelvin_api::error::Failure;
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
 use kelvin_api::network::Wanted;
-use kelvin_api::node::{Base, Child, Create, Created, Forked};
+use kelvin_api::node::{Base, Child, Create, Created, Forked, Source};
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{Capture, PauseMode, SnapshotInfo, StartPath};
 use kelvin_store::snapshot::{Care, Origin, Snapshot};
@@ -18,15 +18,23 @@ use kelvin_store::snapshot::{Care, Origin, Snapshot};
 use crate::capture::Captured;
 use crate::create::Seed;
 use crate::error::Error;
+use crate::paused::Paused;
+use crate::pool::manifest_shape;
 use crate::record::SandboxRecord;
 use crate::sandbox::{Command, Sandbox};
-use crate::{Inner, Node};
+use crate::{Inner, LOOKS, Node};
 
 /// How long a machine that is ending may hold up the removal of what it ran from.
 const ENDING: Duration = Duration::from_secs(10);
 
 /// What a snapshot of a sandbox costs that is paused already.
 const STANDING_STILL: Capture = Capture { paused_ms: 0.0, dirty_pages: None, quiesced: true };
+
+/// A sandbox as it was found.
+enum Found {
+    Running(Arc<Sandbox>),
+    Paused(Arc<Paused>),
+}
 
 fn info(inner: &Inner, snapshot: &Snapshot) -> Option<SnapshotInfo> {
     let manifest = &snapshot.manifest;
@@ -102,10 +110,21 @@ impl Node {
         mode: PauseMode,
         healthy: bool,
     ) -> Result<(Capture, Timings), Error> {
-        let sandbox = self.find(id)?;
+        let (node, id) = (self.clone(), id.clone());
         self.run("pausing", async move {
-            let captured = sandbox.ask(|done| Command::Pause(mode, healthy, done)).await??;
-            Ok((captured.capture, captured.timings))
+            let mut looks = LOOKS;
+            loop {
+                let paused = match node.find(&id) {
+                    Ok(sandbox) => {
+                        let asked = sandbox.ask(|done| Command::Pause(mode, healthy, done)).await;
+                        asked.and_then(std::convert::identity)
+                    }
+                    Err(error) => Err(error),
+                };
+                if !node.looks_again(&id, &paused, &mut looks).await? {
+                    return paused.map(|captured| (captured.capture, captured.timings));
+                }
+            }
         })
         .await
     }
@@ -145,9 +164,10 @@ impl Node {
                     paused.record.lifecycle.auto_resume && self.inner.has_memory(&paused)
                 }) =>
             {
-                if let Some(warden) = self.inner.warden.get() {
-                    warden(id.clone()).await.map_err(Error::Refused)?;
-                }
+                let _permit = match self.inner.warden.get() {
+                    Some(warden) => Some(warden(id.clone()).await.map_err(Error::Refused)?),
+                    None => None,
+                };
                 match self.resume(id, None, PauseMode::Full).await {
                     Ok(_) | Err(Error::Running(_)) => self.find(id),
                     Err(error) => Err(error),
@@ -157,7 +177,63 @@ impl Node {
         }
     }
 
-    /// Takes a snapshot of a sandbox that is kept until it is deleted; the sandbox goes on, or stays paused: of one that
+    /// Takes or makes a snapshot of a sandbox as it is found.
+    async fn keep(
+        &self,
+        id: &SandboxId,
+        snapshot: SnapshotId,
+        origin: Origin,
+        mode: PauseMode,
+    ) -> Result<(SnapshotInfo, Capture, Timings), Error> {
+        let (taken, capture, timings) = match self.find_any(id)? {
+            Found::Running(sandbox) => {
+                let ask = |done| Command::Snapshot(snapshot, origin, mode, Care::Durable, done);
+                let (captured, _) = sandbox.ask(ask).await??;
+                (captured.snapshot, captured.capture, captured.timings)
+            }
+            Found::Paused(paused) => {
+                let (kept, timings) = self.inner.keep_paused(&paused, snapshot, origin, mode).await?;
+                (kept, STANDING_STILL, timings)
+            }
+        };
+        let shown = info(&self.inner, &taken).ok_or_else(|| Error::Unknown(id.to_string()))?;
+        Ok((shown, capture, timings))
+    }
+
+    /// What a sandbox is at one instant, for its children, and what is known of it.
+    async fn point(&self, source: &SandboxId) -> Result<(Captured, SandboxRecord), Error> {
+        match self.find_any(source)? {
+            Found::Running(sandbox) => {
+                let origin = Origin::Fork { sandbox: source.clone() };
+                let ask = |done| {
+                    Command::Snapshot(SnapshotId::random(), origin, PauseMode::Full, Care::Passing, done)
+                };
+                sandbox.ask(ask).await?
+            }
+            // It stands still already, and its image is there.
+            Found::Paused(paused) => {
+                let (snapshot, _lease) = self.inner.image_of(&paused)?;
+                let captured =
+                    Captured { snapshot, _lease, capture: STANDING_STILL, timings: Timings::default() };
+                Ok((captured, paused.record.clone()))
+            }
+        }
+    }
+
+    /// A sandbox, running or paused.
+    fn find_any(&self, id: &SandboxId) -> Result<Found, Error> {
+        match self.find(id) {
+            Ok(sandbox) => Ok(Found::Running(sandbox)),
+            Err(Error::Paused(_)) => match self.inner.paused(id) {
+                Some(paused) => Ok(Found::Paused(paused)),
+                // Resumed meanwhile.
+                None => self.find(id).map(Found::Running),
+            },
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes a snapshot, called `snapshot`, of a sandbox that is kept until it is deleted; the sandbox goes on, or stays paused: of one that
     /// is paused without memory the disk is kept.
     ///
     /// # Errors
@@ -165,38 +241,26 @@ impl Node {
     pub async fn snapshot(
         &self,
         id: &SandboxId,
+        snapshot: SnapshotId,
         name: Option<TemplateName>,
         mode: PauseMode,
     ) -> Result<(SnapshotInfo, Capture, Timings), Error> {
-        let sandbox = match self.find(id) {
-            Ok(sandbox) => Ok(sandbox),
-            Err(Error::Paused(_)) => match self.inner.paused(id) {
-                Some(paused) => Err(paused),
-                // Resumed meanwhile.
-                None => Ok(self.find(id)?),
-            },
-            Err(error) => return Err(error),
-        };
+        self.find_any(id)?;
         if let Some(name) = &name
             && self.inner.store.template_stamp(name).is_ok()
         {
             return Err(Error::NameTaken(name.to_string()));
         }
-        let (inner, id) = (Arc::clone(&self.inner), id.clone());
+        let (node, id) = (self.clone(), id.clone());
         self.run("taking a snapshot", async move {
-            let origin = Origin::Kept { sandbox: id.clone(), name };
-            let sandbox = match sandbox {
-                Ok(sandbox) => sandbox,
-                Err(paused) => {
-                    let (snapshot, timings) = inner.keep_paused(&paused, origin, mode).await?;
-                    let shown = info(&inner, &snapshot).ok_or_else(|| Error::Unknown(id.to_string()))?;
-                    return Ok((shown, STANDING_STILL, timings));
+            let mut looks = LOOKS;
+            loop {
+                let origin = Origin::Kept { sandbox: id.clone(), name: name.clone() };
+                let taken = node.keep(&id, snapshot.clone(), origin, mode).await;
+                if !node.looks_again(&id, &taken, &mut looks).await? {
+                    return taken;
                 }
-            };
-            let taken = sandbox.ask(|done| Command::Snapshot(origin, mode, Care::Durable, done)).await??;
-            let (captured, _) = taken;
-            let shown = info(&inner, &captured.snapshot).ok_or_else(|| Error::Unknown(id.to_string()))?;
-            Ok((shown, captured.capture, captured.timings))
+            }
         })
         .await
     }
@@ -208,36 +272,17 @@ impl Node {
     /// `Unknown`; as [`Node::pause`] when the source cannot be saved, and then there are no children. A
     /// child that fails is an error in its place; the others are there.
     pub async fn fork(&self, source: &SandboxId, children: Vec<Child>) -> Result<Forked, Error> {
-        let sandbox = match self.find(source) {
-            Ok(sandbox) => Ok(sandbox),
-            Err(Error::Paused(_)) => match self.inner.paused(source) {
-                Some(paused) => Err(paused),
-                // Resumed meanwhile.
-                None => Ok(self.find(source)?),
-            },
-            Err(error) => return Err(error),
-        };
-        let (inner, source) = (Arc::clone(&self.inner), source.clone());
+        let (node, source) = (self.clone(), source.clone());
         self.run("forking", async move {
-            let origin = Origin::Fork { sandbox: source.clone() };
-            let of_running = |sandbox: Arc<Sandbox>| async move {
-                let ask = |done| Command::Snapshot(origin, PauseMode::Full, Care::Passing, done);
-                let (captured, record) = sandbox.ask(ask).await??;
-                Ok::<_, Error>((captured, record))
+            let (inner, mut looks) = (&node.inner, LOOKS);
+            let found = loop {
+                let found = node.point(&source).await;
+                if !node.looks_again(&source, &found, &mut looks).await? {
+                    break found?;
+                }
             };
             // The lease keeps the image until every child has one of its own.
-            let (snapshot, _lease, record, capture, timings) = match sandbox {
-                Ok(sandbox) => {
-                    let (captured, record) = of_running(sandbox).await?;
-                    let Captured { snapshot, _lease, capture, timings } = captured;
-                    (snapshot, _lease, record, capture, timings)
-                }
-                // It stands still already, and its image is there.
-                Err(paused) => {
-                    let (snapshot, lease) = inner.image_of(&paused)?;
-                    (snapshot, lease, paused.record.clone(), STANDING_STILL, Timings::default())
-                }
-            };
+            let (Captured { snapshot, _lease, capture, timings }, record) = found;
             let mut starting = Vec::new();
             for child in children {
                 let mut request = child_of(&record, child, snapshot.manifest.id.clone());
@@ -246,7 +291,7 @@ impl Node {
                     request.start_path = None;
                 }
                 let seed = Seed::Snapshot(Arc::clone(&snapshot), Some(source.clone()));
-                let inner = Arc::clone(&inner);
+                let inner = Arc::clone(inner);
                 starting.push(inner.tasks.clone().spawn(async move { inner.create(request, seed).await }));
             }
             let mut children = Vec::new();
@@ -273,15 +318,25 @@ impl Node {
         listed.await.map_err(|error| Error::Io { what: "listing", source: std::io::Error::other(error) })
     }
 
-    /// The kept snapshot that `text` names: its id, or a name, of which the newest counts.
-    pub fn find_kept(&self, text: &str) -> Option<SnapshotId> {
-        let kept = self.inner.snapshots.kept();
-        let by_id = kept.iter().find(|snapshot| snapshot.manifest.id.as_str() == text);
-        let named = |snapshot: &&Arc<Snapshot>| match &snapshot.manifest.origin {
-            Origin::Kept { name: Some(name), .. } => name.as_str() == text,
-            _ => false,
-        };
-        by_id.or_else(|| kept.iter().find(named)).map(|snapshot| snapshot.manifest.id.clone())
+    /// What a create starts from that names the template, or the kept snapshot, `text`, by its name or its id. Names of
+    /// snapshots are their owners', not the node's.
+    ///
+    /// # Errors
+    /// `Store` when the template cannot be read.
+    pub async fn source(&self, text: &str) -> Result<Option<Source>, Error> {
+        if let Ok(name) = text.parse::<TemplateName>()
+            && self.has_template(&name)
+        {
+            let shape = self.inner.template(&name).await?.shape;
+            return Ok(Some(Source { base: Base::Template(name), shape }));
+        }
+        let id: Option<SnapshotId> = text.parse().ok();
+        let kept = id.and_then(|id| self.inner.snapshots.get(&id));
+        let kept = kept.filter(|found| matches!(found.manifest.origin, Origin::Kept { .. }));
+        Ok(kept.map(|kept| Source {
+            base: Base::Snapshot(kept.manifest.id.clone()),
+            shape: manifest_shape(&kept.manifest),
+        }))
     }
 
     /// Deletes a kept snapshot. With `cascade`, those that descend from it too; sandboxes are never ended for it.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use kelvin_api::id::{SandboxId, VmId};
+use kelvin_api::id::{SandboxId, SnapshotId, VmId};
 use kelvin_api::network::Wanted;
 use kelvin_api::node::{Base, Create, Created};
 use kelvin_api::phase::{Phase, Timings};
@@ -94,9 +94,6 @@ impl Inner {
         if paused.over.load(Ordering::Acquire) {
             return if self.sandboxes().contains_key(id) { Ok(None) } else { Err(unknown()) };
         }
-        if *paused.killed.borrow() {
-            return Err(unknown());
-        }
         let record = &paused.record;
         let for_as_long = || self.clock.wall() + std::time::Duration::from_secs(record.timeout_s);
         let image = record.snapshot.clone().ok_or_else(unknown)?;
@@ -115,7 +112,11 @@ impl Inner {
             lifecycle: record.lifecycle,
             timeout: std::time::Duration::from_secs(record.timeout_s),
         };
-        let created = self.create(request, Seed::Resume(Arc::clone(&paused), mode)).await?;
+        let created = match self.create(request, Seed::Resume(Arc::clone(&paused), mode)).await {
+            // It was killed meanwhile, whatever else went wrong.
+            Err(_) if paused.over.load(Ordering::Acquire) => return Err(unknown()),
+            other => other?,
+        };
         paused.over.store(true, Ordering::Release);
         self.paused_sandboxes().remove(id);
         Ok(Some(created))
@@ -137,13 +138,14 @@ impl Inner {
         Ok((snapshot, lease))
     }
 
-    /// Makes a snapshot of its own of what `paused` is frozen in: its files are cloned, nothing is started.
+    /// Makes a snapshot of its own, called `id`, of what `paused` is frozen in: its files are cloned, nothing is started.
     ///
     /// # Errors
     /// As [`Inner::image_of`]; `Io` and `Store` when the files cannot be cloned, and then nothing is left.
     pub async fn keep_paused(
         &self,
         paused: &Paused,
+        id: SnapshotId,
         origin: Origin,
         mode: PauseMode,
     ) -> Result<(Arc<Snapshot>, Timings), Error> {
@@ -162,6 +164,7 @@ impl Inner {
                 Ok(())
             };
             let draft = Draft {
+                id,
                 template: manifest.template.clone(),
                 guest: manifest.guest.clone(),
                 parent: manifest.parent.clone(),
@@ -189,24 +192,22 @@ impl Inner {
         Ok((kept, timings))
     }
 
-    /// Ends a sandbox that is paused. A resume that is under way is given up for it, however silent its guest is.
+    /// Ends a sandbox that is paused, also one that is being resumed. Nothing is waited for: whether it ended or was
+    /// resumed is decided by who takes its record out of the ledger. A resume that comes too late finds none, and one that
+    /// waits for a silent guest gives up: its machine is released.
     ///
     /// # Errors
     /// `Unknown` when it was resumed or ended meanwhile, `Ledger`.
     pub async fn end_paused(&self, id: &SandboxId) -> Result<(), Error> {
         let unknown = || Error::Unknown(id.to_string());
         let paused = self.paused(id).ok_or_else(unknown)?;
-        paused.killed.send_replace(true);
-        let _gate = paused.gate.lock().await;
-        if paused.over.load(Ordering::Acquire) {
+        if paused.over.load(Ordering::Acquire) || !self.keeper.ledger.strike_record(&paused.owner).await? {
+            // A resume that has taken the record is about to be seen.
+            drop(paused.gate.lock().await);
             return Err(unknown());
         }
-        if let Err(error) = self.keeper.ledger.strike_all(&paused.owner).await {
-            // It is there as before.
-            paused.killed.send_replace(false);
-            return Err(error.into());
-        }
         paused.over.store(true, Ordering::Release);
+        paused.killed.send_replace(true);
         self.paused_sandboxes().remove(id);
         self.changes.add(id.clone(), "it was killed while it was paused");
         Ok(())

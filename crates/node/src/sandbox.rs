@@ -56,7 +56,7 @@ pub enum Command {
     /// its disk.
     Pause(PauseMode, bool, oneshot::Sender<Result<Captured, Error>>),
     /// Take a snapshot; it goes on. With what is known of it, for its children.
-    Snapshot(Origin, PauseMode, Care, oneshot::Sender<Result<(Captured, SandboxRecord), Error>>),
+    Snapshot(SnapshotId, Origin, PauseMode, Care, oneshot::Sender<Result<(Captured, SandboxRecord), Error>>),
     /// Let its vCPUs go on when the VMM stopped them, for want of disk space.
     GoOn,
     /// Its agent does not answer: end it when its guest never will.
@@ -459,8 +459,8 @@ impl Keeping {
                 let _ = done.send(paused);
                 return over.then_some(Over::Paused);
             }
-            Command::Snapshot(origin, mode, care, done) => {
-                let taken = self.capture(origin, care, Then { mode, ..Then::default() }).await;
+            Command::Snapshot(id, origin, mode, care, done) => {
+                let taken = self.capture(id, origin, care, Then { mode, ..Then::default() }).await;
                 let taken = taken.map_err(|error| self.unless_ended(error));
                 let _ = done.send(taken.map(|captured| (captured, self.record.clone())));
             }
@@ -539,7 +539,7 @@ impl Keeping {
             // Its VMM takes the console along.
             self.console.read(text, self.inner.clock.wall());
         }
-        let captured = self.capture(origin, Care::Durable, then).await?;
+        let captured = self.capture(SnapshotId::random(), origin, Care::Durable, then).await?;
         let snapshot = Some(captured.snapshot.manifest.id.clone());
         let record = SandboxRecord { state, generation, snapshot, deadline: None, ..self.record.clone() };
         let owner = VmId::random();
@@ -549,9 +549,11 @@ impl Keeping {
             return Err(Error::Unknown(sandbox.to_string()));
         }
         let moved = match body(&record) {
-            Ok(body) => {
-                self.inner.keeper.ledger.move_record(&self.spec.vm, &owner, body).await.map_err(Error::from)
-            }
+            Ok(body) => match self.inner.keeper.ledger.move_record(&self.spec.vm, &owner, body).await {
+                Ok(true) => Ok(()),
+                Ok(false) => Err(Error::Unknown(sandbox.to_string())),
+                Err(error) => Err(error.into()),
+            },
             Err(error) => Err(error),
         };
         if let Err(error) = moved {

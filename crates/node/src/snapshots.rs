@@ -215,6 +215,7 @@ mod tests {
             snapshot_format: SNAPSHOT_FORMAT,
         };
         let draft = Draft {
+            id: SnapshotId::random(),
             template: "base".parse().unwrap(),
             guest: "g".into(),
             parent: None,

@@ -196,6 +196,8 @@ impl Seal {
 /// What is known before a snapshot has its digests.
 #[derive(Debug, Clone)]
 pub struct Draft {
+    /// What it is called: whoever wants it may have noted that before.
+    pub id: SnapshotId,
     /// The template it was baked from.
     pub template: TemplateName,
     /// Digest of the guest it runs.
@@ -306,7 +308,7 @@ impl Store {
             }
         };
         let manifest = Manifest {
-            id: SnapshotId::random(),
+            id: draft.id,
             created: jiff::Timestamp::now(),
             template: draft.template,
             guest: draft.guest,
@@ -401,6 +403,7 @@ pub(crate) mod tests_support {
         }))
         .unwrap();
         let draft = Draft {
+            id: SnapshotId::random(),
             template: "base".parse().unwrap(),
             guest: "g".into(),
             parent,

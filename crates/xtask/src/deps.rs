@@ -17,11 +17,15 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("control", &["store", "host", "api"]),
     ("fuzz", &["api"]),
     ("gateway", &["api"]),
+    ("server", &["gateway", "control", "node", "api"]),
     ("client", &["api"]),
     ("bench", &["client", "host", "api"]),
     // `host` for namespaces: the tests bring their own internet.
     ("e2e", &["client", "host", "api"]),
-    ("cli", &["gateway", "control", "node", "egress", "client", "bench", "vmm", "store", "host", "api"]),
+    (
+        "cli",
+        &["server", "gateway", "control", "node", "egress", "client", "bench", "vmm", "store", "host", "api"],
+    ),
     ("xtask", &[]),
 ];
 

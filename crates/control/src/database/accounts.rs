@@ -2,12 +2,14 @@
 
 use kelvin_api::account::{ApiKeyInfo, AuditEntry};
 use kelvin_host::db::Error;
-use rusqlite::Row;
+use rusqlite::{Connection, Row};
 
-use super::{Database, bad, time};
+use super::{Database, Ended, bad, time};
 
 /// Entries of the audit log that are kept.
 const AUDIT_ROWS: i64 = 1_000_000;
+/// Every how many entries the oldest go.
+const AUDIT_TRIM: i64 = 256;
 
 fn key(row: &Row<'_>) -> Result<(String, ApiKeyInfo), rusqlite::Error> {
     let (project, mask): (String, String) = (row.get(2)?, row.get(4)?);
@@ -20,8 +22,41 @@ fn key(row: &Row<'_>) -> Result<(String, ApiKeyInfo), rusqlite::Error> {
         project: project.parse().map_err(|error: &str| bad(error.into()))?,
         max_sandboxes: row.get(7)?,
         requests_per_second: row.get(8)?,
+        max_creating: row.get(9)?,
+        max_paused: row.get(10)?,
+        max_snapshots: row.get(11)?,
+        max_disk_mib: row.get::<_, Option<i64>>(12)?.and_then(|mib| u64::try_from(mib).ok()),
     };
     Ok((row.get(1)?, info))
+}
+
+/// Writes an entry of the audit log, and returns its number.
+pub(super) fn note(connection: &Connection, entry: &AuditEntry) -> Result<i64, rusqlite::Error> {
+    connection
+        .prepare_cached(
+            "INSERT INTO audit (at_ms, project, key, action, target, status) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        )?
+        .execute((
+            entry.at.as_millisecond(),
+            &entry.project,
+            &entry.key_id,
+            &entry.action,
+            &entry.target,
+            entry.status,
+        ))?;
+    let id = connection.last_insert_rowid();
+    if id % AUDIT_TRIM == 0 {
+        connection.prepare_cached("DELETE FROM audit WHERE id <= ?1")?.execute([id - AUDIT_ROWS])?;
+    }
+    Ok(id)
+}
+
+/// Writes how a request ended.
+pub(super) fn note_end(connection: &Connection, ended: &Ended) -> Result<(), rusqlite::Error> {
+    connection
+        .prepare_cached("UPDATE audit SET status = ?2, target = ?3 WHERE id = ?1")?
+        .execute((ended.entry, ended.status, &ended.target))
+        .map(drop)
 }
 
 impl Database {
@@ -31,8 +66,8 @@ impl Database {
             .call(move |connection| {
                 connection
                     .prepare(
-                        "SELECT id, hash, project, name, mask, created_ms, used_ms, max_sandboxes, requests_per_s \
-                         FROM keys WHERE ?1 IS NULL OR project = ?1 ORDER BY created_ms, id",
+                        "SELECT id, hash, project, name, mask, created_ms, used_ms, max_sandboxes, requests_per_s, \
+                         max_creating, max_paused, max_snapshots, max_disk_mib FROM keys WHERE ?1 IS NULL OR project = ?1 ORDER BY created_ms, id",
                     )?
                     .query_map([project], key)?
                     .collect()
@@ -47,8 +82,9 @@ impl Database {
             .call(move |connection| {
                 connection
                     .prepare(
-                        "INSERT INTO keys (id, hash, project, name, mask, created_ms, max_sandboxes, requests_per_s) \
-                         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+                        "INSERT INTO keys (id, hash, project, name, mask, created_ms, max_sandboxes, requests_per_s, \
+                         max_creating, max_paused, max_snapshots, max_disk_mib) \
+                         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
                     )?
                     .execute((
                         &info.id,
@@ -59,6 +95,10 @@ impl Database {
                         info.created_at.as_millisecond(),
                         info.max_sandboxes,
                         info.requests_per_second,
+                        info.max_creating,
+                        info.max_paused,
+                        info.max_snapshots,
+                        info.max_disk_mib.map(|mib| i64::try_from(mib).unwrap_or(i64::MAX)),
                     ))
                     .map(drop)
             })
@@ -85,29 +125,21 @@ impl Database {
             .await
     }
 
-    /// Writes down what was asked for and when keys were used. Of the audit log, the oldest entries go.
-    pub async fn add_audit(&self, entries: Vec<AuditEntry>, used: Vec<(String, i64)>) -> Result<(), Error> {
+    /// Writes an entry of the audit log, and returns its number.
+    pub async fn note(&self, entry: AuditEntry) -> Result<i64, Error> {
+        self.0.call(move |connection| note(connection, &entry)).await
+    }
+
+    /// Writes how a request ended.
+    pub async fn note_end(&self, ended: Ended) -> Result<(), Error> {
+        self.0.call(move |connection| note_end(connection, &ended)).await
+    }
+
+    /// Writes down when keys were used last.
+    pub async fn note_used(&self, used: Vec<(String, i64)>) -> Result<(), Error> {
         self.0
             .call(move |connection| {
                 let transaction = connection.transaction()?;
-                for entry in &entries {
-                    transaction
-                        .prepare_cached(
-                            "INSERT INTO audit (at_ms, project, key, action, target, status) \
-                             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-                        )?
-                        .execute((
-                            entry.at.as_millisecond(),
-                            &entry.project,
-                            &entry.key_id,
-                            &entry.action,
-                            &entry.target,
-                            entry.status,
-                        ))?;
-                }
-                transaction
-                    .prepare_cached("DELETE FROM audit WHERE id <= (SELECT MAX(id) FROM audit) - ?1")?
-                    .execute([AUDIT_ROWS])?;
                 for (id, ms) in &used {
                     transaction
                         .prepare_cached("UPDATE keys SET used_ms = ?2 WHERE id = ?1 AND used_ms IS NOT ?2")?

@@ -5,7 +5,27 @@ use std::collections::HashMap;
 use kelvin_host::db::Error;
 use rusqlite::OptionalExtension;
 
-use super::{Database, time};
+use super::{Database, Exceeded, More, Quota, time};
+
+/// A snapshot that is to be taken.
+#[derive(Debug)]
+pub struct NewSnapshot {
+    /// Its id.
+    pub id: String,
+    /// MiB of disk that it may come to.
+    pub mib: u64,
+    /// What it is to be called.
+    pub name: Option<String>,
+}
+
+/// Whose a snapshot is.
+#[derive(Debug, Clone)]
+pub struct Owner {
+    pub project: String,
+    pub name: Option<String>,
+    /// Whether it may not be there yet.
+    pub is_being_taken: bool,
+}
 
 /// One tag of a template.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,23 +36,98 @@ pub struct TagRow {
 }
 
 impl Database {
-    /// Notes whose a snapshot is. A name is one snapshot's: who had it before keeps its id alone, so that a name which
-    /// is deleted means nothing and never an older snapshot.
-    pub async fn add_snapshot(&self, id: String, project: String, name: Option<String>) -> Result<(), Error> {
+    /// Notes whose a snapshot is to be, when `quota` has room for it, and what its idempotency key is about: before it is
+    /// there. Until it is, its name means what it meant. The limit that it would exceed.
+    pub async fn begin_snapshot(
+        &self,
+        snapshot: NewSnapshot,
+        quota: Quota,
+        key: Option<String>,
+    ) -> Result<Option<Exceeded>, Error> {
         let now = jiff::Timestamp::now().as_millisecond();
         self.0
             .call(move |connection| {
                 let transaction = connection.transaction()?;
-                if let Some(name) = &name {
-                    transaction
-                        .prepare_cached("UPDATE snapshots SET name = NULL WHERE project = ?1 AND name = ?2")?
-                        .execute((&project, name))?;
+                let more = More { snapshots: 1, disk_mib: snapshot.mib, ..More::default() };
+                if let Some(exceeded) = quota.check(&transaction, more)? {
+                    return Ok(Some(exceeded));
                 }
                 transaction
                     .prepare_cached(
-                        "INSERT OR REPLACE INTO snapshots (id, project, name, created_ms) VALUES (?1, ?2, ?3, ?4)",
+                        "INSERT INTO snapshots (id, project, created_ms, key, mib, wanted, state) \
+                         VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'taking')",
                     )?
-                    .execute((id, project, name, now))?;
+                    .execute((
+                        &snapshot.id,
+                        quota.project.as_str(),
+                        now,
+                        &quota.key,
+                        i64::try_from(snapshot.mib).unwrap_or(i64::MAX),
+                        &snapshot.name,
+                    ))?;
+                if let Some(key) = key {
+                    transaction
+                        .prepare_cached("UPDATE idempotency SET subjects = ?2 WHERE key = ?1")?
+                        .execute((key, serde_json::to_string(&[&snapshot.id]).unwrap_or_default()))?;
+                }
+                transaction.commit().map(|()| None)
+            })
+            .await
+    }
+
+    /// Notes that a snapshot is there now, and gives it its name. A name is one snapshot's: who had it before keeps its id
+    /// alone, so that a name which is deleted means nothing and never an older snapshot.
+    pub async fn finish_snapshot(&self, id: String) -> Result<(), Error> {
+        self.0
+            .call(move |connection| {
+                let transaction = connection.transaction()?;
+                transaction
+                    .prepare_cached(
+                        "UPDATE snapshots SET name = NULL WHERE (project, name) IN \
+                         (SELECT project, wanted FROM snapshots WHERE id = ?1 AND wanted IS NOT NULL)",
+                    )?
+                    .execute([&id])?;
+                transaction
+                    .prepare_cached(
+                        "UPDATE snapshots SET name = COALESCE(wanted, name), wanted = NULL, state = 'kept' WHERE id = ?1",
+                    )?
+                    .execute([&id])?;
+                transaction.commit()
+            })
+            .await
+    }
+
+    /// Snapshots that are being taken: after a start, those whose end the last server did not live to see.
+    pub async fn unfinished_snapshots(&self) -> Result<Vec<String>, Error> {
+        self.0
+            .call(move |connection| {
+                connection
+                    .prepare("SELECT id FROM snapshots WHERE state = 'taking'")?
+                    .query_map([], |row| row.get(0))?
+                    .collect()
+            })
+            .await
+    }
+
+    /// Gives what has no owner to the default project: once, for a database from before there were projects. Since then
+    /// every snapshot has had an owner before it was there, and what has none is nobody's.
+    pub async fn adopt_snapshots(&self, there: Vec<(String, Option<String>, i64)>) -> Result<(), Error> {
+        self.0
+            .call(move |connection| {
+                let transaction = connection.transaction()?;
+                let first = transaction
+                    .prepare("INSERT OR IGNORE INTO facts (name) VALUES ('snapshots have owners')")?
+                    .execute([])?;
+                if first == 1 {
+                    for (id, name, created_ms) in there {
+                        transaction
+                            .prepare_cached(
+                                "INSERT OR IGNORE INTO snapshots (id, project, name, created_ms) \
+                                 VALUES (?1, 'default', ?2, ?3)",
+                            )?
+                            .execute((id, name, created_ms))?;
+                    }
+                }
                 transaction.commit()
             })
             .await
@@ -78,27 +173,18 @@ impl Database {
             .await
     }
 
-    /// The owner of each snapshot that has one of its own, and its name.
-    pub async fn snapshot_owners(&self) -> Result<HashMap<String, (String, Option<String>)>, Error> {
+    /// The owner of each snapshot, and its name.
+    pub async fn snapshot_owners(&self) -> Result<HashMap<String, Owner>, Error> {
         self.0
             .call(move |connection| {
                 connection
-                    .prepare("SELECT id, project, name FROM snapshots")?
-                    .query_map([], |row| Ok((row.get(0)?, (row.get(1)?, row.get(2)?))))?
+                    .prepare("SELECT id, project, name, state = 'taking' FROM snapshots")?
+                    .query_map([], |row| {
+                        let owner =
+                            Owner { project: row.get(1)?, name: row.get(2)?, is_being_taken: row.get(3)? };
+                        Ok((row.get(0)?, owner))
+                    })?
                     .collect()
-            })
-            .await
-    }
-
-    /// The owner of one snapshot, when it has one of its own.
-    pub async fn snapshot_owner(&self, id: &str) -> Result<Option<String>, Error> {
-        let id = id.to_owned();
-        self.0
-            .call(move |connection| {
-                connection
-                    .prepare_cached("SELECT project FROM snapshots WHERE id = ?1")?
-                    .query_row([id], |row| row.get(0))
-                    .optional()
             })
             .await
     }

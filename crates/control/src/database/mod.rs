@@ -1,15 +1,19 @@
-//! `kelvin.db`: sandboxes and idempotency keys; API keys and the audit log (`accounts`), what is known of templates
-//! and snapshots (`catalog`), measurements (`meter`).
+//! `kelvin.db`: sandboxes; idempotency keys (`answers`), API keys and the audit log (`accounts`), what they may have
+//! (`quota`), what is known of templates and snapshots (`catalog`), measurements (`meter`).
 
 mod accounts;
+mod answers;
 mod catalog;
 mod meter;
+mod quota;
 
-pub use catalog::TagRow;
+pub use answers::NewKey;
+pub use catalog::{NewSnapshot, Owner, TagRow};
+pub use quota::{Claim, Exceeded, Limited, More, Quota};
 
 use std::path::Path;
 
-use kelvin_api::account::Project;
+use kelvin_api::account::{AuditEntry, Project};
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::node::Live;
 use kelvin_api::sandbox::{Lifecycle, Metadata, OnTimeout, PauseMode, SandboxState, StartPath};
@@ -146,10 +150,32 @@ const MIGRATIONS: &[&str] = &[
         PRIMARY KEY (project, at_s)
     ) WITHOUT ROWID;
 ",
+    // Limits of keys and projects; idempotency of every change; whose a snapshot is before it is there.
+    "
+    ALTER TABLE sandboxes ADD COLUMN claims INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE sandboxes ADD COLUMN pausing INTEGER NOT NULL DEFAULT 0;
+    DROP INDEX sandboxes_by_key;
+    CREATE INDEX sandboxes_by_key ON sandboxes (key, state, claims, pausing);
+    CREATE INDEX sandboxes_by_project_state ON sandboxes (project, state, claims, pausing);
+    ALTER TABLE snapshots ADD COLUMN key TEXT NOT NULL DEFAULT '';
+    ALTER TABLE snapshots ADD COLUMN mib INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE snapshots ADD COLUMN state TEXT NOT NULL DEFAULT 'kept';
+    ALTER TABLE snapshots ADD COLUMN wanted TEXT;
+    CREATE INDEX snapshots_by_key ON snapshots (key);
+    ALTER TABLE keys ADD COLUMN max_creating INTEGER;
+    ALTER TABLE keys ADD COLUMN max_paused INTEGER;
+    ALTER TABLE keys ADD COLUMN max_snapshots INTEGER;
+    ALTER TABLE keys ADD COLUMN max_disk_mib INTEGER;
+    CREATE TABLE projects (
+        name TEXT PRIMARY KEY,
+        limits TEXT NOT NULL
+    ) WITHOUT ROWID;
+    ALTER TABLE idempotency ADD COLUMN subjects TEXT NOT NULL DEFAULT '[]';
+    CREATE TABLE facts (
+        name TEXT PRIMARY KEY
+    ) WITHOUT ROWID;
+",
 ];
-
-/// How long a key is remembered, in milliseconds: 24 hours.
-const KEY_LIFE_MS: i64 = 24 * 60 * 60 * 1000;
 
 /// One sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -175,12 +201,24 @@ pub struct SandboxRow {
     pub key: String,
 }
 
-/// An idempotency key that was seen before.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct KeyRow {
-    pub fingerprint: String,
-    /// The reply; none while the create is under way.
-    pub reply: Option<String>,
+/// How a create, or a fork, began.
+#[derive(Debug)]
+pub enum Begun {
+    /// Its rows are there; the audit log has this entry.
+    Done(Option<i64>),
+    /// There is no room, and nothing was written.
+    Exceeded(Exceeded),
+}
+
+/// How a request ended, for the audit log.
+#[derive(Debug, Clone)]
+pub struct Ended {
+    /// Of which entry.
+    pub entry: i64,
+    /// Status of the reply.
+    pub status: u16,
+    /// What it was about.
+    pub target: String,
 }
 
 /// What a list is narrowed by.
@@ -261,11 +299,33 @@ fn sandbox(row: &Row<'_>) -> Result<SandboxRow, rusqlite::Error> {
     })
 }
 
-/// Sandboxes of an API key that run or are being made.
-fn running(connection: &Connection, key: &str) -> Result<u32, rusqlite::Error> {
+fn insert(connection: &Connection, row: &SandboxRow, metadata: &str) -> Result<(), rusqlite::Error> {
     connection
-        .prepare_cached("SELECT COUNT(*) FROM sandboxes WHERE key = ?1 AND state IN ('creating', 'running')")?
-        .query_row([key], |row| row.get(0))
+        .prepare_cached(
+            "INSERT INTO sandboxes (id, state, template, metadata, access_token, allow_internet, \
+             started_ms, ends_ms, traffic_token, on_timeout, auto_resume, parent, pause_memory, \
+             project, key, disk_mib, memory_mib) VALUES (?1, 'creating', ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, \
+             ?12, ?13, ?14, ?15, ?16)",
+        )?
+        .execute(rusqlite::params![
+            row.id.as_str(),
+            &row.template,
+            metadata,
+            row.access_token.as_ref().map(Token::expose),
+            row.allow_internet,
+            row.started_at.as_millisecond(),
+            row.ends_at.as_millisecond(),
+            row.traffic_token.as_ref().map(Token::expose),
+            if row.lifecycle.on_timeout == OnTimeout::Pause { "pause" } else { "kill" },
+            row.lifecycle.auto_resume,
+            row.parent.as_ref().map(SandboxId::as_str),
+            row.lifecycle.pause_mode.is_full(),
+            row.project.as_str(),
+            &row.key,
+            row.disk_mib,
+            row.memory_mib,
+        ])
+        .map(drop)
 }
 
 impl Database {
@@ -274,81 +334,50 @@ impl Database {
         Ok(Self(Db::open(path, MIGRATIONS)?))
     }
 
-    /// Records the intent to make a sandbox, and its idempotency key, in one transaction. Keys that are too old go.
-    /// `quota`: how many sandboxes of the same API key may run at one time; whether there was room for this one.
+    /// Records the intent to make sandboxes, when `quota` has room for all of them, their idempotency key and the entry of
+    /// the audit log, in one transaction.
     pub async fn begin(
         &self,
-        row: &SandboxRow,
-        key: Option<(String, String)>,
-        quota: Option<u32>,
-    ) -> Result<bool, Error> {
-        let row = row.clone();
-        let metadata = serde_json::to_string(&row.metadata).unwrap_or_default();
+        rows: &[SandboxRow],
+        key: Option<NewKey>,
+        quota: Option<Quota>,
+        audit: Option<AuditEntry>,
+    ) -> Result<Begun, Error> {
+        let rows: Vec<(SandboxRow, String)> = rows
+            .iter()
+            .map(|row| (row.clone(), serde_json::to_string(&row.metadata).unwrap_or_default()))
+            .collect();
         let now = jiff::Timestamp::now().as_millisecond();
+        let more = More {
+            creating: u32::try_from(rows.len()).unwrap_or(u32::MAX),
+            disk_mib: rows.iter().map(|(row, _)| u64::from(row.disk_mib)).sum(),
+            ..More::default()
+        };
         self.0
             .call(move |connection| {
                 let transaction = connection.transaction()?;
-                if let Some(quota) = quota
-                    && running(&transaction, &row.key)? >= quota
-                {
-                    return Ok(false);
+                if let Some(exceeded) = quota.map_or(Ok(None), |quota| quota.check(&transaction, more))? {
+                    return Ok(Begun::Exceeded(exceeded));
                 }
-                transaction
-                    .prepare_cached(
-                        "INSERT INTO sandboxes (id, state, template, metadata, access_token, allow_internet, \
-                         started_ms, ends_ms, traffic_token, on_timeout, auto_resume, parent, pause_memory, \
-                         project, key) VALUES (?1, 'creating', ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
-                    )?
-                    .execute((
-                        row.id.as_str(),
-                        &row.template,
-                        metadata,
-                        row.access_token.as_ref().map(Token::expose),
-                        row.allow_internet,
-                        row.started_at.as_millisecond(),
-                        row.ends_at.as_millisecond(),
-                        row.traffic_token.as_ref().map(Token::expose),
-                        if row.lifecycle.on_timeout == OnTimeout::Pause { "pause" } else { "kill" },
-                        row.lifecycle.auto_resume,
-                        row.parent.as_ref().map(SandboxId::as_str),
-                        row.lifecycle.pause_mode.is_full(),
-                        row.project.as_str(),
-                        &row.key,
-                    ))?;
-                if let Some((key, fingerprint)) = key {
-                    transaction
-                        .prepare_cached("DELETE FROM idempotency WHERE created_ms < ?1")?
-                        .execute([now - KEY_LIFE_MS])?;
-                    transaction
-                        .prepare_cached(
-                            "INSERT INTO idempotency (key, fingerprint, sandbox, created_ms) VALUES (?1, ?2, ?3, ?4)",
-                        )?
-                        .execute((key, fingerprint, row.id.as_str(), now))?;
+                for (row, metadata) in &rows {
+                    insert(&transaction, row, metadata)?;
                 }
-                transaction.commit().map(|()| true)
+                if let (Some(key), Some((first, _))) = (key, rows.first()) {
+                    answers::remember(&transaction, &key, first.id.as_str(), now)?;
+                }
+                let entry = audit.map(|entry| accounts::note(&transaction, &entry)).transpose()?;
+                transaction.commit().map(|()| Begun::Done(entry))
             })
             .await
     }
 
-    /// What is known of an idempotency key.
-    pub async fn key(&self, key: String) -> Result<Option<KeyRow>, Error> {
-        let oldest = jiff::Timestamp::now().as_millisecond() - KEY_LIFE_MS;
-        self.0
-            .call(move |connection| {
-                connection
-                    .prepare_cached(
-                        "SELECT fingerprint, reply FROM idempotency WHERE key = ?1 AND created_ms >= ?2",
-                    )?
-                    .query_row((key, oldest), |row| {
-                        Ok(KeyRow { fingerprint: row.get(0)?, reply: row.get(1)? })
-                    })
-                    .optional()
-            })
-            .await
-    }
-
-    /// Makes a sandbox visible, with the reply that its key gives from now on.
-    pub async fn commit(&self, live: &Live, reply: Option<String>) -> Result<(), Error> {
+    /// Makes a sandbox visible, with the reply that its key gives from now on, and notes in the audit log that it was made.
+    pub async fn commit(
+        &self,
+        live: &Live,
+        reply: Option<String>,
+        ended: Option<Ended>,
+    ) -> Result<(), Error> {
         let live = live.clone();
         self.0
             .call(move |connection| {
@@ -378,6 +407,9 @@ impl Database {
                     transaction
                         .prepare_cached("UPDATE idempotency SET reply = ?2 WHERE sandbox = ?1")?
                         .execute((live.sandbox.as_str(), reply))?;
+                }
+                if let Some(ended) = ended {
+                    accounts::note_end(&transaction, &ended)?;
                 }
                 transaction.commit()
             })
@@ -508,8 +540,8 @@ impl Database {
             .await
     }
 
-    /// Sandboxes of an API key that run, and when the first of them ends.
-    pub async fn running(&self, key: &str) -> Result<(u32, Option<jiff::Timestamp>), Error> {
+    /// When the first of the sandboxes ends that run with an API key.
+    pub async fn first_end(&self, key: &str) -> Result<Option<jiff::Timestamp>, Error> {
         let key = key.to_owned();
         self.0
             .call(move |connection| {
@@ -518,7 +550,7 @@ impl Database {
                         "SELECT MIN(ends_ms) FROM sandboxes WHERE key = ?1 AND state = 'running'",
                     )?
                     .query_row([&key], |row| row.get(0))?;
-                Ok((running(connection, &key)?, first.map(time).transpose()?))
+                first.map(time).transpose()
             })
             .await
     }
@@ -536,6 +568,20 @@ impl Database {
                             .map_err(|error: kelvin_api::id::ParseIdError| bad(error.into()))
                     })?
                     .collect()
+            })
+            .await
+    }
+
+    /// Forgets what was claimed by a server before this one.
+    pub async fn forget_claims(&self) -> Result<(), Error> {
+        self.0
+            .call(|connection| {
+                connection
+                    .execute(
+                        "UPDATE sandboxes SET claims = 0, pausing = 0 WHERE claims > 0 OR pausing > 0",
+                        [],
+                    )
+                    .map(drop)
             })
             .await
     }

@@ -15,12 +15,7 @@ fn client_of(server: &Server, key: &str) -> Client {
 }
 
 fn wanted(name: &str, project: &str) -> NewApiKey {
-    NewApiKey {
-        name: name.to_owned(),
-        project: project.parse().expect("a project"),
-        max_sandboxes: None,
-        requests_per_second: None,
-    }
+    NewApiKey { name: name.to_owned(), project: project.parse().expect("a project"), ..NewApiKey::default() }
 }
 
 /// Every route that is about one sandbox, with a body that is right.
@@ -320,7 +315,7 @@ async fn a_key_has_its_limits() {
     ];
     let (status, reply) = ask(&server, &Method::GET, "/files?path=/etc/hostname", &headers, "").await;
     assert_eq!(status, StatusCode::TOO_MANY_REQUESTS, "{reply}");
-    assert!(reply.contains("of this API key run already"), "{reply}");
+    assert!(reply.contains("sandboxes that this API key may have run already"), "{reply}");
     client.kill(&second.sandbox_id).await.expect("a kill");
     assert_eq!(sh(&agent_of(&client, &first), "echo awake").await, "awake\n", "room again");
     // Nobody else is held up.

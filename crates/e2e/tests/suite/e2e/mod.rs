@@ -19,4 +19,5 @@ mod restart;
 mod run;
 mod sdk;
 mod speed;
+mod tenants;
 mod warm;

@@ -1,0 +1,107 @@
+//! The entry of the audit log of one request.
+//!
+//! ```text
+//! written, status 0 ──> the change ──> status of the reply ──> the reply
+//! ```
+//!
+//! A create writes both in the transactions that it has anyway; every other change before and after. Nothing is changed
+//! when it cannot be written. Who writes: the task of the request. A crash leaves an entry with status 0.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use http::StatusCode;
+use kelvin_api::account::AuditEntry;
+use kelvin_api::error::{Failure, chain};
+
+use crate::accounts::Account;
+use crate::database::{Database, Ended};
+use crate::service::database_failed;
+
+/// The entry of a request that may change something.
+#[derive(Debug)]
+pub(crate) struct Audit {
+    entry: AuditEntry,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Its number, once it is written.
+    id: Option<i64>,
+    /// What the log says of its end.
+    ended: Option<(u16, String)>,
+}
+
+impl Audit {
+    /// Of what `caller` asks; not written yet.
+    pub fn new(caller: &Account, action: String, target: String) -> Self {
+        let entry = AuditEntry {
+            id: 0,
+            at: jiff::Timestamp::now(),
+            project: caller.project.to_string(),
+            key_id: caller.key.clone(),
+            action,
+            target,
+            status: 0,
+        };
+        Self { entry, state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes it.
+    ///
+    /// # Errors
+    /// When it cannot be written: then nothing may be changed.
+    pub async fn begin(&self, database: &Database) -> Result<(), Failure> {
+        let id = database.note(self.entry.clone()).await.map_err(database_failed)?;
+        self.state().id = Some(id);
+        Ok(())
+    }
+
+    /// The entry, for a transaction that writes it, about `target`.
+    pub fn to_begin(&self, target: &str) -> AuditEntry {
+        AuditEntry { target: target.to_owned(), ..self.entry.clone() }
+    }
+
+    /// It was written by a transaction.
+    pub fn begun(&self, id: Option<i64>) {
+        self.state().id = id;
+    }
+
+    /// How it ended, for a transaction that writes that.
+    pub fn to_end(&self, status: StatusCode, target: &str) -> Option<Ended> {
+        let id = self.state().id?;
+        Some(Ended { entry: id, status: status.as_u16(), target: target.to_owned() })
+    }
+
+    /// That was written.
+    pub fn ended(&self, ended: Option<Ended>) {
+        if let Some(Ended { status, target, .. }) = ended {
+            self.state().ended = Some((status, target));
+        }
+    }
+
+    /// Writes what is still to be written, before the reply: `target` when it is another than the path says.
+    pub async fn end(&self, database: &Database, status: StatusCode, target: Option<String>) {
+        let target = target.unwrap_or_else(|| self.entry.target.clone());
+        let (id, known) = {
+            let state = self.state();
+            (state.id, state.ended.clone())
+        };
+        let written = match id {
+            Some(_) if known == Some((status.as_u16(), target.clone())) => return,
+            Some(entry) => database.note_end(Ended { entry, status: status.as_u16(), target }).await,
+            None => {
+                let entry = AuditEntry { status: status.as_u16(), target, ..self.entry.clone() };
+                database.note(entry).await.map(drop)
+            }
+        };
+        if let Err(error) = written {
+            // The change is done, and its entry is there, with status 0: the log does not say how it ended.
+            tracing::error!(error = chain(&error), action = self.entry.action, "the audit log is not whole");
+        }
+    }
+}
