@@ -693,6 +693,14 @@ pub struct NodeInfo {
     /// Sandboxes that are paused.
     #[serde(default)]
     pub paused: u32,
+    /// Sandboxes that ran when the server started and whose VMM it is still taking over; they are listed and can be
+    /// killed.
+    #[serde(default)]
+    pub adopting: u32,
+    /// Sandboxes whose guest's agent did not answer when it was told last that it goes on: after a restart of the server or
+    /// a snapshot. They run on.
+    #[serde(default)]
+    pub silent: u32,
     /// Whether every pool of waiting VMMs and warm machines is at its target and nothing is being prepared or torn down.
     pub settled: bool,
     #[serde(rename = "memoryMB")]

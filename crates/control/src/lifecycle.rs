@@ -264,6 +264,7 @@ impl Inner {
             };
             children.push(Child {
                 sandbox: row.id.clone(),
+                project: row.project.clone(),
                 access_token: row.access_token.clone(),
                 traffic_token: row.traffic_token.clone(),
                 env_vars: env_vars.clone(),

@@ -98,7 +98,11 @@ impl Inner {
             })?;
             let running = self.driver.boot(&home.spec, kelvin_vmm::made()).await?;
             home.started(&self.keeper, running.key()).await?;
-            self.freeze(running, &home.spec, staged).await?;
+            tokio::select! {
+                frozen = self.freeze(running, &home.spec, staged) => frozen?,
+                // No guest holds up a node that stops.
+                () = self.hurry.cancelled() => return Err(Error::Stopping),
+            }
             let draft = Draft {
                 id: SnapshotId::random(),
                 mode: kelvin_api::sandbox::PauseMode::Full,

@@ -47,6 +47,9 @@ pub enum Error {
     /// Whoever is asked before says no.
     #[error("{0}")]
     Refused(Failure),
+    /// The server has started anew, and the sandbox's VMM does not answer it yet.
+    #[error("sandbox {0} is being adopted: its VMM does not answer yet")]
+    BeingAdopted(String),
     /// The sandbox is paused.
     #[error("sandbox {0} is paused")]
     Paused(String),
@@ -108,6 +111,14 @@ pub enum Error {
     Busy {
         /// Which one.
         sandbox: String,
+        /// The most.
+        limit: usize,
+    },
+    /// Too many creates of one project wait for their turn.
+    #[error("{limit} creates of project {project} wait for their turn already")]
+    QueueFull {
+        /// Whose.
+        project: String,
         /// The most.
         limit: usize,
     },
@@ -190,6 +201,11 @@ impl From<Error> for Failure {
                 "sandbox_paused",
                 "resume it first: `kelvin sandbox resume`, or connect to it",
             ),
+            Error::BeingAdopted(_) => with(
+                Kind::Conflict,
+                "sandbox_being_adopted",
+                "try again; a sandbox whose VMM never answers can be killed",
+            ),
             Error::Unhealthy(_) => {
                 with(Kind::Conflict, "guest_unhealthy", "leave out requireHealthyGuest to pause it as it is")
             }
@@ -218,6 +234,9 @@ impl From<Error> for Failure {
                 "`kelvin doctor` says what a network needs; create the sandbox without network rules to have none",
             ),
             Error::Busy { .. } => with(Kind::Busy, "too_many_connections", "close some, or try again later"),
+            Error::QueueFull { .. } => {
+                with(Kind::Busy, "too_many_creates", "wait for some to end, or ask for fewer at one time")
+            }
             Error::PortClosed { .. } => with(
                 Kind::Unavailable,
                 "port_closed",

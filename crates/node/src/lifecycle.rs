@@ -67,6 +67,7 @@ fn child_of(source: &SandboxRecord, child: Child, snapshot: SnapshotId) -> Creat
     env_vars.extend(child.env_vars);
     Create {
         sandbox: child.sandbox,
+        project: child.project,
         base: Base::Snapshot(snapshot),
         vcpus: None,
         memory_mib: None,

@@ -286,7 +286,12 @@ impl Inner {
             quiesce(&mut control).await?;
             Ok::<_, Error>(running.park().await.map_err(|(_, error)| error)?)
         };
-        match work.await {
+        let parked = tokio::select! {
+            parked = work => parked,
+            // No guest holds up a node that stops.
+            () = self.hurry.cancelled() => Err(Error::Stopping),
+        };
+        match parked {
             Ok(paused) => Ok(Parked { home, paused, control, lease, mac, since: Instant::now() }),
             Err(error) => {
                 self.keeper.release_or_log(&home.spec, Some(key)).await;

@@ -28,7 +28,15 @@ const MAX_LINE: u64 = 1 << 20;
 const MAX_EVENTS: usize = 64;
 /// Replies that nobody has taken: of commands that were given up.
 const MAX_REPLIES: usize = 8;
+/// How long a command may take.
 const LIMIT: Duration = Duration::from_secs(20);
+/// How long one may take that waits for the disk: QEMU writes back what the guest has written before it has stopped. A
+/// command that was given up is done all the same, so giving up early leaves a machine that stops when nobody expects it.
+const DISK_LIMIT: Duration = Duration::from_secs(300);
+
+fn limit_of(command: &str) -> Duration {
+    if matches!(command, "stop" | "xen-save-devices-state") { DISK_LIMIT } else { LIMIT }
+}
 
 /// What the reader has read and nobody has taken.
 #[derive(Debug, Default)]
@@ -82,6 +90,8 @@ pub struct Qmp {
     writer: OwnedWriteHalf,
     shared: Arc<Shared>,
     last_id: u64,
+    /// Whether a command was given up before all of it was written: what follows would be the rest of it.
+    is_cut: bool,
     guest_end: watch::Receiver<Option<GuestEnd>>,
 }
 
@@ -136,10 +146,10 @@ impl Qmp {
         let (sender, guest_end) = watch::channel(None);
         let shared = Arc::<Shared>::default();
         tokio::spawn(read(BufReader::new(reader), Arc::clone(&shared), sender));
-        let mut qmp = Self { writer, shared, last_id: 0, guest_end };
+        let mut qmp = Self { writer, shared, last_id: 0, is_cut: false, guest_end };
         let is_greeting = |value: &Value| value.get("QMP").is_some();
         let greeting = |inbox: &mut Inbox| inbox.replies.pop_front().filter(is_greeting);
-        within("the VMM's greeting", qmp.shared.wait(greeting)).await?;
+        within("the VMM's greeting", LIMIT, qmp.shared.wait(greeting)).await?;
         qmp.call("qmp_capabilities", json!({})).await?;
         Ok(qmp)
     }
@@ -170,7 +180,19 @@ impl Qmp {
         arguments: &Value,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<Value, Error> {
+        within(command, limit_of(command), self.exchange(command, arguments, fd)).await
+    }
+
+    async fn exchange(
+        &mut self,
+        command: &'static str,
+        arguments: &Value,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Value, Error> {
         let io = |source| Error::Io { what: "writing to the VMM", source };
+        if std::mem::replace(&mut self.is_cut, true) {
+            return Err(io(io::Error::other("the VMM did not take all of an earlier command")));
+        }
         self.last_id += 1;
         let id = self.last_id;
         let mut line =
@@ -191,6 +213,7 @@ impl Qmp {
                 .map_err(io)?;
         }
         self.writer.write_all(&line[sent..]).await.map_err(io)?;
+        self.is_cut = false;
         // What answers an earlier command came too late for it.
         let own = |inbox: &mut Inbox| {
             while let Some(reply) = inbox.replies.pop_front() {
@@ -200,7 +223,7 @@ impl Qmp {
             }
             None
         };
-        let mut reply = within(command, self.shared.wait(own)).await?;
+        let mut reply = self.shared.wait(own).await?;
         match reply.get("error") {
             None => Ok(reply["return"].take()),
             Some(error) => Err(Error::Refused {
@@ -226,14 +249,18 @@ impl Qmp {
             }
             None
         };
-        within(name, self.shared.wait(wanted)).await
+        within(name, LIMIT, self.shared.wait(wanted)).await
     }
 }
 
-async fn within<T>(what: &'static str, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    match tokio::time::timeout(LIMIT, work).await {
+async fn within<T>(
+    what: &'static str,
+    limit: Duration,
+    work: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    match tokio::time::timeout(limit, work).await {
         Ok(result) => result,
-        Err(_) => Err(Error::Deadline { what, after: LIMIT, detail: "the VMM did not answer".to_owned() }),
+        Err(_) => Err(Error::Deadline { what, after: limit, detail: "the VMM did not answer".to_owned() }),
     }
 }
 
@@ -278,6 +305,29 @@ mod tests {
             while ended.changed().await.is_ok() {}
             assert_eq!(*ended.borrow(), end, "{reason}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_disk_costs_a_pause_and_a_save_time_and_nothing_else() {
+        for command in ["stop", "xen-save-devices-state"] {
+            let (mut qmp, mut theirs) = pair().await;
+            let written_back = async {
+                tokio::time::sleep(Duration::from_secs(60)).await;
+                theirs.write_all(b"{\"return\": {}, \"id\": 2}\n").await.unwrap();
+            };
+            let (stopped, ()) = tokio::join!(qmp.call(command, json!({})), written_back);
+            stopped.unwrap_or_else(|error| panic!("{command}: {error}"));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_vmm_that_takes_no_command_has_a_limit_and_gets_no_half_of_one() {
+        let (mut qmp, _theirs) = pair().await;
+        let long = json!({ "text": "x".repeat(4 << 20) });
+        let started = tokio::time::Instant::now();
+        assert!(matches!(qmp.call("query-status", long).await, Err(Error::Deadline { .. })));
+        assert_eq!(started.elapsed(), LIMIT);
+        assert!(matches!(qmp.call("cont", json!({})).await, Err(Error::Io { .. })));
     }
 
     #[tokio::test]
