@@ -574,7 +574,6 @@ impl Node {
                 return killed;
             }
         }
-        Err(Error::Unknown(id.to_string()))
     }
 
     /// Whether what was done with the sandbox came to `result` only because it was paused or resumed between the look for

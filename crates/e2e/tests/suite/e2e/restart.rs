@@ -178,8 +178,7 @@ async fn silent_guests_delay_no_end_and_no_other_project() {
     let key = NewApiKey {
         name: "others".into(),
         project: "others".parse().expect("a project"),
-        max_sandboxes: None,
-        requests_per_second: None,
+        ..NewApiKey::default()
     };
     let key = client.create_key(&key).await.expect("a key").key;
     let others = Client::new(server.url(), Token::from_secret(key)).expect("a client");
