@@ -29,16 +29,6 @@ const STOP: Duration = Duration::from_secs(5);
 /// The longest answer of a launcher, in bytes.
 const MAX_LAUNCHED: u64 = 8 << 10;
 
-/// Lets this process have as many descriptors as it may: each slot and each connection takes some, and the usual
-/// limit is for programs that use `select`.
-pub fn allow_descriptors() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let most = getrlimit(Resource::Nofile).maximum;
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }) {
-        tracing::warn!(%error, "the limit of descriptors stays as it is");
-    }
-}
-
 /// Makes this process the parent of what its own children leave behind, so that it is reaped: a jailed program is
 /// started by a launcher that ends.
 ///

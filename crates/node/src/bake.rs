@@ -17,6 +17,7 @@ use kelvin_api::guest::Request;
 use kelvin_api::id::SnapshotId;
 use kelvin_api::id::Token;
 use kelvin_api::units::Shape;
+use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_store::image::Template;
 use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
 use kelvin_vmm::control::Control;
@@ -51,6 +52,7 @@ impl Inner {
             return Err(Error::Stopping);
         }
         let amount = Amount::machine(shape);
+        let _descriptors = Budget::of_process().take(MACHINE)?;
         self.capacity().hold(amount)?;
         let started = std::time::Instant::now();
         tracing::info!(template = %template.name, memory = %shape.memory_mib, "baking");

@@ -23,6 +23,7 @@ use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{PauseMode, StartPath};
 use kelvin_api::units::{MemoryMib, Shape};
 use kelvin_host::clock::Stamp;
+use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_host::net::Slot;
 use kelvin_store::identity::Identity;
 use kelvin_store::image::Template;
@@ -138,6 +139,7 @@ impl Inner {
         };
         let machine_id = machine_id.map_or_else(random_bytes, Ok)?;
         let amount = Amount::machine(shape);
+        let _descriptors = Budget::of_process().take(MACHINE)?;
         self.reserve(&request, shape, amount)?;
         let mut attempt = Attempt {
             inner: self,

@@ -27,6 +27,9 @@ pub enum Error {
         /// How much is free.
         free: u64,
     },
+    /// This process has too few descriptors left for something new.
+    #[error("{0}")]
+    Descriptors(kelvin_host::descriptors::Exhausted),
     /// A sandbox with that id exists.
     #[error("sandbox {0} exists already")]
     Exists(String),
@@ -177,6 +180,22 @@ pub enum Error {
     Vmm(#[from] kelvin_vmm::Error),
 }
 
+/// The refusal of whatever would need descriptors that are not there.
+pub fn no_descriptors(exhausted: &kelvin_host::descriptors::Exhausted) -> Failure {
+    Failure::new(
+        Kind::Exhausted,
+        "descriptors_exhausted",
+        exhausted.to_string(),
+        "try again later; the operator raises the limit of the server (LimitNOFILE= of its unit, or ulimit -Hn)",
+    )
+}
+
+impl From<kelvin_host::descriptors::Exhausted> for Error {
+    fn from(exhausted: kelvin_host::descriptors::Exhausted) -> Self {
+        Self::Descriptors(exhausted)
+    }
+}
+
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let text = error.to_string();
@@ -191,6 +210,7 @@ impl From<Error> for Failure {
                 "capacity_exhausted",
                 "kill sandboxes that are not needed, ask for less, or try again later",
             ),
+            Error::Descriptors(ref exhausted) => no_descriptors(exhausted),
             Error::Exists(_) => with(Kind::Conflict, "sandbox_exists", "use another id"),
             Error::Changing(_) => with(Kind::Conflict, "sandbox_changing", "try again"),
             Error::Unknown(_) => {

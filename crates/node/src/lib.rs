@@ -32,8 +32,8 @@ mod record;
 mod sandbox;
 mod snapshots;
 mod traffic;
-mod verify;
 mod turns;
+mod verify;
 mod warm;
 
 use std::any::Any;
@@ -64,7 +64,7 @@ use tokio_util::task::TaskTracker;
 pub use agent::{Body, SendError};
 use capacity::Capacity;
 use create::Seed;
-pub use error::Error;
+pub use error::{Error, no_descriptors};
 use home::{Groups, Keeper};
 pub use link::Stream;
 use mail::Urgent;

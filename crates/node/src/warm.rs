@@ -22,6 +22,7 @@ use kelvin_api::error::chain;
 use kelvin_api::guest::{Activation, Request};
 use kelvin_api::id::{TemplateName, Token};
 use kelvin_api::sandbox::{EnvVars, PoolInfo, SetPool};
+use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_host::net::Slot;
 use kelvin_vmm::Paused;
 use kelvin_vmm::control::Control;
@@ -245,6 +246,7 @@ impl Inner {
 
     async fn fill_warm(&self, pool: &Arc<Pool>) -> Result<(), Error> {
         let amount = Amount::machine(manifest_shape(&pool.snapshot.manifest));
+        let _descriptors = Budget::of_process().take_spare(MACHINE)?;
         self.capacity().hold(amount)?;
         // Given back until it is parked: a machine that is being made cannot be evicted, and must not be in the way of a
         // request meanwhile.

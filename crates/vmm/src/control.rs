@@ -17,6 +17,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use crate::Error;
+use crate::hostile::{Pace, told};
 
 /// The longest greeting of a VMM, in bytes.
 const MAX_GREETING: usize = 32;
@@ -157,7 +158,7 @@ impl Control {
                 self.frame = Vec::new();
                 Ok(Done { wall_clock_ns, worked: Duration::from_micros(worked_us.into()), http_waiting })
             }
-            Ok(Ok(Reply::Failed(reason))) => Err(Error::Agent { what, reason }),
+            Ok(Ok(Reply::Failed(reason))) => Err(Error::Agent { what, reason: told(&reason) }),
             Ok(Err(error)) => Err(error),
             Err(_) => {
                 Err(Error::Deadline { what, after: limit, detail: "the agent did not answer".to_owned() })
@@ -241,6 +242,7 @@ impl Link {
             self.unsent.drain(..written);
         }
         self.unsent = Vec::new();
+        let mut pace = Pace::default();
         loop {
             if self.dialed.greets {
                 if let Some(length) = greeting_length(&self.heard).map_err(io)? {
@@ -252,6 +254,8 @@ impl Link {
                 if answered == id {
                     return Ok(reply);
                 }
+                // What answers nothing that is asked is read no faster than this.
+                pace.after(frame.len()).await;
                 continue;
             }
             if self.dialed.stream.read_buf(&mut self.heard).await.map_err(io)? == 0 {
@@ -439,5 +443,73 @@ mod tests {
         assert!(greeting_length(&[b'x'; MAX_GREETING]).is_err());
         assert!(greeting_length(b"NO 1\n").is_err());
         assert_eq!(greeting_length(b"OK").unwrap(), None);
+    }
+}
+
+#[cfg(test)]
+mod floods {
+    use super::*;
+
+    /// A guest whose end of the only connection the test has.
+    #[derive(Debug)]
+    struct Once(std::sync::Mutex<Option<UnixStream>>);
+
+    #[async_trait]
+    impl Dial for Once {
+        async fn dial(&self) -> Result<Dialed, Error> {
+            let stream = self.0.lock().unwrap().take();
+            Ok(Dialed {
+                stream: stream.ok_or_else(|| io(std::io::ErrorKind::NotFound.into()))?,
+                greets: false,
+            })
+        }
+
+        async fn connect(&self) -> Result<UnixStream, Error> {
+            Err(io(std::io::ErrorKind::NotFound.into()))
+        }
+    }
+
+    fn control() -> (Control, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (Control::new(Arc::new(Once(Some(ours).into()))), theirs)
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_answers_what_nobody_asked_is_left_and_costs_little() {
+        let (mut control, mut theirs) = control();
+        let flood = tokio::spawn(async move {
+            let frame = Reply::Failed("x".repeat(60_000)).encode(7).unwrap();
+            let mut sent = 0;
+            while theirs.write_all(&frame).await.is_ok() {
+                sent += frame.len();
+            }
+            sent
+        });
+        let limit = Duration::from_secs(1);
+        let answer = control.call("quiesce", &Request::Quiesce, limit).await;
+        assert!(matches!(answer, Err(Error::Deadline { .. })), "{answer:?}");
+        drop(control);
+        let sent = flood.await.unwrap();
+        assert!(sent < 40 << 20, "{sent} bytes were read in a second");
+    }
+
+    #[tokio::test]
+    async fn a_frame_that_is_too_long_is_refused_before_it_is_read() {
+        let (mut control, mut theirs) = control();
+        theirs.write_all(&u32::MAX.to_le_bytes()).await.unwrap();
+        let answer = control.call("quiesce", &Request::Quiesce, Duration::from_secs(20)).await;
+        assert!(matches!(answer, Err(Error::Malformed { .. })), "{answer:?}");
+    }
+
+    #[tokio::test]
+    async fn a_guests_reason_is_shown_in_part() {
+        let (mut control, mut theirs) = control();
+        let asked = control.post(&Request::Quiesce).await.unwrap();
+        let frame = Reply::Failed("\u{1b}]0;x".repeat(10_000)).encode(asked.0).unwrap();
+        theirs.write_all(&frame).await.unwrap();
+        match control.wait("quiesce", asked, Duration::from_secs(20)).await {
+            Err(Error::Agent { reason, .. }) => assert!(reason.len() <= 1000 && !reason.contains('\u{1b}')),
+            other => panic!("{other:?}"),
+        }
     }
 }

@@ -15,7 +15,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("node", &["egress", "vmm", "store", "host", "api"]),
     // `host` for its one SQLite thread; never `node`.
     ("control", &["store", "host", "api"]),
-    ("fuzz", &["api"]),
+    ("fuzz", &["api", "egress", "host", "store", "vmm"]),
     ("gateway", &["api"]),
     ("server", &["gateway", "control", "node", "api"]),
     ("client", &["api"]),

@@ -22,12 +22,17 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Notify, watch};
 
+use crate::hostile::{Pace, told};
 use crate::{Error, GuestEnd};
 
-const MAX_LINE: u64 = 1 << 20;
+/// The longest line: a console of 64 KiB whose every byte is escaped, and room.
+const MAX_LINE: u64 = 512 << 10;
+/// The longest event that is kept; those that are waited for have a few hundred bytes. What is parsed takes up to
+/// sixteen times as much memory as its text.
+const MAX_EVENT: usize = 4 << 10;
 const MAX_EVENTS: usize = 64;
 /// Replies that nobody has taken: of commands that were given up.
-const MAX_REPLIES: usize = 8;
+const MAX_REPLIES: usize = 2;
 /// How long a command may take.
 const LIMIT: Duration = Duration::from_secs(20);
 /// How long one may take that waits for the disk: QEMU writes back what the guest has written before it has stopped. A
@@ -101,8 +106,9 @@ async fn read(
     shared: Arc<Shared>,
     guest_end: watch::Sender<Option<GuestEnd>>,
 ) {
-    let mut line = Vec::new();
+    let (mut line, mut pace) = (Vec::new(), Pace::default());
     let kind = loop {
+        pace.after(line.len()).await;
         line.clear();
         match (&mut reader).take(MAX_LINE).read_until(b'\n', &mut line).await {
             Ok(0) => break io::ErrorKind::UnexpectedEof,
@@ -115,6 +121,7 @@ async fn read(
         }
         let mut inbox = shared.inbox();
         match value.get("event") {
+            Some(_) if line.len() > MAX_EVENT => {}
             Some(_) => keep(&mut inbox.events, value, MAX_EVENTS),
             None => keep(&mut inbox.replies, value, MAX_REPLIES),
         }
@@ -228,7 +235,7 @@ impl Qmp {
             None => Ok(reply["return"].take()),
             Some(error) => Err(Error::Refused {
                 command,
-                reason: error["desc"].as_str().unwrap_or("no reason given").to_owned(),
+                reason: told(error["desc"].as_str().unwrap_or("no reason given")),
             }),
         }
     }
@@ -339,5 +346,47 @@ mod tests {
         theirs.write_all(b"{\"return\": 7, \"id\": 2}\n").await.unwrap();
         assert_eq!(qmp.call("cont", json!({})).await.unwrap(), 7);
         assert!(qmp.shared.inbox().events.len() <= MAX_EVENTS);
+    }
+
+    #[tokio::test]
+    async fn what_a_vmm_says_takes_little_memory_and_time() {
+        let (qmp, mut theirs) = pair().await;
+        let began = tokio::time::Instant::now();
+        // Lines that take the most memory once they are parsed, as many as are read within a second.
+        let zeros = format!("[{}0]", "0,".repeat(100_000));
+        let (event, reply) =
+            (format!("{{\"event\":\"X\",\"data\":{zeros}}}\n"), format!("{{\"return\":{zeros}}}\n"));
+        let flood = async {
+            let mut sent = 0;
+            loop {
+                theirs.write_all(event.as_bytes()).await.unwrap();
+                theirs.write_all(reply.as_bytes()).await.unwrap();
+                sent += event.len() + reply.len();
+                if began.elapsed() > Duration::from_secs(1) {
+                    return sent;
+                }
+            }
+        };
+        let sent = flood.await;
+        assert!(sent < 40 << 20, "{sent} bytes were read in a second");
+        let inbox = qmp.shared.inbox();
+        assert!(inbox.events.is_empty(), "an event of 200 KB is kept");
+        assert!(inbox.replies.len() <= MAX_REPLIES);
+    }
+
+    #[tokio::test]
+    async fn a_line_without_an_end_ends_the_connection() {
+        let (mut qmp, mut theirs) = pair().await;
+        let flood = tokio::spawn(async move {
+            let mut sent = 0;
+            while theirs.write_all(&[b' '; 4096]).await.is_ok() {
+                sent += 4096;
+            }
+            sent
+        });
+        let refused = qmp.call("query-status", json!({})).await;
+        assert!(matches!(refused, Err(Error::Io { .. })), "{refused:?}");
+        drop(qmp);
+        assert!(flood.await.unwrap() < 4 << 20);
     }
 }
