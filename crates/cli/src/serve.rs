@@ -137,6 +137,7 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     let address = listener.local_addr().map_err(|error| Failed::other(&error))?;
     let secure = open_tls(&args).await?;
     let absolute = data_dir.canonicalize().map_err(|error| Failed::other(&error))?;
+    let limits = limits(&args);
     let (vmm, accelerator) = (args.vmm, options.accelerator);
     let driver = tokio::task::spawn_blocking(move || vmm::open(&vmm, &absolute, accelerator))
         .await
@@ -176,7 +177,7 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     announce(&data_dir, &address.to_string())?;
     crate::notify::ready();
     let service = server.service();
-    let door = Door::new(limits(&args), Arc::new(descriptor));
+    let door = Door::new(limits, Arc::new(descriptor));
     let stopping = async {
         stop.told().await;
         tracing::info!("stopping; sandboxes keep running");

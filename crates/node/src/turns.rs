@@ -129,6 +129,8 @@ mod tests {
 
     use super::*;
 
+    type Waiting<'a> = std::pin::Pin<Box<dyn Future<Output = Result<Turn, Error>> + 'a>>;
+
     fn project(name: &str) -> Project {
         name.parse().unwrap()
     }
@@ -138,8 +140,7 @@ mod tests {
         let turns = Turns::new(1);
         let (a, b, c) = (project("a"), project("b"), project("c"));
         let mut held = Some(turns.take(&a).await.unwrap());
-        let mut waiting: Vec<(String, std::pin::Pin<Box<dyn Future<Output = Result<Turn, Error>> + '_>>)> =
-            Vec::new();
+        let mut waiting: Vec<(String, Waiting<'_>)> = Vec::new();
         // A hundred of one project came first.
         for at in 0..100 {
             waiting.push((format!("a{at}"), Box::pin(turns.take(&a))));
