@@ -206,9 +206,9 @@ mod tests {
     fn every_target_is_found() {
         let here = root().join("crates/fuzz");
         let known = programs(&fs::read_to_string(here.join("Cargo.toml")).unwrap());
-        let sources = fs::list(&here.join("src")).unwrap();
+        let sources = fs::list(here.join("src")).unwrap();
         assert_eq!(known.len() + 1, sources.len(), "a program for each file but lib.rs: {known:?}");
-        for seeds in fs::list(&here.join("seeds")).unwrap() {
+        for seeds in fs::list(here.join("seeds")).unwrap() {
             let name = fs::name(&seeds).unwrap().to_owned();
             assert!(known.contains(&name), "{name} has seeds and is no target");
         }
