@@ -126,6 +126,7 @@ impl Ground {
             process: None,
             url: String::new(),
             stopped: false,
+            descriptors: None,
         };
         let guest = self.directory.join("guest");
         server.import("base", &guest.join("vmlinuz"), &guest.join("initrd"));
@@ -167,6 +168,8 @@ pub struct Server {
     process: Option<Child>,
     url: String,
     stopped: bool,
+    /// How many descriptors it may have from its next start on, when not as many as this process.
+    pub descriptors: Option<u64>,
 }
 
 impl Server {
@@ -218,7 +221,17 @@ impl Server {
 
     /// What a server would be started with.
     fn serve(&self, args: &[&str]) -> Command {
-        let mut command = self.command();
+        let mut command = match self.descriptors {
+            None => self.command(),
+            // By a shell: this process could lower its own limit and not raise it again.
+            Some(most) => {
+                let plain = self.command();
+                let mut limited = Command::new("sh");
+                limited.args(["-c", "ulimit -n \"$1\" && shift && exec \"$@\"", "sh", &most.to_string()]);
+                limited.arg(plain.get_program()).args(plain.get_args());
+                limited
+            }
+        };
         command.args(["serve", "--data-dir"]).arg(&self.data_dir).args(defaults(args)).args(args);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command
