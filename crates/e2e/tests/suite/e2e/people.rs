@@ -54,7 +54,10 @@ async fn exit_codes_copies_and_filters_are_what_people_expect() {
     assert_eq!(wrong.status.code(), Some(125), "{}", text(&wrong.stderr));
     assert_eq!(run(&mut server.cli(&["run", "-t", "nosuchtemplate", "--", "true"])).status.code(), Some(125));
 
-    // Ctrl-C, SIGTERM and a reader that goes away end what runs in the sandbox.
+    // Ctrl-C, SIGTERM and a reader that goes away end what runs in the sandbox. A signal that is caught here is no longer
+    // ignored there, as that of a shell's background job is.
+    let _caught =
+        tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt()).expect("a handler");
     let runs = async |what: &str| {
         let (code, ..) =
             agent.run(&shell(&format!("pgrep -f '{what}' >/dev/null")), 64).await.expect("it runs");

@@ -54,7 +54,7 @@ async fn a_restart_keeps_resumed_forked_and_silent_guests() {
     sh(&agent_of(&client, &resumed), "echo kept > /dev/shm/note").await;
     client.pause(resumed.sandbox_id.as_str()).await.expect("a pause");
     client.resume(resumed.sandbox_id.as_str(), 600).await.expect("a resume");
-    let two = ForkSandbox { count: Some(2), ..ForkSandbox::default() };
+    let two = ForkSandbox { count: Some(2), timeout: Some(600), ..ForkSandbox::default() };
     let (children, _) = client.fork(resumed.sandbox_id.as_str(), &two).await.expect("a fork");
     let children: Vec<Sandbox> = children.into_iter().map(|child| child.sandbox.expect("a child")).collect();
     let mut silent = Vec::new();
