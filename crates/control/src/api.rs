@@ -671,9 +671,10 @@ async fn node(State(control): State<Control>) -> Outcome {
 
 async fn collect(State(control): State<Control>, Query(query): Query<HashMap<String, String>>) -> Outcome {
     let dry_run = query.get("dryRun").is_some_and(|value| value == "true");
+    let before = control.inner.there().await?;
     let collected = control.inner.node.collect(dry_run).await?;
     if !dry_run {
-        control.inner.forget_owners().await?;
+        control.inner.forget_owners(before).await?;
     }
     Ok(json(StatusCode::OK, &collected))
 }

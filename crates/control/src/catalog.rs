@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::accounts::Account;
 use crate::api::{Outcome, Path, Query, Who, json, parse_required, read};
-use crate::database::{Owner, TagRow};
+use crate::database::TagRow;
 use crate::list::{PAGE, page_limit, with_next};
 use crate::openapi::{Api, op};
 use crate::service::{
@@ -259,15 +259,17 @@ impl Inner {
             .ok_or_else(|| unknown_template(name))
     }
 
-    /// Forgets whose the snapshots were that are gone.
-    pub(crate) async fn forget_owners(&self) -> Result<(), Failure> {
-        // In this order: an owner is noted when its snapshot is there.
-        let owners = self.database.snapshot_owners().await.map_err(database_failed)?;
-        let there: HashSet<String> =
-            self.node.snapshots().await?.into_iter().map(|info| info.snapshot_id).collect();
-        let is_gone = |(id, owner): &(String, Owner)| !owner.is_being_taken && !there.contains(id);
-        for (id, _) in owners.into_iter().filter(is_gone) {
-            self.database.forget_snapshot(id).await.map_err(database_failed)?;
+    /// The ids of the snapshots that the node can open.
+    pub(crate) async fn there(&self) -> Result<HashSet<String>, Failure> {
+        Ok(self.node.snapshots().await?.into_iter().map(|info| info.snapshot_id).collect())
+    }
+
+    /// Forgets whose the snapshots were that were there `before` a removal and are gone now. One that cannot be opened today
+    /// was not there before either: it keeps its owner, and is its owner's again once it is mended.
+    pub(crate) async fn forget_owners(&self, before: HashSet<String>) -> Result<(), Failure> {
+        let there = self.there().await?;
+        for id in before.difference(&there) {
+            self.database.forget_snapshot(id.clone()).await.map_err(database_failed)?;
         }
         Ok(())
     }
@@ -348,8 +350,9 @@ async fn remove_snapshot(
     let cascade = query.get("cascade").is_some_and(|value| value == "true");
     let (bare, _) = split_tag(&name);
     let id = control.inner.snapshot_of(&caller, bare).await?.ok_or_else(|| no_snapshot(&name))?;
+    let before = control.inner.there().await?;
     control.inner.node.remove_snapshot(&id, cascade).await?;
-    control.inner.forget_owners().await?;
+    control.inner.forget_owners(before).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 

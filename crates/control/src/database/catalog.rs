@@ -23,8 +23,6 @@ pub struct NewSnapshot {
 pub struct Owner {
     pub project: String,
     pub name: Option<String>,
-    /// Whether it may not be there yet.
-    pub is_being_taken: bool,
 }
 
 /// One tag of a template.
@@ -178,11 +176,9 @@ impl Database {
         self.0
             .call(move |connection| {
                 connection
-                    .prepare("SELECT id, project, name, state = 'taking' FROM snapshots")?
+                    .prepare("SELECT id, project, name FROM snapshots")?
                     .query_map([], |row| {
-                        let owner =
-                            Owner { project: row.get(1)?, name: row.get(2)?, is_being_taken: row.get(3)? };
-                        Ok((row.get(0)?, owner))
+                        Ok((row.get(0)?, Owner { project: row.get(1)?, name: row.get(2)? }))
                     })?
                     .collect()
             })

@@ -10,7 +10,7 @@ mod power;
 mod quota;
 
 pub use answers::NewKey;
-pub use catalog::{NewSnapshot, Owner, TagRow};
+pub use catalog::{NewSnapshot, TagRow};
 pub use quota::{Claim, Exceeded, Limited, More, Quota};
 
 use std::path::Path;
