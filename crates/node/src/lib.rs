@@ -232,7 +232,7 @@ impl Inner {
         }
         let (store, wanted) = (self.store.clone(), name.clone());
         let template =
-            tokio::task::spawn_blocking(move || store.template(&wanted)).await.map_err(|error| {
+            kelvin_host::blocking::spawn(move || store.template(&wanted)).await.map_err(|error| {
                 Error::Io { what: "reading a template", source: std::io::Error::other(error) }
             })??;
         let template = Arc::new(template);
@@ -349,7 +349,7 @@ impl Node {
     /// When the data directory, the ledger or the VMM cannot be used.
     pub async fn open(options: Options, driver: Arc<dyn Driver>) -> Result<Self, Error> {
         let root = options.data_dir.clone();
-        let opened = tokio::task::spawn_blocking(move || {
+        let opened = kelvin_host::blocking::spawn(move || {
             let store = Store::open(&root, true)?;
             let (templates, snapshots) = (store.templates()?, store.snapshots()?);
             Ok::<_, Error>((store, templates, snapshots))
@@ -552,9 +552,11 @@ impl Node {
     /// `Store` when they cannot be read.
     pub async fn templates(&self) -> Result<Vec<(Template, jiff::Timestamp, Vec<TemplateSnapshot>)>, Error> {
         let store = self.inner.store.clone();
-        let templates = tokio::task::spawn_blocking(move || store.templates()).await.map_err(|error| {
-            Error::Io { what: "reading templates", source: std::io::Error::other(error) }
-        })??;
+        let templates =
+            kelvin_host::blocking::spawn(move || store.templates()).await.map_err(|error| Error::Io {
+                what: "reading templates",
+                source: std::io::Error::other(error),
+            })??;
         self.inner.know(&templates);
         let pools: Vec<Arc<Pool>> = lock(&self.inner.pools).values().cloned().collect();
         Ok(templates
@@ -687,7 +689,7 @@ impl Node {
                 .map(|pool| pool.snapshot_id()),
         );
         let store = self.inner.store.clone();
-        let garbage = tokio::task::spawn_blocking(move || store.collect(&in_use, dry_run)).await.map_err(
+        let garbage = kelvin_host::blocking::spawn(move || store.collect(&in_use, dry_run)).await.map_err(
             |error| Error::Io { what: "collecting garbage", source: std::io::Error::other(error) },
         )??;
         if !dry_run {

@@ -450,7 +450,7 @@ impl Inner {
         }
         rules.insert(template, rule);
         let (path, all) = (self.store.root().join(RULES), rules.clone());
-        let written = tokio::task::spawn_blocking(move || kelvin_store::write_json(&path, &all)).await;
+        let written = kelvin_host::blocking::spawn(move || kelvin_store::write_json(&path, &all)).await;
         written.map_err(|error| Error::Io {
             what: "remembering what is wanted of a pool",
             source: std::io::Error::other(error),
