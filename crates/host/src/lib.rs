@@ -7,6 +7,7 @@
 pub mod accel;
 pub mod blocking;
 pub mod cgroup;
+pub mod clock;
 pub mod cpu;
 pub mod datadir;
 pub mod db;
