@@ -33,7 +33,7 @@ mod snapshots;
 mod traffic;
 mod warm;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -82,12 +82,12 @@ pub(crate) struct Inner {
     driver: Arc<dyn Driver>,
     keeper: Keeper,
     capacity: Mutex<Capacity>,
-    sandboxes: Mutex<HashMap<SandboxId, Arc<Sandbox>>>,
-    paused: Mutex<HashMap<SandboxId, Arc<Paused>>>,
+    sandboxes: Mutex<BTreeMap<SandboxId, Arc<Sandbox>>>,
+    paused: Mutex<BTreeMap<SandboxId, Arc<Paused>>>,
     snapshots: Snapshots,
     creating: Mutex<BTreeSet<SandboxId>>,
     /// By identity digest.
-    pools: Mutex<HashMap<String, Arc<Pool>>>,
+    pools: Mutex<BTreeMap<String, Arc<Pool>>>,
     /// What operators want of warm machines, by template.
     rules: Mutex<BTreeMap<TemplateName, Rule>>,
     /// Held while they are changed and written.
@@ -95,7 +95,7 @@ pub(crate) struct Inner {
     /// Told when a target may have changed.
     warm_wanted: Notify,
     /// With what the file system said of the file when it was read.
-    templates: Mutex<HashMap<TemplateName, (TemplateStamp, Arc<Template>)>>,
+    templates: Mutex<BTreeMap<TemplateName, (TemplateStamp, Arc<Template>)>>,
     /// Set by whoever knows what owners may have.
     warden: OnceLock<Box<Warden>>,
     restores: Semaphore,
@@ -140,11 +140,11 @@ impl Inner {
         lock(&self.capacity)
     }
 
-    fn sandboxes(&self) -> MutexGuard<'_, HashMap<SandboxId, Arc<Sandbox>>> {
+    fn sandboxes(&self) -> MutexGuard<'_, BTreeMap<SandboxId, Arc<Sandbox>>> {
         lock(&self.sandboxes)
     }
 
-    fn paused_sandboxes(&self) -> MutexGuard<'_, HashMap<SandboxId, Arc<Paused>>> {
+    fn paused_sandboxes(&self) -> MutexGuard<'_, BTreeMap<SandboxId, Arc<Paused>>> {
         lock(&self.paused)
     }
 

@@ -187,7 +187,7 @@ impl Machine {
     pub(super) fn resume(&self) {
         self.state.send_modify(|state| state.running = true);
         if let Some(name) = self.seen().name {
-            self.lives.check(&name);
+            self.lives.check(&self.vm, &name);
         }
     }
 
@@ -227,7 +227,7 @@ impl Machine {
             state.frozen = false;
         });
         if let Some(name) = self.seen().name {
-            self.lives.check(&name);
+            self.lives.check(&self.vm, &name);
         }
         Ok(())
     }

@@ -14,6 +14,7 @@
 mod guest;
 mod machine;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -119,6 +120,8 @@ impl Script for () {
 #[derive(Default)]
 struct Lives {
     machines: Mutex<Vec<Arc<Machine>>>,
+    /// Who the guest of each machine was last.
+    names: Mutex<BTreeMap<VmId, String>>,
     violations: Mutex<Vec<String>>,
 }
 
@@ -128,7 +131,8 @@ impl Lives {
     }
 
     /// Notices when two guests are the same sandbox at one time.
-    fn check(&self, name: &str) {
+    fn check(&self, vm: &VmId, name: &str) {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.clone(), name.to_owned());
         let machines = self.machines.lock().unwrap_or_else(PoisonError::into_inner);
         let lives = machines.iter().filter(|machine| machine.lives_as(name)).count();
         if lives > 1 {
@@ -160,6 +164,11 @@ impl FakeDriver {
         let mut machines = self.lives.machines.lock().unwrap_or_else(PoisonError::into_inner);
         machines.retain(|machine| !machine.is_over());
         machines.iter().map(|machine| machine.seen()).collect()
+    }
+
+    /// Who the guest of a machine was last, also when it has ended.
+    pub fn name_of(&self, vm: &VmId) -> Option<String> {
+        self.lives.names.lock().unwrap_or_else(PoisonError::into_inner).get(vm).cloned()
     }
 
     /// What should never have been, in the order in which it was noticed.
