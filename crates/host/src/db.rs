@@ -47,7 +47,29 @@ impl Error {
 /// A cheap handle.
 #[derive(Clone)]
 pub struct Db {
-    jobs: mpsc::SyncSender<Job>,
+    jobs: Jobs,
+}
+
+/// The way to whoever has the connection.
+#[derive(Clone)]
+enum Jobs {
+    Thread(mpsc::SyncSender<Job>),
+    /// A task of the reactor, which waits before each.
+    #[cfg(feature = "testing")]
+    Task(tokio::sync::mpsc::UnboundedSender<(Duration, Job)>),
+}
+
+impl Jobs {
+    fn send(&self, job: Job) -> Result<(), Error> {
+        match self {
+            Self::Thread(jobs) => jobs.try_send(job).map_err(|_| Error::Gone),
+            #[cfg(feature = "testing")]
+            Self::Task(jobs) => match crate::testing::database() {
+                Some(crate::testing::Step::After(delay)) => jobs.send((delay, job)).map_err(|_| Error::Gone),
+                Some(crate::testing::Step::Fail) | None => Err(Error::Gone),
+            },
+        }
+    }
 }
 
 impl Db {
@@ -81,12 +103,25 @@ impl Db {
         }
         transaction.pragma_update(None, "user_version", known)?;
         transaction.commit()?;
+        #[cfg(feature = "testing")]
+        if crate::testing::is_virtual() {
+            let (jobs, mut queue) = tokio::sync::mpsc::unbounded_channel::<(Duration, Job)>();
+            tokio::spawn(async move {
+                while let Some((delay, job)) = queue.recv().await {
+                    if !delay.is_zero() {
+                        tokio::time::sleep(delay).await;
+                    }
+                    job(&mut connection);
+                }
+            });
+            return Ok(Self { jobs: Jobs::Task(jobs) });
+        }
         let (jobs, queue) = mpsc::sync_channel::<Job>(QUEUE);
         std::thread::Builder::new()
             .name("db".to_owned())
             .spawn(move || work(&mut connection, &queue))
             .map_err(|_| Error::Gone)?;
-        Ok(Self { jobs })
+        Ok(Self { jobs: Jobs::Thread(jobs) })
     }
 
     /// Runs `job` on the database's thread.
@@ -98,11 +133,9 @@ impl Db {
         job: impl FnOnce(&mut Connection) -> Result<T, rusqlite::Error> + Send + 'static,
     ) -> Result<T, Error> {
         let (sender, receiver) = oneshot::channel();
-        self.jobs
-            .try_send(Box::new(move |connection| {
-                let _ = sender.send(job(connection));
-            }))
-            .map_err(|_| Error::Gone)?;
+        self.jobs.send(Box::new(move |connection| {
+            let _ = sender.send(job(connection));
+        }))?;
         Ok(receiver.await.map_err(|_| Error::Gone)??)
     }
 }

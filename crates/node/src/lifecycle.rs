@@ -311,7 +311,7 @@ impl Node {
     /// None today; a store elsewhere will have some.
     pub async fn snapshots(&self) -> Result<Vec<SnapshotInfo>, Error> {
         let inner = Arc::clone(&self.inner);
-        let listed = tokio::task::spawn_blocking(move || {
+        let listed = kelvin_host::blocking::spawn(move || {
             inner.snapshots.kept().iter().filter_map(|snapshot| info(&inner, snapshot)).collect()
         });
         listed.await.map_err(|error| Error::Io { what: "listing", source: std::io::Error::other(error) })
@@ -384,7 +384,7 @@ impl Node {
                 return in_use(users);
             }
             let store = self.inner.store.clone();
-            tokio::task::spawn_blocking(move || store.discard_snapshot(&id))
+            kelvin_host::blocking::spawn(move || store.discard_snapshot(&id))
                 .await
                 .map_err(|error| Error::Io { what: "removing", source: std::io::Error::other(error) })??;
         }

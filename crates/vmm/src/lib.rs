@@ -20,6 +20,8 @@ pub mod guest_end;
 mod pages;
 mod process;
 pub mod qemu;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 use std::path::{Path, PathBuf};
 use std::pin::Pin;

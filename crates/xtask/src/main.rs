@@ -11,6 +11,7 @@ mod files;
 mod guest;
 mod kernel;
 mod kvm_host;
+mod mutate;
 mod package;
 mod package_test;
 mod packages;
@@ -39,6 +40,7 @@ const USAGE: &str = "usage: cargo xtask <command>
   other-release
             of the tests, those with Debian 13's QEMU, kernel and user space
   fuzz      the fuzz targets for a short while
+  mutate    whether the harness notices what is taken out of a copy: some minutes
   openapi   write openapi/kelvin.json anew
   down      stop it and everything that it owns
   in-root [--fresh] RELEASE -- CMD
@@ -165,6 +167,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         Some("guest") => guest::ensure().map(drop),
         Some("steps") => server::steps(),
         Some("fuzz") => suite::fuzz(),
+        Some("mutate") => mutate::run(),
         Some("openapi") => suite::write_openapi(),
         Some("build") => server::prepare().map(drop),
         Some("package") => package::package().map(drop),
