@@ -220,6 +220,8 @@ pub struct Scene {
     pub snapshot: String,
     /// What callers of the subject must show.
     pub token: String,
+    /// Requests that it took.
+    pub asked: usize,
 }
 
 /// How a case went.
@@ -328,7 +330,7 @@ async fn set(life: &Life, scenario: Scenario) -> Result<Scene, Broken> {
 }
 
 /// The request that a scenario tests.
-fn request(scenario: Scenario, scene: &Scene) -> Option<(Who, Ask)> {
+pub fn request(scenario: Scenario, scene: &Scene) -> Option<(Who, Ask)> {
     let subject = scene.subject.as_str();
     let ask = match scenario {
         Scenario::CreateClone => new_sandbox("base", Some("clone"), LONG, json!({})),
@@ -375,7 +377,7 @@ fn request(scenario: Scenario, scene: &Scene) -> Option<(Who, Ask)> {
 }
 
 /// The request beside it.
-fn beside(beside: Beside, scene: &Scene) -> Option<(Who, Ask)> {
+pub fn beside(beside: Beside, scene: &Scene) -> Option<(Who, Ask)> {
     let subject = match scene.subject.as_str() {
         "" => scene.bystander.as_str(),
         subject => subject,
@@ -427,6 +429,7 @@ async fn stop(life: &Life, course: &Course) {
 async fn first(life: Life, course: Course) -> Result<Ended, Broken> {
     let Course { case, faults, .. } = &course;
     let scene = set(&life, case.scenario).await?;
+    let scene = Scene { asked: life.client.book().all().len(), ..scene };
     course.facts.set_scene(scene.clone());
     match case.scenario {
         Scenario::AdoptStopped => {

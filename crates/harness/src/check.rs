@@ -73,6 +73,11 @@ impl Facts {
         self.state().scene = scene;
     }
 
+    /// What the case is about.
+    pub fn scene(&self) -> Scene {
+        self.state().scene.clone()
+    }
+
     /// A daemon was killed.
     pub fn killed(&self) {
         self.state().deaths += 1;
@@ -286,7 +291,9 @@ async fn files(life: &Life, facts: &Facts) {
                 if live.get(sandbox.as_str()) == Some(&SandboxState::Paused) {
                     paused.insert(sandbox.to_string());
                 }
+                // Children that were forked of it while it was paused run from it too.
                 live.contains_key(sandbox.as_str())
+                    || live.values().any(|state| *state == SandboxState::Running)
             }
             // Of any child that runs.
             Origin::Fork { .. } => live.values().any(|state| *state == SandboxState::Running),

@@ -135,6 +135,12 @@ pub struct Ask {
 }
 
 impl Ask {
+    /// Method and route, as the audit log has them.
+    pub fn action(&self) -> String {
+        let id = if self.route.starts_with("/snapshots") { "{name}" } else { "{id}" };
+        format!("{} {}", self.method, self.route.replace("{}", id))
+    }
+
     /// A request without a body.
     pub fn new(method: Method, route: &'static str, target: &str) -> Self {
         Self { method, route, target: target.to_owned(), body: Value::Null, headers: Vec::new() }
@@ -180,8 +186,7 @@ impl Client {
         let path = ask.route.replace("{}", &ask.target);
         let index = {
             let mut book = self.book.lock();
-            let id = if ask.route.starts_with("/snapshots") { "{name}" } else { "{id}" };
-            let action = format!("{} {}", ask.method, ask.route.replace("{}", id));
+            let action = ask.action();
             let sent =
                 Sent { who, action, target: ask.target.clone(), life: self.life, outcome: Outcome::Open };
             book.push(sent);
