@@ -313,8 +313,9 @@ impl Scripted {
         match self.0.step(place, None) {
             Decision::Go => HostStep::After(Duration::ZERO),
             Decision::After(delay) => HostStep::After(delay),
-            // A disk or a database has no guest: it fails.
-            Decision::Fail | Decision::Crash | Decision::Silence | Decision::PowerOff => HostStep::Fail,
+            // A disk or a database has no VMM and no guest: it fails, or takes its time.
+            Decision::Fail | Decision::Crash => HostStep::Fail,
+            Decision::Silence | Decision::PowerOff => HostStep::After(Duration::from_secs(2)),
         }
     }
 }

@@ -202,7 +202,7 @@ impl World {
         }
     }
 
-    /// Puts everything back to how a case begins; whether that can be done. What a case has left is a reason why not.
+    /// Puts everything back to how a case begins; whether that could be done, or the template's snapshot is gone.
     ///
     /// # Errors
     /// As the file system gives them.
@@ -215,9 +215,13 @@ impl World {
             std::fs::write(root.join(name), bytes)?;
         }
         let _ = std::fs::remove_file(root.join("pools.json"));
-        Ok(names(&root.join("snapshots")) == self.bakes
-            && names(&root.join("sandboxes")).is_empty()
-            && names(&root.join("staging")).is_empty())
+        for place in ["snapshots", "sandboxes", "staging"] {
+            let place = root.join(place);
+            for left in names(&place).difference(&self.bakes) {
+                std::fs::remove_dir_all(place.join(left))?;
+            }
+        }
+        Ok(names(&root.join("snapshots")) == self.bakes)
     }
 }
 
@@ -241,8 +245,8 @@ pub async fn open(
 }
 
 impl Life {
-    /// Waits until nothing is being prepared, torn down or followed any more; whether it came to that.
-    pub async fn settle(&self) -> bool {
+    /// Waits until nothing is being prepared, torn down or followed any more; whether it came to that within `limit`.
+    pub async fn settle_within(&self, limit: Duration) -> bool {
         let settled = async {
             loop {
                 if self.node.info().await.is_ok_and(|info| info.settled) {
@@ -251,9 +255,14 @@ impl Life {
                 tokio::time::sleep(LOOK).await;
             }
         };
-        let settled = tokio::time::timeout(SETTLE, settled).await.is_ok();
+        let settled = tokio::time::timeout(limit, settled).await.is_ok();
         tokio::time::sleep(BEHIND).await;
         settled
+    }
+
+    /// The same, for as long as it may take when something went wrong.
+    pub async fn settle(&self) -> bool {
+        self.settle_within(SETTLE).await
     }
 
     /// Deletes `what` as its owner.

@@ -36,6 +36,18 @@ const MUTATIONS: &[Mutation] = &[
         from: "        resources.push(Resource::Directory { path: spec.absolute() });\n",
         to: "",
     },
+    Mutation {
+        name: "the row that says whose a snapshot is",
+        file: "crates/control/src/database/catalog.rs",
+        from: "VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'taking')",
+        to: "SELECT ?1, ?2, ?3, ?4, ?5, ?6, 'taking' WHERE 0",
+    },
+    Mutation {
+        name: "the deadline of a guest's answer",
+        file: "crates/vmm/src/control.rs",
+        from: "match tokio::time::timeout(limit, self.answer(asked.0)).await {",
+        to: "match Ok::<_, ()>(self.answer(asked.0).await) {",
+    },
 ];
 
 /// The copy: what is in the repository, and what was changed since.
