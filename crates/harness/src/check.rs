@@ -503,25 +503,27 @@ pub async fn probe(life: &Life, facts: &Facts) {
     life.settle().await;
 }
 
-/// Ends every sandbox and every snapshot, each by its owner.
+/// Ends every sandbox and every snapshot, each by its owner; what is nobody's by whoever may.
 pub async fn end_all(life: &Life, facts: &Facts) {
-    for who in Who::ALL {
-        for (route, list, field) in [
-            ("/sandboxes/{}", "/v2/sandboxes?limit=100", "sandboxID"),
-            ("/snapshots/{}?cascade=true", "/snapshots", "snapshotID"),
-        ] {
-            let rows = life.client.get(who, list).await;
-            let ids = rows.as_array().into_iter().flatten().filter_map(|row| row[field].as_str());
-            let ids = ids.map(str::to_owned).collect::<Vec<String>>();
-            for id in &ids {
-                let status = life.delete(who, route, id).await;
-                facts.expect(matches!(status, 204 | 404), "end", || format!("{route} {id}: {status}"));
-            }
-            if field == "sandboxID" && !ids.is_empty() {
-                // A snapshot is not deleted while a machine of it runs.
-                life.settle().await;
-            }
-        }
+    let made = facts.made();
+    let mut any = false;
+    for live in life.node.live() {
+        let id = live.sandbox.to_string();
+        let owner = made.get(&id).copied().unwrap_or(Who::Admin);
+        let status = life.delete(owner, "/sandboxes/{}", &id).await;
+        facts.expect(matches!(status, 204 | 404), "end", || format!("deleting sandbox {id}: {status}"));
+        any = true;
+    }
+    if any {
+        // A snapshot is not deleted while a machine of it runs.
+        life.settle().await;
+    }
+    for info in life.node.snapshots().await.unwrap_or_default() {
+        let owner = made.get(info.sandbox_id.as_str()).copied().unwrap_or(Who::Blue);
+        let status = life.delete(owner, "/snapshots/{}?cascade=true", &info.snapshot_id).await;
+        facts.expect(matches!(status, 204 | 404), "end", || {
+            format!("deleting {}: {status}", info.snapshot_id)
+        });
     }
     facts.state().ended = true;
 }

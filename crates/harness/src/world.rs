@@ -30,7 +30,7 @@ const SETTLE: Duration = Duration::from_secs(600);
 /// How often it is looked whether it has; virtual time costs nothing.
 const LOOK: Duration = Duration::from_millis(100);
 /// How long the audit log and the control plane may be behind what they follow.
-const BEHIND: Duration = Duration::from_secs(1);
+const BEHIND: Duration = Duration::from_millis(300);
 
 /// What went wrong in a test itself.
 pub type Broken = Box<dyn std::error::Error + Send + Sync>;
