@@ -158,7 +158,7 @@ impl Mapped {
     /// where they are mapped.
     #[allow(unsafe_code)]
     fn is_as_left(&mut self) -> bool {
-        if self.lost || !self.here().is_some_and(|found| found.len() == self.content.len() as u64) {
+        if self.lost || self.here().is_none_or(|found| found.len() != self.content.len() as u64) {
             return false;
         }
         let mut held = vec![0; self.content.len()];

@@ -43,6 +43,43 @@ pub fn make_own(pid: i32, addresses: Range<usize>) -> io::Result<()> {
     Ok(())
 }
 
+/// The most ranges of one `process_vm_readv`. Source: Linux, `linux/uio.h`, `UIO_MAXIOV`.
+const MOST_RANGES: usize = 1024;
+
+/// Reads memory of `pid` at `addresses`, one range after the other, into `buffer`, which has room for just those.
+///
+/// # Errors
+/// `EPERM` for a process that is not this one's to read, `ESRCH` when it is gone, `UnexpectedEof` where nothing is mapped.
+#[allow(unsafe_code)]
+pub fn read_ranges(pid: i32, addresses: &[Range<u64>], buffer: &mut [u8]) -> io::Result<()> {
+    let mut rest = buffer;
+    for ranges in addresses.chunks(MOST_RANGES) {
+        let far = ranges
+            .iter()
+            .map(|range| {
+                let start = usize::try_from(range.start).map_err(io::Error::other)?;
+                let length = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
+                Ok(iovec { iov_base: std::ptr::without_provenance_mut(start), iov_len: length })
+            })
+            .collect::<io::Result<Vec<iovec>>>()?;
+        let length = far.iter().map(|far| far.iov_len).sum();
+        let (here, next) = std::mem::take(&mut rest)
+            .split_at_mut_checked(length)
+            .ok_or_else(|| io::Error::other("the buffer is too small"))?;
+        rest = next;
+        let near = iovec { iov_base: here.as_mut_ptr().cast(), iov_len: length };
+        let count = far.len() as libc::c_ulong;
+        // SAFETY: `near` is a slice of this process that nobody else uses; the kernel checks the other's addresses.
+        let read = unsafe { libc::process_vm_readv(pid, &near, 1, far.as_ptr(), count, 0) };
+        match usize::try_from(read) {
+            Ok(read) if read == length => {}
+            Ok(_) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(_) => return Err(io::Error::last_os_error()),
+        }
+    }
+    Ok(())
+}
+
 /// Of an entry of `/proc/PID/pagemap`. Source: Linux, `Documentation/admin-guide/mm/pagemap.rst`.
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;

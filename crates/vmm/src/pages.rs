@@ -70,15 +70,58 @@ fn copy(source: &File, target: &File) -> io::Result<()> {
     }
 }
 
-/// What [`begin_memory`] has copied: places in the file, ascending. The machine may have written there since.
+/// What [`begin_memory`] has copied, and found.
 #[derive(Debug, Default)]
-pub struct Ahead(Vec<Range<u64>>);
+pub struct Ahead {
+    /// Where the machine has mapped its memory: looked up once, its VMM does not move it.
+    parts: Option<Vec<Mapping>>,
+    /// Places in the file, ascending, and where in `bytes` theirs begin. The machine may have written there since.
+    places: Vec<(Range<u64>, usize)>,
+    bytes: Vec<u8>,
+}
 
 impl Ahead {
-    fn has(&self, at: u64) -> bool {
-        let next = self.0.partition_point(|range| range.end <= at);
-        self.0.get(next).is_some_and(|range| range.contains(&at))
+    /// What was copied of the page at `place`.
+    fn page(&self, place: u64) -> Option<&[u8]> {
+        let next = self.places.partition_point(|(range, _)| range.end <= place);
+        let (range, start) = self.places.get(next).filter(|(range, _)| range.start <= place)?;
+        let start = start + usize::try_from(place - range.start).ok()?;
+        self.bytes.get(start..start + PAGE_BYTES)
     }
+}
+
+/// A run of pages that are the machine's own.
+#[derive(Debug, Clone)]
+struct Run {
+    address: u64,
+    place: u64,
+    bytes: u64,
+}
+
+/// Reads what the machine has at `runs`, some at a time, and gives each batch with its bytes.
+fn read_runs(
+    pid: i32,
+    runs: &[Run],
+    mut take: impl FnMut(&[Run], &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let (mut buffer, mut rest) = (Vec::new(), runs);
+    while !rest.is_empty() {
+        let mut bytes = 0;
+        let fits = |run: &&Run| {
+            bytes += run.bytes;
+            bytes <= RUN
+        };
+        // None is longer than that.
+        let count = rest.iter().take_while(fits).count().max(1);
+        let (batch, next) = rest.split_at(count);
+        rest = next;
+        let addresses: Vec<_> = batch.iter().map(|run| run.address..run.address + run.bytes).collect();
+        let bytes: u64 = batch.iter().map(|run| run.bytes).sum();
+        buffer.resize(usize::try_from(bytes).map_err(io::Error::other)?, 0);
+        memory::read_ranges(pid, &addresses, &mut buffer)?;
+        take(batch, &buffer)?;
+    }
+    Ok(())
 }
 
 /// A copy of a snapshot's memory that shares its blocks.
@@ -86,8 +129,11 @@ pub fn clone_memory(from: &Path, to: &Path) -> io::Result<()> {
     copy(&File::open(from)?, &File::options().write(true).create_new(true).open(to)?)
 }
 
+/// The most that is copied ahead, in bytes: it is kept in memory, to be compared with.
+const AHEAD: u64 = 64 << 20;
+
 /// Does what can be done of [`save_memory`] while the machine still runs: a snapshot's file does not change, so its
-/// copy is made, and the pages laid over it that `pid` has written until now; pages on their way to a file that is the
+/// copy is made, and pages laid over it that `pid` has written until now; pages on their way to a file that is the
 /// memory itself are written.
 pub fn begin_memory(pid: i32, from: &Path, to: &Path, private: bool) -> io::Result<Ahead> {
     let source = File::open(from)?;
@@ -96,16 +142,27 @@ pub fn begin_memory(pid: i32, from: &Path, to: &Path, private: bool) -> io::Resu
     }
     let target = File::options().write(true).create_new(true).open(to)?;
     copy(&source, &target)?;
-    let memory = File::open(format!("/proc/{pid}/mem"))?;
-    let (mut buffer, mut ahead) = (Vec::new(), Vec::new());
-    own_pages(pid, from, |address, at, bytes| {
-        buffer.resize(usize::try_from(bytes).map_err(io::Error::other)?, 0);
-        memory.read_exact_at(&mut buffer, address)?;
-        ahead.push(at..at + bytes);
-        target.write_all_at(&buffer, at)
+    let parts = parts(pid, from)?;
+    let mut total = 0;
+    let fits = |run: &Run| {
+        total += run.bytes;
+        total <= AHEAD
+    };
+    let mut runs: Vec<Run> = own_runs(pid, &parts)?.into_iter().take_while(fits).collect();
+    runs.sort_by_key(|run| run.place);
+    let mut ahead = Ahead { parts: Some(parts), ..Ahead::default() };
+    read_runs(pid, &runs, |batch, bytes| {
+        let mut at = 0;
+        for run in batch {
+            let end = at + usize::try_from(run.bytes).map_err(io::Error::other)?;
+            target.write_all_at(&bytes[at..end], run.place)?;
+            ahead.places.push((run.place..run.place + run.bytes, ahead.bytes.len() + at));
+            at = end;
+        }
+        ahead.bytes.extend_from_slice(bytes);
+        Ok(())
     })?;
-    ahead.sort_by_key(|range| range.start);
-    Ok(Ahead(ahead))
+    Ok(ahead)
 }
 
 /// Writes the memory of the stopped machine `pid` to `to`, which [`begin_memory`] may have begun with `ahead`: a reflink
@@ -117,7 +174,7 @@ pub fn save_memory(
     from: &Path,
     to: &Path,
     private: bool,
-    ahead: &Ahead,
+    mut ahead: Ahead,
 ) -> io::Result<Option<u64>> {
     if !private {
         let source = File::open(from)?;
@@ -126,75 +183,63 @@ pub fn save_memory(
         copy(&source, &File::options().write(true).create_new(true).open(to)?)?;
         return Ok(None);
     }
-    let target = match File::options().read(true).write(true).open(to) {
+    let target = match File::options().write(true).open(to) {
         Ok(begun) => begun,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let target = File::options().read(true).write(true).create_new(true).open(to)?;
+            let target = File::options().write(true).create_new(true).open(to)?;
             copy(&File::open(from)?, &target)?;
             target
         }
         Err(error) => return Err(error),
     };
-    let memory = File::open(format!("/proc/{pid}/mem"))?;
-    let (mut now, mut then, mut own) = (Vec::new(), Vec::new(), Vec::new());
-    let copied = own_pages(pid, from, |address, at, bytes| {
-        let length = usize::try_from(bytes).map_err(io::Error::other)?;
-        own.push(at..at + bytes);
-        now.resize(length, 0);
-        memory.read_exact_at(&mut now, address)?;
-        let places = || (at..at + bytes).step_by(PAGE_BYTES);
-        let known: Vec<bool> = places().map(|place| ahead.has(place)).collect();
-        if known.contains(&true) {
-            then.resize(length, 0);
-            target.read_exact_at(&mut then, at)?;
-        }
-        let is_there = |page: usize| {
-            let bytes = page * PAGE_BYTES..(page + 1) * PAGE_BYTES;
-            known[page] && now[bytes.clone()] == then[bytes]
-        };
-        let mut page = 0;
-        while page < known.len() {
-            let first = page;
-            while page < known.len() && !is_there(page) {
-                page += 1;
+    let parts = ahead.parts.take().map_or_else(|| parts(pid, from), Ok)?;
+    let mut runs = own_runs(pid, &parts)?;
+    runs.sort_by_key(|run| run.place);
+    read_runs(pid, &runs, |batch, bytes| {
+        let mut pages = bytes.chunks_exact(PAGE_BYTES);
+        for run in batch {
+            let places = (run.place..run.place + run.bytes).step_by(PAGE_BYTES);
+            for (place, page) in places.zip(pages.by_ref()) {
+                if ahead.page(place) != Some(page) {
+                    target.write_all_at(page, place)?;
+                }
             }
-            if page > first {
-                let bytes = &now[first * PAGE_BYTES..page * PAGE_BYTES];
-                target.write_all_at(bytes, at + (first * PAGE_BYTES) as u64)?;
-            }
-            page += 1;
         }
         Ok(())
     })?;
-    own.sort_by_key(|range: &Range<u64>| range.start);
-    let own = Ahead(own);
-    let source = File::open(from)?;
-    // What the machine has given back since is the snapshot's again.
-    for place in ahead.0.iter().flat_map(|range| range.clone().step_by(PAGE_BYTES)) {
-        if !own.has(place) {
-            now.resize(PAGE_BYTES, 0);
-            source.read_exact_at(&mut now, place)?;
-            target.write_all_at(&now, place)?;
+    give_back(&ahead, &runs, from, &target)?;
+    Ok(Some(runs.iter().map(|run| run.bytes / PAGE).sum()))
+}
+
+/// What was copied ahead and is not the machine's own any more is the snapshot's again.
+fn give_back(ahead: &Ahead, runs: &[Run], from: &Path, target: &File) -> io::Result<()> {
+    let (mut source, mut page) = (None, [0; PAGE_BYTES]);
+    for place in ahead.places.iter().flat_map(|(range, _)| range.clone().step_by(PAGE_BYTES)) {
+        let next = runs.partition_point(|run| run.place + run.bytes <= place);
+        if runs.get(next).is_some_and(|run| run.place <= place) {
+            continue;
         }
+        let source = match &mut source {
+            Some(source) => source,
+            none => none.insert(File::open(from)?),
+        };
+        source.read_exact_at(&mut page, place)?;
+        target.write_all_at(&page, place)?;
     }
-    Ok(Some(copied))
+    Ok(())
 }
 
 /// How many pages the machine `pid` has written of the memory that it maps from `from`.
 pub fn count_own(pid: i32, from: &Path) -> io::Result<u64> {
-    own_pages(pid, from, |_, _, _| Ok(()))
+    Ok(own_runs(pid, &parts(pid, from)?)?.iter().map(|run| run.bytes / PAGE).sum())
 }
 
 /// The first pages, `most` at the most, that the machine `pid` has written of the memory that it maps from `from`, by
 /// their places in it.
 pub fn list_own(pid: i32, from: &Path, most: usize) -> io::Result<Vec<u64>> {
-    let mut pages = Vec::new();
-    own_pages(pid, from, |_, at, bytes| {
-        let left = most.saturating_sub(pages.len());
-        pages.extend((at..at + bytes).step_by(PAGE_BYTES).take(left));
-        Ok(())
-    })?;
-    Ok(pages)
+    let runs = own_runs(pid, &parts(pid, from)?)?;
+    let pages = runs.iter().flat_map(|run| (run.place..run.place + run.bytes).step_by(PAGE_BYTES));
+    Ok(pages.take(most).collect())
 }
 
 /// Gives the machine `pid`, which stands still, pages of its own where it has mapped `pages` of a file as `parts`. What
@@ -236,28 +281,21 @@ pub fn parts(pid: i32, from: &Path) -> io::Result<Vec<Mapping>> {
     Err(io::Error::new(io::ErrorKind::NotFound, what))
 }
 
-/// Calls `visit` for each run of pages that are the machine's own: address, place in the file, bytes. Returns how many
-/// pages there are.
-fn own_pages(
-    pid: i32,
-    from: &Path,
-    mut visit: impl FnMut(u64, u64, u64) -> io::Result<()>,
-) -> io::Result<u64> {
-    let parts = parts(pid, from)?;
+/// The runs of pages that are the machine's own, each of 4 MiB at most.
+fn own_runs(pid: i32, parts: &[Mapping]) -> io::Result<Vec<Run>> {
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
-    let mut total = 0;
+    let mut runs = Vec::new();
     for part in parts {
         for own in memory::own_ranges(&pagemap, part.start..part.end)? {
-            total += (own.end - own.start) / PAGE;
             let mut address = own.start;
             while address < own.end {
                 let bytes = RUN.min(own.end - address);
-                visit(address, part.offset + (address - part.start), bytes)?;
+                runs.push(Run { address, place: part.offset + (address - part.start), bytes });
                 address += bytes;
             }
         }
     }
-    Ok(total)
+    Ok(runs)
 }
 
 #[cfg(test)]
@@ -307,20 +345,26 @@ print(held[:].hex(), flush=True)
         // Saved with what was copied ahead, some of which is another by now, and some of which is not there any more.
         let saved = directory.path().join("saved");
         let ahead = begin_memory(pid, &path, &saved, true).unwrap();
-        assert!(ahead.has(7 * PAGE) && ahead.has(8 * PAGE) && !ahead.has(9 * PAGE));
+        assert_eq!(ahead.page(8 * PAGE), Some(&[9; PAGE_BYTES][..]));
+        assert_eq!(ahead.page(63 * PAGE), Some(&[64; PAGE_BYTES][..]));
+        assert_eq!(ahead.page(9 * PAGE), None);
         let file = File::options().write(true).open(&saved).unwrap();
+        // As if the machine had written the page at 7 since it was copied.
+        let mut ahead = ahead;
+        ahead.bytes[PAGE_BYTES..2 * PAGE_BYTES].fill(0xee);
         file.write_all_at(&[0xee; PAGE_BYTES], 7 * PAGE).unwrap();
         own_ahead(pid, &mapped, &[20 * PAGE]).unwrap();
-        assert_eq!(save_memory(pid, &path, &saved, true, &ahead).unwrap(), Some(5));
+        assert_eq!(save_memory(pid, &path, &saved, true, ahead).unwrap(), Some(5));
         assert_eq!(std::fs::read(&saved).unwrap(), bytes);
         // What was copied ahead and is not the machine's own any more is the snapshot's.
         file.write_all_at(&[0xee; PAGE_BYTES], 30 * PAGE).unwrap();
-        let more = Ahead(vec![0..PAGE, 30 * PAGE..31 * PAGE]);
-        assert_eq!(save_memory(pid, &path, &saved, true, &more).unwrap(), Some(5));
+        let places = vec![(0..PAGE, 0), (30 * PAGE..31 * PAGE, PAGE_BYTES)];
+        let more = Ahead { parts: None, places, bytes: vec![0; 2 * PAGE_BYTES] };
+        assert_eq!(save_memory(pid, &path, &saved, true, more).unwrap(), Some(5));
         assert_eq!(std::fs::read(&saved).unwrap(), bytes);
         // What was not copied ahead is written, whatever is there.
         file.write_all_at(&[0xee; PAGE_BYTES], 8 * PAGE).unwrap();
-        assert_eq!(save_memory(pid, &path, &saved, true, &Ahead::default()).unwrap(), Some(5));
+        assert_eq!(save_memory(pid, &path, &saved, true, Ahead::default()).unwrap(), Some(5));
         assert_eq!(std::fs::read(&saved).unwrap(), bytes);
 
         process.stdin.take().unwrap().write_all(b"\n").unwrap();

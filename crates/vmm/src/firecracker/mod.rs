@@ -686,7 +686,7 @@ impl Machine {
             let (parent, target) = (parent.filter(|_| again), own_memory.clone());
             // What it wrote before the last snapshot is in no log any more.
             move || match parent {
-                Some(parent) => pages::save_memory(pid, &parent, &target, true, &pages::Ahead::default()),
+                Some(parent) => pages::save_memory(pid, &parent, &target, true, pages::Ahead::default()),
                 None => Ok(None),
             }
         });

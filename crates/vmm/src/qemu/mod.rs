@@ -449,7 +449,7 @@ impl Machine {
         // Side by side: writing device state touches no page of the guest.
         let ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
         let copying =
-            tokio::task::spawn_blocking(move || pages::save_memory(pid, &from, &to, private, &ahead));
+            tokio::task::spawn_blocking(move || pages::save_memory(pid, &from, &to, private, ahead));
         let saved = self
             .qmp
             .lock()

@@ -87,9 +87,9 @@ async fn what_a_client_leaves_behind_has_an_owner_and_an_entry() {
         |action: &str| log.iter().filter(|entry| entry.action == action && entry.status == 201).count();
     let (taken, made) = (done("POST /sandboxes/{id}/snapshots"), done("POST /sandboxes"));
     println!("{taken} snapshots and {made} creates of clients that left");
-    assert!(taken >= 4 && made >= 5, "{log:?}");
+    assert!(taken >= 4 && made >= 4, "{log:?}");
     assert_eq!(blue.snapshots().await.expect("a list").len(), taken, "each has its owner");
-    assert_eq!(blue.list_all(&[]).await.expect("a list").len(), made);
+    assert_eq!(blue.list_all(&[]).await.expect("a list").len(), 1 + made);
     // Nobody else's: the server's own key is of the project `default`.
     assert_eq!(server.client().snapshots().await.expect("a list"), []);
     // Refusals are written down too, with what they were about.
@@ -218,6 +218,7 @@ async fn a_kill_wins_and_everything_else_takes_its_turn() {
     let server = ground.server("tenants-turns", &[]).await;
     server.bake(2).await;
     let client = server.client();
+    let idle = server.settle().await.memory_reserved_mb;
     // A kill beside a resume, at several instants of it: it has ended, whoever was first.
     for after in [0, 5, 20, 60] {
         let made = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
@@ -233,7 +234,7 @@ async fn a_kill_wins_and_everything_else_takes_its_turn() {
         assert_eq!(code_of(client.sandbox(id).await), "sandbox_not_found");
     }
     let node = server.node_when("nothing runs", |node| node.sandboxes == 0 && node.settled).await;
-    assert_eq!((node.paused, node.memory_reserved_mb), (0, 0), "{node:?}");
+    assert_eq!((node.paused, node.memory_reserved_mb), (0, idle), "{node:?}");
 
     // What comes during a pause waits for it, and finds what it left: never nothing.
     let made = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
