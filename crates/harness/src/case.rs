@@ -424,8 +424,10 @@ struct Course {
 
 /// How long the node may take to try again what it could not release.
 const REAPED: Duration = Duration::from_secs(65);
+/// How long a pause that nobody has asked for may take, whatever is slow or silent in it.
+const SLOWEST: Duration = Duration::from_secs(120);
 /// How long it is waited for rest where there is no room for everything that is wanted.
-const CROWDED: Duration = Duration::from_secs(30);
+const CROWDED: Duration = Duration::from_secs(200);
 
 /// Waits until a life has come to rest.
 async fn settle(life: &Life, course: &Course, otherwise: &str) {
@@ -437,6 +439,9 @@ async fn settle(life: &Life, course: &Course, otherwise: &str) {
     }
     if course.facts.is_hosts() {
         tokio::time::sleep(REAPED).await;
+    } else if course.case.scenario == Scenario::PauseAtDeadline && course.faults.hit().is_some() {
+        // No request is under way, and nothing tells that a sandbox is being paused.
+        tokio::time::sleep(SLOWEST).await;
     }
 }
 

@@ -18,12 +18,19 @@ pub struct Known {
 }
 
 /// Those that are known.
-pub const KNOWN: &[Known] = &[Known {
-    number: 13,
-    what: "a restart ends a sandbox whose guest does not answer",
-    is: |case, violation| {
-        violation.rule == "lost"
-            && matches!(case.plan.what, What::Silence | What::Slow(_))
-            && (case.scenario.is_start() || case.again != Again::No)
+pub const KNOWN: &[Known] = &[
+    Known {
+        number: 9,
+        what: "a silent or slow guest holds up another project's clone",
+        is: |_, violation| violation.rule == "slow neighbour",
     },
-}];
+    Known {
+        number: 13,
+        what: "a restart ends a sandbox whose guest does not answer",
+        is: |case, violation| {
+            violation.rule == "lost"
+                && matches!(case.plan.what, What::Silence | What::Slow(_))
+                && (case.scenario.is_start() || case.again != Again::No)
+        },
+    },
+];
