@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use kelvin_api::id::VmId;
+use kelvin_host::clock::{BootId, Source};
 use kelvin_host::testing::{Host, Step as HostStep};
 use kelvin_vmm::testing::{Call, FakeDriver, Script, Step};
 use tokio::sync::Notify;
@@ -327,5 +328,36 @@ impl Host for Scripted {
 
     fn database(&self) -> HostStep {
         self.host(Place::Database)
+    }
+}
+
+/// Boot time of the host that a case happens on: it goes on from one life of a daemon to the next.
+pub struct Time {
+    faults: Arc<Faults>,
+    boot: BootId,
+}
+
+impl Time {
+    /// That of the case of `faults`.
+    ///
+    /// # Errors
+    /// None but for a change of how the name of a boot is written.
+    pub fn of(faults: &Arc<Faults>) -> serde_json::Result<Self> {
+        Ok(Self { faults: Arc::clone(faults), boot: serde_json::from_value("harness".into())? })
+    }
+}
+
+impl Source for Time {
+    fn since_boot(&self) -> Duration {
+        Duration::from_secs(3600) + self.faults.now()
+    }
+
+    /// The real one: the control plane counts on no other.
+    fn wall(&self) -> jiff::Timestamp {
+        jiff::Timestamp::now()
+    }
+
+    fn boot(&self) -> BootId {
+        self.boot.clone()
     }
 }

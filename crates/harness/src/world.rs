@@ -10,6 +10,7 @@ use kelvin_api::error::chain;
 use kelvin_api::units::MemoryMib;
 use kelvin_control::ApiKey;
 use kelvin_host::accel::Accelerator;
+use kelvin_host::clock::Clock;
 use kelvin_host::testing::Virtual;
 use kelvin_node::Node;
 use kelvin_node::options::{Options, Rule};
@@ -21,7 +22,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::client::{Ask, BLUES, Book, Client, Keys, Who};
-use crate::faults::{Faults, Plan, Scripted, What};
+use crate::faults::{Faults, Plan, Scripted, Time, What};
 
 /// Memory of a machine, in MiB.
 pub const MEMORY: u32 = 128;
@@ -237,6 +238,7 @@ pub async fn open(
     book: Book,
     life: u32,
 ) -> Result<Life, Broken> {
+    let options = Options { clock: Some(Clock::of(Arc::new(Time::of(faults)?))), ..options };
     let node = Node::open(options, driver).await.map_err(|error| chain(&error))?;
     let key = ApiKey::open(&node.data_dir().join("api-key"))?;
     let server = Server::open(node.clone(), key, None).await.map_err(|error| chain(&error))?;

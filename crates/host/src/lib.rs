@@ -11,6 +11,7 @@ pub mod clock;
 pub mod cpu;
 pub mod datadir;
 pub mod db;
+pub mod descriptors;
 pub mod jail;
 pub mod kvm;
 pub mod ledger;

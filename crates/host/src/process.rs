@@ -29,16 +29,6 @@ const STOP: Duration = Duration::from_secs(5);
 /// The longest answer of a launcher, in bytes.
 const MAX_LAUNCHED: u64 = 8 << 10;
 
-/// Lets this process have as many descriptors as it may: each slot and each connection takes some, and the usual
-/// limit is for programs that use `select`.
-pub fn allow_descriptors() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let most = getrlimit(Resource::Nofile).maximum;
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }) {
-        tracing::warn!(%error, "the limit of descriptors stays as it is");
-    }
-}
-
 /// Makes this process the parent of what its own children leave behind, so that it is reaped: a jailed program is
 /// started by a launcher that ends.
 ///
@@ -380,27 +370,40 @@ fn start_time(pid: i32) -> io::Result<u64> {
 
 /// Processes whose command line has an argument equal to `marker`: how a process is found whose start
 /// the ledger announced, but whose pid it never learnt. Start-up only: it scans `/proc`.
-pub fn find_by_argument(marker: &str) -> Vec<ProcessKey> {
+///
+/// # Errors
+/// When `/proc` or an entry of it cannot be read: whether there is one is not known then.
+pub fn find_by_argument(marker: &str) -> io::Result<Vec<ProcessKey>> {
     #[cfg(feature = "testing")]
     {
         let fakes = crate::testing::FakeProcess::find_by_argument(marker);
         // A virtual host has no other processes, and looks through none.
         if !fakes.is_empty() || crate::testing::is_virtual() {
-            return fakes;
+            return Ok(fakes);
         }
     }
-    let Ok(entries) = std::fs::read_dir("/proc") else {
-        return Vec::new();
+    // Ended while it was looked at; or hidden from a server that is not root, and then somebody else's.
+    let is_not_ours = |error: &io::Error| {
+        matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied)
+            || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
     };
-    entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-        .filter(|pid| {
-            std::fs::read(format!("/proc/{pid}/cmdline"))
-                .is_ok_and(|line| line.split(|byte| *byte == 0).any(|argument| argument == marker.as_bytes()))
-        })
-        .filter_map(|pid| Some(ProcessKey { pid, start_time: start_time(pid).ok()? }))
-        .collect()
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+            continue;
+        };
+        let line = match std::fs::read(format!("/proc/{pid}/cmdline")) {
+            Err(error) if is_not_ours(&error) => continue,
+            line => line?,
+        };
+        if line.split(|byte| *byte == 0).any(|argument| argument == marker.as_bytes()) {
+            match start_time(pid) {
+                Err(error) if is_not_ours(&error) => {}
+                start_time => found.push(ProcessKey { pid, start_time: start_time? }),
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// Processes that work in `directory`, and those that are jailed in one of its `sandboxes/`: those that a node starts.
@@ -465,7 +468,7 @@ mod tests {
         let key = process.key();
         // It shows no arguments while it becomes its program, and its own children show the same for a moment.
         let started = std::time::Instant::now();
-        while find_by_argument("marker-a1") != [key] {
+        while find_by_argument("marker-a1").unwrap() != [key] {
             assert!(started.elapsed().as_secs() < 30, "it is not found");
             tokio::task::yield_now().await;
         }

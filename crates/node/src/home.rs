@@ -247,7 +247,10 @@ impl Keeper {
             // The start was announced, but its pid never noted.
             None => {
                 let marker = spec.marker();
-                kelvin_host::blocking::spawn(move || find_by_argument(&marker)).await.unwrap_or_default()
+                let found = kelvin_host::blocking::spawn(move || find_by_argument(&marker)).await;
+                found
+                    .unwrap_or_else(|error| Err(io::Error::other(error)))
+                    .map_err(|source| Error::Io { what: "looking for a VMM", source })?
             }
         };
         for key in keys {

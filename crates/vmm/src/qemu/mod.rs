@@ -11,7 +11,7 @@
 //! kept: a guest cannot fill a disk with either.
 
 mod firmware;
-mod qmp;
+pub(crate) mod qmp;
 
 use std::ffi::OsString;
 use std::fs::File;

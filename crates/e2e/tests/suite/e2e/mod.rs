@@ -15,6 +15,7 @@ mod isolation;
 mod lifecycle;
 mod network;
 mod people;
+mod restart;
 mod run;
 mod sdk;
 mod speed;
