@@ -20,9 +20,41 @@ const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
 fn random(length: usize) -> String {
     let mut bytes = [0_u8; 64];
     let bytes = &mut bytes[..length.min(64)];
+    #[cfg(feature = "testing")]
+    if testing::fill(bytes) {
+        return bytes.iter().map(|byte| char::from(ALPHABET[usize::from(byte & 31)])).collect();
+    }
     // The kernel's generator is up long before any of our code runs; a failure here means a broken host.
     getrandom::fill(bytes).expect("the kernel gives random bytes");
     bytes.iter().map(|byte| char::from(ALPHABET[usize::from(byte & 31)])).collect()
+}
+
+/// Ids that are the same each time, for tests that repeat exactly.
+#[cfg(feature = "testing")]
+pub mod testing {
+    use std::cell::Cell;
+
+    thread_local! {
+        static NEXT: Cell<Option<u64>> = const { Cell::new(None) };
+    }
+
+    /// From now on the ids of this thread follow from `seed`; `None` makes them random again.
+    pub fn seed(seed: Option<u64>) {
+        NEXT.set(seed);
+    }
+
+    /// Fills `bytes`, when there is a seed. Source: Steele et al., "Fast Splittable Pseudorandom Number Generators".
+    pub(super) fn fill(bytes: &mut [u8]) -> bool {
+        let Some(mut state) = NEXT.get() else { return false };
+        for byte in bytes {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            *byte = (mixed >> 56) as u8;
+        }
+        NEXT.set(Some(state));
+        true
+    }
 }
 
 macro_rules! id {

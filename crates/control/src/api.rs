@@ -2,7 +2,7 @@
 //! Kelvin's own.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
@@ -220,7 +220,9 @@ impl Control {
     /// The control API; every route but `/health` and `/openapi.json` asks for an API key.
     pub fn router(&self) -> Router {
         let api = routes();
-        let document = axum::body::Bytes::from(api.document().to_string());
+        // The same for every server of this program.
+        static DOCUMENT: OnceLock<Bytes> = OnceLock::new();
+        let document = DOCUMENT.get_or_init(|| Bytes::from(api.document().to_string())).clone();
         api.router
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)

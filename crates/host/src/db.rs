@@ -104,6 +104,9 @@ enum Jobs {
     Thread(mpsc::SyncSender<Job>),
     /// Where they are called.
     Caller(Box<Mutex<Writer>>),
+    /// On a task of the reactor, which waits before each.
+    #[cfg(feature = "testing")]
+    Task(tokio::sync::mpsc::UnboundedSender<(Duration, Job)>),
 }
 
 /// The connection that writes.
@@ -120,6 +123,10 @@ impl Db {
     /// # Errors
     /// As SQLite gives them; `Version` when the file is newer; `Sync` when the disk does not confirm.
     pub fn open(path: &Path, migrations: &'static [&'static str]) -> Result<Self, Error> {
+        #[cfg(feature = "testing")]
+        if crate::testing::is_virtual() {
+            return Self::open_on_task(path, migrations);
+        }
         let (writer, log) = prepare(path, migrations)?;
         let copier = connect(path)?;
         let progress = Arc::new(Progress::default());
@@ -134,6 +141,22 @@ impl Db {
         })?;
         spawn("db", Box::new(move || work(writer, &queue, &progress)))?;
         Ok(Self(Arc::new(Shared { jobs: Jobs::Thread(jobs), log, log_path: log_path(path) })))
+    }
+
+    /// The same, but jobs run on a task of the reactor, each when the virtual host says so.
+    #[cfg(feature = "testing")]
+    fn open_on_task(path: &Path, migrations: &'static [&'static str]) -> Result<Self, Error> {
+        let (mut writer, log) = prepare(path, migrations)?;
+        let (jobs, mut queue) = tokio::sync::mpsc::unbounded_channel::<(Duration, Job)>();
+        tokio::spawn(async move {
+            while let Some((delay, job)) = queue.recv().await {
+                if !delay.is_zero() {
+                    tokio::time::sleep(delay).await;
+                }
+                job(&mut writer.connection);
+            }
+        });
+        Ok(Self(Arc::new(Shared { jobs: Jobs::Task(jobs), log, log_path: log_path(path) })))
     }
 
     /// The same, but jobs run on the thread that calls, and so do checkpoints: for tests whose time is virtual. Calls
@@ -162,6 +185,18 @@ impl Db {
                     let _ = sender.send(job(connection));
                 }))
                 .map_err(|_| Error::Gone)?;
+                Ok(receiver.await.map_err(|_| Error::Gone)??)
+            }
+            #[cfg(feature = "testing")]
+            Jobs::Task(jobs) => {
+                let Some(crate::testing::Step::After(delay)) = crate::testing::database() else {
+                    return Err(Error::Gone);
+                };
+                let (sender, receiver) = oneshot::channel();
+                let job: Job = Box::new(move |connection| {
+                    let _ = sender.send(job(connection));
+                });
+                jobs.send((delay, job)).map_err(|_| Error::Gone)?;
                 Ok(receiver.await.map_err(|_| Error::Gone)??)
             }
             Jobs::Caller(writer) => {
@@ -200,6 +235,12 @@ impl Db {
             Jobs::Thread(_) => {
                 let log = Arc::clone(&self.0.log);
                 let synced = tokio::task::spawn_blocking(move || log.sync_data()).await;
+                synced.unwrap_or_else(|error| Err(io::Error::other(error)))
+            }
+            #[cfg(feature = "testing")]
+            Jobs::Task(_) => {
+                let log = Arc::clone(&self.0.log);
+                let synced = crate::blocking::spawn(move || log.sync_data()).await;
                 synced.unwrap_or_else(|error| Err(io::Error::other(error)))
             }
             Jobs::Caller(_) => self.0.log.sync_data(),

@@ -5,6 +5,7 @@
 //! next start reaps or adopts exactly those. `unsafe` is allowed here, each with its reason.
 
 pub mod accel;
+pub mod blocking;
 pub mod cgroup;
 pub mod clock;
 pub mod cpu;
@@ -17,3 +18,5 @@ pub mod ledger;
 pub mod memory;
 pub mod net;
 pub mod process;
+#[cfg(feature = "testing")]
+pub mod testing;

@@ -83,7 +83,15 @@ pub enum Network {
 #[derive(Debug)]
 pub struct Process {
     key: ProcessKey,
-    pidfd: AsyncFd<OwnedFd>,
+    held: Held,
+}
+
+/// What a process is held by.
+#[derive(Debug)]
+enum Held {
+    Pidfd(AsyncFd<OwnedFd>),
+    #[cfg(feature = "testing")]
+    Fake(std::sync::Arc<crate::testing::FakeProcess>),
 }
 
 impl Process {
@@ -162,7 +170,13 @@ impl Process {
         let key = ProcessKey { pid, start_time: start_time(pid)? };
         // SAFETY: the descriptor is owned by the `AsyncFd` and stays the same until it is dropped.
         let pidfd = unsafe { AsyncFd::register(pidfd) }?;
-        Ok(Self { key, pidfd })
+        Ok(Self { key, held: Held::Pidfd(pidfd) })
+    }
+
+    /// A process that is not the kernel's.
+    #[cfg(feature = "testing")]
+    pub fn fake(process: std::sync::Arc<crate::testing::FakeProcess>) -> Self {
+        Self { key: process.key(), held: Held::Fake(process) }
     }
 
     /// Takes over a process that was started by a former daemon.
@@ -170,6 +184,11 @@ impl Process {
     /// # Errors
     /// `NotFound` when it is gone, or its pid belongs to another process now.
     pub fn adopt(key: ProcessKey) -> io::Result<Self> {
+        #[cfg(feature = "testing")]
+        if key.pid < 0 {
+            let found = crate::testing::FakeProcess::find(key).ok_or(io::ErrorKind::NotFound)?;
+            return Ok(Self::fake(found));
+        }
         let process = Self::open(key.pid).map_err(|error| {
             if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) {
                 io::ErrorKind::NotFound.into()
@@ -198,7 +217,17 @@ impl Process {
     }
 
     fn signal(&self, signal: Signal) -> io::Result<()> {
-        match pidfd_send_signal(self.pidfd.get_ref(), signal) {
+        let pidfd = match &self.held {
+            Held::Pidfd(pidfd) => pidfd.get_ref(),
+            #[cfg(feature = "testing")]
+            Held::Fake(process) => {
+                if signal == Signal::KILL {
+                    process.kill();
+                }
+                return Ok(());
+            }
+        };
+        match pidfd_send_signal(pidfd, signal) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -210,13 +239,20 @@ impl Process {
     /// # Errors
     /// `TimedOut` when it does not; then it runs on. When it has ended. `ECHILD` for one that is nobody's here.
     pub async fn stop(&self) -> io::Result<()> {
+        let pidfd = match &self.held {
+            Held::Pidfd(pidfd) => pidfd.get_ref(),
+            #[cfg(feature = "testing")]
+            Held::Fake(process) if process.is_over() => return Err(io::Error::other("it has ended")),
+            #[cfg(feature = "testing")]
+            Held::Fake(_) => return Ok(()),
+        };
         let mut children = signal(SignalKind::child())?;
-        pidfd_send_signal(self.pidfd.get_ref(), Signal::STOP)?;
+        pidfd_send_signal(pidfd, Signal::STOP)?;
         let options =
             WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         let stopped = async {
             loop {
-                match waitid(WaitId::PidFd(self.pidfd.get_ref().as_fd()), options)? {
+                match waitid(WaitId::PidFd(pidfd.as_fd()), options)? {
                     Some(status) if status.stopped() => return Ok(()),
                     Some(_) => return Err(io::Error::other("it has ended")),
                     None => children.recv().await,
@@ -242,20 +278,27 @@ impl Process {
     /// Whether it has ended.
     pub fn is_over(&self) -> bool {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let mut fds = [PollFd::new(self.pidfd.get_ref(), PollFlags::IN)];
+        let pidfd = match &self.held {
+            Held::Pidfd(pidfd) => pidfd.get_ref(),
+            #[cfg(feature = "testing")]
+            Held::Fake(process) => return process.is_over(),
+        };
+        let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
         matches!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1..))
     }
 
     /// Waits until it has ended, and reaps it when it is a child of this daemon.
     pub async fn ended(&self) {
+        let pidfd = match &self.held {
+            Held::Pidfd(pidfd) => pidfd,
+            #[cfg(feature = "testing")]
+            Held::Fake(process) => return process.ended().await,
+        };
         // An error of the reactor leaves nothing to wait on; the caller then sees what is.
-        if let Ok(mut ready) = self.pidfd.readable().await {
+        if let Ok(mut ready) = pidfd.readable().await {
             ready.retain_ready();
         }
-        let _ = waitid(
-            WaitId::PidFd(self.pidfd.get_ref().as_fd()),
-            WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
-        );
+        let _ = waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
     }
 }
 
@@ -331,6 +374,14 @@ fn start_time(pid: i32) -> io::Result<u64> {
 /// # Errors
 /// When `/proc` or an entry of it cannot be read: whether there is one is not known then.
 pub fn find_by_argument(marker: &str) -> io::Result<Vec<ProcessKey>> {
+    #[cfg(feature = "testing")]
+    {
+        let fakes = crate::testing::FakeProcess::find_by_argument(marker);
+        // A virtual host has no other processes, and looks through none.
+        if !fakes.is_empty() || crate::testing::is_virtual() {
+            return Ok(fakes);
+        }
+    }
     // Ended while it was looked at; or hidden from a server that is not root, and then somebody else's.
     let is_not_ours = |error: &io::Error| {
         matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied)

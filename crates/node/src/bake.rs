@@ -116,7 +116,7 @@ impl Inner {
                 arguments: self.driver.layout(shape, network),
             };
             let (store, staged) = (self.store.clone(), staged.clone());
-            tokio::task::spawn_blocking(move || store.publish_snapshot(&staged, draft, Care::Hashed))
+            kelvin_host::blocking::spawn(move || store.publish_snapshot(&staged, draft, Care::Hashed))
                 .await
                 .map_err(|error| Error::Io { what: "publishing", source: std::io::Error::other(error) })?
                 .map_err(Error::from)
@@ -150,7 +150,7 @@ impl Inner {
         let paused = running.pause().await.map_err(|(_, error)| error)?;
         paused.save(&staged.join("memory"), &staged.join("state")).await?;
         let (from, to) = (spec.absolute().join("disk"), staged.join("disk"));
-        tokio::task::spawn_blocking(move || {
+        kelvin_host::blocking::spawn(move || {
             // Outstanding writes are in the file, not yet on the disk: flushed once, here.
             std::fs::File::open(&from)?.sync_all()?;
             kelvin_store::disk::clone_file(&from, &to)

@@ -70,7 +70,7 @@ async fn blocking<T: Send + 'static>(
     what: &'static str,
     work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
 ) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work)
+    kelvin_host::blocking::spawn(work)
         .await
         .unwrap_or_else(|error| Err(std::io::Error::other(error)))
         .map_err(|source| Error::Io { what, source })
@@ -145,7 +145,7 @@ impl Keeping {
     ) -> Result<Captured, Error> {
         self.inner.check_disk()?;
         let store = self.inner.store.clone();
-        let staged = tokio::task::spawn_blocking(move || store.stage()).await;
+        let staged = kelvin_host::blocking::spawn(move || store.stage()).await;
         let staged = staged.map_err(|error| Error::Io {
             what: "making a staging directory",
             source: std::io::Error::other(error),
@@ -315,7 +315,7 @@ impl Keeping {
             arguments: self.inner.driver.layout(record.shape, self.spec.network.is_some()),
         };
         let (store, staged) = (self.inner.store.clone(), staged.to_owned());
-        tokio::task::spawn_blocking(move || store.publish_snapshot(&staged, draft, care))
+        kelvin_host::blocking::spawn(move || store.publish_snapshot(&staged, draft, care))
             .await
             .map_err(|error| Error::Io { what: "publishing", source: std::io::Error::other(error) })?
             .map_err(Error::from)

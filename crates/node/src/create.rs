@@ -864,6 +864,7 @@ impl Inner {
         let mut control = running.control().await?;
         let limit = self.options.boot_deadline;
         tokio::select! {
+            biased;
             answer = control.call("booting", &Request::Ping, limit) => match answer {
                 Ok(_) => Ok(control),
                 Err(kelvin_vmm::Error::Deadline { what, after, .. }) => {

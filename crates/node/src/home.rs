@@ -214,7 +214,7 @@ impl Keeper {
         };
         let (directory, vm) = (spec.absolute(), spec.vm.clone());
         let home = Home { spec, vmm_entry };
-        let made = tokio::task::spawn_blocking(move || {
+        let made = kelvin_host::blocking::spawn(move || {
             if let Some((cgroups, limits)) = limits {
                 cgroups.create(&vm, &limits)?;
             }
@@ -224,7 +224,7 @@ impl Keeper {
         match made.unwrap_or_else(|error| Err(io::Error::other(error))) {
             Ok(()) => {
                 let disk = home.spec.absolute().join("disk");
-                let making = tokio::task::spawn_blocking(move || make_disk(&disk, user, &parent));
+                let making = kelvin_host::blocking::spawn(move || make_disk(&disk, user, &parent));
                 Ok((
                     home,
                     Box::pin(async { making.await.unwrap_or_else(|error| Err(io::Error::other(error))) }),
@@ -247,7 +247,7 @@ impl Keeper {
             // The start was announced, but its pid never noted.
             None => {
                 let marker = spec.marker();
-                let found = tokio::task::spawn_blocking(move || find_by_argument(&marker)).await;
+                let found = kelvin_host::blocking::spawn(move || find_by_argument(&marker)).await;
                 found
                     .unwrap_or_else(|error| Err(io::Error::other(error)))
                     .map_err(|source| Error::Io { what: "looking for a VMM", source })?
@@ -270,7 +270,7 @@ impl Keeper {
             removed.map_err(|source| Error::Io { what: "removing a machine's control group", source })?;
         }
         let directory = spec.absolute();
-        let removed = tokio::task::spawn_blocking(move || remove_directory(&directory)).await;
+        let removed = kelvin_host::blocking::spawn(move || remove_directory(&directory)).await;
         removed
             .unwrap_or_else(|error| Err(io::Error::other(error)))
             .map_err(|source| Error::Io { what: "removing a machine's directory", source })?;

@@ -37,7 +37,7 @@ mod verify;
 mod warm;
 
 use std::any::Any;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -98,12 +98,12 @@ pub(crate) struct Inner {
     driver: Arc<dyn Driver>,
     keeper: Keeper,
     capacity: Mutex<Capacity>,
-    sandboxes: Mutex<HashMap<SandboxId, Arc<Sandbox>>>,
-    paused: Mutex<HashMap<SandboxId, Arc<Paused>>>,
+    sandboxes: Mutex<BTreeMap<SandboxId, Arc<Sandbox>>>,
+    paused: Mutex<BTreeMap<SandboxId, Arc<Paused>>>,
     snapshots: Snapshots,
     creating: Mutex<BTreeSet<SandboxId>>,
     /// By identity digest.
-    pools: Mutex<HashMap<String, Arc<Pool>>>,
+    pools: Mutex<BTreeMap<String, Arc<Pool>>>,
     /// What operators want of warm machines, by template.
     rules: Mutex<BTreeMap<TemplateName, Rule>>,
     /// Held while they are changed and written.
@@ -111,7 +111,7 @@ pub(crate) struct Inner {
     /// Told when a target may have changed.
     warm_wanted: Notify,
     /// With what the file system said of the file when it was read.
-    templates: Mutex<HashMap<TemplateName, (TemplateStamp, Arc<Template>)>>,
+    templates: Mutex<BTreeMap<TemplateName, (TemplateStamp, Arc<Template>)>>,
     /// Set by whoever knows what owners may have.
     warden: OnceLock<Box<Warden>>,
     /// What lifetimes count on.
@@ -176,11 +176,11 @@ impl Inner {
         lock(&self.capacity)
     }
 
-    fn sandboxes(&self) -> MutexGuard<'_, HashMap<SandboxId, Arc<Sandbox>>> {
+    fn sandboxes(&self) -> MutexGuard<'_, BTreeMap<SandboxId, Arc<Sandbox>>> {
         lock(&self.sandboxes)
     }
 
-    fn paused_sandboxes(&self) -> MutexGuard<'_, HashMap<SandboxId, Arc<Paused>>> {
+    fn paused_sandboxes(&self) -> MutexGuard<'_, BTreeMap<SandboxId, Arc<Paused>>> {
         lock(&self.paused)
     }
 
@@ -291,7 +291,7 @@ impl Inner {
         }
         let (store, wanted) = (self.store.clone(), name.clone());
         let template =
-            tokio::task::spawn_blocking(move || store.template(&wanted)).await.map_err(|error| {
+            kelvin_host::blocking::spawn(move || store.template(&wanted)).await.map_err(|error| {
                 Error::Io { what: "reading a template", source: std::io::Error::other(error) }
             })??;
         let template = Arc::new(template);
@@ -408,7 +408,7 @@ impl Node {
     /// When the data directory, the ledger or the VMM cannot be used.
     pub async fn open(options: Options, driver: Arc<dyn Driver>) -> Result<Self, Error> {
         let root = options.data_dir.clone();
-        let opened = tokio::task::spawn_blocking(move || {
+        let opened = kelvin_host::blocking::spawn(move || {
             let store = Store::open(&root, true)?;
             let (templates, snapshots) = (store.templates()?, store.snapshots()?);
             Ok::<_, Error>((store, templates, snapshots))
@@ -666,9 +666,11 @@ impl Node {
     /// `Store` when they cannot be read.
     pub async fn templates(&self) -> Result<Vec<(Template, jiff::Timestamp, Vec<TemplateSnapshot>)>, Error> {
         let store = self.inner.store.clone();
-        let templates = tokio::task::spawn_blocking(move || store.templates()).await.map_err(|error| {
-            Error::Io { what: "reading templates", source: std::io::Error::other(error) }
-        })??;
+        let templates =
+            kelvin_host::blocking::spawn(move || store.templates()).await.map_err(|error| Error::Io {
+                what: "reading templates",
+                source: std::io::Error::other(error),
+            })??;
         self.inner.know(&templates);
         let pools: Vec<Arc<Pool>> = lock(&self.inner.pools).values().cloned().collect();
         Ok(templates
@@ -801,10 +803,9 @@ impl Node {
     pub async fn collect(&self, dry_run: bool) -> Result<Garbage, Error> {
         let used = self.inner.references().await?;
         let store = self.inner.store.clone();
-        let garbage =
-            tokio::task::spawn_blocking(move || store.collect(&used, dry_run)).await.map_err(|error| {
-                Error::Io { what: "collecting garbage", source: std::io::Error::other(error) }
-            })??;
+        let garbage = kelvin_host::blocking::spawn(move || store.collect(&used, dry_run)).await.map_err(
+            |error| Error::Io { what: "collecting garbage", source: std::io::Error::other(error) },
+        )??;
         if !dry_run {
             for id in garbage.snapshots.iter().filter_map(|id| id.parse().ok()) {
                 self.inner.snapshots.forget(&id);

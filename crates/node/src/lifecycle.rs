@@ -312,7 +312,7 @@ impl Node {
     /// None today; a store elsewhere will have some.
     pub async fn snapshots(&self) -> Result<Vec<SnapshotInfo>, Error> {
         let inner = Arc::clone(&self.inner);
-        let listed = tokio::task::spawn_blocking(move || {
+        let listed = kelvin_host::blocking::spawn(move || {
             inner.snapshots.kept().iter().filter_map(|snapshot| info(&inner, snapshot)).collect()
         });
         listed.await.map_err(|error| Error::Io { what: "listing", source: std::io::Error::other(error) })
@@ -352,7 +352,7 @@ impl Node {
         }
         // What cannot be read may descend from it.
         let store = self.inner.store.clone();
-        tokio::task::spawn_blocking(move || store.manifests()).await.map_err(|error| Error::Io {
+        kelvin_host::blocking::spawn(move || store.manifests()).await.map_err(|error| Error::Io {
             what: "reading manifests",
             source: std::io::Error::other(error),
         })??;
@@ -392,7 +392,7 @@ impl Node {
                 return in_use(users);
             }
             let store = self.inner.store.clone();
-            tokio::task::spawn_blocking(move || store.delete_snapshot(&id))
+            kelvin_host::blocking::spawn(move || store.delete_snapshot(&id))
                 .await
                 .map_err(|error| Error::Io { what: "removing", source: std::io::Error::other(error) })??;
         }

@@ -73,7 +73,7 @@ fn descriptors(sockets: Sockets) -> Vec<OwnedFd> {
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(io::Error::other(error)))
+    kelvin_host::blocking::spawn(work).await.unwrap_or_else(|error| Err(io::Error::other(error)))
 }
 
 impl Egress {

@@ -153,7 +153,7 @@ impl Inner {
         let (image, _lease) = self.image_of(paused)?;
         let (mut timings, mut since) = (Timings::default(), Instant::now());
         let store = self.store.clone();
-        let copied = tokio::task::spawn_blocking(move || {
+        let copied = kelvin_host::blocking::spawn(move || {
             let manifest = &image.manifest;
             let mode = if manifest.mode.is_full() { mode } else { PauseMode::Filesystem };
             let staged = store.stage()?;

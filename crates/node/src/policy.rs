@@ -4,9 +4,10 @@
 //! a Poisson process to spare. Two decayed rates are kept, one over seconds and one over a minute, and the larger
 //! counts: a spike is believed at once and forgotten slowly. A budget of memory is spent where a MiB brings most hits.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
 /// Over which arrivals are averaged: bursts, and the steady part.
 const SHORT: Duration = Duration::from_secs(5);

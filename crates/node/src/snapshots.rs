@@ -170,7 +170,7 @@ impl Snapshots {
         let doomed = self.0.books().doomed.clone();
         for id in doomed {
             let (store, gone) = (store.clone(), id.clone());
-            let removed = tokio::task::spawn_blocking(move || store.discard_snapshot(&gone)).await;
+            let removed = kelvin_host::blocking::spawn(move || store.discard_snapshot(&gone)).await;
             match removed {
                 Ok(Ok(())) => drop(self.0.books().doomed.remove(&id)),
                 Ok(Err(error)) => {

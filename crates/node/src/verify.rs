@@ -43,7 +43,7 @@ async fn blocking<T: Send + 'static>(
     what: &'static str,
     work: impl FnOnce() -> Result<T, kelvin_store::Error> + Send + 'static,
 ) -> Result<T, Error> {
-    let done = tokio::task::spawn_blocking(work).await;
+    let done = kelvin_host::blocking::spawn(work).await;
     Ok(done.map_err(|error| Error::Io { what, source: std::io::Error::other(error) })??)
 }
 

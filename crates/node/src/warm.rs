@@ -16,7 +16,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::{Arc, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kelvin_api::error::chain;
 use kelvin_api::guest::{Activation, Request};
@@ -26,6 +26,7 @@ use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_host::net::Slot;
 use kelvin_vmm::Paused;
 use kelvin_vmm::control::Control;
+use tokio::time::Instant;
 
 use crate::bake::{quiesce, warm_up};
 use crate::capacity::Amount;
@@ -457,7 +458,7 @@ impl Inner {
         }
         rules.insert(template, rule);
         let (path, all) = (self.store.root().join(RULES), rules.clone());
-        let written = tokio::task::spawn_blocking(move || kelvin_store::write_json(&path, &all)).await;
+        let written = kelvin_host::blocking::spawn(move || kelvin_store::write_json(&path, &all)).await;
         written.map_err(|error| Error::Io {
             what: "remembering what is wanted of a pool",
             source: std::io::Error::other(error),

@@ -23,6 +23,8 @@ mod hostile;
 mod pages;
 mod process;
 pub mod qemu;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 use std::path::{Path, PathBuf};
 use std::pin::Pin;

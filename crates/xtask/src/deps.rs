@@ -18,6 +18,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("fuzz", &["api", "egress", "host", "store", "vmm"]),
     ("gateway", &["api"]),
     ("server", &["gateway", "control", "node", "api"]),
+    // Of tests alone: nothing depends on it.
+    ("harness", &["server", "control", "node", "vmm", "store", "host", "api"]),
     ("client", &["api"]),
     ("bench", &["client", "host", "api"]),
     // `host` for namespaces: the tests bring their own internet.

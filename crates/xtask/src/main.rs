@@ -12,6 +12,7 @@ mod fuzz;
 mod guest;
 mod kernel;
 mod kvm_host;
+mod mutate;
 mod package;
 mod package_test;
 mod packages;
@@ -41,6 +42,7 @@ const USAGE: &str = "usage: cargo xtask <command>
             of the tests, those with Debian 13's QEMU, kernel and user space
   fuzz [--hours N] [--seed N] [TARGET...]
             the fuzz targets, for 10 s each
+  mutate    whether the harness notices what is taken out of a copy: some minutes
   openapi   write openapi/kelvin.json anew
   down      stop it and everything that it owns
   in-root [--fresh] RELEASE -- CMD
@@ -167,6 +169,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         Some("guest") => guest::ensure().map(drop),
         Some("steps") => server::steps(),
         Some("fuzz") => fuzz::run(rest),
+        Some("mutate") => mutate::run(),
         Some("openapi") => suite::write_openapi(),
         Some("build") => server::prepare().map(drop),
         Some("package") => package::package().map(drop),

@@ -204,9 +204,19 @@ fn run_firecracker(filter: &[String]) -> Result<()> {
 }
 
 /// What every run of tests is built as, with the features that the server is built with: with others everything would
-/// be built once more. That is why the agent, which brings some, is tested apart.
-const ALL: [&str; 7] =
-    ["test", "--release", "--workspace", "--exclude", "kelvin-fuzz", "--exclude", "kelvin-agent"];
+/// be built once more. That is why the agent, which brings some, is tested apart, and so is the harness with its virtual
+/// host and time.
+const ALL: [&str; 9] = [
+    "test",
+    "--release",
+    "--workspace",
+    "--exclude",
+    "kelvin-fuzz",
+    "--exclude",
+    "kelvin-agent",
+    "--exclude",
+    "kelvin-harness",
+];
 /// The tests of whole servers, in `crates/e2e`.
 const END_TO_END: &str = "suite";
 /// Those of the drivers, in `crates/vmm`.
@@ -358,7 +368,9 @@ pub fn run(filter: &[String]) -> Result<()> {
         step("unit tests and driver conformance", || {
             // All programs at once, also those that the end-to-end tests are.
             run_command(cargo().args(ALL).args(["--", "--skip", "e2e::"]))?;
-            cargo_step(&["test", "--release", "--package", "kelvin-agent"])
+            cargo_step(&["test", "--release", "--package", "kelvin-agent"])?;
+            // Says how many cases, of which seeds, and how long.
+            cargo_step(&["test", "--release", "--package", "kelvin-harness"])
         })?;
         step("fuzz", || crate::fuzz::run(&[]))?;
         Ok(beside.join().map_err(|_| "preparing the tests panicked")??)

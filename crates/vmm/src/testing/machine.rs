@@ -1,0 +1,335 @@
+//! One machine: its VMM's process, its vCPUs, and what its guest's memory holds.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use kelvin_api::id::VmId;
+use kelvin_host::process::{Process, ProcessKey};
+use kelvin_host::testing::FakeProcess;
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+
+use super::{Call, Lives, Script, Step, guest};
+use crate::control::{Control, Dial, Dialed};
+use crate::{Error, GuestEnd, Handle, MachineSpec, Saved};
+
+/// What a guest's memory holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Memory {
+    /// Who it is; nobody before its first activation.
+    pub name: Option<String>,
+    /// What it has written to its disk.
+    pub disk: String,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    /// Whether the vCPUs run.
+    pub running: bool,
+    /// Nothing of a guest before a boot or a load.
+    pub memory: Option<Memory>,
+    /// Whether it has been told who it is since it was booted or restored.
+    pub knows: bool,
+    pub silent: bool,
+    pub frozen: bool,
+    pub ended: Option<GuestEnd>,
+    /// Connections to the HTTP port.
+    pub http: u32,
+    /// The control connection that is served.
+    pub control: u64,
+    /// What is mapped, and loaded with the device state.
+    mapped: Option<PathBuf>,
+}
+
+impl State {
+    /// Whether its guest does anything.
+    fn is_awake(&self) -> bool {
+        self.running && !self.silent && self.ended.is_none()
+    }
+}
+
+/// What can be seen of a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// Which one.
+    pub vm: VmId,
+    /// Who its guest is, once it has been told.
+    pub name: Option<String>,
+    /// Whether its vCPUs run.
+    pub running: bool,
+    /// Whether its guest has fallen silent.
+    pub silent: bool,
+}
+
+/// A machine.
+pub struct Machine {
+    pub(super) vm: VmId,
+    pub(super) process: Arc<FakeProcess>,
+    directory: PathBuf,
+    script: Arc<dyn Script>,
+    lives: Arc<Lives>,
+    pub(super) state: watch::Sender<State>,
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Machine").field(&self.vm).finish()
+    }
+}
+
+impl Machine {
+    pub(super) fn start(spec: &MachineSpec, script: Arc<dyn Script>, lives: Arc<Lives>) -> Arc<Self> {
+        Arc::new(Self {
+            vm: spec.vm.clone(),
+            process: FakeProcess::start(&spec.marker()),
+            directory: spec.absolute(),
+            script,
+            lives,
+            state: watch::Sender::default(),
+        })
+    }
+
+    /// What can be seen of it.
+    pub fn seen(&self) -> Seen {
+        let state = self.state.borrow();
+        let name = state.memory.as_ref().and_then(|memory| memory.name.clone()).filter(|_| state.knows);
+        Seen { vm: self.vm.clone(), name, running: state.running, silent: state.silent }
+    }
+
+    pub(super) fn lives_as(&self, name: &str) -> bool {
+        let seen = self.seen();
+        !self.is_over() && seen.running && seen.name.as_deref() == Some(name)
+    }
+
+    pub(super) fn key(&self) -> ProcessKey {
+        self.process.key()
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.process.is_over()
+    }
+
+    pub(super) fn kill(&self) {
+        self.process.kill();
+    }
+
+    pub(super) fn handle(self: &Arc<Self>) -> Box<FakeHandle> {
+        Box::new(FakeHandle { process: Process::fake(Arc::clone(&self.process)), machine: Arc::clone(self) })
+    }
+
+    /// Does what the script wants of `call`.
+    pub(super) async fn step(&self, call: Call) -> Result<(), Error> {
+        let over = || Error::Ended { what: call.name(), stderr: "the process was killed".to_owned() };
+        if self.is_over() {
+            return Err(over());
+        }
+        match self.script.step(call, &self.vm) {
+            Step::Go => {}
+            Step::After(delay) => tokio::time::sleep(delay).await,
+            Step::Fail => {
+                return Err(Error::Refused { command: call.name(), reason: "the script says so".to_owned() });
+            }
+            Step::Crash => self.kill(),
+            Step::Silence => self.state.send_modify(|state| state.silent = true),
+            Step::PowerOff => self.state.send_modify(|state| state.ended = Some(GuestEnd::PowerOff)),
+        }
+        if self.is_over() { Err(over()) } else { Ok(()) }
+    }
+
+    /// Waits until the guest does something.
+    pub(super) async fn awake(&self) {
+        // The sender lives as long as this does.
+        let _ = self.state.subscribe().wait_for(State::is_awake).await;
+    }
+
+    fn disk(&self) -> PathBuf {
+        self.directory.join("disk")
+    }
+
+    pub(super) fn boot(&self) -> Result<(), Error> {
+        let disk = std::fs::read_to_string(self.disk())
+            .map_err(|source| Error::Io { what: "reading the disk", source })?;
+        self.state.send_modify(|state| {
+            state.memory = Some(Memory { name: None, disk });
+            state.running = true;
+        });
+        Ok(())
+    }
+
+    /// Maps `memory`, which is read when the device state is loaded.
+    pub(super) fn map(&self, memory: &Path) -> Result<(), Error> {
+        std::fs::metadata(memory).map_err(|source| Error::Io { what: "mapping the memory", source })?;
+        self.state.send_modify(|state| state.mapped = Some(memory.to_owned()));
+        Ok(())
+    }
+
+    fn load(&self, path: &Path) -> Result<(), Error> {
+        let io = |what| move |source| Error::Io { what, source };
+        let refused = |reason: &str| Error::Refused { command: "load", reason: reason.to_owned() };
+        let mapped = self.state.borrow().mapped.clone().ok_or_else(|| refused("no memory is mapped"))?;
+        let (memory, state) = (std::fs::read(&mapped), std::fs::read(path));
+        let (memory, state) = (memory.map_err(io("reading the memory"))?, state.map_err(io("reading"))?);
+        // Device state is a copy of the memory: no other fits.
+        if memory != state {
+            return Err(refused("the device state is of another memory"));
+        }
+        let memory: Memory = serde_json::from_slice(&memory).map_err(|_| refused("the memory is none"))?;
+        let disk = std::fs::read_to_string(self.disk()).map_err(io("reading the disk"))?;
+        if disk != memory.disk {
+            self.lives.violated(format!("memory {:?} was loaded over another disk, {disk:?}", memory.disk));
+        }
+        self.state.send_modify(|state| state.memory = Some(memory));
+        Ok(())
+    }
+
+    pub(super) fn resume(&self) {
+        self.state.send_modify(|state| state.running = true);
+        if let Some(name) = self.seen().name {
+            self.lives.check(&self.vm, &name);
+        }
+    }
+
+    fn save(&self, memory: &Path, state: &Path) -> Result<Saved, Error> {
+        let (bytes, is_clone) = {
+            let state = self.state.borrow();
+            if state.running {
+                self.lives.violated(format!("{} was saved while it ran", self.vm));
+            }
+            (serde_json::to_vec(&state.memory), state.mapped.is_some())
+        };
+        let write = || {
+            let bytes = bytes?;
+            std::fs::write(memory, &bytes)?;
+            std::fs::write(state, &bytes)
+        };
+        write().map_err(|source| Error::Io { what: "saving", source })?;
+        Ok(Saved { dirty_pages: is_clone.then_some(1) })
+    }
+
+    /// The guest is `name` from here on, and has it on its disk; `None` goes on as who it was.
+    pub(super) fn is_now(&self, name: Option<&str>) -> Result<(), Error> {
+        if let Some(name) = name {
+            let line = format!("{name}\n");
+            let mut written = Ok(());
+            self.state.send_modify(|state| {
+                if let Some(memory) = &mut state.memory {
+                    memory.name = Some(name.to_owned());
+                    memory.disk.push_str(&line);
+                    written = std::fs::write(self.disk(), &memory.disk);
+                }
+            });
+            written.map_err(|source| Error::Io { what: "writing the disk", source })?;
+        }
+        self.state.send_modify(|state| {
+            state.knows = true;
+            state.frozen = false;
+        });
+        if let Some(name) = self.seen().name {
+            self.lives.check(&self.vm, &name);
+        }
+        Ok(())
+    }
+}
+
+/// Makes connections to a machine's guest.
+#[derive(Debug)]
+pub(super) struct Dialer(Arc<Machine>);
+
+#[async_trait]
+impl Dial for Dialer {
+    async fn dial(&self) -> Result<Dialed, Error> {
+        self.0.step(Call::Control).await?;
+        let (host, guest) = pair()?;
+        tokio::spawn(guest::serve_control(Arc::clone(&self.0), guest));
+        Ok(Dialed { stream: host, greets: false })
+    }
+
+    async fn connect(&self) -> Result<UnixStream, Error> {
+        self.0.step(Call::Connect).await?;
+        let (host, guest) = pair()?;
+        tokio::spawn(guest::serve_http(Arc::clone(&self.0), guest));
+        Ok(host)
+    }
+}
+
+fn pair() -> Result<(UnixStream, UnixStream), Error> {
+    UnixStream::pair().map_err(|source| Error::Io { what: "connecting to the guest", source })
+}
+
+/// What a driver does to a machine.
+pub(super) struct FakeHandle {
+    machine: Arc<Machine>,
+    process: Process,
+}
+
+#[async_trait]
+impl Handle for FakeHandle {
+    fn process(&self) -> &Process {
+        &self.process
+    }
+
+    async fn load(&self, state: &Path) -> Result<(), Error> {
+        self.machine.step(Call::Load).await?;
+        self.machine.load(state)
+    }
+
+    async fn resume(&self) -> Result<(), Error> {
+        self.machine.step(Call::Resume).await?;
+        self.machine.resume();
+        Ok(())
+    }
+
+    async fn pause(&self) -> Result<(), Error> {
+        self.machine.step(Call::Pause).await?;
+        self.machine.state.send_modify(|state| state.running = false);
+        Ok(())
+    }
+
+    async fn park(&self) -> Result<(), Error> {
+        self.machine.step(Call::Park).await?;
+        self.machine.state.send_modify(|state| state.running = false);
+        Ok(())
+    }
+
+    async fn go_on(&self) -> Result<(), Error> {
+        self.machine.step(Call::GoOn).await
+    }
+
+    async fn begin_save(&self, memory: &Path) -> Result<(), Error> {
+        self.machine.step(Call::BeginSave).await?;
+        std::fs::write(memory, "begun").map_err(|source| Error::Io { what: "beginning to save", source })
+    }
+
+    async fn save(&self, memory: &Path, state: &Path) -> Result<Saved, Error> {
+        self.machine.step(Call::Save).await?;
+        self.machine.save(memory, state)
+    }
+
+    async fn control(&self) -> Result<Control, Error> {
+        Control::open(self.dialer()).await
+    }
+
+    fn dialer(&self) -> Arc<dyn Dial> {
+        Arc::new(Dialer(Arc::clone(&self.machine)))
+    }
+
+    async fn console(&self) -> Result<String, Error> {
+        self.machine.step(Call::Console).await?;
+        Ok(format!("{} says nothing\n", self.machine.vm))
+    }
+
+    fn stderr(&self) -> String {
+        String::new()
+    }
+
+    async fn guest_ended(&self) -> GuestEnd {
+        let mut state = self.machine.state.subscribe();
+        let ended = state.wait_for(|state| state.ended.is_some()).await.ok().and_then(|state| state.ended);
+        match ended {
+            Some(end) => end,
+            None => std::future::pending().await,
+        }
+    }
+}
