@@ -9,6 +9,7 @@ pub mod cgroup;
 pub mod cpu;
 pub mod datadir;
 pub mod db;
+pub mod file;
 pub mod jail;
 pub mod kvm;
 pub mod ledger;

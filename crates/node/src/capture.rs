@@ -188,7 +188,7 @@ impl Keeping {
         let disk = self.spec.absolute().join("disk");
         // What the guest has written is in the page cache: a clone of the file would write it back, with the
         // vCPUs stopped.
-        blocking("flushing the disk", move || std::fs::File::open(disk)?.sync_data()).await?;
+        blocking("flushing the disk", move || kelvin_host::file::read_plain(&disk)?.sync_data()).await?;
         Ok(frozen.is_ok())
     }
 

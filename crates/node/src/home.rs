@@ -15,7 +15,7 @@ use kelvin_api::units::Shape;
 use kelvin_host::cgroup::{self, Cgroups};
 use kelvin_host::ledger::{Ledger, Resource};
 use kelvin_host::net::Slot;
-use kelvin_host::process::{Process, ProcessKey, find_by_argument};
+use kelvin_host::process::{Process, ProcessKey, find_by_marker};
 use kelvin_store::Store;
 use kelvin_store::disk::clone_file;
 use kelvin_vmm::{Disk, Driver, MachineSpec};
@@ -247,7 +247,7 @@ impl Keeper {
             // The start was announced, but its pid never noted.
             None => {
                 let marker = spec.marker();
-                tokio::task::spawn_blocking(move || find_by_argument(&marker)).await.unwrap_or_default()
+                tokio::task::spawn_blocking(move || find_by_marker(&marker)).await.unwrap_or_default()
             }
         };
         for key in keys {
@@ -307,9 +307,10 @@ impl Keeper {
 
 fn make_directory(directory: &Path, user: Option<u32>) -> io::Result<()> {
     use std::os::unix::fs::{DirBuilderExt, chown};
-    std::fs::DirBuilder::new().mode(0o700).create(directory)?;
+    // The machine's VMM passes through it, and can replace nothing in it.
+    std::fs::DirBuilder::new().mode(0o710).create(directory)?;
     if user.is_some() {
-        chown(directory, user, user)?;
+        chown(directory, None, user)?;
     }
     Ok(())
 }

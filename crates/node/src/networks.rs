@@ -88,7 +88,7 @@ impl Egress {
             let Resource::Helper { marker, key } = &entry.resource else { continue };
             let keys = match key {
                 Some(key) => vec![*key],
-                None => kelvin_host::process::find_by_argument(marker),
+                None => kelvin_host::process::find_by_marker(marker),
             };
             for key in keys {
                 let Ok(process) = Process::adopt(key) else { continue };
@@ -148,13 +148,10 @@ impl Egress {
                 "egress".into(),
                 "--options".into(),
                 serde_json::to_string(&options.options)?.into(),
-                "--marker".into(),
-                marker.into(),
             ],
-            env: Vec::new(),
+            marker: marker.to_owned(),
             cwd: run.to_owned(),
             user: options.user,
-            group: None,
             network: Network::Shared,
             stdin: Some(listener.into()),
         };

@@ -19,13 +19,14 @@ pub enum Cloned {
 
 static WARNED: AtomicBool = AtomicBool::new(false);
 
-/// Makes `to` a copy of `from`, writable by its owner alone. `to` must not exist.
+/// Makes `to` a copy of `from`, writable by its owner alone. `to` must not exist. `from` may lie where a VMM can write:
+/// it is not followed when it is a link.
 ///
 /// # Errors
-/// As the file system gives them; a half-made `to` is removed.
+/// As [`kelvin_host::file::open_plain`]; a half-made `to` is removed.
 pub fn clone_file(from: &Path, to: &Path) -> io::Result<Cloned> {
     use std::os::unix::fs::OpenOptionsExt;
-    let source = File::open(from)?;
+    let source = kelvin_host::file::read_plain(from)?;
     let target = File::options().write(true).create_new(true).mode(0o600).open(to)?;
     let result = match ioctl_ficlone(&target, &source) {
         Ok(()) => Ok(Cloned::Reflink),
@@ -94,6 +95,16 @@ mod tests {
         copy_sparse(&File::open(&from).unwrap(), &File::create(&to).unwrap()).unwrap();
         assert_eq!(std::fs::read(&from).unwrap(), std::fs::read(&to).unwrap());
         assert!(std::fs::metadata(&to).unwrap().blocks() * 512 < 4 << 20);
+    }
+
+    #[test]
+    fn a_disk_that_was_replaced_by_a_link_is_not_cloned() {
+        let dir = tempfile::tempdir().unwrap();
+        let (secret, disk, to) = (dir.path().join("api-key"), dir.path().join("disk"), dir.path().join("to"));
+        std::fs::write(&secret, "secret").unwrap();
+        std::os::unix::fs::symlink(&secret, &disk).unwrap();
+        assert_eq!(clone_file(&disk, &to).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert!(!to.exists());
     }
 
     #[test]

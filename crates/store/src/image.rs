@@ -189,7 +189,9 @@ impl Store {
 
 fn copy(from: &Path, to: &Path) -> Result<(), Error> {
     use std::os::unix::fs::PermissionsExt;
-    clone_file(from, to).map_err(io_error("copying", from))?;
+    // Named by the operator, and may well be a link.
+    let real = from.canonicalize().map_err(io_error("resolving", from))?;
+    clone_file(&real, to).map_err(io_error("copying", from))?;
     // VMMs of any user read it; nobody writes it again.
     fs::set_permissions(to, fs::Permissions::from_mode(0o444)).map_err(io_error("sealing", to))
 }

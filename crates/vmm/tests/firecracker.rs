@@ -15,7 +15,7 @@ use std::time::Duration;
 use kelvin_api::guest::Request;
 use kelvin_host::accel::{self, Accelerator};
 use kelvin_host::net::ns;
-use kelvin_host::process::{Process, find_by_argument};
+use kelvin_host::process::{Process, find_by_marker};
 use kelvin_vmm::conformance::{Bench, Outcome, activation, end_all, is_reachable, run};
 use kelvin_vmm::firecracker::config::Options;
 use kelvin_vmm::firecracker::{Firecracker, Setup};
@@ -56,7 +56,7 @@ fn with_firecracker(network: bool, suite: impl AsyncFnOnce(&Bench<'_>) -> Outcom
 fn is_clean(bench: &Bench<'_>, mounts: &str) -> Outcome {
     let left: Vec<_> = std::fs::read_dir(bench.data_dir.join("sandboxes"))?
         .flatten()
-        .flat_map(|entry| find_by_argument(&format!("kelvin-{}", entry.file_name().to_string_lossy())))
+        .flat_map(|entry| find_by_marker(&format!("kelvin-{}", entry.file_name().to_string_lossy())))
         .collect();
     expect(left.is_empty(), &format!("VMMs are left: {left:?}"))?;
     expect(std::fs::read_to_string("/proc/self/mountinfo")? == mounts, "no mount is left")

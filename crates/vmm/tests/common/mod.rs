@@ -29,6 +29,16 @@ pub fn cache() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../.cache")
 }
 
+/// Kelvin, as it was built; `None` when it was not, and that is said.
+pub fn launcher() -> Option<PathBuf> {
+    let launcher = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/release/kelvin");
+    if launcher.exists() {
+        return Some(launcher);
+    }
+    println!("skipped: kelvin is not built");
+    None
+}
+
 /// Makes a data directory and a driver for it, and runs `suite`. Skips when there is no guest, or no network where
 /// there is to be one.
 pub async fn with_bench<D: Driver>(
@@ -52,10 +62,9 @@ pub async fn with_bench<D: Driver>(
     let rootfs = if inside { ground.join("guest/rootfs.ext4") } else { rootfs };
     let data = tempfile::tempdir_in(ground).unwrap();
     let data_dir = data.path().canonicalize().unwrap();
-    std::fs::set_permissions(&data_dir, std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
     for name in ["run", "sandboxes", "snapshots", "guests", "staging"] {
         std::fs::create_dir(data_dir.join(name)).unwrap();
-        std::fs::set_permissions(data_dir.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o711))
+        std::fs::set_permissions(data_dir.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o700))
             .unwrap();
     }
     std::fs::copy(guest.join("kernel/vmlinuz"), data_dir.join("guests/vmlinuz")).unwrap();
