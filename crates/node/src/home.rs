@@ -23,6 +23,9 @@ use kelvin_vmm::{Disk, Driver, MachineSpec};
 use crate::error::Error;
 use crate::networks::Networks;
 
+/// How often processes are looked for that were started for one machine: a launcher, then its VMM.
+const LOOKS: u32 = 8;
+
 /// User ids for VMMs: each machine has one of its own, the lowest that is free.
 #[derive(Debug, Default)]
 pub struct Users(Mutex<BTreeSet<u32>>);
@@ -242,25 +245,10 @@ impl Keeper {
     /// # Errors
     /// The first step that failed; the ledger keeps the machine, and the next start tries again.
     pub async fn release(&self, spec: &MachineSpec, key: Option<ProcessKey>) -> Result<(), Error> {
-        let keys = match key {
-            Some(key) => vec![key],
+        match key {
+            Some(key) => end(key).await?,
             // The start was announced, but its pid never noted.
-            None => {
-                let marker = spec.marker();
-                tokio::task::spawn_blocking(move || find_by_marker(&marker)).await.unwrap_or_default()
-            }
-        };
-        for key in keys {
-            match Process::adopt(key) {
-                Ok(process) => {
-                    process.kill().map_err(|source| Error::Io { what: "killing a VMM", source })?;
-                    process.ended().await;
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => {
-                    return Err(Error::Io { what: "finding a VMM", source });
-                }
-            }
+            None => end_all(&spec.marker()).await?,
         }
         if let Some(path) = &spec.cgroup {
             let removed = cgroup::remove(path).await;
@@ -303,6 +291,34 @@ impl Keeper {
             self.release_or_log(&spec, key).await;
         }
     }
+}
+
+/// Kills a VMM and waits for its end; gone already is fine.
+async fn end(key: ProcessKey) -> Result<(), Error> {
+    match Process::adopt(key) {
+        Ok(process) => {
+            process.kill().map_err(|source| Error::Io { what: "killing a VMM", source })?;
+            process.ended().await;
+            Ok(())
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(Error::Io { what: "finding a VMM", source }),
+    }
+}
+
+/// Kills whatever was started with `marker`: a launcher may just have started its VMM, so it is looked again.
+async fn end_all(marker: &str) -> Result<(), Error> {
+    for _ in 0..LOOKS {
+        let marker = marker.to_owned();
+        let found = tokio::task::spawn_blocking(move || find_by_marker(&marker)).await.unwrap_or_default();
+        if found.is_empty() {
+            return Ok(());
+        }
+        for key in found {
+            end(key).await?;
+        }
+    }
+    Err(Error::Io { what: "ending a VMM", source: io::Error::other("it is started again and again") })
 }
 
 fn make_directory(directory: &Path, user: Option<u32>) -> io::Result<()> {
