@@ -100,8 +100,8 @@ pub struct Jail {
     pub binds: Vec<Bind>,
     /// Whether it may open `/dev/net/tun`.
     pub tun: bool,
-    /// Whether it may open `/dev/kvm`.
-    #[serde(default)]
+    /// Whether it may open `/dev/kvm`. Those that former versions started may.
+    #[serde(default = "always")]
     pub kvm: bool,
     /// The control group that it is born in.
     pub cgroup: Option<PathBuf>,
@@ -111,6 +111,10 @@ pub struct Jail {
     pub max_descriptors: u64,
     /// Whether the program is not static: then it sees the host's libraries too.
     pub libraries: bool,
+}
+
+fn always() -> bool {
+    true
 }
 
 /// What a launcher says.

@@ -223,7 +223,7 @@ fn give_back(ahead: &Ahead, runs: &[Run], from: &Path, target: &File) -> io::Res
         }
         let source = match &mut source {
             Some(source) => source,
-            none => none.insert(File::open(from)?),
+            none => none.insert(read_plain(from)?),
         };
         source.read_exact_at(&mut page, place)?;
         target.write_all_at(&page, place)?;
