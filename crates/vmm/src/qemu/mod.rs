@@ -108,6 +108,8 @@ pub struct Qemu {
     /// QEMU itself, absolute.
     program: PathBuf,
     is_dynamic: bool,
+    /// Where its modules lie, when it has some: a library directory, which the jail sees.
+    modules: Option<PathBuf>,
     /// A program that has the subcommand `jail`: Kelvin's own.
     launcher: PathBuf,
 }
@@ -173,8 +175,9 @@ impl Qemu {
             read_only_memory,
             firmware,
             firmware_directories: firmware::directories()?,
-            program,
             is_dynamic,
+            modules: find_modules(&program),
+            program,
             launcher,
         })
     }
@@ -342,6 +345,10 @@ impl Qemu {
             Bind::read(spec.data_dir.join(&spec.guest), GUEST_DIRECTORY),
         ];
         let mut env = Vec::new();
+        if let Some(modules) = &self.modules {
+            // QEMU finds them from where it lies itself, which cannot be told in the jail.
+            env.push(("QEMU_MODULE_DIR".to_owned(), modules.to_string_lossy().into_owned()));
+        }
         if parent.is_some() && !self.read_only_memory {
             let (from, to) = (spec.data_dir.join(SHIM_PATH), SHIM_FILE.into());
             binds.push(Bind { from, to, access: Access::Execute });
@@ -426,6 +433,14 @@ fn find_program() -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     let found = std::env::split_paths(&path).map(|directory| directory.join(PROGRAM));
     found.into_iter().find(|path| path.is_file())?.canonicalize().ok()
+}
+
+/// The directory of the modules of `program`, which is in `<prefix>/bin`, as distributions place them: Debian and Ubuntu,
+/// Fedora, Arch.
+fn find_modules(program: &Path) -> Option<PathBuf> {
+    let prefix = program.parent()?.parent()?;
+    let named = ["lib/x86_64-linux-gnu/qemu", "lib64/qemu", "lib/qemu"].map(|name| prefix.join(name));
+    named.into_iter().find(|path| path.is_dir())
 }
 
 /// A file in memory that a VMM is to write, and the way for it to do so. Not one on the disk: whoever has once been
