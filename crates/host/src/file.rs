@@ -17,7 +17,8 @@ pub fn open_plain(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
     // Never waits for the other end of a pipe.
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
     let odd = || {
-        let what = format!("{} is not a regular file with one name: it may have been replaced", path.display());
+        let what =
+            format!("{} is not a regular file with one name: it may have been replaced", path.display());
         io::Error::new(io::ErrorKind::InvalidInput, what)
     };
     let file = options.custom_flags(flags).open(path).map_err(|error| match error.raw_os_error() {

@@ -128,7 +128,8 @@ pub enum Launched {
 }
 
 /// Where the loader and the libraries of a program that is not static lie.
-const LIBRARIES: [&str; 6] = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64"];
+const LIBRARIES: [&str; 6] =
+    ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64"];
 
 /// Where the loader finds them quicker.
 const LOADER_CACHE: &str = "/etc/ld.so.cache";
@@ -227,8 +228,7 @@ fn launch(jail: &Jail, given: Vec<OwnedFd>) -> io::Result<i32> {
         step("entering the control group", std::fs::write(cgroup.join("cgroup.procs"), "0"))?;
     }
     if jail.user.is_some() {
-        let flags =
-            UnshareFlags::NEWNS | UnshareFlags::NEWPID | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
+        let flags = UnshareFlags::NEWNS | UnshareFlags::NEWPID | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
         // SAFETY: this process has one thread and shares nothing that these namespaces would take away from another.
         step("making namespaces", unsafe { unshare_unsafe(flags) })?;
     }

@@ -144,11 +144,7 @@ impl Egress {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
         let spawn = Spawn {
             program: options.program.clone().into(),
-            args: vec![
-                "egress".into(),
-                "--options".into(),
-                serde_json::to_string(&options.options)?.into(),
-            ],
+            args: vec!["egress".into(), "--options".into(), serde_json::to_string(&options.options)?.into()],
             marker: marker.to_owned(),
             cwd: run.to_owned(),
             user: options.user,

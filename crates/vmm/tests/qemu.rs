@@ -80,7 +80,10 @@ async fn replaced(bench: &Bench<'_>) -> Outcome {
     paused.kill().await?;
     let after = fs::metadata(&secret)?;
     expect(fs::read_to_string(&secret)? == SECRET, "the secret is what it was")?;
-    expect((after.mode(), after.uid(), after.ctime()) == (before.mode(), before.uid(), before.ctime()), "so is its mode")
+    expect(
+        (after.mode(), after.uid(), after.ctime()) == (before.mode(), before.uid(), before.ctime()),
+        "so is its mode",
+    )
 }
 
 fn expect(condition: bool, what: &str) -> Outcome {

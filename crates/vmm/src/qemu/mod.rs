@@ -340,10 +340,8 @@ impl Qemu {
             // Opening it anew would take rights that a VMM has not.
             given.push(slot.take_tap().ok_or_else(|| io::Error::other("the slot's tap is in use"))?);
         }
-        let mut binds = vec![
-            self.memory(spec, parent)?,
-            Bind::read(spec.data_dir.join(&spec.guest), GUEST_DIRECTORY),
-        ];
+        let mut binds =
+            vec![self.memory(spec, parent)?, Bind::read(spec.data_dir.join(&spec.guest), GUEST_DIRECTORY)];
         let mut env = Vec::new();
         if let Some(modules) = &self.modules {
             // QEMU finds them from where it lies itself, which cannot be told in the jail.

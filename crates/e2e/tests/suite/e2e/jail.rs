@@ -81,7 +81,8 @@ async fn nobody_else_on_the_host_reads_anything() {
         assert_eq!(listed, "", "user {user} lists the data directory");
     }
     // Ids and paths are in nobody's arguments.
-    let lines = as_user(65_534, Path::new("/"), "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n'; :", &[]);
+    let lines =
+        as_user(65_534, Path::new("/"), "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n'; :", &[]);
     assert!(lines.contains("qemu-system-x86_64") || lines.contains("firecracker"), "VMMs are seen");
     let names = |directory: &str| {
         let entries = fs::read_dir(data_dir.join(directory)).expect("a directory").flatten();
