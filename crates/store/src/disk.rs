@@ -25,10 +25,21 @@ static WARNED: AtomicBool = AtomicBool::new(false);
 /// # Errors
 /// As [`kelvin_host::file::open_plain`]; a half-made `to` is removed.
 pub fn clone_file(from: &Path, to: &Path) -> io::Result<Cloned> {
+    clone_of(&kelvin_host::file::read_plain(from)?, to)
+}
+
+/// The same of a file that an operator names: it may be a link, and have other names.
+///
+/// # Errors
+/// As the file system gives them; a half-made `to` is removed.
+pub fn import_file(from: &Path, to: &Path) -> io::Result<Cloned> {
+    clone_of(&File::open(from)?, to)
+}
+
+fn clone_of(source: &File, to: &Path) -> io::Result<Cloned> {
     use std::os::unix::fs::OpenOptionsExt;
-    let source = kelvin_host::file::read_plain(from)?;
     let target = File::options().write(true).create_new(true).mode(0o600).open(to)?;
-    let result = match ioctl_ficlone(&target, &source) {
+    let result = match ioctl_ficlone(&target, source) {
         Ok(()) => Ok(Cloned::Reflink),
         Err(
             rustix::io::Errno::OPNOTSUPP
@@ -44,7 +55,7 @@ pub fn clone_file(from: &Path, to: &Path) -> io::Result<Cloned> {
                      takes space; `kelvin setup` makes one that can"
                 );
             }
-            copy_sparse(&source, &target).map(|()| Cloned::Copy)
+            copy_sparse(source, &target).map(|()| Cloned::Copy)
         }
         Err(error) => Err(error.into()),
     };
@@ -105,6 +116,9 @@ mod tests {
         std::os::unix::fs::symlink(&secret, &disk).unwrap();
         assert_eq!(clone_file(&disk, &to).unwrap_err().kind(), io::ErrorKind::InvalidInput);
         assert!(!to.exists());
+        // What an operator imports may be one.
+        import_file(&disk, &to).unwrap();
+        assert_eq!(std::fs::read_to_string(&to).unwrap(), "secret");
     }
 
     #[test]

@@ -71,7 +71,7 @@ pub async fn with_bench<D: Driver>(
     std::fs::copy(guest.join("initrd"), data_dir.join("guests/initrd")).unwrap();
     // On the same file system: every disk is a reflink then, where there are some.
     let image = data_dir.join("rootfs.ext4");
-    kelvin_store::disk::clone_file(&rootfs, &image).unwrap();
+    kelvin_store::disk::import_file(&rootfs, &image).unwrap();
     adopt_orphans().unwrap();
     let driver = open(&data_dir);
     let root = rustix::process::geteuid().is_root();
