@@ -9,7 +9,7 @@ mod common;
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use kelvin_api::guest::Request;
@@ -31,10 +31,7 @@ fn setup() -> Result<Setup, String> {
     if !rustix::process::geteuid().is_root() {
         return Err("no root for firecracker".to_owned());
     }
-    let launcher = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/release/kelvin");
-    if !launcher.exists() {
-        return Err("kelvin is not built".to_owned());
-    }
+    let launcher = common::launcher()?;
     Ok(Setup { binary: binary.into(), launcher, options: Options::default() })
 }
 

@@ -30,9 +30,7 @@ fn qemu_conforms_with_a_network() {
 #[test]
 fn qemu_follows_no_name_that_a_vmm_could_write() {
     common::in_namespace(async || {
-        let Some(launcher) = common::launcher() else { return };
-        let open = |data_dir: &Path| Qemu::open(data_dir, Accelerator::Tcg, launcher).unwrap();
-        common::with_bench(false, open, replaced).await;
+        with_qemu(false, replaced).await;
     });
 }
 
@@ -91,7 +89,17 @@ fn expect(condition: bool, what: &str) -> Outcome {
 }
 
 async fn conforms(network: bool) {
-    let Some(launcher) = common::launcher() else { return };
+    with_qemu(network, run).await;
+}
+
+async fn with_qemu(network: bool, suite: impl AsyncFnOnce(&Bench<'_>) -> Outcome) {
+    let launcher = match common::launcher() {
+        Ok(launcher) => launcher,
+        Err(why) => {
+            println!("skipped: {why}");
+            return;
+        }
+    };
     let open = |data_dir: &Path| Qemu::open(data_dir, Accelerator::Tcg, launcher).unwrap();
-    common::with_bench(network, open, run).await;
+    common::with_bench(network, open, suite).await;
 }

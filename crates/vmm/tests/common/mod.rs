@@ -29,14 +29,10 @@ pub fn cache() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../.cache")
 }
 
-/// Kelvin, as it was built; `None` when it was not, and that is said.
-pub fn launcher() -> Option<PathBuf> {
+/// Kelvin, as it was built, or why it cannot be used.
+pub fn launcher() -> Result<PathBuf, &'static str> {
     let launcher = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/release/kelvin");
-    if launcher.exists() {
-        return Some(launcher);
-    }
-    println!("skipped: kelvin is not built");
-    None
+    if launcher.exists() { Ok(launcher) } else { Err("kelvin is not built") }
 }
 
 /// Makes a data directory and a driver for it, and runs `suite`. Skips when there is no guest, or no network where
@@ -67,6 +63,9 @@ pub async fn with_bench<D: Driver>(
         std::fs::set_permissions(data_dir.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o700))
             .unwrap();
     }
+    // What is mounted in jails.
+    std::fs::set_permissions(data_dir.join("guests"), std::os::unix::fs::PermissionsExt::from_mode(0o711))
+        .unwrap();
     std::fs::copy(guest.join("kernel/vmlinuz"), data_dir.join("guests/vmlinuz")).unwrap();
     std::fs::copy(guest.join("initrd"), data_dir.join("guests/initrd")).unwrap();
     // On the same file system: every disk is a reflink then, where there are some.
