@@ -112,8 +112,8 @@ for place in /proc/$pid/root "$directory"; do
         [ -e "$place/$name" ] && rm -rf "$place/$name" && [ ! -e "$place/$name" ] && echo "removes $place/$name"
         mkdir "$place/$name" && echo "makes $place/$name"
     done
-    : > "$place/memory" && echo "writes $place/memory"
-    : > "$place/ro_ram.so" && echo "writes $place/ro_ram.so"
+    echo > "$place/memory" && echo "writes $place/memory"
+    echo > "$place/ro_ram.so" && echo "writes $place/ro_ram.so"
     cat "$place/../api-key" "$place/../../api-key" "$secret" && echo "reads the secret"
     cat "$place"/../*/disk "$place"/../../snapshots/*/memory | head -c1 | grep -q . && echo "reads another's"
 done 2>/dev/null
