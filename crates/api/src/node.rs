@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::account::Project;
 use crate::error::Failure;
 use crate::id::{SandboxId, SnapshotId, TemplateName, Token};
 use crate::network::Wanted;
@@ -20,6 +21,8 @@ use crate::units::{MemoryMib, Shape};
 pub struct Create {
     /// Chosen by the control plane and recorded there before.
     pub sandbox: SandboxId,
+    /// Whose it is: projects take turns where creates have to wait.
+    pub project: Project,
     /// What it starts as.
     pub base: Base,
     /// Instead of the template's.
@@ -30,7 +33,8 @@ pub struct Create {
     pub env_vars: EnvVars,
     /// What callers of the agent must show.
     pub access_token: Option<Token>,
-    /// When the node ends it, whatever else happens.
+    /// When the node ends it, whatever else happens. Counts on boot time from when the node is asked: a wall clock that
+    /// is set afterwards changes what is shown, not when it ends.
     pub ends_at: jiff::Timestamp,
     /// Insist on a path.
     pub start_path: Option<StartPath>,
@@ -67,6 +71,8 @@ pub struct Source {
 pub struct Child {
     /// Chosen by the control plane and recorded there before.
     pub sandbox: SandboxId,
+    /// Whose it is.
+    pub project: Project,
     /// What callers of its agent must show.
     pub access_token: Option<Token>,
     /// What callers of its ports must show, where the source's are private.
@@ -135,7 +141,7 @@ pub struct Created {
 pub struct Live {
     /// Which one.
     pub sandbox: SandboxId,
-    /// When the node ends it.
+    /// When the node ends it, by the wall clock as it is now.
     pub ends_at: jiff::Timestamp,
     /// What it has.
     pub shape: Shape,

@@ -287,6 +287,54 @@ pub struct SnapshotInfo {
     pub unusable: Option<String>,
 }
 
+/// What became of a file of a snapshot since it was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub enum FileState {
+    /// Its content is what it was.
+    Intact,
+    /// It was not touched; its content has no digest yet.
+    NotDigested,
+    /// Its content or its length is another.
+    Damaged,
+    /// It is not there, or the disk does not give it.
+    Unreadable,
+    /// It was touched: a resume refuses it, whatever its content.
+    Unsealed,
+}
+
+/// One file of a snapshot that was verified.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+#[allow(missing_docs)]
+pub struct FileVerification {
+    /// `memory`, `state` or `disk`.
+    pub file: String,
+    pub state: FileState,
+    /// Its length.
+    pub bytes: u64,
+    /// Which chunks of 4 MiB are damaged, from 0; the first sixteen.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub chunks: Vec<u64>,
+    /// What is wrong with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+}
+
+/// The reply of `POST /snapshots/{name}/verify`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[allow(missing_docs)]
+pub struct SnapshotVerification {
+    #[serde(rename = "snapshotID")]
+    pub snapshot_id: String,
+    /// Whether nothing is known to be wrong with it.
+    pub intact: bool,
+    pub files: Vec<FileVerification>,
+}
+
 /// The header with a [`Capture`] in replies to pauses, snapshots and forks.
 pub const CAPTURE_HEADER: &str = "kelvin-capture";
 
@@ -645,6 +693,14 @@ pub struct NodeInfo {
     /// Sandboxes that are paused.
     #[serde(default)]
     pub paused: u32,
+    /// Sandboxes that ran when the server started and whose VMM it is still taking over; they are listed and can be
+    /// killed.
+    #[serde(default)]
+    pub adopting: u32,
+    /// Sandboxes whose guest's agent did not answer when it was told last that it goes on: after a restart of the server or
+    /// a snapshot. They run on.
+    #[serde(default)]
+    pub silent: u32,
     /// Whether every pool of waiting VMMs and warm machines is at its target and nothing is being prepared or torn down.
     pub settled: bool,
     #[serde(rename = "memoryMB")]

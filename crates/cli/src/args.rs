@@ -192,6 +192,15 @@ pub enum SnapshotCommand {
     /// List them.
     #[command(alias = "ls")]
     List,
+    /// Read all of them and compare it with what was taken: exit code 1 when one is damaged.
+    Verify {
+        /// Their ids, or names, of which the newest is meant.
+        #[arg(required_unless_present = "all")]
+        names: Vec<String>,
+        /// Every snapshot that is kept.
+        #[arg(long, conflicts_with = "names")]
+        all: bool,
+    },
     /// Delete one, by id or name.
     #[command(alias = "rm")]
     Delete {
@@ -562,6 +571,39 @@ pub enum TemplateCommand {
     },
 }
 
+/// What connections to the server may take, on both listeners.
+#[derive(Debug, Args)]
+pub struct LimitArgs {
+    /// The most connections at one time, of both listeners; never more than half of the file descriptors. One more gets
+    /// 503 `too_many_connections`.
+    #[arg(long, default_value_t = 10_000, value_parser = at_least_one(), value_name = "N")]
+    pub max_connections: usize,
+    /// The most connections of one address, or of one IPv6 /64; loopback has no limit of its own. One more gets 429
+    /// `too_many_connections_of_address`. Raise it for a proxy on another host.
+    #[arg(long, default_value_t = 2048, value_parser = at_least_one(), value_name = "N")]
+    pub max_connections_per_address: usize,
+    /// Seconds in which a request's head has to come.
+    #[arg(long, default_value_t = 30, value_parser = seconds(), value_name = "S")]
+    pub header_timeout: u64,
+    /// Seconds in which the next bytes of a request's body have to come; then 408 `request_timeout`. Streams are exempt.
+    #[arg(long, default_value_t = 60, value_parser = seconds(), value_name = "S")]
+    pub body_timeout: u64,
+    /// Seconds after which a connection without a request is closed. Open streams and upgraded connections have one.
+    #[arg(long, default_value_t = 75, value_parser = seconds(), value_name = "S")]
+    pub idle_timeout: u64,
+    /// Seconds after which a connection is closed whose reply is not read. Streams are exempt.
+    #[arg(long, default_value_t = 300, value_parser = seconds(), value_name = "S")]
+    pub unread_timeout: u64,
+}
+
+fn seconds() -> clap::builder::RangedU64ValueParser<u64> {
+    clap::value_parser!(u64).range(1..=86_400)
+}
+
+fn at_least_one() -> clap::builder::RangedU64ValueParser<usize> {
+    clap::builder::RangedU64ValueParser::new().range(1..)
+}
+
 #[derive(Debug, Args)]
 pub struct ServeArgs {
     /// Address to listen on.
@@ -636,6 +678,8 @@ pub struct ServeArgs {
     /// Its private key, PEM.
     #[arg(long, requires = "tls_listen", value_name = "FILE")]
     pub tls_key: Option<PathBuf>,
+    #[command(flatten)]
+    pub limits: LimitArgs,
     /// Free MiB on the data directory's file system below which nothing is created, paused or forked.
     #[arg(long, default_value_t = 1024)]
     pub disk_floor_mib: u64,

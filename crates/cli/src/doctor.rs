@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use kelvin_host::{accel, datadir, net};
 use kelvin_store::identity::{Identity, SNAPSHOT_FORMAT};
+use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
 use crate::args::{Connection, DoctorArgs, Output, data_dir};
@@ -137,6 +138,24 @@ fn user_namespaces(restricted: Option<&str>) -> Option<Check> {
     })
 }
 
+/// How many descriptors a server that is started from here may have; a service has its unit's limit. `most`: the hard limit,
+/// none when there is none.
+fn descriptors(most: Option<u64>) -> Check {
+    const NAME: &str = "file descriptors";
+    let machines = most.unwrap_or(u64::MAX) / 2 / kelvin_host::descriptors::MACHINE;
+    let found = match most {
+        None => "no limit".to_owned(),
+        Some(most) => format!("{most} (hard limit), half of them for about {machines} machines"),
+    };
+    let verdict = if machines < 200 { Verdict::Warning } else { Verdict::Ok };
+    check(
+        NAME,
+        verdict,
+        found,
+        "raise it: LimitNOFILE= of the unit, /etc/security/limits.conf, or ulimit -Hn as root",
+    )
+}
+
 /// Whether `/dev/kvm` is there and refused: the group `kvm` has it on Debian and Ubuntu.
 fn kvm_rights(opened: &std::io::Result<std::fs::File>) -> Option<Check> {
     match opened {
@@ -220,6 +239,7 @@ async fn host() -> Vec<Check> {
             "2 GiB or more",
         ),
     ];
+    checks.push(descriptors(getrlimit(Resource::Nofile).maximum));
     checks.extend(kvm_rights(&std::fs::File::options().read(true).write(true).open("/dev/kvm")));
     checks.extend(user_namespaces(restricted.as_deref()));
     checks.extend(qemu);
@@ -417,6 +437,15 @@ mod tests {
             let found = release(&format!("NAME=x\nVERSION_ID={version}\nID={id}\n"), has_qemu);
             assert_eq!(found.verdict, verdict, "{found:?}");
             assert_eq!(found.remedy.is_some(), verdict != Verdict::Ok, "{found:?}");
+        }
+    }
+
+    #[test]
+    fn few_descriptors_are_told() {
+        for (most, verdict) in
+            [(None, Verdict::Ok), (Some(1 << 20), Verdict::Ok), (Some(4096), Verdict::Warning)]
+        {
+            assert_eq!(descriptors(most).verdict, verdict, "{most:?}");
         }
     }
 

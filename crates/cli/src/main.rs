@@ -93,7 +93,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Bench { command: BenchCommand::Slots(args) } => {
-            kelvin_host::process::allow_descriptors();
+            kelvin_host::descriptors::raise().map_err(|error| Failed::other(&error))?;
             let report = kelvin_bench::slots::run(args).await.map_err(|error| Failed::other(&error))?;
             output::print(output, &report, |report| report.table());
             Ok(ExitCode::SUCCESS)

@@ -5,21 +5,25 @@
 //! adopted by the next start.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::serve::ListenerExt;
 use http::Request;
 use kelvin_api::error::Failure;
 use kelvin_api::phase::Phase;
 use kelvin_api::units::MemoryMib;
 use kelvin_control::ApiKey;
+use kelvin_gateway::listen::{Door, Limits};
 use kelvin_gateway::{Secure, tls};
+use kelvin_host::descriptors::{self, Budget};
 use kelvin_host::net;
 use kelvin_node::Node;
 use kelvin_node::options::{NetworkOptions, Options};
 use kelvin_server::Server;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_rustls::TlsAcceptor;
 use tower::service_fn;
 use tracing_subscriber::EnvFilter;
 
@@ -120,17 +124,20 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     start_log();
     // Before anything is made: a server that is told to stop while it starts does not leave its helper behind.
     let mut stop = Stop::listen()?;
-    kelvin_host::process::allow_descriptors();
+    if let Err(error) = descriptors::raise() {
+        tracing::warn!(%error, "the limit of descriptors stays as it is");
+    }
     let options = options(&args).await?;
     let data_dir = options.data_dir.clone();
     let lock = lock(&data_dir)?;
     // Bound before anything is made: a port that is taken must cost nothing.
-    let listener = tokio::net::TcpListener::bind(args.listen).await.map_err(|error| {
+    let listener = TcpListener::bind(args.listen).await.map_err(|error| {
         Failed::new(format!("{}: {error}", args.listen), "name another address with --listen")
     })?;
     let address = listener.local_addr().map_err(|error| Failed::other(&error))?;
     let secure = open_tls(&args).await?;
     let absolute = data_dir.canonicalize().map_err(|error| Failed::other(&error))?;
+    let limits = limits(&args);
     let (vmm, accelerator) = (args.vmm, options.accelerator);
     let driver = tokio::task::spawn_blocking(move || vmm::open(&vmm, &absolute, accelerator))
         .await
@@ -170,31 +177,28 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     announce(&data_dir, &address.to_string())?;
     crate::notify::ready();
     let service = server.service();
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "TCP_NODELAY");
-        }
-    });
+    let door = Door::new(limits, Arc::new(descriptor));
     let stopping = async {
         stop.told().await;
         tracing::info!("stopping; sandboxes keep running");
     };
-    let plain = axum::serve(listener, tower::make::Shared::new(service.clone()));
+    let plain = Arc::clone(&door).serve(listener, None, service.clone());
     let encrypted = async {
-        let Some(listener) = secure else {
+        let Some((listener, acceptor)) = secure else {
             return std::future::pending().await;
         };
         let service = service_fn(move |mut request: Request<Body>| {
             request.extensions_mut().insert(Secure);
             tower::Service::call(&mut service.clone(), request)
         });
-        axum::serve(listener, tower::make::Shared::new(service)).await
+        Arc::clone(&door).serve(listener, Some(acceptor), service).await
     };
     tokio::select! {
-        served = async { plain.await } => served.map_err(|error| Failed::other(&error))?,
-        served = encrypted => served.map_err(|error| Failed::other(&error))?,
+        () = plain => {}
+        () = encrypted => {}
         () = stopping => {}
     }
+    door.close();
     server.stop().await;
     let _ = std::fs::remove_file(data_dir.join("run/server.json"));
     drop(lock);
@@ -202,19 +206,48 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
 }
 
 /// The listener with TLS, when one is wanted.
-async fn open_tls(args: &ServeArgs) -> Result<Option<tls::Tls>, Failed> {
+async fn open_tls(args: &ServeArgs) -> Result<Option<(TcpListener, TlsAcceptor)>, Failed> {
     let (Some(address), Some(certificate), Some(key)) = (args.tls_listen, &args.tls_cert, &args.tls_key)
     else {
         return Ok(None);
     };
-    let config = tls::config(certificate, key)
+    let acceptor = tls::acceptor(certificate, key)
         .map_err(|error| Failed::new(error.to_string(), "name a certificate chain and its key, both PEM"))?;
-    let listener = tokio::net::TcpListener::bind(address).await.map_err(|error| {
+    let listener = TcpListener::bind(address).await.map_err(|error| {
         Failed::new(format!("{address}: {error}"), "name another address with --tls-listen")
     })?;
     let bound = listener.local_addr().map_err(|error| Failed::other(&error))?;
     tracing::info!(url = %format!("https://{bound}"), "TLS");
-    tls::Tls::new(listener, config).map(Some).map_err(|error| Failed::other(&error))
+    Ok(Some((listener, acceptor)))
+}
+
+/// What connections may take. Those of clients get half of the descriptors at the most: the other half is for machines
+/// and for the connections into them.
+fn limits(args: &ServeArgs) -> Limits {
+    let half = usize::try_from(Budget::of_process().usable() / 2).unwrap_or(usize::MAX);
+    let connections = args.limits.max_connections.min(half);
+    if connections < args.limits.max_connections {
+        tracing::warn!(
+            connections,
+            "fewer connections than --max-connections says: half of the limit of file descriptors (ulimit -n)"
+        );
+    }
+    Limits {
+        connections,
+        per_address: args.limits.max_connections_per_address,
+        header: Duration::from_secs(args.limits.header_timeout),
+        body: Duration::from_secs(args.limits.body_timeout),
+        idle: Duration::from_secs(args.limits.idle_timeout),
+        unread: Duration::from_secs(args.limits.unread_timeout),
+    }
+}
+
+/// Asks for the descriptor of a connection, which is open already.
+fn descriptor() -> Result<(), Failure> {
+    match Budget::of_process().take(descriptors::CONNECTION) {
+        Ok(_open) => Ok(()),
+        Err(error) => Err(kelvin_node::no_descriptors(&error)),
+    }
 }
 
 /// Tells scripts where the server is, once it answers.

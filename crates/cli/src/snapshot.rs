@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use kelvin_api::id::SandboxId;
-use kelvin_api::sandbox::{Capture, ForkResult, ForkSandbox, PauseSandbox, SandboxDetail, SnapshotInfo};
+use kelvin_api::sandbox::{
+    Capture, FileState, ForkResult, ForkSandbox, PauseSandbox, SandboxDetail, SnapshotInfo,
+    SnapshotVerification,
+};
 use kelvin_client::Client;
 use serde::Serialize;
 
@@ -15,9 +18,60 @@ use crate::output::{Failed, ago, line, print, state_name, table};
 pub async fn dispatch(client: &Client, output: Output, command: SnapshotCommand) -> Result<ExitCode, Failed> {
     match command {
         SnapshotCommand::List => print(output, &client.snapshots().await?, snapshot_table),
+        SnapshotCommand::Verify { names, all } => return verify(client, output, names, all).await,
         SnapshotCommand::Delete { name, cascade } => client.delete_snapshot(&name, cascade).await?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// `kelvin snapshot verify`. One that cannot be verified does not keep the others from their turn.
+async fn verify(
+    client: &Client,
+    output: Output,
+    mut names: Vec<String>,
+    all: bool,
+) -> Result<ExitCode, Failed> {
+    if all {
+        names = client.snapshots().await?.into_iter().map(|snapshot| snapshot.snapshot_id).collect();
+    }
+    let (mut verified, mut code) = (Vec::new(), ExitCode::SUCCESS);
+    for name in names {
+        match client.verify_snapshot(&name).await {
+            Ok(one) => verified.push(one),
+            Err(error) => {
+                Failed::from(error).print();
+                code = ExitCode::FAILURE;
+            }
+        }
+    }
+    if verified.iter().any(|snapshot| !snapshot.intact) {
+        code = ExitCode::FAILURE;
+    }
+    print(output, &verified, verification_table);
+    Ok(code)
+}
+
+fn verification_table(verified: &Vec<SnapshotVerification>) -> comfy_table::Table {
+    let mut table = table(&["id", "file", "size", "result", "detail"]);
+    for snapshot in verified {
+        for file in &snapshot.files {
+            let result = match file.state {
+                FileState::Intact => "intact",
+                FileState::NotDigested => "not digested yet",
+                FileState::Damaged => "damaged",
+                FileState::Unreadable => "unreadable",
+                FileState::Unsealed => "touched",
+            };
+            table.add_row([
+                snapshot.snapshot_id.clone(),
+                file.file.clone(),
+                format!("{} MiB", file.bytes.div_ceil(1 << 20)),
+                result.to_owned(),
+                file.detail.clone().unwrap_or_default(),
+            ]);
+        }
+    }
+    table
 }
 
 fn snapshot_table(snapshots: &Vec<SnapshotInfo>) -> comfy_table::Table {

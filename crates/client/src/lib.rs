@@ -23,7 +23,7 @@ use kelvin_api::network::{NetworkState, NetworkUpdate};
 use kelvin_api::sandbox::{
     BakeTemplate, CAPTURE_HEADER, Capture, ConnectSandbox, ForkResult, ForkSandbox, NewSandbox, NodeInfo,
     PauseSandbox, PoolInfo, ResumeSandbox, Sandbox, SandboxDetail, SandboxLogs, SetPool, SetTimeout,
-    SnapshotInfo, SnapshotSandbox, Template,
+    SnapshotInfo, SnapshotSandbox, SnapshotVerification, Template,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -386,6 +386,16 @@ impl Client {
                 None => return Ok(all),
             }
         }
+    }
+
+    /// Has all of a kept snapshot read, and says of each file whether it is what it was.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn verify_snapshot(&self, name: &str) -> Result<SnapshotVerification, Error> {
+        let path = format!("/snapshots/{}/verify", segment(name));
+        let (_, _, bytes) = self.call::<()>(Method::POST, &path, &[], None).await?;
+        decode(&bytes)
     }
 
     /// Deletes a kept snapshot, by id or name; with `cascade` those that descend from it too.

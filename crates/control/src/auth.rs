@@ -46,6 +46,9 @@ impl ApiKey {
                 writeln!(file, "{key}")?;
                 file.sync_all()?;
                 std::fs::rename(&fresh, path)?;
+                if let Some(parent) = path.parent() {
+                    std::fs::File::open(parent)?.sync_all()?;
+                }
                 Ok(Self(Token::from_secret(key)))
             }
             Err(error) => Err(error),

@@ -11,7 +11,7 @@ use http::{Method, StatusCode};
 use kelvin_api::error::{Failure, Kind};
 use kelvin_api::id::TemplateName;
 use kelvin_api::node::{Base, Source};
-use kelvin_api::sandbox::{SnapshotInfo, Template};
+use kelvin_api::sandbox::{SnapshotInfo, SnapshotVerification, Template};
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Account;
@@ -49,6 +49,14 @@ pub(crate) fn routes() -> Api {
                 .errors(&[400]),
         )
         .route(&delete, "/snapshots/{name}", remove_snapshot, remove("Kelvin: delete a snapshot"))
+        .route(
+            &post,
+            "/snapshots/{name}/verify",
+            verify_snapshot,
+            op("Kelvin: read all of a snapshot and compare it with what was taken")
+                .reply::<SnapshotVerification>(200)
+                .errors(&[404]),
+        )
         .route(
             &get,
             "/templates",
@@ -315,6 +323,22 @@ async fn snapshots(
     Ok(with_next(json(StatusCode::OK, &found), next))
 }
 
+fn no_snapshot(name: &str) -> Failure {
+    let shown: String = name.chars().take(80).collect();
+    let text = format!("no snapshot {shown:?}");
+    Failure::new(Kind::NotFound, "snapshot_not_found", text, "`kelvin snapshot list` shows what there is")
+}
+
+async fn verify_snapshot(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(name): Path<String>,
+) -> Outcome {
+    let (bare, _) = split_tag(&name);
+    let id = control.inner.snapshot_of(&caller, bare).await?.ok_or_else(|| no_snapshot(&name))?;
+    Ok(json(StatusCode::OK, &control.inner.node.verify_snapshot(&id).await?))
+}
+
 async fn remove_snapshot(
     State(control): State<Control>,
     Who(caller): Who,
@@ -322,13 +346,8 @@ async fn remove_snapshot(
     Query(query): Query<HashMap<String, String>>,
 ) -> Outcome {
     let cascade = query.get("cascade").is_some_and(|value| value == "true");
-    let shown: String = name.chars().take(80).collect();
-    let missing = || {
-        let text = format!("no snapshot {shown:?}");
-        Failure::new(Kind::NotFound, "snapshot_not_found", text, "`kelvin snapshot list` shows what there is")
-    };
     let (bare, _) = split_tag(&name);
-    let id = control.inner.snapshot_of(&caller, bare).await?.ok_or_else(missing)?;
+    let id = control.inner.snapshot_of(&caller, bare).await?.ok_or_else(|| no_snapshot(&name))?;
     control.inner.node.remove_snapshot(&id, cascade).await?;
     control.inner.forget_owners().await?;
     Ok(StatusCode::NO_CONTENT.into_response())

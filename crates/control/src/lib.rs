@@ -36,7 +36,8 @@ use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::node::{Changes, Child, ConsoleLine, Create, Created, Forked, Live, Source};
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{
-    BakeTemplate, Capture, GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, Template,
+    BakeTemplate, Capture, GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo,
+    SnapshotVerification, Template,
 };
 
 pub use auth::ApiKey;
@@ -90,6 +91,8 @@ pub trait Node: Send + Sync + 'static {
     async fn snapshots(&self) -> Result<Vec<SnapshotInfo>, Failure>;
     /// Deletes the kept snapshot with this id, and with `cascade` those that descend from it.
     async fn remove_snapshot(&self, text: &str, cascade: bool) -> Result<(), Failure>;
+    /// Reads all of a kept snapshot and says of each file whether it is what it was.
+    async fn verify_snapshot(&self, text: &str) -> Result<SnapshotVerification, Failure>;
     /// Every pool of machines that wait.
     async fn pools(&self) -> Result<Vec<PoolInfo>, Failure>;
     /// Sets what is wanted of the warm machines of a template.

@@ -52,6 +52,8 @@ impl Inner {
         if let Some(limit) = limit {
             return Err(exceeded(limit));
         }
+        // What is paused survives a power failure, and so does whose it is.
+        self.database.flush().await.map_err(database_failed)?;
         let paused = self.node.pause(id, mode, healthy).await;
         // In this order: it counts all the time, as one that is being paused or that is.
         let refreshed = self.refresh(id).await;
@@ -262,6 +264,7 @@ impl Inner {
             };
             children.push(Child {
                 sandbox: row.id.clone(),
+                project: row.project.clone(),
                 access_token: row.access_token.clone(),
                 traffic_token: row.traffic_token.clone(),
                 env_vars: env_vars.clone(),

@@ -654,6 +654,7 @@ fn prepare(caller: &Account, body: NewSandbox, source: Source) -> Result<(Sandbo
     };
     let create = Create {
         sandbox: id,
+        project: caller.project.clone(),
         base,
         vcpus: body.cpu_count,
         memory_mib,

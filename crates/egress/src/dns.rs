@@ -26,7 +26,7 @@ const TRIES: usize = 2;
 const UDP_ANSWER: usize = 512;
 /// How long to leave a socket alone that failed.
 pub const PAUSE: Duration = Duration::from_millis(10);
-/// How long a TCP connection may wait for its next question.
+/// How long a TCP connection may wait for its next question, and for its answer to be read.
 const IDLE: Duration = Duration::from_secs(10);
 
 /// Binds a socket to the uplink, so that no routing table decides.
@@ -53,9 +53,7 @@ pub async fn serve_udp(slot: Arc<Slot>, socket: UdpSocket, options: Arc<Options>
                 }
             },
         };
-        let Ok(permit) = Arc::clone(&slot.questions).try_acquire_owned() else {
-            continue;
-        };
+        let Some(permit) = slot.question() else { continue };
         let (question, slot, options, socket) =
             (buffer[..size].to_vec(), Arc::clone(&slot), Arc::clone(&options), Arc::clone(&socket));
         tokio::spawn(async move {
@@ -81,15 +79,15 @@ pub async fn serve_tcp(slot: Arc<Slot>, listener: TcpListener, options: Arc<Opti
             tokio::time::sleep(PAUSE).await;
             continue;
         };
-        let Ok(permit) = Arc::clone(&slot.questions).try_acquire_owned() else {
-            continue;
-        };
+        let Some(permit) = slot.question() else { continue };
         let (slot, options) = (Arc::clone(&slot), Arc::clone(&options));
         tokio::spawn(async move {
             let talk = async {
                 while let Ok(Ok(question)) = tokio::time::timeout(IDLE, read_framed(&mut stream)).await {
                     let Some(answer) = answer(&slot, &question, &options).await else { break };
-                    if write_framed(&mut stream, &answer).await.is_err() {
+                    // Who does not read its answers gets no more.
+                    let written = tokio::time::timeout(IDLE, write_framed(&mut stream, &answer)).await;
+                    if !matches!(written, Ok(Ok(()))) {
                         break;
                     }
                 }
@@ -113,7 +111,7 @@ async fn write_framed(stream: &mut TcpStream, message: &[u8]) -> io::Result<()> 
 }
 
 /// Leaves header and question, and says that there is more over TCP.
-fn truncate(answer: &mut Vec<u8>) {
+pub fn truncate(answer: &mut Vec<u8>) {
     let kept = Packet::parse(answer).ok().and_then(|packet| {
         let mut short = Packet::new_reply(packet.id());
         short.set_flags(
@@ -150,7 +148,7 @@ fn text(name: &Name<'_>) -> Option<String> {
 }
 
 /// The answer to a guest's question; `None` when there is nothing to answer to.
-async fn answer(slot: &Slot, bytes: &[u8], options: &Options) -> Option<Vec<u8>> {
+pub async fn answer(slot: &Slot, bytes: &[u8], options: &Options) -> Option<Vec<u8>> {
     let id = u16::from_be_bytes(*bytes.first_chunk()?);
     let Ok(packet) = Packet::parse(bytes) else {
         slot.refuse("dns_malformed", "a question that does not parse");
@@ -265,6 +263,28 @@ async fn exchange(
     if is_reply(&reply, asked) { Ok(reply) } else { Err(io::ErrorKind::InvalidData.into()) }
 }
 
+/// The IPv4 addresses in a resolver's answer.
+fn addresses(reply: &[u8]) -> io::Result<Vec<Ipv4Addr>> {
+    let packet = Packet::parse(reply).map_err(io::Error::other)?;
+    let address = |record: &simple_dns::ResourceRecord<'_>| match &record.rdata {
+        RData::A(address) => Some(Ipv4Addr::from(address.address)),
+        _ => None,
+    };
+    Ok(packet.answers.iter().filter_map(address).collect())
+}
+
+/// Reads `bytes` as a resolver's answer; for the fuzz target.
+#[cfg(feature = "fuzzing")]
+pub fn read_answer(bytes: &[u8]) {
+    let _ = addresses(bytes);
+    if let Ok(asked) = Packet::parse(bytes)
+        && asked.questions.len() == 1
+        && asked.has_flags(PacketFlag::RESPONSE)
+    {
+        assert!(is_reply(bytes, &asked), "it answers itself");
+    }
+}
+
 /// The IPv4 addresses of `name`.
 ///
 /// # Errors
@@ -273,15 +293,7 @@ pub async fn resolve(name: &str, options: &Options) -> io::Result<Vec<Ipv4Addr>>
     let name = Name::new(name).map_err(io::Error::other)?.into_owned();
     let question = Question::new(name, QTYPE::TYPE(TYPE::A), QCLASS::CLASS(CLASS::IN), false);
     let reply = ask(question, options).await?;
-    let packet = Packet::parse(&reply).map_err(io::Error::other)?;
-    let addresses: Vec<Ipv4Addr> = packet
-        .answers
-        .iter()
-        .filter_map(|record| match &record.rdata {
-            RData::A(address) => Some(Ipv4Addr::from(address.address)),
-            _ => None,
-        })
-        .collect();
+    let addresses = addresses(&reply)?;
     if addresses.is_empty() {
         return Err(io::Error::new(io::ErrorKind::NotFound, "the name has no IPv4 address"));
     }
@@ -302,9 +314,10 @@ mod tests {
     use kelvin_api::network::Policy;
 
     use super::*;
+    use crate::slot::Shared;
 
     fn slot(policy: Policy) -> Slot {
-        Slot::new(0, policy, 10)
+        Slot::new(0, policy, 10, Shared::new(1024))
     }
 
     fn nowhere() -> Options {

@@ -17,6 +17,8 @@
 //! without it names fail closed.
 
 mod dns;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod proxy;
 mod server;
 mod slot;

@@ -18,7 +18,7 @@ use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use kelvin_api::network::is_never;
 use socket2::SockRef;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Mutex;
 
@@ -51,13 +51,19 @@ pub async fn serve(slot: Arc<Slot>, listener: TcpListener, options: Arc<Options>
             reset(&stream);
             continue;
         };
+        // Its two ends.
+        let Some(descriptors) = slot.shared.take(2) else {
+            slot.refuse("descriptors", "proxied");
+            reset(&stream);
+            continue;
+        };
         let (slot, options) = (Arc::clone(&slot), Arc::clone(&options));
         tokio::spawn(async move {
             let gone = slot.gone.clone();
             if let Some(Err(error)) = gone.run_until_cancelled(one(&slot, stream, &options)).await {
                 tracing::debug!(slot = slot.number(), %error, "a proxied connection ended");
             }
-            drop(permit);
+            drop((permit, descriptors));
         });
     }
 }
@@ -164,7 +170,7 @@ async fn tls(slot: &Arc<Slot>, mut stream: TcpStream, port: u16, options: &Optio
 }
 
 /// Reads a TLS hello and the server name in it.
-async fn read_hello(stream: &mut TcpStream) -> io::Result<(Vec<u8>, Option<String>)> {
+pub async fn read_hello(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<(Vec<u8>, Option<String>)> {
     let mut acceptor = rustls::server::Acceptor::default();
     let mut bytes = Vec::new();
     let mut buffer = [0; 4096];
@@ -205,7 +211,13 @@ struct Upstream {
     named: Named,
 }
 
-async fn plain(slot: &Arc<Slot>, stream: TcpStream, port: u16, options: &Arc<Options>) -> io::Result<()> {
+/// Forwards the requests of a guest's connection in the clear.
+pub async fn plain(
+    slot: &Arc<Slot>,
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    port: u16,
+    options: &Arc<Options>,
+) -> io::Result<()> {
     let upstream: Arc<Mutex<Option<Upstream>>> = Arc::default();
     let service = hyper::service::service_fn(|request: Request<Incoming>| {
         let (slot, options, upstream) = (Arc::clone(slot), Arc::clone(options), Arc::clone(&upstream));

@@ -11,13 +11,14 @@ use kelvin_api::network::Policy;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UdpSocket};
 
-use crate::slot::Slot;
+use crate::slot::{Shared, Slot};
 use crate::wire::{Reply, Request, receive, send};
 use crate::{Options, dns, proxy};
 
 struct Server {
     options: Arc<Options>,
     slots: Mutex<HashMap<u16, Arc<Slot>>>,
+    shared: Shared,
     runtime: tokio::runtime::Handle,
 }
 
@@ -34,6 +35,7 @@ pub fn run(options: Options) -> io::Result<()> {
     let server = Arc::new(Server {
         options: Arc::new(options),
         slots: Mutex::default(),
+        shared: Shared::new(getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)),
         runtime: runtime.handle().clone(),
     });
     loop {
@@ -101,7 +103,7 @@ impl Server {
         let _entered = self.runtime.enter();
         let (udp, tcp, listener) =
             (UdpSocket::from_std(udp)?, TcpListener::from_std(tcp)?, TcpListener::from_std(listener)?);
-        let slot = Arc::new(Slot::new(number, policy, self.options.max_connections));
+        let slot = Arc::new(Slot::new(number, policy, self.options.max_connections, self.shared.clone()));
         let options = || Arc::clone(&self.options);
         self.runtime.spawn(dns::serve_udp(Arc::clone(&slot), udp, options()));
         self.runtime.spawn(dns::serve_tcp(Arc::clone(&slot), tcp, options()));

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use kelvin_api::network::{Policy, Refusal};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::wire::State;
@@ -32,17 +32,40 @@ struct Open {
     connections: HashMap<u64, (String, CancellationToken)>,
 }
 
+/// Descriptors of this process for what guests begin: of all slots, so that no guest takes those of the others.
+#[derive(Debug, Clone)]
+pub struct Shared {
+    all: Arc<Semaphore>,
+    /// The most of one slot.
+    each: usize,
+}
+
+impl Shared {
+    /// Three quarters of `limit`; the rest is for the slots' own sockets. One slot has at most half of that.
+    pub fn new(limit: u64) -> Self {
+        let all = usize::try_from(limit / 4 * 3).unwrap_or(usize::MAX).clamp(4, 1 << 24);
+        Self { all: Arc::new(Semaphore::new(all)), each: all / 2 }
+    }
+
+    /// Takes `count` until the permit is dropped; nothing when there are too few.
+    pub fn take(&self, count: u32) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.all).try_acquire_many_owned(count).ok()
+    }
+}
+
 /// A slot that is attached.
 #[derive(Debug)]
 pub struct Slot {
     number: u16,
+    /// For the descriptors of connections and questions.
+    pub shared: Shared,
     policy: RwLock<Arc<Policy>>,
     refusals: Mutex<Refusals>,
     open: Mutex<Open>,
     /// For proxied connections.
     pub connections: Arc<Semaphore>,
     /// For questions under way.
-    pub questions: Arc<Semaphore>,
+    questions: Arc<Semaphore>,
     /// Ends everything of the slot.
     pub gone: CancellationToken,
 }
@@ -67,14 +90,17 @@ impl Drop for Named {
 
 impl Slot {
     /// A new one.
-    pub fn new(number: u16, policy: Policy, max_connections: u32) -> Self {
+    pub fn new(number: u16, policy: Policy, max_connections: u32, shared: Shared) -> Self {
         let most = policy.max_connections.unwrap_or(u32::MAX).min(max_connections);
+        // Each has two ends.
+        let most = usize::try_from(most).unwrap_or(usize::MAX).min(shared.each / 2);
         Self {
             number,
+            shared,
             policy: RwLock::new(Arc::new(policy)),
             refusals: Mutex::default(),
             open: Mutex::default(),
-            connections: Arc::new(Semaphore::new(usize::try_from(most).unwrap_or(usize::MAX).min(1 << 20))),
+            connections: Arc::new(Semaphore::new(most)),
             questions: Arc::new(Semaphore::new(QUESTIONS)),
             gone: CancellationToken::new(),
         }
@@ -126,6 +152,13 @@ impl Slot {
         refusals.recent.push_back(Refusal { at: jiff::Timestamp::now(), reason: reason.to_owned(), target });
     }
 
+    /// Leave to ask something, or to be asked over one more connection; until it is dropped.
+    pub fn question(&self) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+        let question = Arc::clone(&self.questions).try_acquire_owned().ok()?;
+        // What it comes by, and the way to the resolver.
+        Some((question, self.shared.take(2)?))
+    }
+
     /// What was refused.
     pub fn state(&self) -> State {
         let refusals = lock(&self.refusals);
@@ -138,5 +171,28 @@ impl Slot {
     /// Its number.
     pub fn number(&self) -> u16 {
         self.number
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_guest_does_not_take_the_descriptors_of_the_others() {
+        let shared = Shared::new(1024);
+        let slot = Slot::new(0, Policy::default(), 4096, shared.clone());
+        let mut held = Vec::new();
+        while let Ok(connection) = Arc::clone(&slot.connections).try_acquire_owned() {
+            held.push((connection, slot.shared.take(2).expect("it has its share")));
+        }
+        assert_eq!(held.len(), 192);
+        let mut others = Vec::new();
+        while let Some(taken) = shared.take(2) {
+            others.push(taken);
+        }
+        assert_eq!(others.len(), 192);
+        drop(held);
+        assert!(shared.take(2).is_some());
     }
 }

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kelvin_api::network::{Policy, Refusal};
 use rustix::net::{
@@ -104,6 +104,25 @@ pub(crate) fn send(stream: &UnixStream, message: &impl Serialize, fds: &[OwnedFd
     (&*stream).write_all(&body)
 }
 
+/// Reads all of `buffer`. Where the stream has a limit for one read, it is the limit of all of it: the other side parses
+/// what guests send, and may have been taken over.
+fn read(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<()> {
+    let limit = stream.read_timeout()?;
+    let (began, mut filled) = (Instant::now(), 0);
+    while filled < buffer.len() {
+        if limit.is_some_and(|limit| began.elapsed() > limit) {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        match (&*stream).read(&mut buffer[filled..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 /// Receives one message. `None` when the other side has closed between two.
 pub(crate) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
     let mut length = [0; 4];
@@ -124,13 +143,13 @@ pub(crate) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<Op
             fds.extend(rights);
         }
     }
-    (&*stream).read_exact(&mut length[received..])?;
+    read(stream, &mut length[received..])?;
     let length = usize::try_from(u32::from_be_bytes(length)).map_err(io::Error::other)?;
     if length > MAX {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "the message is too long"));
     }
     let mut body = vec![0; length];
-    (&*stream).read_exact(&mut body)?;
+    read(stream, &mut body)?;
     Ok(Some((serde_json::from_slice(&body)?, fds)))
 }
 
@@ -194,5 +213,23 @@ mod tests {
         assert_eq!(receive::<Request>(&there).unwrap_err().kind(), io::ErrorKind::InvalidData);
         drop(here);
         assert!(receive::<Request>(&there).unwrap().is_none());
+    }
+
+    #[test]
+    fn an_answer_in_drops_is_not_waited_for() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let limit = Duration::from_millis(200);
+        there.set_read_timeout(Some(limit)).unwrap();
+        let (done, over) = std::sync::mpsc::channel::<()>();
+        let dripping = std::thread::spawn(move || {
+            (&here).write_all(&1000_u32.to_be_bytes()).unwrap();
+            while over.recv_timeout(limit / 10).is_err() && (&here).write_all(b" ").is_ok() {}
+        });
+        let began = Instant::now();
+        let error = receive::<Reply>(&there).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(began.elapsed() < limit * 10, "{:?}", began.elapsed());
+        done.send(()).unwrap();
+        dripping.join().unwrap();
     }
 }

@@ -12,6 +12,7 @@
 //! The agent checks the access token; private ports are checked here; what belongs to the platform alone is
 //! refused here. Writes nothing; a crash cuts streams, processes go on.
 
+pub mod listen;
 mod page;
 mod target;
 pub mod tls;

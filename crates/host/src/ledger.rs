@@ -7,11 +7,17 @@
 //! A crash between two steps leaves an entry whose resource may or may not exist; the next start looks
 //! and removes what is there. Nothing that the ledger does not name is ever touched. Written by the node
 //! alone, in `ledger.db`.
+//!
+//! Processes end with the boot that they were started in. After another boot their ids mean nothing, or another process:
+//! [`Ledger::read`] strikes them, so that no sandbox comes back as running and no stranger is taken for a VMM. A power failure
+//! may take the last seconds of the ledger, which speak of such machines alone; what outlives a boot, the record of a
+//! sandbox that is paused, is written durably.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use kelvin_api::id::VmId;
-use rusqlite::OptionalExtension;
+use rusqlite::{Connection, OptionalExtension};
 use serde::{Deserialize, Serialize};
 
 use crate::db::{Db, Error};
@@ -79,7 +85,8 @@ pub struct Record {
     pub body: String,
 }
 
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE resources (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         owner TEXT NOT NULL,
@@ -87,12 +94,21 @@ const MIGRATIONS: &[&str] = &["
     );
     CREATE INDEX resources_by_owner ON resources (owner);
     CREATE TABLE records (owner TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID;
-"];
+",
+    "
+    CREATE TABLE boot (id TEXT NOT NULL);
+",
+];
+
+/// The kernel's name of this boot. Source: random(4), /proc/sys/kernel/random/boot_id.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// A cheap handle.
 #[derive(Clone)]
 pub struct Ledger {
     db: Db,
+    /// This boot; none when the kernel does not say.
+    boot: Option<Arc<str>>,
 }
 
 fn encode(resource: &Resource) -> Result<String, Error> {
@@ -106,7 +122,12 @@ impl Ledger {
     /// # Errors
     /// As the database gives them.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        Ok(Self { db: Db::open(path, MIGRATIONS)? })
+        let boot = std::fs::read_to_string(BOOT_ID).ok();
+        Self::open_in_boot(path, boot.as_deref().map(str::trim))
+    }
+
+    fn open_in_boot(path: &Path, boot: Option<&str>) -> Result<Self, Error> {
+        Ok(Self { db: Db::open(path, MIGRATIONS)?, boot: boot.map(Arc::from) })
     }
 
     /// Announces resources, in the order in which they will be made; one transaction.
@@ -166,27 +187,27 @@ impl Ledger {
     /// As the database gives them.
     pub async fn strike_all(&self, owner: &VmId) -> Result<(), Error> {
         let owner = owner.to_string();
-        self.db
-            .call(move |connection| {
-                let transaction = connection.transaction()?;
-                transaction.prepare_cached("DELETE FROM resources WHERE owner = ?1")?.execute([&owner])?;
-                transaction.prepare_cached("DELETE FROM records WHERE owner = ?1")?.execute([&owner])?;
-                transaction.commit()
-            })
-            .await
+        self.db.call(move |connection| strike_all(connection, &owner)).await
     }
 
-    /// Strikes out the record of one machine, or of what is paused. Whether there was one: of two that want it, one gets it.
+    /// Strikes out the record of one machine, or of what is paused; no power failure brings it back. Whether there was
+    /// one: of two that want it, one gets it.
     ///
     /// # Errors
-    /// As the database gives them.
+    /// As the database gives them; then it is there still.
     pub async fn strike_record(&self, owner: &VmId) -> Result<bool, Error> {
-        let owner = owner.to_string();
-        self.db
-            .call(move |connection| {
-                Ok(connection.prepare_cached("DELETE FROM records WHERE owner = ?1")?.execute([&owner])? > 0)
-            })
-            .await
+        let (struck, kept) = (owner.clone(), owner);
+        let strike = move |connection: &mut Connection| {
+            connection
+                .prepare_cached("DELETE FROM records WHERE owner = ?1 RETURNING body")?
+                .query_row([struck.to_string()], |row| row.get::<_, String>(0))
+                .optional()
+        };
+        let Some(body) = self.db.call(strike).await? else { return Ok(false) };
+        let Err(error) = self.db.flush().await else { return Ok(true) };
+        // The disk does not confirm it: who is told so may try again.
+        self.put_record(kept, body).await?;
+        Err(error)
     }
 
     /// Writes `body` as the record of `to` and strikes that of `from`, in one transaction that survives a power
@@ -197,29 +218,13 @@ impl Ledger {
     /// As the database gives them; then nothing has changed.
     pub async fn move_record(&self, from: &VmId, to: &VmId, body: String) -> Result<bool, Error> {
         let (from, to) = (from.to_string(), to.to_string());
-        self.db
-            .call(move |connection| {
-                connection.pragma_update(None, "synchronous", "FULL")?;
-                let moved = (|| {
-                    let transaction = connection.transaction()?;
-                    let struck = transaction
-                        .prepare_cached("DELETE FROM records WHERE owner = ?1")?
-                        .execute([&from])?;
-                    if struck == 0 {
-                        return Ok(false);
-                    }
-                    transaction
-                        .prepare_cached("INSERT OR REPLACE INTO records (owner, body) VALUES (?1, ?2)")?
-                        .execute((to, body))?;
-                    transaction.commit().map(|()| true)
-                })();
-                // Not an error of the move, which is on the disk or is not: FULL only costs the next writes more.
-                if let Err(error) = connection.pragma_update(None, "synchronous", "NORMAL") {
-                    tracing::warn!(%error, "the ledger stays at synchronous=FULL");
-                }
-                moved
-            })
-            .await
+        let (there, back) = ((from.clone(), to.clone()), (to, from));
+        let before = self.db.call(move |connection| replace_record(connection, &there, &body)).await?;
+        let Some(before) = before else { return Ok(false) };
+        let Err(error) = self.db.flush().await else { return Ok(true) };
+        // The disk does not confirm it, so the caller goes on as before: and so does the ledger.
+        self.db.call(move |connection| replace_record(connection, &back, &before)).await?;
+        Err(error)
     }
 
     /// Writes or replaces the record of one machine.
@@ -255,16 +260,18 @@ impl Ledger {
             .await
     }
 
-    /// Everything the ledger knows: resources oldest first, and records. For start-up.
+    /// Everything the ledger knows: resources oldest first, and records. For start-up: processes of a former boot have
+    /// no key any more.
     ///
     /// # Errors
     /// As the database gives them. A line that does not parse is an error: nothing is skipped silently.
     pub async fn read(&self) -> Result<(Vec<Entry>, Vec<Record>), Error> {
+        let boot = self.boot.clone();
         self.db
-            .call(|connection| {
-                let bad = |error: String| {
-                    rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, error.into())
-                };
+            .call(move |connection| {
+                if let Some(boot) = boot {
+                    enter_boot(connection, &boot)?;
+                }
                 let entries = connection
                     .prepare("SELECT id, owner, resource FROM resources ORDER BY id")?
                     .query_map([], |row| {
@@ -303,9 +310,103 @@ impl Ledger {
     }
 }
 
+fn bad(error: String) -> rusqlite::Error {
+    rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, error.into())
+}
+
+fn strike_all(connection: &mut Connection, owner: &str) -> Result<(), rusqlite::Error> {
+    let transaction = connection.transaction()?;
+    transaction.prepare_cached("DELETE FROM resources WHERE owner = ?1")?.execute([owner])?;
+    transaction.prepare_cached("DELETE FROM records WHERE owner = ?1")?.execute([owner])?;
+    transaction.commit()
+}
+
+/// Strikes the record of `from` and writes `body` as that of `to`. What `from` had; when it had none, nothing is written.
+fn replace_record(
+    connection: &mut Connection,
+    (from, to): &(String, String),
+    body: &str,
+) -> Result<Option<String>, rusqlite::Error> {
+    let transaction = connection.transaction()?;
+    let before = transaction
+        .prepare_cached("DELETE FROM records WHERE owner = ?1 RETURNING body")?
+        .query_row([from], |row| row.get(0))
+        .optional()?;
+    if before.is_some() {
+        transaction
+            .prepare_cached("INSERT OR REPLACE INTO records (owner, body) VALUES (?1, ?2)")?
+            .execute((to, body))?;
+        transaction.commit()?;
+    }
+    Ok(before)
+}
+
+/// Strikes the keys of processes that were started in another boot than `boot`. A ledger of a version that did not note it
+/// is believed to be of this one.
+fn enter_boot(connection: &mut Connection, boot: &str) -> Result<(), rusqlite::Error> {
+    let transaction = connection.transaction()?;
+    let last: Option<String> =
+        transaction.query_row("SELECT id FROM boot", [], |row| row.get(0)).optional()?;
+    if last.as_deref() == Some(boot) {
+        return Ok(());
+    }
+    if last.is_some() {
+        let all: Vec<(i64, String)> = transaction
+            .prepare("SELECT id, resource FROM resources")?
+            .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+            .collect::<Result<_, _>>()?;
+        for (id, text) in all {
+            let mut resource: Resource =
+                serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+            let (Resource::Vmm { key, .. } | Resource::Helper { key, .. }) = &mut resource else { continue };
+            *key = None;
+            let text = serde_json::to_string(&resource).map_err(|error| bad(error.to_string()))?;
+            transaction.execute("UPDATE resources SET resource = ?2 WHERE id = ?1", (id, text))?;
+        }
+        tracing::info!("the host was booted since: what ran then has ended");
+    }
+    transaction.execute("DELETE FROM boot", [])?;
+    transaction.execute("INSERT INTO boot (id) VALUES (?1)", [boot])?;
+    transaction.commit()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As a power failure and a boot leave it.
+    #[tokio::test]
+    async fn what_ran_in_another_boot_has_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.db");
+        let vm = VmId::random();
+        let key = ProcessKey { pid: 1, start_time: 9 };
+        let vmm = Resource::Vmm { marker: "m".into(), key: Some(key) };
+        let keys = |entries: Vec<Entry>| -> Vec<Option<ProcessKey>> {
+            let key = |entry: Entry| match entry.resource {
+                Resource::Vmm { key, .. } => key,
+                other => panic!("{other:?}"),
+            };
+            entries.into_iter().map(key).collect()
+        };
+        for (boot, expected) in [("one", Some(key)), ("one", Some(key)), ("two", None)] {
+            let ledger = Ledger::open_in_boot(&path, Some(boot)).unwrap();
+            if ledger.count().await.unwrap() == 0 {
+                ledger.declare(&vm, std::slice::from_ref(&vmm)).await.unwrap();
+                ledger.put_record(&vm, "{}".into()).await.unwrap();
+            }
+            let (entries, records) = ledger.read().await.unwrap();
+            assert_eq!(keys(entries), [expected], "{boot}");
+            assert_eq!(records.len(), 1, "what is to be released is still known");
+        }
+        // A ledger of before boots were noted is of this one: an upgrade adopts what runs.
+        let old = Ledger::open_in_boot(&dir.path().join("old.db"), None).unwrap();
+        old.declare(&vm, &[vmm]).await.unwrap();
+        assert_eq!(keys(old.read().await.unwrap().0), [Some(key)]);
+        drop(old);
+        let new = Ledger::open_in_boot(&dir.path().join("old.db"), Some("one")).unwrap();
+        assert_eq!(keys(new.read().await.unwrap().0), [Some(key)]);
+    }
 
     #[tokio::test]
     async fn what_was_declared_is_there_after_a_crash() {

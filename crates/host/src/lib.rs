@@ -6,9 +6,11 @@
 
 pub mod accel;
 pub mod cgroup;
+pub mod clock;
 pub mod cpu;
 pub mod datadir;
 pub mod db;
+pub mod descriptors;
 pub mod file;
 pub mod jail;
 pub mod kvm;

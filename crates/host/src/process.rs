@@ -35,16 +35,6 @@ const MAX_LAUNCHED: u64 = 8 << 10;
 /// as everybody can the arguments. Source: proc(5), `environ`.
 pub const MARKER: &str = "KELVIN_MARKER";
 
-/// Lets this process have as many descriptors as it may: each slot and each connection takes some, and the usual
-/// limit is for programs that use `select`.
-pub fn allow_descriptors() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let most = getrlimit(Resource::Nofile).maximum;
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }) {
-        tracing::warn!(%error, "the limit of descriptors stays as it is");
-    }
-}
-
 /// Makes this process the parent of what its own children leave behind, so that it is reaped: a jailed program is
 /// started by a launcher that ends.
 ///
@@ -369,23 +359,33 @@ fn start_time(pid: i32) -> io::Result<u64> {
 
 /// Processes that were started with `marker`, see [`MARKER`]: how a process is found whose start the ledger announced,
 /// but whose pid it never learnt. Those of a former version have it as an argument. Start-up only: it scans `/proc`.
-pub fn find_by_marker(marker: &str) -> Vec<ProcessKey> {
-    let Ok(entries) = std::fs::read_dir("/proc") else {
-        return Vec::new();
+///
+/// # Errors
+/// When `/proc` or an entry of it cannot be read: whether there is one is not known then.
+pub fn find_by_marker(marker: &str) -> io::Result<Vec<ProcessKey>> {
+    // Ended while it was looked at; or hidden from a server that is not root, and then somebody else's.
+    let is_not_ours = |error: &io::Error| {
+        matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied)
+            || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
     };
     let variable = format!("{MARKER}={marker}");
-    let has = |path: String, word: &str| {
-        std::fs::read(path)
-            .is_ok_and(|text| text.split(|byte| *byte == 0).any(|found| found == word.as_bytes()))
+    let has = |path: String, word: &str| match std::fs::read(path) {
+        Err(error) if is_not_ours(&error) => Ok(false),
+        text => text.map(|text| text.split(|byte| *byte == 0).any(|found| found == word.as_bytes())),
     };
-    entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-        .filter(|pid| {
-            has(format!("/proc/{pid}/environ"), &variable) || has(format!("/proc/{pid}/cmdline"), marker)
-        })
-        .filter_map(|pid| Some(ProcessKey { pid, start_time: start_time(pid).ok()? }))
-        .collect()
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+            continue;
+        };
+        if has(format!("/proc/{pid}/environ"), &variable)? || has(format!("/proc/{pid}/cmdline"), marker)? {
+            match start_time(pid) {
+                Err(error) if is_not_ours(&error) => {}
+                start_time => found.push(ProcessKey { pid, start_time: start_time? }),
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// Processes that work in `directory`, and those that work or are jailed in one of its `sandboxes/`: those that a node
@@ -449,7 +449,7 @@ mod tests {
         let key = process.key();
         // It shows no environment while it becomes its program.
         let started = std::time::Instant::now();
-        while find_by_marker("marker-a1") != [key] {
+        while find_by_marker("marker-a1").unwrap() != [key] {
             assert!(started.elapsed().as_secs() < 30, "it is not found");
             tokio::task::yield_now().await;
         }

@@ -148,3 +148,150 @@ impl Agent {
         Ok(sender)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use http_body_util::Limited;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    const HEADERS: u8 = 1;
+    const RESET: u8 = 3;
+    const SETTINGS: u8 = 4;
+    const PING: u8 = 6;
+    const CONTINUATION: u8 = 9;
+
+    /// A frame of HTTP/2. Source: RFC 9113, 4.1.
+    fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+    }
+
+    fn nothing() -> Body {
+        Empty::new().map_err(|never| match never {}).boxed_unsync()
+    }
+
+    /// By how much a flood of a second may let this process grow; what is kept of one would be more.
+    const MOST_GROWN: usize = 128 << 20;
+
+    /// Memory of this process, in bytes.
+    fn resident() -> usize {
+        let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+        pages.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096
+    }
+
+    /// An agent whose guest sends its settings and then `first` once and `again` for ever, without reading. What a request to
+    /// it comes to, whose reply of at most 1 MiB is read, and how much was taken of it in a second.
+    async fn flooded(first: Vec<u8>, again: Vec<u8>) -> (Result<usize, SendError>, usize) {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let sent = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&sent);
+        let flood = tokio::spawn(async move {
+            // Not before it is asked: a reply belongs to a request.
+            let _ = theirs.read(&mut [0; 4096]).await;
+            let begin = [frame(SETTINGS, 0, 0, &[]), frame(SETTINGS, 1, 0, &[]), first].concat();
+            if theirs.write_all(&begin).await.is_ok() {
+                while theirs.write_all(&again).await.is_ok() {
+                    counted.fetch_add(again.len(), Ordering::Relaxed);
+                    tokio::task::yield_now().await;
+                }
+            }
+        });
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        let agent = Agent::over(ours, tasks.clone(), stop.clone());
+        let gone = || std::future::ready(Err("there is one connection".into()));
+        let ask = async {
+            let request = Request::get("http://agent/metrics").body(nothing())?;
+            let reply = agent.send(request, gone).await?;
+            Ok(Limited::new(reply.into_body(), 1 << 20).collect().await?.to_bytes().len())
+        };
+        let silent = |_| Err("silent".into());
+        let before = resident();
+        let answer = tokio::time::timeout(Duration::from_secs(1), ask).await.unwrap_or_else(silent);
+        let (taken, grown) = (sent.load(Ordering::Relaxed), resident().saturating_sub(before));
+        assert!(grown < MOST_GROWN, "{grown} bytes are held");
+        stop.cancel();
+        tasks.close();
+        tasks.wait().await;
+        flood.await.unwrap();
+        (answer, taken)
+    }
+
+    /// `:status: 200`, of the static table. Source: RFC 7541, appendix A.
+    const OK: [u8; 1] = [0x88];
+    /// `:status: 103`, written out.
+    const EARLY: [u8; 5] = [0x08, 3, b'1', b'0', b'3'];
+
+    #[tokio::test]
+    async fn a_reply_without_an_end_is_cut_off() {
+        let chunk = frame(0, 0, 1, &[b'x'; 16 << 10]);
+        let (answer, taken) = flooded(frame(HEADERS, 4, 1, &OK), chunk).await;
+        // More than its window, or more than is read of it.
+        assert!(answer.is_err(), "{answer:?}");
+        assert!(taken < 4 << 20, "{taken} bytes were taken");
+    }
+
+    #[tokio::test]
+    async fn a_reply_that_nobody_reads_takes_its_window_and_no_more() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let before = resident();
+        let flood = tokio::spawn(async move {
+            let _ = theirs.read(&mut [0; 4096]).await;
+            let begin = [frame(SETTINGS, 0, 0, &[]), frame(SETTINGS, 1, 0, &[]), frame(HEADERS, 4, 1, &OK)];
+            theirs.write_all(&begin.concat()).await.unwrap();
+            // Frames of one byte: what each costs beside it counts too.
+            let tiny = frame(0, 0, 1, b"x").repeat(1000);
+            while theirs.write_all(&tiny).await.is_ok() {}
+        });
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        let agent = Agent::over(ours, tasks.clone(), stop.clone());
+        let gone = || std::future::ready(Err("there is one connection".into()));
+        let reply =
+            agent.send(Request::get("http://agent/files").body(nothing()).unwrap(), gone).await.unwrap();
+        let _ = tokio::time::timeout(Duration::from_secs(1), flood).await;
+        let grown = resident().saturating_sub(before);
+        assert!(grown < MOST_GROWN, "{grown} bytes are held");
+        drop(reply);
+        stop.cancel();
+        tasks.close();
+        tasks.wait().await;
+    }
+
+    #[tokio::test]
+    async fn headers_without_an_end_are_cut_off() {
+        // A header of 8 KiB, and one more, and one more.
+        let value = [&[0x00, 1, b'a', 0x7f, 0x81, 0x3f][..], &[b'v'; 8192]].concat();
+        let (answer, taken) = flooded(frame(HEADERS, 0, 1, &OK), frame(CONTINUATION, 0, 1, &value)).await;
+        assert!(answer.is_err(), "{answer:?}");
+        assert!(taken < 2 << 20, "{taken} bytes were taken");
+        // Early hints that never become a reply: passed over, and not kept.
+        let (answer, _) = flooded(Vec::new(), frame(HEADERS, 4, 1, &EARLY)).await;
+        assert!(answer.is_err(), "{answer:?}");
+    }
+
+    #[tokio::test]
+    async fn settings_and_pings_that_are_not_read_stop_their_sender() {
+        for again in [frame(SETTINGS, 0, 0, &[]), frame(PING, 0, 0, &[7; 8])] {
+            // Many in one write: one by one the test would be the limit.
+            let (answer, taken) = flooded(Vec::new(), again.repeat(1000)).await;
+            assert!(answer.is_err_and(|error| error.to_string() == "silent"));
+            assert!(taken < 4 << 20, "{taken} bytes were taken");
+        }
+    }
+
+    #[tokio::test]
+    async fn resets_of_what_was_not_asked_end_the_connection() {
+        let (answer, taken) = flooded(Vec::new(), frame(RESET, 0, 9, &[0, 0, 0, 8]).repeat(1000)).await;
+        assert!(answer.is_err(), "{answer:?}");
+        assert!(taken < 2 << 20, "{taken} bytes were taken");
+        // A stream that nobody has opened, of the guest's own.
+        let promise = frame(5, 4, 1, &[&[0, 0, 0, 2][..], &OK].concat());
+        let (answer, taken) = flooded(Vec::new(), promise.repeat(1000)).await;
+        assert!(answer.is_err(), "{answer:?}");
+        assert!(taken < 2 << 20, "{taken} bytes were taken");
+    }
+}

@@ -17,6 +17,7 @@ use kelvin_api::guest::Request;
 use kelvin_api::id::SnapshotId;
 use kelvin_api::id::Token;
 use kelvin_api::units::Shape;
+use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_store::image::Template;
 use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
 use kelvin_vmm::control::Control;
@@ -51,6 +52,7 @@ impl Inner {
             return Err(Error::Stopping);
         }
         let amount = Amount::machine(shape);
+        let _descriptors = Budget::of_process().take(MACHINE)?;
         self.capacity().hold(amount)?;
         let started = std::time::Instant::now();
         tracing::info!(template = %template.name, memory = %shape.memory_mib, "baking");
@@ -98,7 +100,11 @@ impl Inner {
             })?;
             let running = self.driver.boot(&home.spec, kelvin_vmm::made()).await?;
             home.started(&self.keeper, running.key()).await?;
-            self.freeze(running, &home.spec, staged).await?;
+            tokio::select! {
+                frozen = self.freeze(running, &home.spec, staged) => frozen?,
+                // No guest holds up a node that stops.
+                () = self.hurry.cancelled() => return Err(Error::Stopping),
+            }
             let draft = Draft {
                 id: SnapshotId::random(),
                 mode: kelvin_api::sandbox::PauseMode::Full,

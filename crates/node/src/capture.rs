@@ -11,8 +11,9 @@
 //! file system. Whatever fails, the machine goes on and what was staged is removed; a crash leaves it to `staging/`,
 //! which the next start empties, and a stopped machine, which the next start lets go on.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use kelvin_api::error::chain;
@@ -20,6 +21,7 @@ use kelvin_api::guest::Request;
 use kelvin_api::id::SnapshotId;
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{Capture, PauseMode};
+use kelvin_host::clock::Clock;
 use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
 use kelvin_vmm::{Paused, Saved};
 use tracing::Instrument;
@@ -30,8 +32,14 @@ use crate::error::Error;
 use crate::sandbox::Keeping;
 use crate::snapshots::Lease;
 
-/// How long a guest may take to write everything back.
+/// How long a guest may take to write everything back, and how long when its owner wants no snapshot without that: its
+/// disk may be slow.
 const FREEZE: Duration = Duration::from_secs(10);
+const HEALTHY_FREEZE: Duration = Duration::from_secs(60);
+/// How long it stays frozen for sure. Source: `crates/agent/src/control.rs`, `FROZEN`: it thaws by itself after 20 s.
+const STAYS_FROZEN: Duration = Duration::from_secs(15);
+/// How often it is frozen again because the disk took longer than that.
+const FREEZES: u32 = 3;
 /// How long the agent of a machine that goes on may take to say so.
 const AWAKE: Duration = Duration::from_secs(10);
 
@@ -66,6 +74,60 @@ async fn blocking<T: Send + 'static>(
         .await
         .unwrap_or_else(|error| Err(std::io::Error::other(error)))
         .map_err(|source| Error::Io { what, source })
+}
+
+/// Writes back what the guest has written, which is in the page cache: a clone of the file would do it with the vCPUs
+/// stopped.
+async fn flush(disk: PathBuf) -> Result<(), Error> {
+    blocking("flushing the disk", move || kelvin_host::file::read_plain(&disk)?.sync_data()).await
+}
+
+/// What freezing a file system on its disk takes.
+trait Freeze {
+    /// Freezes it; whether the guest says so.
+    async fn freeze(&mut self) -> bool;
+    /// Writes back what is left.
+    async fn flush(&mut self) -> Result<(), Error>;
+    /// Thaws it.
+    async fn thaw(&mut self);
+}
+
+/// Freezes a file system and writes it back. Whether it is still frozen then: a disk may take longer than a guest stays
+/// frozen by itself, so it is done again with the little that was written since.
+async fn freeze_on_disk(clock: &Clock, of: &mut impl Freeze) -> Result<bool, Error> {
+    for _ in 0..FREEZES {
+        let since = clock.now();
+        let is_frozen = of.freeze().await;
+        of.flush().await?;
+        if !is_frozen {
+            return Ok(false);
+        }
+        if clock.now().saturating_duration_since(since) < STAYS_FROZEN {
+            return Ok(true);
+        }
+        of.thaw().await;
+    }
+    Ok(false)
+}
+
+struct Freezing<'a> {
+    of: &'a mut Keeping,
+    disk: PathBuf,
+    limit: Duration,
+}
+
+impl Freeze for Freezing<'_> {
+    async fn freeze(&mut self) -> bool {
+        self.of.freeze(self.limit).await
+    }
+
+    async fn flush(&mut self) -> Result<(), Error> {
+        flush(self.disk.clone()).await
+    }
+
+    async fn thaw(&mut self) {
+        self.of.awake().await;
+    }
 }
 
 impl Keeping {
@@ -114,7 +176,7 @@ impl Keeping {
             tracing::info_span!("phase", name = phase.name())
         };
         let span = begin(Phase::Quiesce);
-        let quiesced = self.quiesce(staged, mode).instrument(span).await?;
+        let quiesced = self.quiesce(staged, mode, healthy).instrument(span).await?;
         timings.lap(Phase::Quiesce, &mut since);
         if healthy && !quiesced {
             // It may still come to it.
@@ -122,6 +184,8 @@ impl Keeping {
             return Err(Error::Unhealthy(self.record.sandbox.to_string()));
         }
 
+        // Not before: a guest that does not answer asks for no processor.
+        let _work = inner.work();
         let span = begin(Phase::Pause);
         let stopped = Instant::now();
         let Some(running) = self.running.take() else {
@@ -173,23 +237,40 @@ impl Keeping {
         Ok(Captured { snapshot, _lease: lease, capture, timings })
     }
 
-    /// What can be done while the machine runs.
-    async fn quiesce(&mut self, staged: &Path, mode: PauseMode) -> Result<bool, Error> {
+    /// What can be done while the machine runs. Whether its file system is frozen, and on the disk.
+    async fn quiesce(&mut self, staged: &Path, mode: PauseMode, healthy: bool) -> Result<bool, Error> {
         let Some(running) = &self.running else {
             return Err(Error::Unknown(self.record.sandbox.to_string()));
         };
-        if mode.is_full() {
-            running.begin_save(&staged.join("memory")).await?;
-        }
-        let frozen = self.control.call("freezing the file system", &Request::Freeze, FREEZE).await;
-        if let Err(error) = &frozen {
-            tracing::warn!(sandbox = %self.record.sandbox, error = chain(error), "its file system is not frozen");
-        }
+        // A slow disk is waited for ahead of the freeze: what is frozen has little left to write.
         let disk = self.spec.absolute().join("disk");
-        // What the guest has written is in the page cache: a clone of the file would write it back, with the
-        // vCPUs stopped.
-        blocking("flushing the disk", move || kelvin_host::file::read_plain(&disk)?.sync_data()).await?;
-        Ok(frozen.is_ok())
+        let begin = async {
+            match mode {
+                PauseMode::Full => running.begin_save(&staged.join("memory")).await.map_err(Error::from),
+                PauseMode::Filesystem => Ok(()),
+            }
+        };
+        let (begun, flushed) = tokio::join!(begin, flush(disk.clone()));
+        begun?;
+        flushed?;
+        let (clock, limit) = (self.inner.clock.clone(), if healthy { HEALTHY_FREEZE } else { FREEZE });
+        freeze_on_disk(&clock, &mut Freezing { of: self, disk, limit }).await
+    }
+
+    async fn freeze(&mut self, limit: Duration) -> bool {
+        // What was posted before and not waited for is answered first, and passed over.
+        self.posted = None;
+        let Some(control) = &mut self.control else { return false };
+        let freezing = control.call("freezing the file system", &Request::Freeze, limit);
+        match self.inner.hurry.run_until_cancelled(freezing).await {
+            Some(Ok(_)) => true,
+            Some(Err(error)) => {
+                tracing::warn!(sandbox = %self.record.sandbox, error = chain(&error), "its file system is not frozen");
+                false
+            }
+            // The node stops.
+            None => false,
+        }
     }
 
     async fn save(&self, paused: &Paused, staged: &Path, mode: PauseMode) -> Result<Saved, Error> {
@@ -246,9 +327,9 @@ impl Keeping {
             return Ok(());
         };
         // Posted while the vCPUs stand still: the guest wakes up once.
-        self.posted = match wake(false) {
-            Ok(wake) => self.control.post(&Request::Wake(wake)).await.ok(),
-            Err(_) => None,
+        self.posted = match (wake(false), &mut self.control) {
+            (Ok(wake), Some(control)) => control.post(&Request::Wake(wake)).await.ok(),
+            _ => None,
         };
         match paused.resume().await {
             Ok(running) => {
@@ -262,24 +343,90 @@ impl Keeping {
         }
     }
 
-    /// Waits until the agent of a machine that went on has stepped its clock and thawed its file system.
+    /// Waits until the agent of a machine that went on has stepped its clock and thawed its file system. One that does
+    /// not answer is reported, and runs on; a node that stops does not wait for it.
     pub async fn awake(&mut self) {
-        let asked = match self.posted.take() {
-            Some(asked) => asked,
-            None => match wake(false).map(Request::Wake) {
-                Ok(request) => match self.control.post(&request).await {
-                    Ok(asked) => asked,
-                    Err(_) => return,
-                },
-                Err(_) => return,
-            },
-        };
+        let (posted, hurry) = (self.posted.take(), self.inner.hurry.clone());
+        let Some(control) = &mut self.control else { return };
         let told = async {
-            let done = self.control.wait("going on", asked, AWAKE).await?;
-            right_clock(&mut self.control, done, AWAKE).await
+            let asked = match posted {
+                Some(asked) => asked,
+                None => control.post(&Request::Wake(wake(false)?)).await?,
+            };
+            let done = control.wait("going on", asked, AWAKE).await?;
+            right_clock(control, done, AWAKE).await
         };
-        if let Err(error) = told.await {
-            tracing::warn!(sandbox = %self.record.sandbox, error = chain(&error), "its agent did not say that it goes on");
+        match hurry.run_until_cancelled(told).await {
+            None => {}
+            Some(Ok(())) => self.is_silent.store(false, Ordering::Relaxed),
+            // It answers: one of a former version does not know the word.
+            Some(Err(Error::Vmm(kelvin_vmm::Error::Agent { .. }))) => {
+                self.is_silent.store(false, Ordering::Relaxed);
+            }
+            Some(Err(error)) => {
+                self.is_silent.store(true, Ordering::Relaxed);
+                tracing::warn!(sandbox = %self.record.sandbox, error = chain(&error), "its agent did not say that it goes on");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kelvin_host::clock::Simulated;
+
+    use super::*;
+
+    /// A guest that thaws by itself, on a disk of which each flush takes so long.
+    struct Guest {
+        clock: Clock,
+        flushes: Vec<Duration>,
+        frozen_at: Option<kelvin_host::clock::BootInstant>,
+        answers: bool,
+    }
+
+    impl Guest {
+        fn is_frozen(&self) -> bool {
+            let alone = Duration::from_secs(20);
+            self.frozen_at.is_some_and(|at| self.clock.now().saturating_duration_since(at) < alone)
+        }
+    }
+
+    impl Freeze for Guest {
+        async fn freeze(&mut self) -> bool {
+            if self.answers && !self.is_frozen() {
+                self.frozen_at = Some(self.clock.now());
+            }
+            self.answers
+        }
+
+        async fn flush(&mut self) -> Result<(), Error> {
+            tokio::time::sleep(self.flushes.pop().unwrap_or_default()).await;
+            Ok(())
+        }
+
+        async fn thaw(&mut self) {
+            self.frozen_at = None;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_disk_does_not_pass_a_thawed_file_system_off_as_frozen() {
+        for (answers, seconds, quiesced) in [
+            (true, vec![], true),
+            (true, vec![14], true),
+            // Written back for longer than it stays frozen: once, and always.
+            (true, vec![1, 60], true),
+            (true, vec![17, 18, 19], false),
+            (true, vec![60, 60, 60], false),
+            (false, vec![60], false),
+        ] {
+            let clock = Simulated::start().clock();
+            let flushes = seconds.iter().copied().map(Duration::from_secs).collect();
+            let mut guest = Guest { clock: clock.clone(), flushes, frozen_at: None, answers };
+            let said = freeze_on_disk(&clock, &mut guest).await.unwrap();
+            assert_eq!(said, quiesced, "{seconds:?}");
+            assert_eq!(said, guest.is_frozen(), "what is said of it is so: {seconds:?}");
         }
     }
 }

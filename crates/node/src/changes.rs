@@ -17,10 +17,11 @@ struct LogState {
     entries: VecDeque<(u64, SandboxId, What)>,
 }
 
+/// Small: ten thousand of them are kept.
 #[derive(Debug, Clone)]
 enum What {
-    Ended(String),
-    Is(Live),
+    Ended(Box<str>),
+    Is(Box<Live>),
 }
 
 /// The log.
@@ -37,12 +38,12 @@ impl Log {
 
     /// Notes that `sandbox` ended.
     pub fn add(&self, sandbox: SandboxId, reason: &str) {
-        self.push(sandbox, What::Ended(reason.to_owned()));
+        self.push(sandbox, What::Ended(reason.into()));
     }
 
     /// Notes that a sandbox was paused or resumed.
     pub fn is(&self, live: Live) {
-        self.push(live.sandbox.clone(), What::Is(live));
+        self.push(live.sandbox.clone(), What::Is(Box::new(live)));
     }
 
     fn push(&self, sandbox: SandboxId, what: What) {
@@ -60,7 +61,7 @@ impl Log {
     /// Why `sandbox` ended, when that is still known. Looks at the newest first; only error paths ask.
     pub fn why(&self, sandbox: &SandboxId) -> Option<String> {
         self.state().entries.iter().rev().find_map(|(_, id, what)| match what {
-            What::Ended(reason) if id == sandbox => Some(reason.clone()),
+            What::Ended(reason) if id == sandbox => Some(reason.to_string()),
             _ => None,
         })
     }
@@ -78,10 +79,10 @@ impl Log {
             match what {
                 What::Ended(reason) => {
                     changes.changed.remove(id);
-                    changes.ended.insert(id.clone(), reason.clone());
+                    changes.ended.insert(id.clone(), reason.to_string());
                 }
                 What::Is(live) => {
-                    changes.changed.insert(id.clone(), live.clone());
+                    changes.changed.insert(id.clone(), Live::clone(live));
                 }
             }
         }

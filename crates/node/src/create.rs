@@ -22,6 +22,8 @@ use kelvin_api::node::{Create, Created};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{PauseMode, StartPath};
 use kelvin_api::units::{MemoryMib, Shape};
+use kelvin_host::clock::Stamp;
+use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_host::net::Slot;
 use kelvin_store::identity::Identity;
 use kelvin_store::image::Template;
@@ -30,7 +32,6 @@ use kelvin_vmm::control::{Asked, Control};
 use kelvin_vmm::{MachineEnd, MachineSpec, Running};
 use tracing::Instrument;
 
-use crate::Inner;
 use crate::capacity::Amount;
 use crate::clock::right_clock;
 use crate::console::Console;
@@ -41,10 +42,14 @@ use crate::probe::Probe;
 use crate::record::{Event, SandboxRecord, State, next};
 use crate::sandbox::{Machine, body};
 use crate::snapshots::Lease;
+use crate::turns::TURN;
 use crate::warm::Parked;
+use crate::{Inner, Working};
 
 /// How long a claim of a warm machine may take before the next way is tried.
 const CLAIM: Duration = Duration::from_secs(3);
+/// How long a machine that boots counts as work: one that takes longer waits for something else than a processor.
+const BOOTING: Duration = Duration::from_secs(5);
 
 /// What a machine is made of.
 #[derive(Clone)]
@@ -79,6 +84,10 @@ struct Attempt<'a> {
     shape: Shape,
     network: Option<Attachment>,
     machine_id: [u8; 16],
+    /// When it ends, on boot time and as it was said.
+    deadline: Stamp,
+    /// Counts it, for as long as it asks for a processor.
+    working: Option<Working>,
     timings: Timings,
     since: Instant,
 }
@@ -89,7 +98,7 @@ impl Inner {
     /// Not cancel-safe: callers run it on a task of its own.
     pub async fn create(self: &Arc<Self>, request: Create, seed: Seed) -> Result<Created, Error> {
         let _request = self.enter();
-        let since = Instant::now();
+        let (since, deadline) = (Instant::now(), self.clock.stamp(self.clock.at(request.ends_at)));
         self.crash_point(Phase::Reserve);
         let mut network = self.attachment(&request.network)?;
         let snapshot = match &seed {
@@ -130,6 +139,7 @@ impl Inner {
         };
         let machine_id = machine_id.map_or_else(random_bytes, Ok)?;
         let amount = Amount::machine(shape);
+        let _descriptors = Budget::of_process().take(MACHINE)?;
         self.reserve(&request, shape, amount)?;
         let mut attempt = Attempt {
             inner: self,
@@ -141,6 +151,8 @@ impl Inner {
             shape,
             network,
             machine_id,
+            deadline,
+            working: Some(self.work()),
             timings: Timings::default(),
             since,
         };
@@ -223,7 +235,7 @@ impl Inner {
     }
 
     fn reserve(self: &Arc<Self>, request: &Create, shape: Shape, amount: Amount) -> Result<(), Error> {
-        if self.stop.is_cancelled() {
+        if self.hurry.is_cancelled() {
             return Err(Error::Stopping);
         }
         self.check_disk()?;
@@ -325,6 +337,9 @@ impl Attempt<'_> {
         if let Some(path @ (StartPath::Clone | StartPath::Warm)) = insisted {
             return Err(Error::Path { path: path.name(), reason });
         }
+        if self.inner.hurry.is_cancelled() {
+            return Err(Error::Stopping);
+        }
         tracing::warn!(sandbox = %self.request.sandbox, reason, "no clone");
         let started = self.boot_template(template).await?;
         if self.inner.options.auto_bake {
@@ -400,16 +415,37 @@ impl Attempt<'_> {
         }
     }
 
+    /// Waits until this create is to be given up, whatever its guest does: the node stops, or what is resumed is killed.
+    async fn given_up(&self) -> Error {
+        let killed = async {
+            match self.seed {
+                Seed::Resume(paused, _) => paused.killed().await,
+                Seed::Template(_) | Seed::Snapshot(..) => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = self.inner.hurry.cancelled() => Error::Stopping,
+            () = killed => Error::Unknown(self.request.sandbox.to_string()),
+        }
+    }
+
     /// Restores the pool's snapshot; whether a VMM waited for it. A failure is the reason why it has to be a boot.
     async fn clone(&mut self, pool: &Arc<Pool>) -> Result<(Started, bool), Error> {
         let span = self.begin(Phase::Queue);
-        let permit = self.inner.restores.acquire().instrument(span).await.map_err(|_| Error::Stopping)?;
+        let turn = async {
+            tokio::select! {
+                biased;
+                turn = self.inner.turns.take(&self.request.project) => turn,
+                error = self.given_up() => Err(error),
+            }
+        };
+        let turn = turn.instrument(span).await?;
         self.lap(Phase::Queue);
         let span = self.begin(Phase::Vmm);
         let (ready, waited) = self.claim(pool).instrument(span).await?;
         self.lap(Phase::Vmm);
-        let started = self.restore(pool, ready).await;
-        drop(permit);
+        let held = (turn, self.working.take());
+        let started = held_for(TURN, held, self.restore(pool, ready)).await;
         match started {
             Ok(started) => Ok((started, waited)),
             Err(Error::Store(error @ kelvin_store::Error::Seal { .. })) => {
@@ -560,7 +596,15 @@ impl Attempt<'_> {
             let span = self.begin(Phase::Boot);
             let slot = home.spec.network.as_ref().filter(|_| self.request.probe_tcp);
             let probe = slot.map(|slot| Probe::begin(slot.address()));
-            let mut control = self.inner.boot_guest(&running).instrument(span).await?;
+            let working = self.working.take();
+            let booted = async {
+                tokio::select! {
+                    biased;
+                    control = held_for(BOOTING, working, self.inner.boot_guest(&running)) => control,
+                    error = self.given_up() => Err(error),
+                }
+            };
+            let mut control = booted.instrument(span).await?;
             self.lap(Phase::Boot);
             let asked = control.post(&self.greeting(&record)?).await?;
             self.activated(&running, &mut control, asked).await?;
@@ -628,6 +672,7 @@ impl Attempt<'_> {
                 biased;
                 done = answered => done,
                 end = running.ended() => Err(ended("activating", running, end).await),
+                error = self.given_up() => Err(error),
             }
         };
         let done = answered.instrument(span).await?;
@@ -654,7 +699,7 @@ impl Attempt<'_> {
                 Err(error) => Err(error),
             },
             _ => {
-                record.started_at = jiff::Timestamp::now();
+                record.started_at = self.inner.clock.wall();
                 self.inner.remember(&spec, &record).await
             }
         };
@@ -669,7 +714,6 @@ impl Attempt<'_> {
             record: record.clone(),
             identity: Some(identity),
             lease,
-            adopted: false,
             console: match self.seed {
                 Seed::Resume(paused, _) => paused.console.on_another_machine(),
                 Seed::Template(_) | Seed::Snapshot(..) => Console::default(),
@@ -729,6 +773,8 @@ impl Attempt<'_> {
             Seed::Resume(paused, _) => {
                 return SandboxRecord {
                     ends_at: self.request.ends_at,
+                    deadline: Some(self.deadline.clone()),
+                    project: self.request.project.clone(),
                     machine_id: Some(self.machine_id),
                     ..paused.record.clone()
                 };
@@ -748,8 +794,10 @@ impl Attempt<'_> {
             generation: 0,
             identity: None,
             start_path,
-            started_at: jiff::Timestamp::now(),
+            started_at: self.inner.clock.wall(),
             ends_at: self.request.ends_at,
+            deadline: Some(self.deadline.clone()),
+            project: self.request.project.clone(),
             access_token: self.request.access_token.clone(),
             env_vars: self.request.env_vars.clone(),
             mac: None,
@@ -759,6 +807,17 @@ impl Attempt<'_> {
             machine_id: Some(self.machine_id),
         }
     }
+}
+
+/// Does `work`, and gives `held` back when it is done or `limit` is over: a guest may be silent for as long as it likes.
+async fn held_for<T, H>(limit: Duration, held: H, work: impl Future<Output = T>) -> T {
+    let mut work = std::pin::pin!(work);
+    tokio::select! {
+        biased;
+        done = &mut work => return done,
+        () = tokio::time::sleep(limit) => drop(held),
+    }
+    work.await
 }
 
 /// Whether a machine of `snapshot` boots: it has no memory, or the disk alone is wanted.

@@ -27,6 +27,9 @@ pub enum Error {
         /// How much is free.
         free: u64,
     },
+    /// This process has too few descriptors left for something new.
+    #[error("{0}")]
+    Descriptors(kelvin_host::descriptors::Exhausted),
     /// A sandbox with that id exists.
     #[error("sandbox {0} exists already")]
     Exists(String),
@@ -47,6 +50,9 @@ pub enum Error {
     /// Whoever is asked before says no.
     #[error("{0}")]
     Refused(Failure),
+    /// The server has started anew, and the sandbox's VMM does not answer it yet.
+    #[error("sandbox {0} is being adopted: its VMM does not answer yet")]
+    BeingAdopted(String),
     /// The sandbox is paused.
     #[error("sandbox {0} is paused")]
     Paused(String),
@@ -111,6 +117,14 @@ pub enum Error {
         /// The most.
         limit: usize,
     },
+    /// Too many creates of one project wait for their turn.
+    #[error("{limit} creates of project {project} wait for their turn already")]
+    QueueFull {
+        /// Whose.
+        project: String,
+        /// The most.
+        limit: usize,
+    },
     /// Nobody listens.
     #[error("sandbox {sandbox} is running but port {port} is not open")]
     PortClosed {
@@ -166,6 +180,22 @@ pub enum Error {
     Vmm(#[from] kelvin_vmm::Error),
 }
 
+/// The refusal of whatever would need descriptors that are not there.
+pub fn no_descriptors(exhausted: &kelvin_host::descriptors::Exhausted) -> Failure {
+    Failure::new(
+        Kind::Exhausted,
+        "descriptors_exhausted",
+        exhausted.to_string(),
+        "try again later; the operator raises the limit of the server (LimitNOFILE= of its unit, or ulimit -Hn)",
+    )
+}
+
+impl From<kelvin_host::descriptors::Exhausted> for Error {
+    fn from(exhausted: kelvin_host::descriptors::Exhausted) -> Self {
+        Self::Descriptors(exhausted)
+    }
+}
+
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let text = error.to_string();
@@ -180,6 +210,7 @@ impl From<Error> for Failure {
                 "capacity_exhausted",
                 "kill sandboxes that are not needed, ask for less, or try again later",
             ),
+            Error::Descriptors(ref exhausted) => no_descriptors(exhausted),
             Error::Exists(_) => with(Kind::Conflict, "sandbox_exists", "use another id"),
             Error::Changing(_) => with(Kind::Conflict, "sandbox_changing", "try again"),
             Error::Unknown(_) => {
@@ -189,6 +220,11 @@ impl From<Error> for Failure {
                 Kind::Conflict,
                 "sandbox_paused",
                 "resume it first: `kelvin sandbox resume`, or connect to it",
+            ),
+            Error::BeingAdopted(_) => with(
+                Kind::Conflict,
+                "sandbox_being_adopted",
+                "try again; a sandbox whose VMM never answers can be killed",
             ),
             Error::Unhealthy(_) => {
                 with(Kind::Conflict, "guest_unhealthy", "leave out requireHealthyGuest to pause it as it is")
@@ -218,6 +254,9 @@ impl From<Error> for Failure {
                 "`kelvin doctor` says what a network needs; create the sandbox without network rules to have none",
             ),
             Error::Busy { .. } => with(Kind::Busy, "too_many_connections", "close some, or try again later"),
+            Error::QueueFull { .. } => {
+                with(Kind::Busy, "too_many_creates", "wait for some to end, or ask for fewer at one time")
+            }
             Error::PortClosed { .. } => with(
                 Kind::Unavailable,
                 "port_closed",

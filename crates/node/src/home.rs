@@ -310,7 +310,10 @@ async fn end(key: ProcessKey) -> Result<(), Error> {
 async fn end_all(marker: &str) -> Result<(), Error> {
     for _ in 0..LOOKS {
         let marker = marker.to_owned();
-        let found = tokio::task::spawn_blocking(move || find_by_marker(&marker)).await.unwrap_or_default();
+        let found = tokio::task::spawn_blocking(move || find_by_marker(&marker)).await;
+        let found = found
+            .unwrap_or_else(|error| Err(io::Error::other(error)))
+            .map_err(|source| Error::Io { what: "looking for a VMM", source })?;
         if found.is_empty() {
             return Ok(());
         }

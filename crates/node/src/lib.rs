@@ -1,8 +1,8 @@
 //! One node: it owns what runs here.
 //!
-//! Read in this order: [`Node`] (the handle), `create` (the path of a create, with `clock` and `probe`), `pool` (what is ready
-//! ahead of it), `home` (the resources of a machine), `sandbox` (a machine that runs), `lifecycle` (pause, resume,
-//! snapshot, fork) with `capture`, `paused` and `snapshots`, `warm` (machines that wait), `traffic`, `bake`, `reconcile` (after a crash).
+//! Read in this order: [`Node`] (the handle), `create` (the path of a create, with `turns`, `clock` and `probe`), `pool` (what is ready
+//! ahead of it), `home` (the resources of a machine), `sandbox` (a machine that runs, with `mail`), `lifecycle` (pause, resume,
+//! snapshot, fork) with `capture`, `paused`, `snapshots` and `verify`, `warm` (machines that wait), `traffic`, `bake`, `reconcile` (after a crash).
 //!
 //! Who writes: the ledger, `sandboxes/` and, through `kelvin-store`, snapshots. A crash leaves machines
 //! that the ledger names; the next start adopts those that ran and removes the rest. Time limits are
@@ -20,6 +20,7 @@ mod error;
 mod home;
 mod lifecycle;
 mod link;
+mod mail;
 mod networks;
 pub mod options;
 mod paused;
@@ -31,6 +32,8 @@ mod record;
 mod sandbox;
 mod snapshots;
 mod traffic;
+mod turns;
+mod verify;
 mod warm;
 
 use std::any::Any;
@@ -46,6 +49,7 @@ use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{NodeInfo, NodeNetwork, TemplateSnapshot};
 use kelvin_api::units::{MemoryMib, Shape};
 use kelvin_host::cgroup::Cgroups;
+use kelvin_host::clock::{BootInstant, Clock};
 use kelvin_host::ledger::{Entry, Ledger};
 use kelvin_store::Store;
 use kelvin_store::gc::Garbage;
@@ -60,16 +64,24 @@ use tokio_util::task::TaskTracker;
 pub use agent::{Body, SendError};
 use capacity::Capacity;
 use create::Seed;
-pub use error::Error;
+pub use error::{Error, no_descriptors};
 use home::{Groups, Keeper};
 pub use link::Stream;
+use mail::Urgent;
 use networks::{EgressOptions, Networks};
 use options::{Options, Rule};
 use paused::Paused;
 use pool::Pool;
 use sandbox::{Command, Sandbox};
 use snapshots::Snapshots;
+use turns::Turns;
 
+/// How many VMMs are taken over at one time: each exchange with one asks for a processor.
+const ADOPTIONS: usize = 16;
+/// How long requests that are under way may take when the node stops, before no guest is waited for any more; and how
+/// long after that, before what is left is left to the next start.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
+const LEAVE: std::time::Duration = std::time::Duration::from_secs(60);
 /// How often what changes a sandbox looks for it anew, before it says that others change it all the time.
 pub(crate) const LOOKS: u32 = 16;
 /// How often a release that failed is tried again.
@@ -102,9 +114,17 @@ pub(crate) struct Inner {
     templates: Mutex<HashMap<TemplateName, (TemplateStamp, Arc<Template>)>>,
     /// Set by whoever knows what owners may have.
     warden: OnceLock<Box<Warden>>,
-    restores: Semaphore,
+    /// What lifetimes count on.
+    clock: Clock,
+    turns: Turns,
+    /// VMMs that are taken over from a former daemon at one time.
+    adoptions: Semaphore,
     bakes: tokio::sync::Mutex<()>,
+    /// One snapshot is read whole at one time.
+    verifying: tokio::sync::Mutex<()>,
     requests: Mutex<u32>,
+    /// Requests that ask something of a processor now, of which those that wait for a guest are none.
+    work: Mutex<u32>,
     teardowns: Mutex<u32>,
     settled: Notify,
     changes: changes::Log,
@@ -116,6 +136,8 @@ pub(crate) struct Inner {
     host_kernel: String,
     reflink: bool,
     tasks: TaskTracker,
+    /// The node stops, and waits for no guest any more.
+    hurry: CancellationToken,
     stop: CancellationToken,
 }
 
@@ -135,6 +157,16 @@ pub(crate) struct InRequest(Arc<Inner>);
 impl Drop for InRequest {
     fn drop(&mut self) {
         *lock(&self.0.requests) -= 1;
+        self.0.settled.notify_waiters();
+    }
+}
+
+/// Counts work for as long as it lives: what is prepared ahead waits for it.
+pub(crate) struct Working(Arc<Inner>);
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        *lock(&self.0.work) -= 1;
         self.0.settled.notify_waiters();
     }
 }
@@ -161,6 +193,11 @@ impl Inner {
         InRequest(Arc::clone(self))
     }
 
+    fn work(self: &Arc<Self>) -> Working {
+        *lock(&self.work) += 1;
+        Working(Arc::clone(self))
+    }
+
     fn begin_teardown(&self) {
         *lock(&self.teardowns) += 1;
     }
@@ -170,13 +207,18 @@ impl Inner {
         self.settled.notify_waiters();
     }
 
-    /// Waits until no create is under way.
+    /// Waits until no create or capture asks for a processor.
     async fn quiet(&self) {
+        self.none(&self.work).await;
+    }
+
+    /// Waits until nothing is counted by `count`.
+    async fn none(&self, count: &Mutex<u32>) {
         loop {
             let changed = self.settled.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
-            if *lock(&self.requests) == 0 {
+            if *lock(count) == 0 {
                 return;
             }
             changed.await;
@@ -188,6 +230,19 @@ impl Inner {
         if self.options.crash_at == Some(phase) {
             let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
         }
+    }
+
+    /// Tells the control plane anew when sandboxes end, when the wall clock was set since `last`: they end when they would
+    /// have, which is another time for people. The same moment on both clocks, for the next look.
+    fn look_at_wall_clock(&self, last: (BootInstant, jiff::Timestamp)) -> (BootInstant, jiff::Timestamp) {
+        if self.clock.shown(last.0).duration_since(last.1).abs() > mail::SET {
+            tracing::warn!(wall = %self.clock.wall(), "the wall clock was set; lifetimes go on");
+            let live: Vec<_> = self.sandboxes().values().map(|sandbox| sandbox.live()).collect();
+            for live in live {
+                self.changes.is(live);
+            }
+        }
+        (self.clock.now(), self.clock.wall())
     }
 
     fn disk_free_mib(&self) -> Result<u64, Error> {
@@ -382,9 +437,16 @@ impl Node {
             groups: groups(&driver, store.root()),
             unreleased: Arc::default(),
         };
+        let clock = match options.clock.clone() {
+            Some(clock) => clock,
+            None => Clock::system()
+                .map_err(|source| Error::Io { what: "asking the kernel which boot this is", source })?,
+        };
         let inner = Arc::new(Inner {
             capacity: Mutex::new(Capacity::new(&options)),
-            restores: Semaphore::new(options.concurrent_restores.max(1)),
+            clock,
+            turns: Turns::new(options.concurrent_restores),
+            adoptions: Semaphore::new(ADOPTIONS),
             options,
             store,
             driver,
@@ -400,7 +462,9 @@ impl Node {
             warden: OnceLock::new(),
             templates: Mutex::default(),
             bakes: tokio::sync::Mutex::default(),
+            verifying: tokio::sync::Mutex::default(),
             requests: Mutex::default(),
+            work: Mutex::default(),
             teardowns: Mutex::default(),
             settled: Notify::new(),
             changes: changes::Log::default(),
@@ -410,6 +474,7 @@ impl Node {
             host_kernel,
             reflink,
             tasks: TaskTracker::new(),
+            hurry: CancellationToken::new(),
             stop: CancellationToken::new(),
         });
         inner.know(&templates);
@@ -419,7 +484,7 @@ impl Node {
         }
         let found = inner.reconcile(entries, records, &attached).await?;
         let paused = inner.paused_sandboxes().len();
-        tracing::info!(adopted = found.adopted, paused, removed = found.removed, "reconciled");
+        tracing::info!(adopting = found.adopting, paused, removed = found.removed, "reconciled");
         if found.unreadable == 0 {
             inner.snapshots.sweep();
         }
@@ -429,6 +494,11 @@ impl Node {
         };
         inner.tasks.spawn(removing);
         inner.tasks.spawn(Arc::clone(&inner).govern());
+        let digesting = Arc::clone(&inner);
+        inner.tasks.spawn(async move {
+            let stop = digesting.stop.clone();
+            stop.run_until_cancelled(digesting.digest_kept()).await;
+        });
         for snapshot in snapshots {
             if snapshot.manifest.origin == Origin::Bake {
                 inner.add_pool(snapshot);
@@ -440,13 +510,15 @@ impl Node {
         }
         let reaper = Arc::clone(&inner);
         inner.tasks.spawn(async move {
+            let mut last = (reaper.clock.now(), reaper.clock.wall());
             while reaper.stop.run_until_cancelled(tokio::time::sleep(REAP)).await.is_some() {
+                last = reaper.look_at_wall_clock(last);
                 reaper.keeper.reap().await;
                 reaper.snapshots.reap(&reaper.store).await;
                 let sandboxes: Vec<_> = reaper.sandboxes().values().cloned().collect();
                 for sandbox in sandboxes {
-                    // Ended meanwhile, otherwise.
-                    let _ = sandbox.ask(Command::GoOn).await;
+                    // Not waited for: one VMM that does not answer is nobody else's business.
+                    sandbox.go_on();
                 }
                 if let Some(networks) = &reaper.keeper.networks {
                     networks.slots.retry().await;
@@ -494,7 +566,7 @@ impl Node {
         let mut looks = LOOKS;
         loop {
             let killed = match self.find(id) {
-                Ok(sandbox) => sandbox.ask(Command::Kill).await,
+                Ok(sandbox) => sandbox.urge(Urgent::Kill).await,
                 Err(Error::Paused(_)) => self.inner.end_paused(id).await,
                 Err(error) => Err(error),
             };
@@ -529,10 +601,10 @@ impl Node {
     /// # Errors
     /// `Unknown` when it does not run.
     pub async fn set_deadline(&self, id: &SandboxId, ends_at: jiff::Timestamp) -> Result<(), Error> {
-        let mut looks = LOOKS;
+        let (mut looks, deadline) = (LOOKS, self.inner.clock.at(ends_at));
         loop {
             let set = match self.find(id) {
-                Ok(sandbox) => sandbox.ask(|done| Command::SetDeadline(ends_at, done)).await,
+                Ok(sandbox) => sandbox.urge(|done| Urgent::SetDeadline(ends_at, deadline, done)).await,
                 Err(error) => Err(error),
             };
             if !self.looks_again(id, &set, &mut looks).await? {
@@ -676,6 +748,11 @@ impl Node {
         let ledger_entries = inner.keeper.ledger.count().await?;
         let (memory_mb, memory_reserved_mb, vcpus, vcpus_reserved) = inner.capacity().figures();
         let pools: Vec<Arc<Pool>> = lock(&inner.pools).values().cloned().collect();
+        let (mut adopting, mut silent) = (0, 0);
+        for sandbox in inner.sandboxes().values() {
+            adopting += u32::from(sandbox.is_being_adopted());
+            silent += u32::from(sandbox.is_guest_silent());
+        }
         let busy = *lock(&inner.requests) + *lock(&inner.teardowns);
         Ok(NodeInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -687,7 +764,10 @@ impl Node {
             waiting_vmms: pools.iter().map(|pool| pool.count()).sum(),
             warm: pools.iter().map(|pool| pool.parked()).sum(),
             paused: u32::try_from(inner.paused_sandboxes().len()).unwrap_or(u32::MAX),
+            adopting,
+            silent,
             settled: busy == 0
+                && adopting == 0
                 && inner.snapshots.is_settled()
                 && pools.iter().all(|pool| pool.is_full())
                 && inner.is_warm()
@@ -716,22 +796,15 @@ impl Node {
     /// Removes what nothing needs, or says what that would be.
     ///
     /// # Errors
-    /// `Store` when something cannot be removed.
+    /// `Store` with `Unreadable` when what something needs is not known, and then nothing is removed; `Store` when
+    /// something cannot be removed.
     pub async fn collect(&self, dry_run: bool) -> Result<Garbage, Error> {
-        // Lineage is kept for every snapshot that a machine runs from or a pool may still use.
-        let mut in_use: BTreeSet<SnapshotId> = self.inner.snapshots.leased();
-        in_use.extend(
-            lock(&self.inner.pools)
-                .values()
-                .filter(|pool| {
-                    pool.refusal().is_none() && self.inner.is_usable(&pool.snapshot.manifest.identity)
-                })
-                .map(|pool| pool.snapshot_id()),
-        );
+        let used = self.inner.references().await?;
         let store = self.inner.store.clone();
-        let garbage = tokio::task::spawn_blocking(move || store.collect(&in_use, dry_run)).await.map_err(
-            |error| Error::Io { what: "collecting garbage", source: std::io::Error::other(error) },
-        )??;
+        let garbage =
+            tokio::task::spawn_blocking(move || store.collect(&used, dry_run)).await.map_err(|error| {
+                Error::Io { what: "collecting garbage", source: std::io::Error::other(error) }
+            })??;
         if !dry_run {
             for id in garbage.snapshots.iter().filter_map(|id| id.parse().ok()) {
                 self.inner.snapshots.forget(&id);
@@ -754,10 +827,19 @@ impl Node {
 
     /// Stops the node: creates that are under way end, waiting VMMs are released, sandboxes keep running.
     pub async fn stop(&self) {
-        self.inner.quiet().await;
-        self.inner.stop.cancel();
-        self.inner.tasks.close();
-        self.inner.tasks.wait().await;
+        let inner = &self.inner;
+        if tokio::time::timeout(PATIENCE, inner.none(&inner.requests)).await.is_err() {
+            tracing::warn!(requests = *lock(&inner.requests), "stopping: no guest is waited for any more");
+        }
+        inner.hurry.cancel();
+        let _ = tokio::time::timeout(LEAVE, inner.none(&inner.requests)).await;
+        // Machines run on, and what they were restored from has to outlive the tasks that end now.
+        inner.snapshots.close();
+        inner.stop.cancel();
+        inner.tasks.close();
+        if tokio::time::timeout(LEAVE, inner.tasks.wait()).await.is_err() {
+            tracing::error!("stopping: what is still under way is left to the next start");
+        }
         let pools: Vec<Arc<Pool>> = lock(&self.inner.pools).values().cloned().collect();
         for pool in pools {
             for ready in pool.drain() {

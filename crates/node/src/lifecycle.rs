@@ -67,6 +67,7 @@ fn child_of(source: &SandboxRecord, child: Child, snapshot: SnapshotId) -> Creat
     env_vars.extend(child.env_vars);
     Create {
         sandbox: child.sandbox,
+        project: child.project,
         base: Base::Snapshot(snapshot),
         vcpus: None,
         memory_mib: None,
@@ -341,13 +342,20 @@ impl Node {
     /// Deletes a kept snapshot. With `cascade`, those that descend from it too; sandboxes are never ended for it.
     ///
     /// # Errors
-    /// `Store` with `Missing`, or `InUse` with the names of what needs it; then nothing is deleted.
+    /// `Store` with `Missing`, `InUse` with the names of what needs it, or `Unreadable` when that is not known; then
+    /// nothing is deleted.
     pub async fn remove_snapshot(&self, id: &SnapshotId, cascade: bool) -> Result<(), Error> {
         let missing = || kelvin_store::Error::Missing { kind: "snapshot", name: id.to_string() };
         let snapshot = self.inner.snapshots.get(id).ok_or_else(missing)?;
         if !matches!(snapshot.manifest.origin, Origin::Kept { .. }) {
             return Err(missing().into());
         }
+        // What cannot be read may descend from it.
+        let store = self.inner.store.clone();
+        tokio::task::spawn_blocking(move || store.manifests()).await.map_err(|error| Error::Io {
+            what: "reading manifests",
+            source: std::io::Error::other(error),
+        })??;
         // Deepest last: what goes, and what it would take with it.
         let (mut doomed, mut dependents) = (vec![id.clone()], Vec::new());
         let mut at = 0;
@@ -384,7 +392,7 @@ impl Node {
                 return in_use(users);
             }
             let store = self.inner.store.clone();
-            tokio::task::spawn_blocking(move || store.discard_snapshot(&id))
+            tokio::task::spawn_blocking(move || store.delete_snapshot(&id))
                 .await
                 .map_err(|error| Error::Io { what: "removing", source: std::io::Error::other(error) })??;
         }

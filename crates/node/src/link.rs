@@ -15,6 +15,7 @@ use hyper_util::rt::TokioIo;
 use kelvin_api::id::Token;
 use kelvin_api::network::{Attachment, Refusal};
 use kelvin_api::node::Cut;
+use kelvin_host::descriptors::{Budget, CONNECTION};
 use kelvin_host::net::Slot;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -84,9 +85,10 @@ impl Network {
     /// Connects to a port of the guest.
     ///
     /// # Errors
-    /// `Busy`, `PortClosed`, `PortSilent`.
+    /// `Busy`, `Descriptors`, `PortClosed`, `PortSilent`.
     pub async fn dial(&self, sandbox: &str, port: u16) -> Result<Stream, Error> {
         let place = self.place(sandbox)?;
+        let _descriptor = Budget::of_process().take(CONNECTION)?;
         let address = SocketAddr::from((self.slot.address(), port));
         let connecting = tokio::time::timeout(CONNECT, TcpStream::connect(address));
         let gone = || Error::Unknown(sandbox.to_owned());

@@ -88,10 +88,14 @@ impl Egress {
             let Resource::Helper { marker, key } = &entry.resource else { continue };
             let keys = match key {
                 Some(key) => vec![*key],
-                None => kelvin_host::process::find_by_marker(marker),
+                None => kelvin_host::process::find_by_marker(marker)
+                    .map_err(failed("looking for the former egress process"))?,
             };
             for key in keys {
-                let Ok(process) = Process::adopt(key) else { continue };
+                let process = match Process::adopt(key) {
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                    process => process.map_err(failed("finding the former egress process"))?,
+                };
                 let path = run.join("egress.sock");
                 let asked = blocking(move || {
                     let client = Client::connect(&path)?;

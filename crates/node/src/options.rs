@@ -7,6 +7,7 @@ use std::time::Duration;
 use kelvin_api::phase::Phase;
 use kelvin_api::units::MemoryMib;
 use kelvin_host::accel::Accelerator;
+use kelvin_host::clock::Clock;
 use kelvin_host::net::Range;
 
 pub use crate::policy::Rule;
@@ -44,6 +45,8 @@ pub struct Options {
     pub warm_memory: MemoryMib,
     /// Whether a cold create is followed by a bake of what was missing.
     pub auto_bake: bool,
+    /// What lifetimes count on; `None` is the host's own clocks.
+    pub clock: Option<Clock>,
     /// For tests: the daemon kills itself when a create enters this phase.
     pub crash_at: Option<Phase>,
 }
@@ -96,6 +99,7 @@ impl Options {
             warm: Rule { min: 0, max: 8, max_age_s: 1800 },
             warm_memory: MemoryMib(u32::try_from(total_mib * 20 / 100).unwrap_or(u32::MAX)),
             auto_bake: true,
+            clock: None,
             crash_at: None,
         }
     }

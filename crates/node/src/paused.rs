@@ -14,6 +14,7 @@ use kelvin_api::node::{Base, Create, Created};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::PauseMode;
 use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
+use tokio::sync::watch;
 
 use crate::Inner;
 use crate::console::Console;
@@ -34,6 +35,8 @@ pub struct Paused {
     pub console: Console,
     gate: tokio::sync::Mutex<()>,
     over: AtomicBool,
+    /// Whether somebody wants it ended: a resume that is under way gives up.
+    killed: watch::Sender<bool>,
 }
 
 impl Paused {
@@ -46,7 +49,15 @@ impl Paused {
             console,
             gate: tokio::sync::Mutex::default(),
             over: AtomicBool::new(false),
+            killed: watch::Sender::new(false),
         }
+    }
+
+    /// Waits until somebody wants it ended.
+    pub async fn killed(&self) {
+        let mut killed = self.killed.subscribe();
+        // The sender is this one's.
+        let _ = killed.wait_for(|killed| *killed).await;
     }
 }
 
@@ -84,10 +95,11 @@ impl Inner {
             return if self.sandboxes().contains_key(id) { Ok(None) } else { Err(unknown()) };
         }
         let record = &paused.record;
-        let for_as_long = || jiff::Timestamp::now() + std::time::Duration::from_secs(record.timeout_s);
+        let for_as_long = || self.clock.wall() + std::time::Duration::from_secs(record.timeout_s);
         let image = record.snapshot.clone().ok_or_else(unknown)?;
         let request = Create {
             sandbox: id.clone(),
+            project: record.project.clone(),
             base: Base::Snapshot(image),
             vcpus: None,
             memory_mib: None,
@@ -181,8 +193,8 @@ impl Inner {
     }
 
     /// Ends a sandbox that is paused, also one that is being resumed. Nothing is waited for: whether it ended or was
-    /// resumed is decided by who takes its record out of the ledger. A resume that comes too late finds none, and its
-    /// machine is released.
+    /// resumed is decided by who takes its record out of the ledger. A resume that comes too late finds none, and one that
+    /// waits for a silent guest gives up: its machine is released.
     ///
     /// # Errors
     /// `Unknown` when it was resumed or ended meanwhile, `Ledger`.
@@ -195,6 +207,7 @@ impl Inner {
             return Err(unknown());
         }
         paused.over.store(true, Ordering::Release);
+        paused.killed.send_replace(true);
         self.paused_sandboxes().remove(id);
         self.changes.add(id.clone(), "it was killed while it was paused");
         Ok(())

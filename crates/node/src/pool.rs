@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kelvin_api::id::SnapshotId;
+use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_store::snapshot::Snapshot;
 use kelvin_vmm::Waiting;
 use kelvin_vmm::control::Control;
@@ -172,9 +173,10 @@ pub async fn fill(inner: Arc<Inner>, pool: Arc<Pool>) {
         if pool.is_full() || stop.is_cancelled() {
             continue;
         }
-        let held = inner.capacity().hold(Amount::waiting());
+        let descriptors = Budget::of_process().take_spare(MACHINE).map_err(Error::from);
+        let held = descriptors.and_then(|held| inner.capacity().hold(Amount::waiting()).map(|()| held));
         let prepared = match held {
-            Ok(()) => inner.prepare(&pool).await,
+            Ok(_descriptors) => inner.prepare(&pool).await,
             Err(error) => Err(error),
         };
         match prepared {
@@ -183,7 +185,7 @@ pub async fn fill(inner: Arc<Inner>, pool: Arc<Pool>) {
                 inner.settled.notify_waiters();
             }
             Err(error) => {
-                if !matches!(error, Error::Exhausted { .. }) {
+                if !matches!(error, Error::Exhausted { .. } | Error::Descriptors(_)) {
                     inner.capacity().release(Amount::waiting());
                 }
                 tracing::warn!(error = kelvin_api::error::chain(&error), "no VMM could be prepared");

@@ -1,12 +1,14 @@
 //! Start-up: the ledger against the kernel. Sandboxes that run are adopted; everything else that the
 //! ledger names is removed; nothing else is touched.
+//!
+//! No VMM and no guest is spoken to here: a sandbox whose process is there is listed, holds its capacity, its network and
+//! what it was restored from, and can be ended. Its own task takes over its VMM then (`sandbox`), many at one time,
+//! while the API answers. A guest that is silent is reported and goes on.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use kelvin_api::error::chain;
-use kelvin_api::guest::Request;
 use kelvin_api::id::VmId;
 use kelvin_host::ledger::{Entry, Record as LedgerRecord, Resource};
 use kelvin_host::net::Range;
@@ -16,16 +18,11 @@ use kelvin_vmm::MachineSpec;
 
 use crate::Inner;
 use crate::capacity::Amount;
-use crate::clock::right_clock;
 use crate::console::Console;
-use crate::create::wake;
 use crate::error::Error;
 use crate::paused::Paused;
 use crate::record::{Record, SandboxRecord, State};
-use crate::sandbox::Machine;
-
-/// How long an adopted agent may take to answer.
-const ANSWER: Duration = Duration::from_secs(10);
+use crate::sandbox::Orphan;
 
 #[derive(Default)]
 struct Found {
@@ -41,8 +38,8 @@ struct Found {
 /// What a start found.
 #[derive(Debug, Clone, Copy)]
 pub struct Reconciled {
-    /// Sandboxes that go on.
-    pub adopted: u32,
+    /// Sandboxes that go on: their tasks take them over.
+    pub adopting: u32,
     /// Machines that were removed.
     pub removed: u32,
     /// Records that do not parse: of a newer or older version. One of them may be that of a paused sandbox.
@@ -144,19 +141,19 @@ impl Inner {
             .into_iter()
             .filter_map(|(owner, found)| found.slot.map(|(number, range)| (number, (owner, range))))
             .collect();
-        let (mut adopted, mut removed) = (0, 0);
+        let (mut adopting, mut removed) = (0, 0);
         for (vm, found) in machines {
             let mut spec = self.spec(vm, &found);
             if let (Some(record), Some(key)) = (&found.record, found.key)
                 && record.state == State::Running
             {
                 let slot = found.slot.and_then(|(number, _)| slots.get(&number).map(|slot| (number, slot)));
-                match self.adopt(&mut spec, key, record.clone(), slot, attached).await {
+                match self.take(&mut spec, key, record.clone(), slot, attached).await {
                     Ok(()) => {
                         if let Some((number, _)) = found.slot {
                             slots.remove(&number);
                         }
-                        adopted += 1;
+                        adopting += 1;
                         continue;
                     }
                     Err(error) => {
@@ -181,7 +178,7 @@ impl Inner {
             }
             networks.forget(attached).await;
         }
-        Ok(Reconciled { adopted, removed, unreadable })
+        Ok(Reconciled { adopting, removed, unreadable })
     }
 
     fn spec(&self, vm: VmId, found: &Found) -> MachineSpec {
@@ -204,7 +201,8 @@ impl Inner {
         }
     }
 
-    async fn adopt(
+    /// Makes what runs a sandbox, without a word to it.
+    async fn take(
         self: &Arc<Self>,
         spec: &mut MachineSpec,
         key: ProcessKey,
@@ -212,6 +210,8 @@ impl Inner {
         slot: Option<(u16, &(VmId, Range))>,
         attached: &[u16],
     ) -> Result<(), Error> {
+        let gone = |source| Error::Io { what: "finding a VMM", source };
+        Process::adopt(key).map_err(gone)?;
         let networks = self.keeper.networks.as_ref();
         match (&record.network, slot, networks) {
             (None, ..) => {}
@@ -232,36 +232,12 @@ impl Inner {
         if let Err(error) = self.keeper.limit(spec) {
             tracing::error!(sandbox = %record.sandbox, error = chain(&error), "it goes on with the limits that it had");
         }
-        let running = self.driver.adopt(spec, key).await?;
-        let mut control = running.control().await?;
-        // It may have been stopped for a snapshot, and its file system frozen.
-        match control.call("going on", &Request::Wake(wake(false)?), ANSWER).await {
-            // It answers: one of a former version does not know the word.
-            Ok(done) => {
-                if let Err(error) = right_clock(&mut control, done, ANSWER).await {
-                    tracing::warn!(sandbox = %record.sandbox, error = chain(&error), "its clock may be wrong");
-                }
-            }
-            Err(kelvin_vmm::Error::Agent { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
         self.capacity().take(Amount::machine(record.shape));
-        tracing::info!(sandbox = %record.sandbox, pid = key.pid, "adopted");
         let lease = record.snapshot.as_ref().and_then(|id| self.snapshots.lease(id));
         let restored = record.snapshot.as_ref().and_then(|id| self.snapshots.get(id));
         let identity =
             restored.map(|snapshot| snapshot.manifest.identity.clone()).or(record.identity.clone());
-        let console = Console::default();
-        self.own(Machine {
-            spec: spec.clone(),
-            running,
-            control,
-            record,
-            identity,
-            lease,
-            adopted: true,
-            console,
-        });
+        Inner::adopt(self, Orphan { spec: spec.clone(), key, record, identity, lease });
         Ok(())
     }
 }

@@ -10,11 +10,13 @@
 //! A sandbox that is paused has a record and no machine. One transaction takes the record from the machine to
 //! nobody, another from there to the next machine: whichever a crash leaves is the whole truth.
 
+use kelvin_api::account::Project;
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, Token};
 use kelvin_api::network::Attachment;
 use kelvin_api::node::Live;
 use kelvin_api::sandbox::{EnvVars, Lifecycle, SandboxState, StartPath};
 use kelvin_api::units::Shape;
+use kelvin_host::clock::Stamp;
 use kelvin_store::identity::Identity;
 use serde::{Deserialize, Serialize};
 
@@ -95,8 +97,15 @@ pub struct SandboxRecord {
     pub start_path: StartPath,
     /// When it was ready.
     pub started_at: jiff::Timestamp,
-    /// When the node ends it.
+    /// When the node ends it, by the wall clock as it was when that was said: for people, and for what was written
+    /// before there was a `deadline`.
     pub ends_at: jiff::Timestamp,
+    /// The same on boot time, which is what counts. None of a sandbox that is paused: it has no deadline.
+    #[serde(default)]
+    pub deadline: Option<Stamp>,
+    /// Whose it is.
+    #[serde(default)]
+    pub project: Project,
     /// What callers must show: a gateway asks the node.
     pub access_token: Option<Token>,
     /// Environment of its processes, for its forks.

@@ -1,19 +1,32 @@
 //! A sandbox that runs: one task owns its machine, everybody else sends it commands.
 //!
-//! The task ends with the machine: by command, at its deadline (the node enforces it alone), or because the VMM
-//! ended. It tears down in its own time, off every request's path. Snapshots are taken here too (`capture`), one at
-//! a time.
+//! ```text
+//! own ──────────────> commands, one after the other ─> paused: its record has moved, its machine is released
+//! adopt ─> its VMM ─────────^        │
+//!          and its guest             └> ended: by a command, at its deadline, because its VMM did
+//!
+//! kill, deadline, a new deadline: heard while anything else is under way
+//! ```
+//!
+//! Nothing that a guest, its VMM or a disk delays can delay an end. A kill that comes while a command is under way ends
+//! the machine and is answered; that command then fails by itself, removes what it has staged, and the rest is released
+//! after it. Only a pause that is being recorded comes first: what is killed then is what is paused.
+//!
+//! Deadlines count on boot time and are enforced here alone. The machine is torn down off every request's path. When the
+//! daemon stops the task ends and the machine runs on. A crash leaves a machine that the next start adopts (`reconcile`).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use http::{Request, Response};
 use hyper::body::Incoming;
 use kelvin_api::error::chain;
-use kelvin_api::id::{SandboxId, SnapshotId, Token, VmId};
+use kelvin_api::id::{SnapshotId, Token, VmId};
 use kelvin_api::network::{Attachment, Policy};
 use kelvin_api::node::{ConsoleLine, Live};
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{OnTimeout, PauseMode};
+use kelvin_host::clock::Clock;
 use kelvin_host::process::ProcessKey;
 use kelvin_store::identity::Identity;
 use kelvin_store::snapshot::{Care, Origin};
@@ -28,6 +41,7 @@ use crate::capture::{Captured, Then};
 use crate::console::Console;
 use crate::error::Error;
 use crate::link::Network;
+use crate::mail::{Decided, Fate, Mail, Shown, TIME_IS_OVER, Urgent, deadline_of, shown};
 use crate::record::{Event, Record, SandboxRecord, next};
 use crate::snapshots::Lease;
 
@@ -36,10 +50,6 @@ const QUEUE: usize = 64;
 
 /// What can be asked of the task.
 pub enum Command {
-    /// End it; answered when the VMM has been told.
-    Kill(oneshot::Sender<()>),
-    /// End it at another time.
-    SetDeadline(jiff::Timestamp, oneshot::Sender<()>),
     /// Replace its egress policy.
     SetPolicy(Policy, oneshot::Sender<Result<(), Error>>),
     /// Freeze it; answered when it can be resumed. What is kept, and whether its agent has to have flushed and frozen
@@ -48,7 +58,7 @@ pub enum Command {
     /// Take a snapshot; it goes on. With what is known of it, for its children.
     Snapshot(SnapshotId, Origin, PauseMode, Care, oneshot::Sender<Result<(Captured, SandboxRecord), Error>>),
     /// Let its vCPUs go on when the VMM stopped them, for want of disk space.
-    GoOn(oneshot::Sender<()>),
+    GoOn,
     /// Its agent does not answer: end it when its guest never will.
     IsSilent,
     /// The console's text.
@@ -58,11 +68,14 @@ pub enum Command {
 /// The handle of a running sandbox.
 pub struct Sandbox {
     commands: mpsc::Sender<Command>,
-    live: watch::Receiver<Live>,
+    urgent: mpsc::Sender<Urgent>,
+    shown: watch::Receiver<Shown>,
+    clock: Clock,
     /// The way to its agent.
     pub agent: Agent,
-    /// Makes it. Not the task's work: a hostile guest may take its time.
-    pub dialer: Arc<dyn Dial>,
+    /// Makes it; none while its VMM is adopted. Not the task's work: a hostile guest may take its time.
+    dialer: watch::Receiver<Option<Arc<dyn Dial>>>,
+    guest_is_silent: Arc<AtomicBool>,
     /// The way to its ports, when it has a network.
     pub network: Option<Arc<Network>>,
     /// What callers of its agent must show.
@@ -78,20 +91,59 @@ impl Sandbox {
         let _ = self.commands.try_send(Command::IsSilent);
     }
 
+    /// Has its task let its vCPUs go on when its VMM stopped them. Not waited for.
+    pub fn go_on(&self) {
+        let _ = self.commands.try_send(Command::GoOn);
+    }
+
     /// What it is.
     pub fn live(&self) -> Live {
-        self.live.borrow().clone()
+        let (live, deadline) = self.shown.borrow().clone();
+        shown(&self.clock, live, deadline)
+    }
+
+    /// Whether its VMM is still being adopted.
+    pub fn is_being_adopted(&self) -> bool {
+        self.dialer.borrow().is_none()
+    }
+
+    /// Whether its guest did not answer when it was told last that it goes on.
+    pub fn is_guest_silent(&self) -> bool {
+        self.guest_is_silent.load(Ordering::Relaxed)
+    }
+
+    /// What makes connections to its agent; one whose VMM is being adopted is waited for.
+    async fn dialer(&self) -> Result<Arc<dyn Dial>, Error> {
+        let mut dialer = self.dialer.clone();
+        let being_adopted = || Error::BeingAdopted(self.shown.borrow().0.sandbox.to_string());
+        let made = tokio::time::timeout(ADOPTION, dialer.wait_for(Option::is_some)).await;
+        let made = made.map_err(|_| being_adopted())?.map_err(|_| self.gone())?;
+        made.clone().ok_or_else(being_adopted)
+    }
+
+    fn gone(&self) -> Error {
+        Error::Unknown(self.shown.borrow().0.sandbox.to_string())
     }
 
     /// Sends a command and waits for its answer.
     ///
     /// # Errors
-    /// `Unknown` when the sandbox has ended meanwhile.
+    /// `Unknown` when the sandbox has ended meanwhile, `BeingAdopted` when its VMM does not answer this daemon yet.
     pub async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Error> {
+        self.dialer().await?;
         let (sender, receiver) = oneshot::channel();
-        let gone = || Error::Unknown(self.live.borrow().sandbox.to_string());
-        self.commands.send(command(sender)).await.map_err(|_| gone())?;
-        receiver.await.map_err(|_| gone())
+        self.commands.send(command(sender)).await.map_err(|_| self.gone())?;
+        receiver.await.map_err(|_| self.gone())
+    }
+
+    /// The same for what does not wait for commands.
+    ///
+    /// # Errors
+    /// `Unknown` when the sandbox has ended meanwhile.
+    pub async fn urge<T>(&self, urgent: impl FnOnce(oneshot::Sender<T>) -> Urgent) -> Result<T, Error> {
+        let (sender, receiver) = oneshot::channel();
+        self.urgent.send(urgent(sender)).await.map_err(|_| self.gone())?;
+        receiver.await.map_err(|_| self.gone())
     }
 }
 
@@ -101,11 +153,7 @@ impl Sandbox {
     /// # Errors
     /// When the guest does not answer, or its connection breaks.
     pub async fn request(&self, request: Request<Body>) -> Result<Response<Incoming>, SendError> {
-        let dialer = Arc::clone(&self.dialer);
-        let reconnect = move || {
-            let dialer = Arc::clone(&dialer);
-            async move { Ok(dialer.connect().await?) }
-        };
+        let reconnect = move || async move { Ok(self.dialer().await?.connect().await?) };
         self.agent.send(request, reconnect).await
     }
 }
@@ -124,20 +172,54 @@ pub struct Machine {
     pub identity: Option<Identity>,
     /// Keeps what it was restored from.
     pub lease: Option<Lease>,
-    /// Whether another server had it before.
-    pub adopted: bool,
     /// What was seen of its console before it was paused.
     pub console: Console,
 }
 
+/// A machine that a former daemon started and that runs on.
+pub struct Orphan {
+    /// Its place; its network is this daemon's already.
+    pub spec: MachineSpec,
+    /// Its VMM.
+    pub key: ProcessKey,
+    /// What the ledger says of it.
+    pub record: SandboxRecord,
+    /// As of a [`Machine`].
+    pub identity: Option<Identity>,
+    /// Keeps what it was restored from.
+    pub lease: Option<Lease>,
+}
+
+/// What a task begins with.
+type Begun = (Keeping, Mail, watch::Sender<Option<Arc<dyn Dial>>>);
+
 impl Inner {
     /// Makes `machine` a sandbox: visible, owned by a task. Its capacity is held already.
     pub fn own(self: &Arc<Self>, machine: Machine) {
+        let Machine { spec, running, control, record, identity, lease, console } = machine;
+        let (key, dialer) = (running.key(), running.dialer());
+        let (mut keeping, mail, _) = self.begin(Orphan { spec, key, record, identity, lease }, Some(dialer));
+        keeping.running = Some(running);
+        keeping.control = Some(control);
+        keeping.console = console;
+        self.tasks.spawn(keeping.run(mail));
+    }
+
+    /// The same for a machine that may take its time to answer: it is visible and can be ended at once.
+    pub fn adopt(self: &Arc<Self>, orphan: Orphan) {
+        let (keeping, mail, dialer) = self.begin(orphan, None);
+        self.tasks.spawn(keeping.adopt(mail, dialer));
+    }
+
+    fn begin(self: &Arc<Self>, orphan: Orphan, dialer: Option<Arc<dyn Dial>>) -> Begun {
+        let Orphan { spec, key, record, identity, lease } = orphan;
         let (commands, queue) = mpsc::channel(QUEUE);
-        let (live, watched) = watch::channel(machine.record.live());
-        let id = machine.record.sandbox.clone();
-        let agent = Agent::new(machine.adopted, self.tasks.clone(), self.stop.clone());
-        let network = machine.spec.network.clone().zip(machine.record.network.clone());
+        let (urgent, urgent_queue) = mpsc::channel(QUEUE);
+        let deadline = deadline_of(&self.clock, &record);
+        let (shown, watched) = watch::channel((record.live(), deadline));
+        let id = record.sandbox.clone();
+        let agent = Agent::new(dialer.is_none(), self.tasks.clone(), self.stop.clone());
+        let network = spec.network.clone().zip(record.network.clone());
         let network = network.map(|(slot, attachment)| Arc::new(Network::new(slot, attachment)));
         if let Some(network) = &network {
             self.tasks.spawn({
@@ -147,33 +229,53 @@ impl Inner {
                 }
             });
         }
-        let access_token = machine.record.access_token.clone();
-        let snapshot = machine.record.snapshot.clone();
+        let (made, dialer) = watch::channel(dialer);
+        let is_silent = Arc::new(AtomicBool::new(false));
         let sandbox = Sandbox {
             commands,
-            live: watched,
+            urgent,
+            shown: watched,
+            clock: self.clock.clone(),
             agent,
-            dialer: machine.running.dialer(),
+            dialer,
+            guest_is_silent: Arc::clone(&is_silent),
             network: network.clone(),
-            access_token,
-            snapshot,
+            access_token: record.access_token.clone(),
+            snapshot: record.snapshot.clone(),
         };
-        self.sandboxes().insert(id, Arc::new(sandbox));
+        self.sandboxes().insert(id.clone(), Arc::new(sandbox));
+        let fate = Arc::<Fate>::default();
+        let mail = Mail {
+            commands: queue,
+            urgent: urgent_queue,
+            shown,
+            deadline,
+            unrecorded: None,
+            killed: None,
+            ended: false,
+            ends_at_deadline: record.lifecycle.on_timeout == OnTimeout::Kill,
+            inner: Arc::clone(self),
+            sandbox: id,
+            key,
+            fate: Arc::clone(&fate),
+        };
         let keeping = Keeping {
             inner: Arc::clone(self),
-            spec: machine.spec,
-            key: machine.running.key(),
-            running: Some(machine.running),
+            spec,
+            key,
+            running: None,
             held: None,
             posted: None,
-            control: machine.control,
-            record: machine.record,
-            identity: machine.identity,
-            lease: machine.lease,
+            control: None,
+            record,
+            identity,
+            lease,
             network,
-            console: machine.console,
+            console: Console::default(),
+            fate,
+            is_silent,
         };
-        self.tasks.spawn(keeping.run(queue, live));
+        (keeping, mail, made)
     }
 
     /// Writes a sandbox's record.
@@ -199,16 +301,23 @@ pub struct Keeping {
     pub held: Option<Paused>,
     /// A wake-up that was not answered yet.
     pub posted: Option<Asked>,
-    pub control: Control,
+    /// Its guest's control port; none while its VMM is adopted.
+    pub control: Option<Control>,
     pub record: SandboxRecord,
     pub identity: Option<Identity>,
     lease: Option<Lease>,
     network: Option<Arc<Network>>,
     console: Console,
+    fate: Arc<Fate>,
+    /// Whether its guest did not say that it goes on when it was asked last.
+    pub is_silent: Arc<AtomicBool>,
 }
 
-/// How long to wait before a pause at a deadline that failed is tried again.
+/// How long to wait before a pause at a deadline that failed is tried again, or a VMM that does not answer.
 const AGAIN: std::time::Duration = std::time::Duration::from_secs(30);
+
+/// How long a request waits for a sandbox whose VMM is being adopted.
+const ADOPTION: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// How long a VMM may take to show a console whose machine has ended.
 const CONSOLE: std::time::Duration = std::time::Duration::from_secs(10);
@@ -226,94 +335,190 @@ async fn why(running: &Running, end: MachineEnd) -> String {
 
 /// Why the task goes no further.
 enum Over {
-    /// The sandbox ends.
-    End(String, Option<oneshot::Sender<()>>),
+    /// The sandbox ends, for this reason unless it has ended already.
+    End(String),
     /// The sandbox is paused: its machine ends.
     Paused,
 }
 
+/// What the task does next.
+enum Step {
+    Hear(Urgent),
+    Ended(MachineEnd),
+    TimeIsOver,
+    Do(Command),
+}
+
 impl Keeping {
-    async fn run(mut self, mut queue: mpsc::Receiver<Command>, live: watch::Sender<Live>) {
+    /// Takes over a machine of a former daemon, and owns it.
+    async fn adopt(mut self, mut mail: Mail, dialer: watch::Sender<Option<Arc<dyn Dial>>>) {
         let stop = self.inner.stop.clone();
+        let adopted = {
+            let work = Box::pin(self.take_over(dialer));
+            // A daemon that stops leaves it to the next one.
+            let Some(adopted) = stop.run_until_cancelled(mail.beside(work)).await else { return };
+            adopted
+        };
+        if let Err(error) = adopted
+            && mail.end("it did not survive the restart")
+        {
+            tracing::warn!(sandbox = %self.record.sandbox, error = chain(&error), "not adopted");
+        }
+        self.run(mail).await;
+    }
+
+    /// Takes over its VMM, however long that is silent, and tells its guest to go on. A guest that does not answer is
+    /// reported and goes on as it is.
+    async fn take_over(&mut self, dialer: watch::Sender<Option<Arc<dyn Dial>>>) -> Result<(), Error> {
+        let inner = Arc::clone(&self.inner);
+        let running = loop {
+            let turn = inner.adoptions.acquire().await.map_err(|_| Error::Stopping)?;
+            let adopted = inner.driver.adopt(&self.spec, self.key).await;
+            drop(turn);
+            match adopted {
+                Ok(running) => break running,
+                Err(error @ kelvin_vmm::Error::Deadline { .. }) => {
+                    tracing::error!(sandbox = %self.record.sandbox, error = chain(&error), "its VMM does not answer, tried again");
+                    tokio::time::sleep(AGAIN).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        };
+        self.control = Some(running.control().await?);
+        dialer.send_replace(Some(running.dialer()));
+        self.running = Some(running);
+        tracing::info!(sandbox = %self.record.sandbox, pid = self.key.pid, "adopted");
+        // It may have been stopped for a snapshot, and its file system frozen.
+        self.awake().await;
+        Ok(())
+    }
+
+    async fn run(mut self, mut mail: Mail) {
+        let (stop, clock) = (self.inner.stop.clone(), self.inner.clock.clone());
         let over = loop {
+            if mail.ended {
+                break Over::End(String::new());
+            }
+            if let Some(done) = mail.killed.take() {
+                mail.hear(Urgent::Kill(done));
+                continue;
+            }
+            self.record_deadline(&mut mail).await;
             let Some(running) = &self.running else {
-                break Over::End("its VMM did not go on".to_owned(), None);
+                break Over::End("its VMM did not go on".to_owned());
             };
-            let deadline = self.record.ends_at.duration_since(jiff::Timestamp::now());
-            let left = std::time::Duration::try_from(deadline).unwrap_or_default();
-            tokio::select! {
+            let step = tokio::select! {
                 // What has ended is not asked or paused any more.
                 biased;
                 // A daemon that stops leaves its machines running.
                 () = stop.cancelled() => return,
-                end = running.ended() => break Over::End(why(running, end).await, None),
-                () = tokio::time::sleep(left) => match self.time_is_over().await {
-                    Some(over) => break over,
-                    None => { live.send_replace(self.record.live()); }
-                },
-                command = queue.recv() => match command {
-                    Some(Command::Kill(done)) => break Over::End("it was killed".to_owned(), Some(done)),
-                    Some(Command::SetDeadline(ends_at, done)) => {
-                        self.set_deadline(ends_at).await;
-                        live.send_replace(self.record.live());
-                        let _ = done.send(());
-                    }
-                    Some(Command::SetPolicy(policy, done)) => { let _ = done.send(self.set_policy(policy).await); }
-                    Some(Command::Pause(mode, healthy, done)) => {
-                        let paused = self.pause(mode, healthy).await;
-                        let over = paused.is_ok();
-                        let _ = done.send(paused);
-                        if over {
-                            break Over::Paused;
-                        }
-                    }
-                    Some(Command::Snapshot(id, origin, mode, care, done)) => {
-                        let taken = self.capture(id, origin, care, Then { mode, ..Then::default() }).await;
-                        let _ = done.send(taken.map(|captured| (captured, self.record.clone())));
-                    }
-                    Some(Command::Console(reply)) => {
-                        let read = running.console().await;
-                        let _ = reply.send(read.map(|text| self.console.read(text, jiff::Timestamp::now())));
-                    }
-                    Some(Command::IsSilent) => {
-                        let console = read_console(running).await;
-                        if kelvin_vmm::guest_end::is_halted(&console) {
-                            break Over::End("the guest halted".to_owned(), None);
-                        }
-                    }
-                    Some(Command::GoOn(done)) => {
-                        if let Err(error) = running.go_on().await {
-                            tracing::warn!(sandbox = %self.record.sandbox, error = chain(&error), "its VMM does not answer");
-                        }
-                        let _ = done.send(());
-                    }
-                    None => break Over::End("nobody holds it any more".to_owned(), None),
-                },
+                urgent = mail.urgent.recv() => urgent.map(Step::Hear),
+                end = running.ended() => Some(Step::Ended(end)),
+                () = clock.sleep_until(mail.deadline) => Some(Step::TimeIsOver),
+                command = mail.commands.recv() => command.map(Step::Do),
+            };
+            let over = match step {
+                None => Some(Over::End("nobody holds it any more".to_owned())),
+                Some(Step::Hear(urgent)) => {
+                    mail.hear(urgent);
+                    None
+                }
+                Some(Step::Ended(end)) => Some(Over::End(mail.beside(why(running, end)).await)),
+                Some(Step::TimeIsOver) if mail.ends_at_deadline => Some(Over::End(TIME_IS_OVER.to_owned())),
+                Some(Step::TimeIsOver) => self.pause_at_deadline(&mut mail).await,
+                Some(Step::Do(command)) => {
+                    let work = Box::pin(self.perform(command));
+                    mail.beside(work).await
+                }
+            };
+            if let Some(over) = over {
+                break over;
             }
         };
         match over {
-            Over::End(reason, waiting) => self.end(&reason, waiting).await,
-            Over::Paused => self.release().await,
+            Over::End(reason) => {
+                mail.end(&reason);
+                // Who asks for something now is told that it is gone; the rest is not their business.
+                drop(mail);
+                self.end().await;
+            }
+            Over::Paused => {
+                drop(mail);
+                self.release().await;
+            }
         }
     }
 
-    async fn set_deadline(&mut self, ends_at: jiff::Timestamp) {
-        self.record.ends_at = ends_at;
-        if let Err(error) = self.inner.remember(&self.spec, &self.record).await {
-            tracing::error!(sandbox = %self.record.sandbox, error = chain(&error), "deadline not recorded");
+    /// Does what was asked.
+    async fn perform(&mut self, command: Command) -> Option<Over> {
+        match command {
+            Command::SetPolicy(policy, done) => drop(done.send(self.set_policy(policy).await)),
+            Command::Pause(mode, healthy, done) => {
+                let paused = self.pause(mode, healthy).await.map_err(|error| self.unless_ended(error));
+                let over = paused.is_ok();
+                let _ = done.send(paused);
+                return over.then_some(Over::Paused);
+            }
+            Command::Snapshot(id, origin, mode, care, done) => {
+                let taken = self.capture(id, origin, care, Then { mode, ..Then::default() }).await;
+                let taken = taken.map_err(|error| self.unless_ended(error));
+                let _ = done.send(taken.map(|captured| (captured, self.record.clone())));
+            }
+            Command::Console(reply) => {
+                let running = self.running.as_ref()?;
+                let read = running.console().await;
+                let _ = reply.send(read.map(|text| self.console.read(text, self.inner.clock.wall())));
+            }
+            Command::IsSilent => {
+                let console = read_console(self.running.as_ref()?).await;
+                if kelvin_vmm::guest_end::is_halted(&console) {
+                    return Some(Over::End("the guest halted".to_owned()));
+                }
+            }
+            Command::GoOn => {
+                if let Err(error) = self.running.as_ref()?.go_on().await {
+                    tracing::warn!(sandbox = %self.record.sandbox, error = chain(&error), "its VMM does not answer");
+                }
+            }
+        }
+        None
+    }
+
+    /// What fails because the sandbox was ended meanwhile says that, not how.
+    fn unless_ended(&self, error: Error) -> Error {
+        if self.fate.is_over() { Error::Unknown(self.record.sandbox.to_string()) } else { error }
+    }
+
+    /// Records a deadline that was set, and answers whoever set it.
+    async fn record_deadline(&mut self, mail: &mut Mail) {
+        while let Some((ends_at, waiting)) = mail.unrecorded.take() {
+            self.record.ends_at = ends_at;
+            self.record.deadline = Some(self.inner.clock.stamp(mail.deadline));
+            let recorded = mail.beside(self.inner.remember(&self.spec, &self.record)).await;
+            if let Err(error) = recorded {
+                tracing::error!(sandbox = %self.record.sandbox, error = chain(&error), "deadline not recorded");
+            }
+            mail.shown.send_replace((self.record.live(), mail.deadline));
+            for done in waiting {
+                let _ = done.send(());
+            }
         }
     }
 
-    /// Ends or pauses it, as its owner wanted. What cannot be paused is not ended instead: it is tried again.
-    async fn time_is_over(&mut self) -> Option<Over> {
-        if self.record.lifecycle.on_timeout == OnTimeout::Kill {
-            return Some(Over::End("its time to live was over".to_owned(), None));
-        }
-        match self.pause(self.record.lifecycle.pause_mode, false).await {
+    /// What cannot be paused is not ended instead: it is tried again.
+    async fn pause_at_deadline(&mut self, mail: &mut Mail) -> Option<Over> {
+        let work = Box::pin(self.pause(self.record.lifecycle.pause_mode, false));
+        match mail.beside(work).await {
             Ok(_) => Some(Over::Paused),
+            Err(_) if mail.ended => None,
             Err(error) => {
                 tracing::error!(sandbox = %self.record.sandbox, error = chain(&error), "not paused at its deadline, tried again");
-                self.set_deadline(jiff::Timestamp::now() + AGAIN).await;
+                // Unless its owner has set another meanwhile.
+                if mail.unrecorded.is_none() {
+                    let clock = &self.inner.clock;
+                    mail.deadline = clock.now() + AGAIN;
+                    mail.unrecorded = Some((clock.shown(mail.deadline), Vec::new()));
+                }
                 None
             }
         }
@@ -332,13 +537,17 @@ impl Keeping {
             && let Ok(text) = running.console().await
         {
             // Its VMM takes the console along.
-            self.console.read(text, jiff::Timestamp::now());
+            self.console.read(text, self.inner.clock.wall());
         }
         let captured = self.capture(SnapshotId::random(), origin, Care::Durable, then).await?;
         let snapshot = Some(captured.snapshot.manifest.id.clone());
-        let record = SandboxRecord { state, generation, snapshot, ..self.record.clone() };
+        let record = SandboxRecord { state, generation, snapshot, deadline: None, ..self.record.clone() };
         let owner = VmId::random();
         self.inner.crash_point(Phase::Commit);
+        if !self.fate.turn(Decided::Open, Decided::Pausing) {
+            // Killed: its image goes with what keeps it.
+            return Err(Error::Unknown(sandbox.to_string()));
+        }
         let moved = match body(&record) {
             Ok(body) => match self.inner.keeper.ledger.move_record(&self.spec.vm, &owner, body).await {
                 Ok(true) => Ok(()),
@@ -348,6 +557,7 @@ impl Keeping {
             Err(error) => Err(error),
         };
         if let Err(error) = moved {
+            self.fate.turn(Decided::Pausing, Decided::Open);
             self.go_on().await?;
             self.awake().await;
             return Err(error);
@@ -361,6 +571,7 @@ impl Keeping {
             .paused_sandboxes()
             .insert(sandbox.clone(), Arc::new(crate::paused::Paused::new(owner, record, lease, console)));
         self.inner.sandboxes().remove(&sandbox);
+        self.fate.turn(Decided::Pausing, Decided::Over);
         self.inner.changes.is(live);
         tracing::info!(sandbox = %sandbox, generation, "sandbox paused");
         Ok(captured)
@@ -379,21 +590,14 @@ impl Keeping {
         Ok(())
     }
 
-    async fn end(mut self, reason: &str, waiting: Option<oneshot::Sender<()>>) {
-        let id: SandboxId = self.record.sandbox.clone();
-        tracing::info!(sandbox = %id, reason, "sandbox ends");
-        self.inner.begin_teardown();
-        self.inner.sandboxes().remove(&id);
+    /// Goes on with an end that everybody has been told.
+    async fn end(mut self) {
         if let Some(state) = next(self.record.state, Event::End) {
             self.record.state = state;
         }
-        // Recorded before the VMM is gone: a restart in between goes on with the end, not with the life.
+        // A restart that comes before its VMM is gone goes on with the end, not with the life.
         if let Err(error) = self.inner.remember(&self.spec, &self.record).await {
-            tracing::error!(sandbox = %id, error = chain(&error), "end not recorded");
-        }
-        self.inner.changes.add(id, reason);
-        if let Some(done) = waiting {
-            let _ = done.send(());
+            tracing::error!(sandbox = %self.record.sandbox, error = chain(&error), "end not recorded");
         }
         self.release().await;
     }

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Who writes: removals alone, through `kelvin-store`, by one task. A crash leaves passing snapshots that nobody
-//! needs; the next start finds them without a lease and removes them.
+//! needs; the next start finds them without a lease and removes them. Leases outlive the daemon: its machines run on, and
+//! once it stops ([`Snapshots::close`]) a lease that is dropped dooms nothing.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,6 +29,8 @@ struct Known {
 struct Books {
     known: HashMap<SnapshotId, Known>,
     doomed: BTreeSet<SnapshotId>,
+    /// The daemon stops: what is dropped from now on is dropped by the process, not by who held it.
+    is_closed: bool,
 }
 
 /// A cheap handle.
@@ -38,6 +41,8 @@ pub struct Snapshots(Arc<Shared>);
 struct Shared {
     books: Mutex<Books>,
     wake: Notify,
+    /// Told of each snapshot that is made known.
+    came: Notify,
 }
 
 /// Keeps a snapshot's files. Dropping the last one of a passing snapshot tells the task that removes.
@@ -56,6 +61,9 @@ impl Shared {
 impl Drop for Lease {
     fn drop(&mut self) {
         let mut books = self.shared.books();
+        if books.is_closed {
+            return;
+        }
         let Some(known) = books.known.get_mut(&self.id) else { return };
         known.leases = known.leases.saturating_sub(1);
         if known.leases == 0 && known.snapshot.manifest.origin.is_passing() {
@@ -71,12 +79,19 @@ impl Snapshots {
     pub fn add(&self, snapshot: Arc<Snapshot>) {
         let id = snapshot.manifest.id.clone();
         self.0.books().known.entry(id).or_insert(Known { snapshot, leases: 0 });
+        self.0.came.notify_waiters();
+    }
+
+    /// Resolves when the next snapshot is made known.
+    pub fn came(&self) -> tokio::sync::futures::Notified<'_> {
+        self.0.came.notified()
     }
 
     /// The same, with a lease.
     pub fn add_leased(&self, snapshot: Arc<Snapshot>) -> Lease {
         let id = snapshot.manifest.id.clone();
         self.0.books().known.entry(id.clone()).or_insert(Known { snapshot, leases: 0 }).leases += 1;
+        self.0.came.notify_waiters();
         Lease { shared: Arc::clone(&self.0), id }
     }
 
@@ -139,6 +154,12 @@ impl Snapshots {
         self.0.wake.notify_one();
     }
 
+    /// The daemon is about to stop: every lease that is held now outlives it. To be called before the tasks that hold
+    /// some are told to end. What loses its last lease after this is found without one by the next start.
+    pub fn close(&self) {
+        self.0.books().is_closed = true;
+    }
+
     /// Whether nothing waits to be removed.
     pub fn is_settled(&self) -> bool {
         self.0.books().doomed.is_empty()
@@ -170,5 +191,79 @@ impl Snapshots {
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kelvin_api::id::SandboxId;
+    use kelvin_api::sandbox::PauseMode;
+    use kelvin_store::identity::{Identity, SNAPSHOT_FORMAT};
+    use kelvin_store::snapshot::{Care, Draft};
+
+    use super::*;
+
+    fn publish(store: &Store, origin: Origin) -> Arc<Snapshot> {
+        let staged = store.stage().unwrap();
+        for name in kelvin_store::snapshot::files(PauseMode::Full) {
+            std::fs::write(staged.join(name), name).unwrap();
+        }
+        let identity = Identity {
+            image: "i".into(),
+            guest_kernel: "k".into(),
+            agent: "a".into(),
+            vmm: "qemu".into(),
+            vmm_build: "7.2".into(),
+            accelerator: "tcg".into(),
+            host_cpu: "c".into(),
+            host_kernel: "6".into(),
+            vcpus: 1,
+            memory_mib: 256,
+            disk_mib: 1024,
+            devices: "d".into(),
+            snapshot_format: SNAPSHOT_FORMAT,
+        };
+        let draft = Draft {
+            id: SnapshotId::random(),
+            template: "base".parse().unwrap(),
+            guest: "g".into(),
+            parent: None,
+            origin,
+            mode: PauseMode::Full,
+            identity,
+            arguments: Vec::new(),
+        };
+        Arc::new(store.publish_snapshot(&staged, draft, Care::Passing).unwrap())
+    }
+
+    #[tokio::test]
+    async fn leases_outlive_a_daemon_that_stops() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), true).unwrap();
+        let sandbox = SandboxId::random();
+        let forked = publish(&store, Origin::Fork { sandbox: sandbox.clone() });
+        let paused = publish(&store, Origin::Pause { sandbox: sandbox.clone(), generation: 1 });
+        let over = publish(&store, Origin::Fork { sandbox });
+        let snapshots = Snapshots::default();
+        let held = [snapshots.add_leased(Arc::clone(&forked)), snapshots.add_leased(Arc::clone(&paused))];
+        let last = snapshots.add_leased(Arc::clone(&over));
+        let stop = CancellationToken::new();
+        let removing = tokio::spawn(snapshots.clone().run(store.clone(), || (), stop.clone()));
+        // Its sandbox has ended before the stop.
+        drop(last);
+        snapshots.close();
+        stop.cancel();
+        // The tasks of machines that run on.
+        drop(held);
+        tokio::time::timeout(std::time::Duration::from_secs(10), removing).await.unwrap().unwrap();
+        assert!(forked.file("memory").exists() && paused.file("memory").exists());
+        assert!(!over.directory.exists());
+        // The next daemon removes what nobody has by then.
+        let next = Snapshots::default();
+        next.add(Arc::clone(&forked));
+        let _kept = next.add_leased(Arc::clone(&paused));
+        next.sweep();
+        next.reap(&store).await;
+        assert!(!forked.directory.exists() && paused.file("memory").exists());
     }
 }

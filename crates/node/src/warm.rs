@@ -22,6 +22,7 @@ use kelvin_api::error::chain;
 use kelvin_api::guest::{Activation, Request};
 use kelvin_api::id::{TemplateName, Token};
 use kelvin_api::sandbox::{EnvVars, PoolInfo, SetPool};
+use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_host::net::Slot;
 use kelvin_vmm::Paused;
 use kelvin_vmm::control::Control;
@@ -245,6 +246,7 @@ impl Inner {
 
     async fn fill_warm(&self, pool: &Arc<Pool>) -> Result<(), Error> {
         let amount = Amount::machine(manifest_shape(&pool.snapshot.manifest));
+        let _descriptors = Budget::of_process().take_spare(MACHINE)?;
         self.capacity().hold(amount)?;
         // Given back until it is parked: a machine that is being made cannot be evicted, and must not be in the way of a
         // request meanwhile.
@@ -286,7 +288,12 @@ impl Inner {
             quiesce(&mut control).await?;
             Ok::<_, Error>(running.park().await.map_err(|(_, error)| error)?)
         };
-        match work.await {
+        let parked = tokio::select! {
+            parked = work => parked,
+            // No guest holds up a node that stops.
+            () = self.hurry.cancelled() => Err(Error::Stopping),
+        };
+        match parked {
             Ok(paused) => Ok(Parked { home, paused, control, lease, mac, since: Instant::now() }),
             Err(error) => {
                 self.keeper.release_or_log(&home.spec, Some(key)).await;

@@ -18,7 +18,8 @@ use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::node::{Changes, Child, ConsoleLine, Create, Created, Forked, Live, Route, Source};
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{
-    BakeTemplate, Capture, GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, Template,
+    BakeTemplate, Capture, GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo,
+    SnapshotVerification, Template,
 };
 use kelvin_api::signature::Signature;
 use kelvin_api::units::MemoryMib;
@@ -91,6 +92,16 @@ impl Server {
 /// A node in this process, as control plane and gateway see one.
 struct Local(Node);
 
+fn no_snapshot(text: &str) -> Failure {
+    let shown: String = text.chars().take(80).collect();
+    Failure::new(
+        Kind::NotFound,
+        "snapshot_not_found",
+        format!("no snapshot {shown:?}"),
+        "`kelvin snapshot list` shows what there is",
+    )
+}
+
 #[async_trait]
 impl kelvin_control::Node for Local {
     async fn create(&self, request: Create) -> Result<Created, Failure> {
@@ -162,16 +173,13 @@ impl kelvin_control::Node for Local {
     }
 
     async fn remove_snapshot(&self, text: &str, cascade: bool) -> Result<(), Failure> {
-        let shown: String = text.chars().take(80).collect();
-        let id = text.parse().map_err(|_| {
-            Failure::new(
-                Kind::NotFound,
-                "snapshot_not_found",
-                format!("no snapshot {shown:?}"),
-                "`kelvin snapshot list` shows what there is",
-            )
-        })?;
+        let id = text.parse().map_err(|_| no_snapshot(text))?;
         Ok(self.0.remove_snapshot(&id, cascade).await?)
+    }
+
+    async fn verify_snapshot(&self, text: &str) -> Result<SnapshotVerification, Failure> {
+        let id = text.parse().map_err(|_| no_snapshot(text))?;
+        Ok(self.0.verify_snapshot(&id).await?)
     }
 
     async fn pools(&self) -> Result<Vec<PoolInfo>, Failure> {

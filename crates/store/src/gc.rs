@@ -1,17 +1,22 @@
 //! Garbage collection: what nothing needs, by lineage.
 //!
 //! A snapshot is needed by a running machine, by a snapshot that descends from it, by being the one that its template
-//! restores now, and by being kept by a user. An image and a guest are needed by templates and snapshots. What is
-//! needed is never removed, and a removal that is asked for is refused with the names of the dependents.
+//! restores now, and by being kept by a user. An image and a guest are needed by templates, snapshots and machines. What
+//! is needed is never removed, and a removal that is asked for is refused with the names of the dependents.
+//!
+//! What cannot be read may need anything: a template, a manifest or a record that is unreadable stops a collection, by
+//! its name, before anything is removed.
 
 use std::collections::BTreeSet;
+use std::fs;
 
-use kelvin_api::id::SnapshotId;
+use kelvin_api::id::{SnapshotId, TemplateName};
 use rustix::fs::FlockOperation;
 use serde::Serialize;
 
-use crate::snapshot::{Origin, Snapshot};
-use crate::{Error, Store, names, unpublish};
+use crate::image::Template;
+use crate::snapshot::{Manifest, Origin};
+use crate::{Error, Store, io_error, names, read_json, unpublish};
 
 /// What a collection removed, or would remove.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -24,21 +29,101 @@ pub struct Garbage {
     pub guests: Vec<String>,
 }
 
+/// What is needed by more than the store knows: by machines, records and pools.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct References {
+    /// Snapshots that machines were restored from, sandboxes are paused in or descend from, or pools hold.
+    pub snapshots: BTreeSet<SnapshotId>,
+    /// Digests of images.
+    pub images: BTreeSet<String>,
+    /// Digests of guests: what a machine that was booted runs, and will be resumed with.
+    pub guests: BTreeSet<String>,
+}
+
+fn is_gone(path: &std::path::Path) -> bool {
+    fs::symlink_metadata(path).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+}
+
 impl Store {
-    /// Removes what nothing needs. `in_use` are snapshots that machines were restored from or that pools
-    /// hold; with `dry_run` nothing is removed.
+    /// Every manifest.
     ///
     /// # Errors
-    /// `Io` when something cannot be listed or removed; what was removed before stays removed.
-    pub fn collect(&self, in_use: &BTreeSet<SnapshotId>, dry_run: bool) -> Result<Garbage, Error> {
+    /// `Unreadable` for the first that cannot be read, or whose directory's name means nothing.
+    pub fn manifests(&self) -> Result<Vec<Manifest>, Error> {
+        self.each("snapshots", |name| {
+            let id: Option<SnapshotId> = name.parse().ok();
+            let path = self.root.join("snapshots").join(name);
+            match id {
+                Some(_) => read_json(&path.join("manifest.json")).map(Some),
+                None => {
+                    Err(io_error("understanding the name", &path)(std::io::ErrorKind::InvalidInput.into()))
+                }
+            }
+        })
+    }
+
+    /// The same of templates.
+    fn all_templates(&self) -> Result<Vec<Template>, Error> {
+        self.each("templates", |file| {
+            // One that was not written to its end when its writer died: the old one, or none, still counts.
+            if file.ends_with(".new") {
+                return Ok(None);
+            }
+            let path = self.root.join("templates").join(file);
+            let name: Option<TemplateName> = file.strip_suffix(".json").and_then(|name| name.parse().ok());
+            match name {
+                Some(_) => read_json(&path).map(Some),
+                None => {
+                    Err(io_error("understanding the name", &path)(std::io::ErrorKind::InvalidInput.into()))
+                }
+            }
+        })
+    }
+
+    /// What `read` makes of the name of each entry of `directory`.
+    fn each<T>(
+        &self,
+        directory: &str,
+        read: impl Fn(&str) -> Result<Option<T>, Error>,
+    ) -> Result<Vec<T>, Error> {
+        let directory = self.root.join(directory);
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&directory).map_err(io_error("listing", &directory))? {
+            let name = entry.map_err(io_error("listing", &directory))?.file_name();
+            let one = name.to_str().map_or_else(
+                || {
+                    Err(io_error("understanding the name", &directory)(
+                        std::io::ErrorKind::InvalidInput.into(),
+                    ))
+                },
+                &read,
+            );
+            match one {
+                Ok(one) => found.extend(one),
+                // Removed while it was read: a passing snapshot whose last lease went.
+                Err(_) if is_gone(&directory.join(&name)) => {}
+                Err(error) => {
+                    return Err(Error::Unreadable { path: directory.join(name), source: error.into() });
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Removes what nothing needs; with `dry_run` nothing is removed.
+    ///
+    /// # Errors
+    /// `Unreadable`, and then nothing is removed; `Io` when something cannot be listed or removed: what was removed
+    /// before stays removed.
+    pub fn collect(&self, used: &References, dry_run: bool) -> Result<Garbage, Error> {
         let _alone = self.lock(FlockOperation::LockExclusive)?;
-        let templates = self.templates()?;
-        let snapshots = self.snapshots()?;
+        let templates = self.all_templates()?;
+        let mut snapshots = self.manifests()?;
+        snapshots.sort_by_key(|manifest| manifest.created);
         // A snapshot stays while its template still has its image and guest: it may fit again.
         let mut needed: BTreeSet<SnapshotId> = snapshots
             .iter()
-            .filter(|snapshot| {
-                let manifest = &snapshot.manifest;
+            .filter(|manifest| {
                 let kept = match manifest.origin {
                     Origin::Bake => templates.iter().any(|template| {
                         template.name == manifest.template
@@ -48,16 +133,16 @@ impl Store {
                     // Theirs to delete who keep them; of the passing ones the node keeps books of its own.
                     Origin::Kept { .. } | Origin::Pause { .. } | Origin::Fork { .. } => true,
                 };
-                kept || in_use.contains(&manifest.id)
+                kept || used.snapshots.contains(&manifest.id)
             })
-            .map(|snapshot| snapshot.manifest.id.clone())
+            .map(|manifest| manifest.id.clone())
             .collect();
         // Parents of what is needed are needed, all the way up.
         loop {
             let parents: Vec<SnapshotId> = snapshots
                 .iter()
-                .filter(|snapshot| needed.contains(&snapshot.manifest.id))
-                .filter_map(|snapshot| snapshot.manifest.parent.clone())
+                .filter(|manifest| needed.contains(&manifest.id))
+                .filter_map(|manifest| manifest.parent.clone())
                 .filter(|parent| !needed.contains(parent))
                 .collect();
             if parents.is_empty() {
@@ -66,16 +151,18 @@ impl Store {
             needed.extend(parents);
         }
         let (kept, garbage): (Vec<_>, Vec<_>) =
-            snapshots.iter().partition(|snapshot| needed.contains(&snapshot.manifest.id));
+            snapshots.iter().partition(|manifest| needed.contains(&manifest.id));
         let images: BTreeSet<&str> = templates
             .iter()
             .map(|template| template.image.as_str())
-            .chain(kept.iter().map(|snapshot| snapshot.manifest.identity.image.as_str()))
+            .chain(kept.iter().map(|manifest| manifest.identity.image.as_str()))
+            .chain(used.images.iter().map(String::as_str))
             .collect();
         let guests: BTreeSet<&str> = templates
             .iter()
             .map(|template| template.guest.as_str())
-            .chain(kept.iter().map(|snapshot| snapshot.manifest.guest.as_str()))
+            .chain(kept.iter().map(|manifest| manifest.guest.as_str()))
+            .chain(used.guests.iter().map(String::as_str))
             .collect();
         let unneeded = |directory: &str, needed: &BTreeSet<&str>| -> Result<Vec<String>, Error> {
             Ok(names::<String>(&self.root.join(directory))?
@@ -84,7 +171,7 @@ impl Store {
                 .collect())
         };
         let found = Garbage {
-            snapshots: garbage.iter().map(|snapshot| snapshot.manifest.id.to_string()).collect(),
+            snapshots: garbage.iter().map(|manifest| manifest.id.to_string()).collect(),
             images: unneeded("images", &images)?,
             guests: unneeded("guests", &guests)?,
         };
@@ -93,29 +180,29 @@ impl Store {
                 [("snapshots", &found.snapshots), ("images", &found.images), ("guests", &found.guests)]
             {
                 for name in list {
-                    unpublish(self, &self.root.join(kind).join(name))?;
+                    unpublish(self, &self.root.join(kind).join(name), false)?;
                 }
             }
         }
         Ok(found)
     }
 
-    /// Removes one snapshot, unless something needs it. One that is gone is fine.
+    /// Removes one snapshot, unless something needs it; no power failure brings it back. One that is gone is fine.
     ///
     /// # Errors
-    /// `InUse` with the dependents' names; `Io`.
+    /// `InUse` with the dependents' names; `Unreadable` when those are not known; `Io`.
     pub fn remove_snapshot(&self, id: &SnapshotId, users: &[String]) -> Result<(), Error> {
         let mut dependents = users.to_vec();
         dependents.extend(
-            self.snapshots()?
+            self.manifests()?
                 .iter()
-                .filter(|snapshot| descends(snapshot, id))
-                .map(|snapshot| format!("snapshot {}", snapshot.manifest.id)),
+                .filter(|manifest| manifest.parent.as_ref() == Some(id))
+                .map(|manifest| format!("snapshot {}", manifest.id)),
         );
         if !dependents.is_empty() {
             return Err(Error::InUse { kind: "snapshot", name: id.to_string(), dependents });
         }
-        unpublish(self, &self.root.join("snapshots").join(id.as_str()))
+        self.delete_snapshot(id)
     }
 }
 
@@ -125,12 +212,16 @@ impl Store {
     /// # Errors
     /// `Io`.
     pub fn discard_snapshot(&self, id: &SnapshotId) -> Result<(), Error> {
-        unpublish(self, &self.root.join("snapshots").join(id.as_str()))
+        unpublish(self, &self.root.join("snapshots").join(id.as_str()), false)
     }
-}
 
-fn descends(snapshot: &Snapshot, id: &SnapshotId) -> bool {
-    snapshot.manifest.parent.as_ref() == Some(id)
+    /// The same for one that somebody is told of: no power failure brings it back.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn delete_snapshot(&self, id: &SnapshotId) -> Result<(), Error> {
+        unpublish(self, &self.root.join("snapshots").join(id.as_str()), true)
+    }
 }
 
 #[cfg(test)]
@@ -151,7 +242,7 @@ mod tests {
         );
         let error = store.remove_snapshot(&child, &["sandbox s1".into()]).unwrap_err();
         assert!(error.to_string().contains("sandbox s1"));
-        let in_use = BTreeSet::from([child.clone()]);
+        let in_use = References { snapshots: BTreeSet::from([child.clone()]), ..References::default() };
         let plan = store.collect(&in_use, true).unwrap();
         assert_eq!(plan.snapshots, [stray.to_string()]);
         assert_eq!(store.snapshots().unwrap().len(), 3, "a dry run removes nothing");
@@ -173,6 +264,107 @@ mod tests {
         );
         assert!(store.lock(FlockOperation::NonBlockingLockExclusive).is_err());
         drop(importing);
-        store.collect(&BTreeSet::new(), false).unwrap();
+        store.collect(&References::default(), false).unwrap();
+    }
+
+    /// A template, its image and guest, and a snapshot of it.
+    fn furnished() -> (tempfile::TempDir, Store, Template) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("data"), true).unwrap();
+        let file = |name: &str| {
+            let path = dir.path().join(name);
+            fs::write(&path, name).unwrap();
+            path
+        };
+        let template = store
+            .import(&crate::image::Import {
+                name: "base".parse().unwrap(),
+                rootfs: &file("rootfs"),
+                kernel: &file("kernel"),
+                initrd: &file("initrd"),
+                vcpus: 1,
+                memory_mib: kelvin_api::units::MemoryMib(128),
+            })
+            .unwrap();
+        (dir, store, template)
+    }
+
+    #[test]
+    fn what_cannot_be_read_stops_the_collection_by_name() {
+        type Damage = fn(&Store, &SnapshotId) -> std::path::PathBuf;
+        let cases: [(&str, Damage); 6] = [
+            ("a template that does not parse", |store, _| {
+                let path = store.root().join("templates/base.json");
+                fs::write(&path, "{").unwrap();
+                path
+            }),
+            ("a template that is a directory", |store, _| {
+                let path = store.root().join("templates/base.json");
+                fs::remove_file(&path).unwrap();
+                fs::create_dir(&path).unwrap();
+                path
+            }),
+            ("a template with a name of another version", |store, _| {
+                let path = store.root().join("templates/base.json.gz");
+                fs::rename(store.root().join("templates/base.json"), &path).unwrap();
+                path
+            }),
+            ("a manifest of another version", |store, id| {
+                let path = store.root().join("snapshots").join(id.as_str());
+                fs::write(path.join("manifest.json"), "{\"later\": 1}").unwrap();
+                path
+            }),
+            ("a snapshot without a manifest", |store, id| {
+                let path = store.root().join("snapshots").join(id.as_str());
+                fs::remove_file(path.join("manifest.json")).unwrap();
+                path
+            }),
+            ("a snapshot with a name that means nothing", |store, id| {
+                let path = store.root().join("snapshots/Old Snapshot");
+                fs::rename(store.root().join("snapshots").join(id.as_str()), &path).unwrap();
+                path
+            }),
+        ];
+        for (what, damage) in cases {
+            let (_dir, store, template) = furnished();
+            // What the unreadable one needs: an image and a parent.
+            let parent = publish_example(&store, None, &template.image).manifest.id;
+            let child = publish_example(&store, Some(parent.clone()), &template.image).manifest.id;
+            let path = damage(&store, &child);
+            for dry_run in [true, false] {
+                let error = store.collect(&References::default(), dry_run).unwrap_err();
+                assert!(
+                    matches!(&error, Error::Unreadable { path: found, .. } if *found == path),
+                    "{what}: {error}"
+                );
+            }
+            assert!(store.root().join("images").join(&template.image).exists(), "{what}");
+            assert!(store.root().join("guests").join(&template.guest).exists(), "{what}");
+            assert!(store.snapshot_path(&parent).exists(), "{what}");
+            if !what.contains("template") {
+                let error = store.remove_snapshot(&parent, &[]).unwrap_err();
+                assert!(matches!(error, Error::Unreadable { .. }), "{what}");
+            }
+        }
+        // Not so the rest of a write that was cut short: what it was to replace is whole.
+        let (_dir, store, template) = furnished();
+        fs::write(store.root().join("templates/base.json.new"), "{").unwrap();
+        assert_eq!(store.collect(&References::default(), false).unwrap(), Garbage::default());
+        assert!(store.root().join("images").join(&template.image).exists());
+    }
+
+    #[test]
+    fn what_machines_need_stays() {
+        let (_dir, store, template) = furnished();
+        // Imported anew, or deleted, while a machine runs that was booted from it.
+        fs::remove_file(store.root().join("templates/base.json")).unwrap();
+        let used = References {
+            images: BTreeSet::from([template.image.clone()]),
+            guests: BTreeSet::from([template.guest.clone()]),
+            ..References::default()
+        };
+        assert_eq!(store.collect(&used, false).unwrap(), Garbage::default());
+        let garbage = store.collect(&References::default(), false).unwrap();
+        assert_eq!((garbage.images, garbage.guests), (vec![template.image], vec![template.guest]));
     }
 }

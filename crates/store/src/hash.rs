@@ -40,37 +40,81 @@ pub fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
+impl FileDigest {
+    /// The digest of a file of `bytes` whose chunks have the digests `chunks`.
+    pub fn of(bytes: u64, chunks: Vec<String>) -> Self {
+        Self { bytes, digest: sha256(chunks.concat().as_bytes()), chunks }
+    }
+}
+
+/// A file that is digested chunk by chunk.
+#[derive(Debug)]
+pub struct Chunks {
+    file: File,
+    /// Length in bytes when it was opened.
+    pub bytes: u64,
+    buffer: Vec<u8>,
+    zeros: String,
+}
+
+impl Chunks {
+    /// Opens the file at `path`.
+    ///
+    /// # Errors
+    /// As the file system gives them.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        let bytes = file.metadata()?.len();
+        let buffer = vec![0; usize::try_from(CHUNK_BYTES).map_err(io::Error::other)?];
+        let zeros = sha256(&buffer);
+        Ok(Self { file, bytes, buffer, zeros })
+    }
+
+    /// How many chunks it has.
+    pub fn count(&self) -> u64 {
+        self.bytes.div_ceil(CHUNK_BYTES)
+    }
+
+    fn range(&self, index: u64) -> (u64, u64) {
+        let offset = index * CHUNK_BYTES;
+        (offset, CHUNK_BYTES.min(self.bytes.saturating_sub(offset)))
+    }
+
+    /// Whether chunk `index` is a whole one that holds nothing: its digest costs nothing.
+    pub fn is_hole(&self, index: u64) -> bool {
+        let (offset, length) = self.range(index);
+        length == CHUNK_BYTES
+            && match seek(&self.file, SeekFrom::Data(offset)) {
+                Ok(data) => data >= offset + length,
+                // No data behind this point.
+                Err(rustix::io::Errno::NXIO) => true,
+                Err(_) => false,
+            }
+    }
+
+    /// The digest of chunk `index`, in hexadecimal.
+    ///
+    /// # Errors
+    /// When it cannot be read whole.
+    pub fn digest(&mut self, index: u64) -> io::Result<String> {
+        if self.is_hole(index) {
+            return Ok(self.zeros.clone());
+        }
+        let (offset, length) = self.range(index);
+        let part = &mut self.buffer[..usize::try_from(length).map_err(io::Error::other)?];
+        self.file.read_exact_at(part, offset)?;
+        Ok(sha256(part))
+    }
+}
+
 /// Digests the file at `path`.
 ///
 /// # Errors
 /// When it cannot be read whole.
 pub fn digest_file(path: &Path) -> io::Result<FileDigest> {
-    let file = File::open(path)?;
-    let bytes = file.metadata()?.len();
-    let mut buffer = vec![0; usize::try_from(CHUNK_BYTES).map_err(io::Error::other)?];
-    let zeros = sha256(&buffer);
-    let mut chunks = Vec::new();
-    let mut offset = 0;
-    while offset < bytes {
-        let length = CHUNK_BYTES.min(bytes - offset);
-        let whole_hole = length == CHUNK_BYTES
-            && match seek(&file, SeekFrom::Data(offset)) {
-                Ok(data) => data >= offset + length,
-                // No data behind this point.
-                Err(rustix::io::Errno::NXIO) => true,
-                Err(_) => false,
-            };
-        if whole_hole {
-            chunks.push(zeros.clone());
-        } else {
-            let part = &mut buffer[..usize::try_from(length).map_err(io::Error::other)?];
-            file.read_exact_at(part, offset)?;
-            chunks.push(sha256(part));
-        }
-        offset += length;
-    }
-    let digest = sha256(chunks.concat().as_bytes());
-    Ok(FileDigest { bytes, digest, chunks })
+    let mut file = Chunks::open(path)?;
+    let chunks = (0..file.count()).map(|index| file.digest(index)).collect::<io::Result<_>>()?;
+    Ok(FileDigest::of(file.bytes, chunks))
 }
 
 #[cfg(test)]

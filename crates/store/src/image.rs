@@ -145,11 +145,14 @@ impl Store {
     /// What the file system says of a template's file: it changes when the template is imported again.
     ///
     /// # Errors
-    /// `Missing` when there is none.
+    /// `Missing` when there is none, `Io` when that is not known.
     pub fn template_stamp(&self, name: &TemplateName) -> Result<TemplateStamp, Error> {
         use std::os::unix::fs::MetadataExt;
-        let found = fs::metadata(self.template_path(name))
-            .map_err(|_| Error::Missing { kind: "template", name: name.to_string() })?;
+        let path = self.template_path(name);
+        let found = fs::metadata(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Error::Missing { kind: "template", name: name.to_string() },
+            _ => io_error("reading", &path)(error),
+        })?;
         Ok(TemplateStamp { inode: found.ino(), mtime: (found.mtime(), found.mtime_nsec()) })
     }
 

@@ -4,7 +4,7 @@
 //! <data-dir>/images/<digest>/{manifest.json,rootfs.ext4}
 //!            guests/<digest>/{manifest.json,vmlinuz,initrd}
 //!            templates/<name>.json
-//!            snapshots/<id>/{manifest.json,seal.json,memory,state,disk}
+//!            snapshots/<id>/{manifest.json,seal.json,digests.json,memory,state,disk}
 //!            staging/<random>/        whatever is not published yet
 //! ```
 //!
@@ -21,6 +21,7 @@ pub mod hash;
 pub mod identity;
 pub mod image;
 pub mod snapshot;
+pub mod verify;
 
 use std::fs::{self, File};
 use std::io;
@@ -69,6 +70,14 @@ pub enum Error {
         /// What differs.
         difference: String,
     },
+    /// What something needs is not known, so nothing is removed.
+    #[error("nothing is removed: {path} cannot be read, and what it needs is not known")]
+    Unreadable {
+        /// What cannot be read.
+        path: PathBuf,
+        /// Why not.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// Others descend from it.
     #[error("{kind} {name} is needed by {}", dependents.join(", "))]
     InUse {
@@ -87,7 +96,7 @@ impl Error {
         match self {
             Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => Kind::Exhausted,
             Self::Io { .. } => Kind::Internal,
-            Self::Manifest { .. } | Self::Seal { .. } => Kind::Corrupt,
+            Self::Manifest { .. } | Self::Seal { .. } | Self::Unreadable { .. } => Kind::Corrupt,
             Self::Missing { .. } => Kind::NotFound,
             Self::InUse { .. } => Kind::Conflict,
         }
@@ -107,6 +116,10 @@ impl From<Error> for Failure {
             }
             Error::Missing { .. } => ("not_found", "`kelvin template list` shows what there is"),
             Error::Seal { .. } => ("snapshot_corrupt", "bake the template again: `kelvin template bake`"),
+            Error::Unreadable { .. } => (
+                "metadata_unreadable",
+                "repair what the message names, or remove it if nothing needs it, and try again",
+            ),
             Error::InUse { .. } => ("in_use", "remove what depends on it first"),
         };
         Self::new(error.kind(), code, error.to_string(), remediation).with_sources(&error)
@@ -144,6 +157,14 @@ impl Store {
             fs::create_dir_all(&path).map_err(io_error("making", &path))?;
             fs::set_permissions(&path, fs::Permissions::from_mode(0o700))
                 .map_err(io_error("closing", &path))?;
+        }
+        // What is published below survives a power failure only if its way from the root does.
+        File::open(&root).and_then(|root| root.sync_all()).map_err(io_error("syncing", &root))?;
+        if let Some(parent) = root.parent()
+            && let Err(error) = File::open(parent).and_then(|parent| parent.sync_all())
+        {
+            // Not ours, perhaps, and there before.
+            tracing::debug!(%error, path = %parent.display(), "not synced");
         }
         Ok(Self { root })
     }
@@ -238,18 +259,28 @@ fn publish(staged: &Path, target: &Path, durably: bool) -> Result<(), Error> {
     sync_parent(target).map_err(io_error("syncing", target))
 }
 
-/// Removes a published directory as one step: what a crash leaves lies in `staging/`. Gone already is fine.
-fn unpublish(store: &Store, target: &Path) -> Result<(), Error> {
+/// Removes a published directory as one step: what a crash leaves lies in `staging/`. Gone already is fine. `durably`, no
+/// power failure brings it back.
+fn unpublish(store: &Store, target: &Path, durably: bool) -> Result<(), Error> {
     let staged = store.staging_path();
     match fs::rename(target, &staged) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(io_error("removing", target)(error)),
-        Ok(()) => fs::remove_dir_all(&staged).map_err(io_error("removing", &staged)),
+        // A removal that failed half-way may have been told of and not be durable.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(io_error("removing", target)(error)),
+        Ok(()) => {}
+    }
+    if durably {
+        sync_parent(target).map_err(io_error("syncing", target))?;
+    }
+    match fs::remove_dir_all(&staged) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("removing", &staged)(error)),
+        _ => Ok(()),
     }
 }
 
 /// Names of the entries of a directory that parse as `T`.
 fn names<T: std::str::FromStr>(directory: &Path) -> Result<Vec<T>, Error> {
     let entries = fs::read_dir(directory).map_err(io_error("listing", directory))?;
-    Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
+    let entries: Vec<_> = entries.collect::<io::Result<_>>().map_err(io_error("listing", directory))?;
+    Ok(entries.into_iter().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
 }

@@ -11,6 +11,10 @@
 //! The seal is what the file system says of each file (device, inode, size, times): a restore compares
 //! it in microseconds, because hashing gigabytes is not for that path. When only the device number has
 //! changed (a loop device after a reboot), the content is hashed once and sealed anew.
+//!
+//! What a seal shows: whoever wrote, replaced, cut, touched or restored a file through the file system. What it does not:
+//! bits that the disk returns otherwise than they were written, and root, who can set every time but the change time and
+//! that one with the clock. Digests show those (`verify`): a bake has them from the start, a kept snapshot gets them later.
 
 use std::fs;
 use std::io;
@@ -276,43 +280,38 @@ impl Snapshot {
     /// `Seal` with the file's name and what differs.
     pub fn check_seal(&self) -> Result<(), Error> {
         for name in files(self.manifest.mode).iter().copied() {
-            let refuse = |difference: String| Error::Seal {
-                snapshot: self.manifest.id.to_string(),
-                file: name,
-                difference,
-            };
-            let now = FileSeal::of(&self.file(name))
-                .map_err(|error| refuse(format!("it cannot be read: {error}")))?;
-            let difference = match self.seal.file(name) {
-                Some(seal) => seal.difference(&now),
-                None => Some("it was never sealed"),
-            };
-            if let Some(difference) = difference {
-                return Err(refuse(difference.to_owned()));
+            if let Some(difference) = self.seal_difference(name) {
+                return Err(Error::Seal { snapshot: self.manifest.id.to_string(), file: name, difference });
             }
         }
         Ok(())
     }
 
-    /// Hashes every file that has a digest and compares it with the manifest: for start-up and for people.
+    /// What differs between one file and its seal.
+    pub(crate) fn seal_difference(&self, name: &str) -> Option<String> {
+        match (FileSeal::of(&self.file(name)), self.seal.file(name)) {
+            (Err(error), _) => Some(format!("it cannot be read: {error}")),
+            (Ok(_), None) => Some("it was never sealed".to_owned()),
+            (Ok(now), Some(seal)) => seal.difference(&now).map(str::to_owned),
+        }
+    }
+
+    /// For tests: seals what is there now.
+    #[cfg(test)]
+    pub(crate) fn seal_anew(&mut self) {
+        self.seal = Seal::of(&self.directory, self.manifest.mode).unwrap();
+    }
+
+    /// Hashes every file whose digest is in the manifest: for start-up. See [`Snapshot::verify_all`] for the others.
     ///
     /// # Errors
     /// `Seal` with the file's name and the chunk that differs; `Io` when a file cannot be read.
     pub fn verify(&self) -> Result<(), Error> {
-        for (name, digest) in [
-            ("memory", &self.manifest.memory),
-            ("state", &self.manifest.state),
-            ("disk", &self.manifest.disk),
-        ] {
+        for (name, digest) in self.manifest.digests() {
             let Some(digest) = digest else { continue };
-            let path = self.file(name);
-            let now = digest_file(&path).map_err(io_error("reading", &path))?;
-            if now != *digest {
-                let chunk = now.chunks.iter().zip(&digest.chunks).position(|(a, b)| a != b);
-                let difference = match chunk {
-                    Some(index) => format!("chunk {index} has another content"),
-                    None => format!("it has {} bytes instead of {}", now.bytes, digest.bytes),
-                };
+            let found = crate::verify::compare(&self.file(name), digest)
+                .map_err(io_error("reading", &self.file(name)))?;
+            if let Some(difference) = found.difference() {
                 return Err(Error::Seal { snapshot: self.manifest.id.to_string(), file: name, difference });
             }
         }
@@ -320,8 +319,15 @@ impl Snapshot {
     }
 }
 
+impl Manifest {
+    /// Each file and the digest that it was published with.
+    pub(crate) fn digests(&self) -> [(&'static str, Option<&FileDigest>); 3] {
+        [("memory", self.memory.as_ref()), ("state", self.state.as_ref()), ("disk", self.disk.as_ref())]
+    }
+}
+
 impl Store {
-    fn snapshot_path(&self, id: &SnapshotId) -> PathBuf {
+    pub(crate) fn snapshot_path(&self, id: &SnapshotId) -> PathBuf {
         self.root.join("snapshots").join(id.as_str())
     }
 
@@ -430,9 +436,26 @@ pub(crate) mod tests_support {
     use super::*;
 
     pub(crate) fn publish_example(store: &Store, parent: Option<SnapshotId>, image: &str) -> Snapshot {
+        publish(store, parent, image, Care::Hashed, |name, path| {
+            fs::write(path, format!("{name} {}", "x".repeat(10_000))).unwrap();
+        })
+    }
+
+    /// A snapshot whose files `write` makes.
+    pub(crate) fn publish_with(store: &Store, care: Care, write: impl Fn(&str, &Path)) -> Snapshot {
+        publish(store, None, "i", care, write)
+    }
+
+    fn publish(
+        store: &Store,
+        parent: Option<SnapshotId>,
+        image: &str,
+        care: Care,
+        write: impl Fn(&str, &Path),
+    ) -> Snapshot {
         let staged = store.stage().unwrap();
         for name in FILES {
-            fs::write(staged.join(name), format!("{name} {}", "x".repeat(10_000))).unwrap();
+            write(name, &staged.join(name));
         }
         let identity: Identity = serde_json::from_value(serde_json::json!({
             "image": image, "guest_kernel": "k", "agent": "a", "vmm": "qemu", "vmm_build": "b",
@@ -450,7 +473,7 @@ pub(crate) mod tests_support {
             identity,
             arguments: Vec::new(),
         };
-        store.publish_snapshot(&staged, draft, Care::Hashed).unwrap()
+        store.publish_snapshot(&staged, draft, care).unwrap()
     }
 }
 

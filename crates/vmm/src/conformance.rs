@@ -190,7 +190,7 @@ pub async fn run(bench: &Bench<'_>) -> Outcome {
 /// When one cannot be killed.
 pub async fn end_all(bench: &Bench<'_>) -> Outcome {
     for entry in std::fs::read_dir(bench.data_dir.join("sandboxes"))?.flatten() {
-        for key in find_by_marker(&format!("kelvin-{}", entry.file_name().to_string_lossy())) {
+        for key in find_by_marker(&format!("kelvin-{}", entry.file_name().to_string_lossy()))? {
             if let Ok(process) = Process::adopt(key) {
                 process.kill()?;
                 process.ended().await;
@@ -310,7 +310,7 @@ async fn wait_quiet(control: &mut Control) -> Result<bool, Error> {
 fn machine_of(data_dir: &Path, pid: i32) -> Result<VmId, Box<dyn std::error::Error>> {
     for entry in std::fs::read_dir(data_dir.join("sandboxes"))?.flatten() {
         if let Some(vm) = entry.file_name().to_str().and_then(|name| name.parse::<VmId>().ok())
-            && find_by_marker(&format!("kelvin-{vm}")).iter().any(|key| key.pid == pid)
+            && find_by_marker(&format!("kelvin-{vm}"))?.iter().any(|key| key.pid == pid)
         {
             return Ok(vm);
         }

@@ -16,7 +16,10 @@
 pub mod conformance;
 pub mod control;
 pub mod firecracker;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod guest_end;
+mod hostile;
 mod pages;
 mod process;
 pub mod qemu;

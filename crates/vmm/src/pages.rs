@@ -13,9 +13,13 @@ use kelvin_host::file::{open_plain, read_plain};
 use kelvin_host::memory::{self, PAGE};
 use rustix::fs::ioctl_ficlone;
 
+use crate::hostile::read_file;
+
 const PAGE_BYTES: usize = PAGE as usize;
 /// Bytes copied by one read.
 const RUN: u64 = 4 << 20;
+/// The longest list of mappings that is read: a VMM has some hundred, and may have been taken over.
+const MAX_MAPS: u64 = 8 << 20;
 
 /// A part of a file that a process has mapped.
 #[derive(Debug)]
@@ -35,7 +39,7 @@ impl Mapping {
 }
 
 fn mappings(pid: i32) -> io::Result<Vec<Mapping>> {
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let maps = read_file(format!("/proc/{pid}/maps"), MAX_MAPS)?;
     Ok(maps
         .lines()
         .filter_map(|line| {

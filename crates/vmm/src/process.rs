@@ -16,6 +16,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 
 use crate::Error;
+use crate::hostile::Pace;
 
 /// How long a VMM may take to open its sockets.
 const START: Duration = Duration::from_secs(30);
@@ -46,15 +47,20 @@ impl Tail {
         let tail = Self::default();
         let kept = tail.clone();
         tokio::spawn(async move {
-            let mut buffer = [0; 4096];
+            let (mut buffer, mut pace) = ([0; 4096], Pace::default());
             while let Ok(count @ 1..) = pipe.read(&mut buffer).await {
-                let mut bytes = kept.0.lock().unwrap_or_else(PoisonError::into_inner);
-                bytes.extend(&buffer[..count]);
-                let excess = bytes.len().saturating_sub(limit);
-                bytes.drain(..excess);
+                kept.keep(&buffer[..count], limit);
+                pace.after(count).await;
             }
         });
         tail
+    }
+
+    fn keep(&self, said: &[u8], limit: usize) {
+        let mut bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        bytes.extend(said);
+        let excess = bytes.len().saturating_sub(limit);
+        bytes.drain(..excess);
     }
 
     /// Reads the named pipe at `path`, which the VMM has opened; nothing when it cannot be read.

@@ -53,8 +53,9 @@ fn with_firecracker(network: bool, suite: impl AsyncFnOnce(&Bench<'_>) -> Outcom
 fn is_clean(bench: &Bench<'_>, mounts: &str) -> Outcome {
     let left: Vec<_> = std::fs::read_dir(bench.data_dir.join("sandboxes"))?
         .flatten()
-        .flat_map(|entry| find_by_marker(&format!("kelvin-{}", entry.file_name().to_string_lossy())))
-        .collect();
+        .map(|entry| find_by_marker(&format!("kelvin-{}", entry.file_name().to_string_lossy())))
+        .collect::<Result<Vec<_>, _>>()?
+        .concat();
     expect(left.is_empty(), &format!("VMMs are left: {left:?}"))?;
     expect(std::fs::read_to_string("/proc/self/mountinfo")? == mounts, "no mount is left")
 }

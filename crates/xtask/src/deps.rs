@@ -15,7 +15,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("node", &["egress", "vmm", "store", "host", "api"]),
     // `host` for its one SQLite thread; never `node`.
     ("control", &["store", "host", "api"]),
-    ("fuzz", &["api"]),
+    ("fuzz", &["api", "egress", "host", "store", "vmm"]),
     ("gateway", &["api"]),
     ("server", &["gateway", "control", "node", "api"]),
     ("client", &["api"]),
@@ -26,6 +26,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "cli",
         &["server", "gateway", "control", "node", "egress", "client", "bench", "vmm", "store", "host", "api"],
     ),
+    // A disk for tests.
+    ("powercut", &[]),
     ("xtask", &[]),
 ];
 

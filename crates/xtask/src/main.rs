@@ -8,6 +8,7 @@ mod distribution;
 mod docs;
 mod emulator;
 mod files;
+mod fuzz;
 mod guest;
 mod kernel;
 mod kvm_host;
@@ -38,7 +39,8 @@ const USAGE: &str = "usage: cargo xtask <command>
             run a command in an emulated machine that has KVM: Firecracker works there
   other-release
             of the tests, those with Debian 13's QEMU, kernel and user space
-  fuzz      the fuzz targets for a short while
+  fuzz [--hours N] [--seed N] [TARGET...]
+            the fuzz targets, for 10 s each
   openapi   write openapi/kelvin.json anew
   down      stop it and everything that it owns
   in-root [--fresh] RELEASE -- CMD
@@ -164,7 +166,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         // What `roots` runs in a root of another release, with what was built here.
         Some("guest") => guest::ensure().map(drop),
         Some("steps") => server::steps(),
-        Some("fuzz") => suite::fuzz(),
+        Some("fuzz") => fuzz::run(rest),
         Some("openapi") => suite::write_openapi(),
         Some("build") => server::prepare().map(drop),
         Some("package") => package::package().map(drop),

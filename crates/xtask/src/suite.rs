@@ -296,48 +296,6 @@ fn end_to_end(built: &Built, filter: &[String], vmm: &str) -> Result<()> {
     result.and(cleared)
 }
 
-/// How long each fuzz target runs, in seconds; what it finds is kept, and the next run goes on from there.
-const FUZZ_S: u32 = 10;
-
-/// Coverage for libFuzzer, from a compiler that is not a nightly one. Source: what `cargo fuzz --sanitizer none` passes.
-const COVERAGE: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
-    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
-    -Cllvm-args=-sanitizer-coverage-trace-compares";
-
-/// The parsers of bytes from the other side, with any bytes: no panic, bounded memory, no input that takes long.
-pub fn fuzz() -> Result<()> {
-    let target = "x86_64-unknown-linux-gnu";
-    let directory = cache().join("fuzz");
-    run_command(
-        cargo()
-            .args(["build", "--package", "kelvin-fuzz", "--target", target])
-            .env("RUSTFLAGS", COVERAGE)
-            // With the checks of a debug build, and quick.
-            .env("CARGO_PROFILE_DEV_OPT_LEVEL", "1")
-            .env("CARGO_PROFILE_DEV_DEBUG", "0")
-            .env("CARGO_TARGET_DIR", directory.join("target")),
-    )?;
-    for name in ["agent_bytes", "host_bytes"] {
-        let corpus = directory.join(name);
-        fs::create_dir_all(&corpus)?;
-        let mut fuzz = Command::new(directory.join("target").join(target).join("debug").join(name));
-        fuzz.current_dir(&directory)
-            .arg(format!("-max_total_time={FUZZ_S}"))
-            .args(["-rss_limit_mb=512", "-malloc_limit_mb=64", "-timeout=5", "-max_len=8192"])
-            .args(["-verbosity=0", "-print_final_stats=1"])
-            .arg(&corpus);
-        let run = crate::outcome(&mut fuzz)?;
-        let said = String::from_utf8_lossy(&run.stderr);
-        if !run.status.success() {
-            return Err(format!("{name} found something, it is in {}:\n{said}", directory.display()).into());
-        }
-        for line in said.lines().filter(|line| line.contains("executed_units") || line.contains("peak_rss")) {
-            say(&format!("{name}: {line}"));
-        }
-    }
-    Ok(())
-}
-
 /// What was built here, with the QEMU, kernel and user space of another release.
 fn other_release() -> Result<()> {
     crate::roots::other_release(&programs(&["qemu"])?)
@@ -386,7 +344,7 @@ pub fn run(filter: &[String]) -> Result<()> {
             run_command(cargo().args(ALL).args(["--", "--skip", "e2e::"]))?;
             cargo_step(&["test", "--release", "--package", "kelvin-agent"])
         })?;
-        step("fuzz", fuzz)?;
+        step("fuzz", || crate::fuzz::run(&[]))?;
         Ok(beside.join().map_err(|_| "preparing the tests panicked")??)
     })?;
     step("end to end", || end_to_end(&built, &[], "qemu"))?;

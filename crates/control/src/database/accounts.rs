@@ -79,7 +79,7 @@ impl Database {
     pub async fn add_key(&self, hash: String, info: ApiKeyInfo) -> Result<(), Error> {
         let mask = serde_json::to_string(&info.mask).unwrap_or_default();
         self.0
-            .call(move |connection| {
+            .call_durable(move |connection| {
                 connection
                     .prepare(
                         "INSERT INTO keys (id, hash, project, name, mask, created_ms, max_sandboxes, requests_per_s, \
@@ -108,7 +108,7 @@ impl Database {
     /// Gives a key another name; whether there is one of this id.
     pub async fn rename_key(&self, id: String, name: String) -> Result<bool, Error> {
         self.0
-            .call(move |connection| {
+            .call_durable(move |connection| {
                 let changed =
                     connection.prepare("UPDATE keys SET name = ?2 WHERE id = ?1")?.execute((id, name))?;
                 Ok(changed > 0)
@@ -119,7 +119,7 @@ impl Database {
     /// Forgets a key; whether there was one of this id.
     pub async fn remove_key(&self, id: String) -> Result<bool, Error> {
         self.0
-            .call(move |connection| {
+            .call_durable(move |connection| {
                 Ok(connection.prepare("DELETE FROM keys WHERE id = ?1")?.execute([id])? > 0)
             })
             .await

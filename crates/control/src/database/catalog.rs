@@ -46,7 +46,7 @@ impl Database {
     ) -> Result<Option<Exceeded>, Error> {
         let now = jiff::Timestamp::now().as_millisecond();
         self.0
-            .call(move |connection| {
+            .call_durable(move |connection| {
                 let transaction = connection.transaction()?;
                 let more = More { snapshots: 1, disk_mib: snapshot.mib, ..More::default() };
                 if let Some(exceeded) = quota.check(&transaction, more)? {
@@ -79,7 +79,7 @@ impl Database {
     /// alone, so that a name which is deleted means nothing and never an older snapshot.
     pub async fn finish_snapshot(&self, id: String) -> Result<(), Error> {
         self.0
-            .call(move |connection| {
+            .call_durable(move |connection| {
                 let transaction = connection.transaction()?;
                 transaction
                     .prepare_cached(
@@ -136,7 +136,7 @@ impl Database {
     /// Forgets whose a snapshot was, and its name with it: a database of an older build may have others of that name.
     pub async fn forget_snapshot(&self, id: String) -> Result<(), Error> {
         self.0
-            .call(move |connection| {
+            .call_durable(move |connection| {
                 let transaction = connection.transaction()?;
                 transaction
                     .prepare_cached(
@@ -199,7 +199,7 @@ impl Database {
     ) -> Result<(), Error> {
         let now = jiff::Timestamp::now().as_millisecond();
         self.0
-            .call(move |connection| {
+            .call_durable(move |connection| {
                 let transaction = connection.transaction()?;
                 for tag in &tags {
                     transaction
@@ -222,7 +222,7 @@ impl Database {
         tags: Vec<String>,
     ) -> Result<Option<String>, Error> {
         self.0
-            .call(move |connection| {
+            .call_durable(move |connection| {
                 let transaction = connection.transaction()?;
                 for tag in tags {
                     let removed = transaction

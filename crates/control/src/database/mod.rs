@@ -5,6 +5,8 @@ mod accounts;
 mod answers;
 mod catalog;
 mod meter;
+#[cfg(test)]
+mod power;
 mod quota;
 
 pub use answers::NewKey;
@@ -416,25 +418,33 @@ impl Database {
             .await
     }
 
-    /// Notes that a sandbox was paused or resumed, unless something newer is known.
+    /// Returns when everything that was written before survives a power failure.
+    pub async fn flush(&self) -> Result<(), Error> {
+        self.0.flush().await
+    }
+
+    /// Notes that a sandbox was paused or resumed, unless something newer is known. That it was paused, and whose it is,
+    /// survives a power failure.
     pub async fn set_live(&self, live: &Live) -> Result<(), Error> {
         let live = live.clone();
-        self.0
-            .call(move |connection| {
-                connection
-                    .prepare_cached(
-                        "UPDATE sandboxes SET state = ?2, ends_ms = ?3, rank = ?4 \
-                         WHERE id = ?1 AND state != 'creating' AND rank <= ?4",
-                    )?
-                    .execute((
-                        live.sandbox.as_str(),
-                        word(live.state),
-                        live.ends_at.as_millisecond(),
-                        i64::try_from(live.rank()).unwrap_or(i64::MAX),
-                    ))
-                    .map(drop)
-            })
-            .await
+        // What is known already costs no write, and no sync: a start tells everything again.
+        let outlives_a_boot = live.state == SandboxState::Paused;
+        let job = move |connection: &mut Connection| {
+            connection
+                .prepare_cached(
+                    "UPDATE sandboxes SET state = ?2, ends_ms = ?3, rank = ?4 \
+                     WHERE id = ?1 AND state != 'creating' AND rank <= ?4 \
+                     AND (state, ends_ms, rank) IS NOT (?2, ?3, ?4)",
+                )?
+                .execute((
+                    live.sandbox.as_str(),
+                    word(live.state),
+                    live.ends_at.as_millisecond(),
+                    i64::try_from(live.rank()).unwrap_or(i64::MAX),
+                ))
+                .map(drop)
+        };
+        if outlives_a_boot { self.0.call_durable(job).await } else { self.0.call(job).await }
     }
 
     /// Forgets a sandbox that was not made, and its key: a retry starts afresh.

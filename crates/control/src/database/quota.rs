@@ -246,7 +246,7 @@ impl Database {
     pub async fn set_project_limits(&self, project: &Project, limits: Limits) -> Result<(), Error> {
         let (name, limits) = (project.to_string(), serde_json::to_string(&limits).unwrap_or_default());
         self.0
-            .call(move |connection| {
+            .call_durable(move |connection| {
                 connection
                     .prepare("INSERT OR REPLACE INTO projects (name, limits) VALUES (?1, ?2)")?
                     .execute((name, limits))

@@ -15,6 +15,7 @@ use tokio::sync::Mutex;
 
 use super::config::{Call, SNAPSHOT_CREATE};
 use crate::Error;
+use crate::hostile::told;
 
 /// The longest reply that is read, in bytes.
 const MAX_REPLY: usize = 64 << 10;
@@ -83,11 +84,54 @@ impl Api {
         if status.is_success() {
             return Ok(value);
         }
-        let reason = value["fault_message"].as_str().map_or_else(|| status.to_string(), str::to_owned);
+        let reason = value["fault_message"].as_str().map_or_else(|| status.to_string(), told);
         Err(Error::Refused { command: name, reason })
     }
 }
 
 fn io(source: std::io::Error) -> Error {
     Error::Io { what: "speaking to the VMM", source }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// What a call comes to whose VMM answers `head` and then `part` for ever, and how much of it is read.
+    async fn flooded(head: &'static [u8], part: &'static [u8]) -> (Result<Value, Error>, usize) {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let flood = tokio::spawn(async move {
+            let _ = theirs.read(&mut [0; 4096]).await;
+            let mut sent = 0;
+            if theirs.write_all(head).await.is_ok() {
+                while theirs.write_all(part).await.is_ok() {
+                    sent += part.len();
+                }
+            }
+            sent
+        });
+        let api = Api::open(ours).await.unwrap();
+        let call = Call { name: "x", method: Method::PATCH, path: "/vm", body: json!({}) };
+        let answer = api.call(call).await;
+        drop(api);
+        (answer, flood.await.unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_answers_without_end_is_not_listened_to() {
+        for (head, part) in [
+            // Headers, a body, chunks, and a chunk's extensions.
+            (&b"HTTP/1.1 200 OK\r\n"[..], &b"a: bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb\r\n"[..]),
+            (b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000000\r\n\r\n", &[b' '; 4096]),
+            (b"HTTP/1.1 400 Bad\r\ntransfer-encoding: chunked\r\n\r\n", b"4\r\n    \r\n"),
+            (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4", b";an-extension-without-an-end"),
+        ] {
+            let (answer, sent) = flooded(head, part).await;
+            assert!(matches!(answer, Err(Error::Io { .. })), "{answer:?}");
+            assert!(sent < 2 << 20, "{sent} bytes were read");
+        }
+    }
 }

@@ -24,21 +24,22 @@
 //! the machine's directory, the VMM where it says so above. A crash of the daemon leaves VMMs that are found by
 //! their id and adopted; a directory goes as a whole, mounts go with their process.
 
-mod api;
+pub(crate) mod api;
 pub mod config;
 mod conversation;
 mod kernel;
-mod metrics;
+pub(crate) mod metrics;
+mod streams;
 mod touched;
 pub mod version;
 
 use std::fs::{self, File, Metadata};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -53,11 +54,13 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
 use crate::control::{Control, Dial, Dialed};
+use crate::hostile::read_file;
 use crate::pages::{self, Mapping};
 use crate::process::{Sockets, Tail, close_directory, readers};
 use crate::{COMMAND_LINE, Disk, Driver, Error, Handle, MachineSpec, Running, Saved, Waiting, made};
 use api::Api;
 use config::{API_SOCKET, Call, DISK, GUEST, Options, SNAPSHOT, VSOCK};
+use streams::Streams;
 use touched::Touched;
 use version::Version;
 
@@ -69,6 +72,8 @@ const LOG: usize = 16 << 10;
 const OVERHEAD: u64 = 64 << 20;
 /// Threads of a VMM beside one for each vCPU.
 const THREADS: u64 = 32;
+/// The longest name of a memory file, in bytes.
+const MAX_PARENT: u64 = 4 << 10;
 /// Descriptors of a VMM: each connection to its guest is one.
 const DESCRIPTORS: u64 = 4096;
 /// How long a guest may take to accept a connection: its agent may just be starting again.
@@ -267,7 +272,7 @@ impl Firecracker {
             sockets: Arc::new(sockets),
             process: Arc::clone(&process),
             generation: AtomicU64::new(0),
-            streams: Mutex::default(),
+            streams: Streams::default(),
             console,
             log,
         };
@@ -428,7 +433,7 @@ impl Driver for Firecracker {
         process.go_on().map_err(io)?;
         let sockets = Sockets::open(&directory)?;
         let api = Api::open(sockets.connect(API_SOCKET, &process).await.map_err(io)?).await?;
-        let parent = match fs::read_to_string(directory.join("parent")) {
+        let parent = match read_file(directory.join("parent"), MAX_PARENT) {
             Ok(relative) => Some(spec.data_dir.join(relative)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(io(error)),
@@ -455,7 +460,7 @@ struct Dialer {
     process: Arc<Process>,
     generation: AtomicU64,
     /// The host's ends of those that were made in this generation.
-    streams: Mutex<Vec<OwnedFd>>,
+    streams: Streams,
     console: Tail,
     log: Tail,
 }
@@ -479,26 +484,15 @@ impl Dialer {
         };
         stream.write_all(format!("CONNECT {port}\n").as_bytes()).await.map_err(io)?;
         let own = stream.as_fd().try_clone_to_owned().map_err(io)?;
-        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
-        streams.retain(|stream| !has_hung_up(stream));
-        streams.push(own);
+        self.streams.add(own);
         Ok(stream)
     }
 
     /// Every connection is of no more use: the guest resets its ends when it goes on. Whoever has one is told now.
     fn reset(&self) {
         self.generation.fetch_add(1, Ordering::Relaxed);
-        for stream in self.streams.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            let _ = rustix::net::shutdown(&stream, rustix::net::Shutdown::Both);
-        }
+        self.streams.close();
     }
-}
-
-fn has_hung_up(stream: &OwnedFd) -> bool {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    let mut fds = [PollFd::new(stream, PollFlags::empty())];
-    let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
-    fds[0].revents().contains(PollFlags::HUP)
 }
 
 /// The ways to one guest, for whoever wants one.

@@ -28,7 +28,7 @@
 //! fill a disk with either.
 
 mod firmware;
-mod qmp;
+pub(crate) mod qmp;
 
 use std::fs::{self, File};
 use std::io;

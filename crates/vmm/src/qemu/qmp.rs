@@ -22,13 +22,26 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Notify, watch};
 
+use crate::hostile::{Pace, told};
 use crate::{Error, GuestEnd};
 
-const MAX_LINE: u64 = 1 << 20;
+/// The longest line: a console of 64 KiB whose every byte is escaped, and room.
+const MAX_LINE: u64 = 512 << 10;
+/// The longest event that is kept; those that are waited for have a few hundred bytes. What is parsed takes up to
+/// sixteen times as much memory as its text.
+const MAX_EVENT: usize = 4 << 10;
 const MAX_EVENTS: usize = 64;
 /// Replies that nobody has taken: of commands that were given up.
-const MAX_REPLIES: usize = 8;
+const MAX_REPLIES: usize = 2;
+/// How long a command may take.
 const LIMIT: Duration = Duration::from_secs(20);
+/// How long one may take that waits for the disk: QEMU writes back what the guest has written before it has stopped. A
+/// command that was given up is done all the same, so giving up early leaves a machine that stops when nobody expects it.
+const DISK_LIMIT: Duration = Duration::from_secs(300);
+
+fn limit_of(command: &str) -> Duration {
+    if matches!(command, "stop" | "xen-save-devices-state") { DISK_LIMIT } else { LIMIT }
+}
 
 /// What the reader has read and nobody has taken.
 #[derive(Debug, Default)]
@@ -82,6 +95,8 @@ pub struct Qmp {
     writer: OwnedWriteHalf,
     shared: Arc<Shared>,
     last_id: u64,
+    /// Whether a command was given up before all of it was written: what follows would be the rest of it.
+    is_cut: bool,
     guest_end: watch::Receiver<Option<GuestEnd>>,
 }
 
@@ -91,8 +106,9 @@ async fn read(
     shared: Arc<Shared>,
     guest_end: watch::Sender<Option<GuestEnd>>,
 ) {
-    let mut line = Vec::new();
+    let (mut line, mut pace) = (Vec::new(), Pace::default());
     let kind = loop {
+        pace.after(line.len()).await;
         line.clear();
         match (&mut reader).take(MAX_LINE).read_until(b'\n', &mut line).await {
             Ok(0) => break io::ErrorKind::UnexpectedEof,
@@ -105,6 +121,7 @@ async fn read(
         }
         let mut inbox = shared.inbox();
         match value.get("event") {
+            Some(_) if line.len() > MAX_EVENT => {}
             Some(_) => keep(&mut inbox.events, value, MAX_EVENTS),
             None => keep(&mut inbox.replies, value, MAX_REPLIES),
         }
@@ -136,10 +153,10 @@ impl Qmp {
         let (sender, guest_end) = watch::channel(None);
         let shared = Arc::<Shared>::default();
         tokio::spawn(read(BufReader::new(reader), Arc::clone(&shared), sender));
-        let mut qmp = Self { writer, shared, last_id: 0, guest_end };
+        let mut qmp = Self { writer, shared, last_id: 0, is_cut: false, guest_end };
         let is_greeting = |value: &Value| value.get("QMP").is_some();
         let greeting = |inbox: &mut Inbox| inbox.replies.pop_front().filter(is_greeting);
-        within("the VMM's greeting", qmp.shared.wait(greeting)).await?;
+        within("the VMM's greeting", LIMIT, qmp.shared.wait(greeting)).await?;
         qmp.call("qmp_capabilities", json!({})).await?;
         Ok(qmp)
     }
@@ -170,7 +187,19 @@ impl Qmp {
         arguments: &Value,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<Value, Error> {
+        within(command, limit_of(command), self.exchange(command, arguments, fd)).await
+    }
+
+    async fn exchange(
+        &mut self,
+        command: &'static str,
+        arguments: &Value,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Value, Error> {
         let io = |source| Error::Io { what: "writing to the VMM", source };
+        if std::mem::replace(&mut self.is_cut, true) {
+            return Err(io(io::Error::other("the VMM did not take all of an earlier command")));
+        }
         self.last_id += 1;
         let id = self.last_id;
         let mut line =
@@ -191,6 +220,7 @@ impl Qmp {
                 .map_err(io)?;
         }
         self.writer.write_all(&line[sent..]).await.map_err(io)?;
+        self.is_cut = false;
         // What answers an earlier command came too late for it.
         let own = |inbox: &mut Inbox| {
             while let Some(reply) = inbox.replies.pop_front() {
@@ -200,12 +230,12 @@ impl Qmp {
             }
             None
         };
-        let mut reply = within(command, self.shared.wait(own)).await?;
+        let mut reply = self.shared.wait(own).await?;
         match reply.get("error") {
             None => Ok(reply["return"].take()),
             Some(error) => Err(Error::Refused {
                 command,
-                reason: error["desc"].as_str().unwrap_or("no reason given").to_owned(),
+                reason: told(error["desc"].as_str().unwrap_or("no reason given")),
             }),
         }
     }
@@ -226,14 +256,18 @@ impl Qmp {
             }
             None
         };
-        within(name, self.shared.wait(wanted)).await
+        within(name, LIMIT, self.shared.wait(wanted)).await
     }
 }
 
-async fn within<T>(what: &'static str, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    match tokio::time::timeout(LIMIT, work).await {
+async fn within<T>(
+    what: &'static str,
+    limit: Duration,
+    work: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    match tokio::time::timeout(limit, work).await {
         Ok(result) => result,
-        Err(_) => Err(Error::Deadline { what, after: LIMIT, detail: "the VMM did not answer".to_owned() }),
+        Err(_) => Err(Error::Deadline { what, after: limit, detail: "the VMM did not answer".to_owned() }),
     }
 }
 
@@ -280,6 +314,29 @@ mod tests {
         }
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_disk_costs_a_pause_and_a_save_time_and_nothing_else() {
+        for command in ["stop", "xen-save-devices-state"] {
+            let (mut qmp, mut theirs) = pair().await;
+            let written_back = async {
+                tokio::time::sleep(Duration::from_secs(60)).await;
+                theirs.write_all(b"{\"return\": {}, \"id\": 2}\n").await.unwrap();
+            };
+            let (stopped, ()) = tokio::join!(qmp.call(command, json!({})), written_back);
+            stopped.unwrap_or_else(|error| panic!("{command}: {error}"));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_vmm_that_takes_no_command_has_a_limit_and_gets_no_half_of_one() {
+        let (mut qmp, _theirs) = pair().await;
+        let long = json!({ "text": "x".repeat(4 << 20) });
+        let started = tokio::time::Instant::now();
+        assert!(matches!(qmp.call("query-status", long).await, Err(Error::Deadline { .. })));
+        assert_eq!(started.elapsed(), LIMIT);
+        assert!(matches!(qmp.call("cont", json!({})).await, Err(Error::Io { .. })));
+    }
+
     #[tokio::test]
     async fn a_vmm_that_floods_holds_nothing() {
         let (mut qmp, mut theirs) = pair().await;
@@ -289,5 +346,47 @@ mod tests {
         theirs.write_all(b"{\"return\": 7, \"id\": 2}\n").await.unwrap();
         assert_eq!(qmp.call("cont", json!({})).await.unwrap(), 7);
         assert!(qmp.shared.inbox().events.len() <= MAX_EVENTS);
+    }
+
+    #[tokio::test]
+    async fn what_a_vmm_says_takes_little_memory_and_time() {
+        let (qmp, mut theirs) = pair().await;
+        let began = tokio::time::Instant::now();
+        // Lines that take the most memory once they are parsed, as many as are read within a second.
+        let zeros = format!("[{}0]", "0,".repeat(100_000));
+        let (event, reply) =
+            (format!("{{\"event\":\"X\",\"data\":{zeros}}}\n"), format!("{{\"return\":{zeros}}}\n"));
+        let flood = async {
+            let mut sent = 0;
+            loop {
+                theirs.write_all(event.as_bytes()).await.unwrap();
+                theirs.write_all(reply.as_bytes()).await.unwrap();
+                sent += event.len() + reply.len();
+                if began.elapsed() > Duration::from_secs(1) {
+                    return sent;
+                }
+            }
+        };
+        let sent = flood.await;
+        assert!(sent < 40 << 20, "{sent} bytes were read in a second");
+        let inbox = qmp.shared.inbox();
+        assert!(inbox.events.is_empty(), "an event of 200 KB is kept");
+        assert!(inbox.replies.len() <= MAX_REPLIES);
+    }
+
+    #[tokio::test]
+    async fn a_line_without_an_end_ends_the_connection() {
+        let (mut qmp, mut theirs) = pair().await;
+        let flood = tokio::spawn(async move {
+            let mut sent = 0;
+            while theirs.write_all(&[b' '; 4096]).await.is_ok() {
+                sent += 4096;
+            }
+            sent
+        });
+        let refused = qmp.call("query-status", json!({})).await;
+        assert!(matches!(refused, Err(Error::Io { .. })), "{refused:?}");
+        drop(qmp);
+        assert!(flood.await.unwrap() < 4 << 20);
     }
 }

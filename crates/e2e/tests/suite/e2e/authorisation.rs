@@ -113,11 +113,15 @@ async fn what_is_anothers_is_not_there() {
         let refused = red_client.create(&body, None).await;
         assert!(matches!(&refused, Err(Error::Refused(error)) if error.code == 404), "{name}: {refused:?}");
         let headers = [("x-api-key", red.key.as_str())];
-        for (verb, path) in
-            [("GET", "/templates/aliases/"), ("DELETE", "/snapshots/"), ("DELETE", "/templates/")]
-        {
-            let (status, reply) = ask(&server, &method(verb), &format!("{path}{name}"), &headers, "").await;
-            assert_eq!(status, StatusCode::NOT_FOUND, "{verb} {path}{name}: {reply}");
+        for (verb, path) in [
+            ("GET", "/templates/aliases/NAME"),
+            ("POST", "/snapshots/NAME/verify"),
+            ("DELETE", "/snapshots/NAME"),
+            ("DELETE", "/templates/NAME"),
+        ] {
+            let path = path.replace("NAME", name);
+            let (status, reply) = ask(&server, &method(verb), &path, &headers, "").await;
+            assert_eq!(status, StatusCode::NOT_FOUND, "{verb} {path}: {reply}");
         }
     }
     let copy = NewSandbox { template_id: "mine".into(), ..new_sandbox() };

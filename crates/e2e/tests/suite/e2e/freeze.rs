@@ -5,7 +5,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use kelvin_api::sandbox::{ForkSandbox, NewSandbox, PauseSandbox, SandboxState, StartPath};
+use kelvin_api::sandbox::{
+    FileState, ForkSandbox, NewSandbox, PauseSandbox, SandboxState, SnapshotVerification, StartPath,
+};
 use kelvin_client::agent::{Agent, Told};
 use kelvin_client::{Client, Error};
 use kelvin_e2e::{Ground, LIMIT, Server, agent_of, new_sandbox, sh, shell, start_counter};
@@ -375,11 +377,47 @@ async fn snapshots_have_names_children_and_only_their_own_disks() {
         client.kill(&sandbox.sandbox_id).await.expect("a kill");
     }
     server.settle().await;
+    a_kept_snapshot_that_rots_is_told_by_its_chunk(&server, &client, "mine", &older.snapshot_id).await;
     for snapshot in ["older", "newer", "others", "mine"] {
         client.delete_snapshot(snapshot, false).await.expect("nothing needs it");
     }
     assert_eq!(snapshots(&server), 1, "only the template's");
     server.stop().await;
+}
+
+/// `name` is a snapshot that nobody has touched; the disk of `touched` is another's.
+async fn a_kept_snapshot_that_rots_is_told_by_its_chunk(
+    server: &Server,
+    client: &Client,
+    name: &str,
+    touched: &str,
+) {
+    let started = Instant::now();
+    let whole = loop {
+        let found = client.verify_snapshot(name).await.expect("a verification");
+        assert!(found.intact, "{found:?}");
+        if found.files.iter().all(|file| file.state == FileState::Intact) {
+            break found;
+        }
+        assert!(started.elapsed() < LIMIT, "it gets no digests: {found:?}");
+        tokio::time::sleep(Duration::from_millis(250)).await;
+    };
+    println!("digests after {:.1} s: {:?}", started.elapsed().as_secs_f32(), whole.files);
+    let found = client.verify_snapshot(touched).await.expect("a verification");
+    let states: Vec<_> = found.files.iter().map(|file| file.state).collect();
+    assert!(!found.intact && matches!(states[2], FileState::Unsealed | FileState::Damaged), "{found:?}");
+    // One byte of the second chunk.
+    let memory = server.data_dir().join("snapshots").join(&whole.snapshot_id).join("memory");
+    let file = fs::File::options().read(true).write(true).open(memory).expect("root may");
+    let mut byte = [0];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut byte, (4 << 20) + 5).expect("a byte");
+    std::os::unix::fs::FileExt::write_all_at(&file, &[byte[0] ^ 1], (4 << 20) + 5).expect("another");
+    let verify = server.cli(&["--output", "json", "snapshot", "verify", name]).output().expect("a command");
+    let text = String::from_utf8_lossy(&verify.stdout);
+    assert_eq!(verify.status.code(), Some(1), "{text}");
+    let found: Vec<SnapshotVerification> = serde_json::from_str(&text).expect("its result");
+    assert_eq!((found[0].files[0].state, &found[0].files[0].chunks[..]), (FileState::Damaged, &[1][..]));
+    assert_eq!(refused(client.verify_snapshot("absent").await.expect_err("none")).0, 404);
 }
 
 /// Starts `operation` on a sandbox and does not wait for more than its end.

@@ -416,7 +416,7 @@ async fn over_tls(chain: &str, protocol: &str, host: &str, token: &str) -> (Stat
 #[tokio::test]
 async fn connections_into_a_sandbox_are_limited() {
     let Some(ground) = Ground::with_networks().await else { return };
-    kelvin_host::process::allow_descriptors();
+    kelvin_host::descriptors::raise().expect("the hard limit");
     let server = ground.server("inbound", &["--waiting-vmms", "1"]).await;
     server.bake(1).await;
     let (client, sandbox, agent) = sandbox(&server, NetworkConfig::default()).await;

@@ -7,12 +7,16 @@ use futures::StreamExt;
 use http::{Method, StatusCode};
 use http_body_util::BodyExt;
 use kelvin_api::sandbox::Sandbox;
-use kelvin_e2e::{Ground, Server, agent_of, ask, new_sandbox, sh};
+use kelvin_e2e::{Ground, LIMIT, Server, agent_of, ask, new_sandbox, sh};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// How long the agent lets the body of an upload stand still.
 const IDLE: Duration = Duration::from_secs(30);
+
+/// Descriptors of a server that has few: enough for two machines and the callers that it lets in, not for a third.
+const FEW: u64 = 176;
 
 struct Target<'a> {
     server: &'a Server,
@@ -332,5 +336,69 @@ async fn ten_gibibytes_go_through_in_flat_memory() {
     let server_after = kelvin_e2e::resident_mib(server.pid());
     println!("agent {before} -> {after} MiB, server {server_before} -> {server_after} MiB");
     assert!(after < before + 32 && server_after < server_before + 128);
+    server.stop().await;
+}
+
+/// What a connection to the server gets that asks for its health.
+async fn health(server: &Server) -> (TcpStream, String) {
+    let address = server.url().strip_prefix("http://").expect("http");
+    let mut stream = TcpStream::connect(address).await.expect("a connection");
+    let _ = stream.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    let (mut reply, mut buffer) = (String::new(), [0; 4096]);
+    while !reply.contains("\r\n\r\n") || reply.contains("503") && !reply.contains('}') {
+        match tokio::time::timeout(LIMIT, stream.read(&mut buffer)).await.expect("an answer") {
+            Ok(read @ 1..) => reply.push_str(&String::from_utf8_lossy(&buffer[..read])),
+            _ => break,
+        }
+    }
+    (stream, reply)
+}
+
+/// A server with few descriptors refuses by name what it has none for, and goes on with what it has begun.
+#[tokio::test]
+async fn connections_and_descriptors_that_run_out_are_refused_by_name() {
+    let Some(ground) = Ground::find() else { return };
+    // For the server; this process has its own limit again at once, which takes a privilege.
+    let own = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(FEW), maximum: Some(FEW) }).expect("a lower limit");
+    let server = ground.server("few", &["--no-network", "--warm-max", "0"]).await;
+    setrlimit(Resource::Nofile, own).expect("the limit as it was, as root");
+    server.bake(0).await;
+    let client = server.client();
+    let sandbox = client.create(&new_sandbox(), None).await.expect("a sandbox").sandbox;
+    let agent = agent_of(&client, &sandbox);
+    assert_eq!(sh(&agent, "echo before").await, "before\n");
+
+    // Half of what it may open is for callers.
+    let mut open = Vec::new();
+    let refused = loop {
+        let (stream, reply) = health(&server).await;
+        if !reply.starts_with("HTTP/1.1 200") {
+            break reply;
+        }
+        open.push(stream);
+        assert!(u64::try_from(open.len()).unwrap_or(u64::MAX) < FEW, "nobody is refused");
+    };
+    assert!(refused.starts_with("HTTP/1.1 503") && refused.contains("\"too_many_connections\""), "{refused}");
+    // A machine needs more than is left.
+    let refused = client.create(&new_sandbox(), None).await.expect_err("it has no room");
+    let text = format!("{refused:?}");
+    assert!(text.contains("descriptors_exhausted") && text.contains("503"), "{text}");
+    assert_eq!(sh(&agent, "echo meanwhile").await, "meanwhile\n");
+
+    // Who only stays is gone after its time, and there is room again.
+    let since = Instant::now();
+    let another = loop {
+        match client.create(&new_sandbox(), None).await {
+            Ok(created) => break created.sandbox,
+            Err(error) => assert!(since.elapsed() < LIMIT, "{error:?}"),
+        }
+        if since.elapsed() > Duration::from_secs(1) {
+            open.clear();
+        }
+    };
+    for sandbox in [&sandbox, &another] {
+        client.kill(&sandbox.sandbox_id).await.expect("it is killed");
+    }
     server.stop().await;
 }

@@ -16,6 +16,7 @@ mod jail;
 mod lifecycle;
 mod network;
 mod people;
+mod restart;
 mod run;
 mod sdk;
 mod speed;

@@ -1,0 +1,8 @@
+//! Questions of guests, and answers of resolvers that somebody else runs.
+
+#![no_main]
+
+use kelvin_fuzz::block_on;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| block_on(kelvin_egress::fuzzing::dns(bytes)));
