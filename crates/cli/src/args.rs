@@ -94,9 +94,6 @@ pub enum Command {
         /// Settings, JSON.
         #[arg(long)]
         options: String,
-        /// By which the server finds it.
-        #[arg(long)]
-        marker: String,
     },
     /// Starts a VMM in its jail; used by the server.
     #[command(hide = true)]

@@ -72,6 +72,8 @@ fn firecracker_only(args: &VmmArgs) -> Option<&'static str> {
 /// Opens the driver that is chosen.
 pub fn open(args: &VmmArgs, data_dir: &Path, accelerator: Accelerator) -> Result<Arc<dyn Driver>, Failed> {
     let failed = |error: kelvin_vmm::Error| Failed::other(&error);
+    let launcher = std::env::current_exe().map_err(|error| Failed::other(&error))?;
+    kelvin_host::process::adopt_orphans().map_err(|error| Failed::other(&error))?;
     let Some(binary) = choose(args, accelerator)? else {
         if let Some(name) = firecracker_only(args) {
             return Err(Failed::new(
@@ -79,10 +81,8 @@ pub fn open(args: &VmmArgs, data_dir: &Path, accelerator: Accelerator) -> Result
                 "leave it out, or use --vmm firecracker",
             ));
         }
-        return Ok(Arc::new(Qemu::open(data_dir, accelerator).map_err(failed)?));
+        return Ok(Arc::new(Qemu::open(data_dir, accelerator, launcher).map_err(failed)?));
     };
-    let launcher = std::env::current_exe().map_err(|error| Failed::other(&error))?;
-    kelvin_host::process::adopt_orphans().map_err(|error| Failed::other(&error))?;
     let setup = Setup { binary, launcher, options: options(args) };
     Ok(Arc::new(Firecracker::open(data_dir, setup).map_err(failed)?))
 }

@@ -389,9 +389,10 @@ impl Server {
 
     /// The machine whose VMM a process is.
     pub fn machine_of(&self, pid: i32) -> String {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).expect("it runs");
-        let line = String::from_utf8_lossy(&line).into_owned();
-        let name = line.split('\0').find_map(|word| word.strip_prefix("kelvin-"));
+        let text = fs::read(format!("/proc/{pid}/environ")).expect("it runs");
+        let text = String::from_utf8_lossy(&text).into_owned();
+        let marker = format!("{}=kelvin-", kelvin_host::process::MARKER);
+        let name = text.split('\0').find_map(|word| word.strip_prefix(&marker));
         name.expect("a machine's VMM").to_owned()
     }
 

@@ -2,36 +2,59 @@
 //!
 //! ```text
 //! daemon ── posix_spawn ──> kelvin jail ── new mount, pid, ipc, uts namespaces; fork ──> VMM (pid 1 inside)
-//!    │  specification on stdin   │                     its root is the machine's directory
+//!    │  specification and        │                     its root is the machine's directory
+//!    │  descriptors on stdin     │                     its descriptors are 3, 4, 5, …
 //!    │<── pid or error ──────────┘ ends when the daemon has the VMM's pidfd (end of stdin)
 //! ```
 //!
-//! Files enter by bind mounts that live in the jail's own mount namespace: nothing is copied, the host's mount
-//! table never sees them, and the kernel removes them with the process. The device nodes lie on a file system in
-//! memory there. The jail keeps no privilege: no capability, no new privileges, one user that has nothing else.
-//! The network namespace is the caller's, see [`crate::process`].
+//! Files enter as open descriptors, or by bind mounts that live in the jail's own mount namespace: nothing is copied,
+//! the host's mount table never sees them, and the kernel removes them with the process. The device nodes lie on a file
+//! system in memory there. The jail keeps no privilege: no capability, no new privileges, one user that has nothing
+//! else. The network namespace is the caller's, see [`crate::process`].
+//!
+//! Only root can make a jail. A daemon that is not root starts its VMMs in the same way ([`Jail::user`] is `None`), in the
+//! same directory and with the same names in it, but without walls: such a VMM has the daemon's own rights.
 //!
 //! A crash of the daemon in between leaves a launcher that sees the end of its stdin and ends, and a VMM that is
-//! found by its arguments. Absent on purpose: user namespaces (they widen what a kernel bug can reach) and any
-//! choice of the launched program's system calls, which is the VMM's own seccomp filter.
+//! found by its environment ([`crate::process::MARKER`]). Absent on purpose: user namespaces (they widen what a kernel
+//! bug can reach) and any choice of the launched program's system calls, which is the VMM's own seccomp filter.
 
 use std::ffi::{CString, OsStr};
 use std::fs::File;
-use std::io::{self, BufRead, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::{self, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, chown};
+use std::os::unix::fs::{DirBuilderExt, chown, symlink};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, mount_remount, unmount,
 };
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{Resource, Rlimit, pivot_root, setrlimit};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use serde::{Deserialize, Serialize};
 
 /// The longest specification that a launcher reads.
-const MAX_SPEC: u64 = 1 << 20;
+const MAX_SPEC: usize = 1 << 20;
+/// The most descriptors that a jailed program is given.
+pub const MAX_GIVEN: usize = 16;
+/// The first of them in the program.
+pub const FIRST_GIVEN: RawFd = 3;
+
+/// What a jailed program may do with what it sees.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Access {
+    /// Read it.
+    #[default]
+    Read,
+    /// Read it, and map it as code.
+    Execute,
+    /// Read and write it.
+    Write,
+}
 
 /// A file or directory of the host that a jail sees.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +63,16 @@ pub struct Bind {
     pub from: PathBuf,
     /// Path in the jail, relative to its root. Made when it is missing.
     pub to: PathBuf,
+    /// What may be done with it there.
+    #[serde(default)]
+    pub access: Access,
+}
+
+impl Bind {
+    /// Shows `from`, read-only.
+    pub fn read(from: impl Into<PathBuf>, to: impl Into<PathBuf>) -> Self {
+        Self { from: from.into(), to: to.into(), access: Access::Read }
+    }
 }
 
 /// What a jailed process is.
@@ -48,16 +81,28 @@ pub struct Bind {
 pub struct Jail {
     /// The directory that becomes its root; it belongs to root, so that nothing in it can be replaced.
     pub root: PathBuf,
+    /// Whether nothing in its root can be written but what is bound so; otherwise what belongs to its user can.
+    #[serde(default)]
+    pub read_only: bool,
     /// The program: static, or with [`Jail::libraries`].
     pub program: PathBuf,
     /// Its arguments, after its name.
     pub args: Vec<String>,
-    /// User and group.
-    pub user: u32,
-    /// What else it sees, read-only.
+    /// Its whole environment.
+    #[serde(default)]
+    pub env: Vec<(String, String)>,
+    /// User and group; `None` starts it without walls, as the user that this process is.
+    pub user: Option<u32>,
+    /// Other groups that it is in, for what they may read.
+    #[serde(default)]
+    pub groups: Vec<u32>,
+    /// What else it sees.
     pub binds: Vec<Bind>,
     /// Whether it may open `/dev/net/tun`.
     pub tun: bool,
+    /// Whether it may open `/dev/kvm`. Those that former versions started may.
+    #[serde(default = "always")]
+    pub kvm: bool,
     /// The control group that it is born in.
     pub cgroup: Option<PathBuf>,
     /// The longest file that it can write, in bytes.
@@ -66,6 +111,10 @@ pub struct Jail {
     pub max_descriptors: u64,
     /// Whether the program is not static: then it sees the host's libraries too.
     pub libraries: bool,
+}
+
+fn always() -> bool {
+    true
 }
 
 /// What a launcher says.
@@ -79,7 +128,11 @@ pub enum Launched {
 }
 
 /// Where the loader and the libraries of a program that is not static lie.
-const LIBRARIES: [&str; 4] = ["/lib", "/lib64", "/usr/lib", "/usr/lib64"];
+const LIBRARIES: [&str; 6] =
+    ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64"];
+
+/// Where the loader finds them quicker.
+const LOADER_CACHE: &str = "/etc/ld.so.cache";
 
 /// Whether `program` needs a loader: an ELF file with an interpreter. Source: elf(5), `PT_INTERP`.
 ///
@@ -115,11 +168,9 @@ pub fn is_dynamic(program: &Path) -> io::Result<bool> {
 /// # Errors
 /// When standard input or output break; everything else is told to whoever asked.
 pub fn run() -> io::Result<()> {
-    let mut input = io::stdin().lock();
-    let mut spec = Vec::new();
-    (&mut input).take(MAX_SPEC).read_until(b'\n', &mut spec)?;
+    let (spec, given) = receive()?;
     let launched = match serde_json::from_slice::<Jail>(&spec) {
-        Ok(jail) => launch(&jail),
+        Ok(jail) => launch(&jail, given),
         Err(error) => Err(io::Error::other(error)),
     };
     let said = match launched {
@@ -131,7 +182,35 @@ pub fn run() -> io::Result<()> {
     io::stdout().write_all(&line)?;
     io::stdout().flush()?;
     // Until the caller holds the program by a descriptor, this process keeps its pid from being used again.
-    io::copy(&mut input, &mut io::sink()).map(drop)
+    io::copy(&mut io::stdin().lock(), &mut io::sink()).map(drop)
+}
+
+/// The line on standard input, and the descriptors that came with it.
+fn receive() -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let (stdin, mut spec, mut given) = (rustix::stdio::stdin(), Vec::new(), Vec::new());
+    let mut buffer = [0; 4096];
+    while spec.last() != Some(&b'\n') {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_GIVEN))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let parts = &mut [IoSliceMut::new(&mut buffer)];
+        let count = match recvmsg(stdin, parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Ok(received) => received.bytes,
+            Err(rustix::io::Errno::INTR) => continue,
+            // A daemon of a former version, whose program was replaced under it: a pipe.
+            Err(rustix::io::Errno::NOTSOCK) => rustix::io::read(stdin, &mut buffer)?,
+            Err(error) => return Err(error.into()),
+        };
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                given.extend(rights);
+            }
+        }
+        if count == 0 || spec.len() + count > MAX_SPEC {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        spec.extend_from_slice(&buffer[..count]);
+    }
+    Ok((spec, given))
 }
 
 /// Says in which step something failed.
@@ -143,29 +222,29 @@ fn step<T>(what: impl std::fmt::Display, result: Result<T, impl Into<io::Error>>
 }
 
 #[allow(unsafe_code)]
-fn launch(jail: &Jail) -> io::Result<i32> {
+fn launch(jail: &Jail, given: Vec<OwnedFd>) -> io::Result<i32> {
     step("leading a session", rustix::process::setsid())?;
     if let Some(cgroup) = &jail.cgroup {
         step("entering the control group", std::fs::write(cgroup.join("cgroup.procs"), "0"))?;
     }
-    // SAFETY: this process has one thread and shares nothing that these namespaces would take away from another.
-    let unshared = unsafe {
-        unshare_unsafe(
-            UnshareFlags::NEWNS | UnshareFlags::NEWPID | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS,
-        )
-    };
-    step("making namespaces", unshared)?;
+    if jail.user.is_some() {
+        let flags = UnshareFlags::NEWNS | UnshareFlags::NEWPID | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
+        // SAFETY: this process has one thread and shares nothing that these namespaces would take away from another.
+        step("making namespaces", unsafe { unshare_unsafe(flags) })?;
+    }
     let (failed, told) = step("making a pipe", io::pipe())?;
+    // Out of the way of the program's descriptors.
+    let told = step("making a pipe", out_of_the_way(told.into()))?;
     // SAFETY: one thread, so the child is a whole copy; it runs nothing but `enter`, which ends in `exec` or `_exit`.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
             drop(failed);
-            let error = match enter(jail) {
+            let error = match enter(jail, given) {
                 Ok(never) => match never {},
                 Err(error) => error,
             };
-            let _ = (&told).write_all(error.to_string().as_bytes());
+            let _ = File::from(told).write_all(error.to_string().as_bytes());
             // SAFETY: ends this process and nothing else.
             unsafe { libc::_exit(127) }
         }
@@ -178,9 +257,15 @@ fn launch(jail: &Jail) -> io::Result<i32> {
     }
 }
 
+/// The same descriptor at a number that no program is given.
+fn out_of_the_way(fd: OwnedFd) -> io::Result<OwnedFd> {
+    let most = i32::try_from(MAX_GIVEN).map_err(io::Error::other)?;
+    Ok(rustix::io::fcntl_dupfd_cloexec(fd, FIRST_GIVEN + most)?)
+}
+
 /// Turns this process into the jailed program.
 #[allow(unsafe_code)]
-fn enter(jail: &Jail) -> io::Result<std::convert::Infallible> {
+fn enter(jail: &Jail, given: Vec<OwnedFd>) -> io::Result<std::convert::Infallible> {
     // Opened here: it is not in the jail. Everything else that is open closes at `exec`.
     let program = step(jail.program.display(), File::open(&jail.program))?;
     let last = OwnedFd::from(step("/dev/null", File::options().read(true).write(true).open("/dev/null"))?);
@@ -191,16 +276,30 @@ fn enter(jail: &Jail) -> io::Result<std::convert::Infallible> {
     if unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) } != 0 {
         return step("closing descriptors", Err(io::Error::last_os_error()));
     }
-    build(jail)?;
-    step("changing the root", change_root(&jail.root))?;
+    if let Some(user) = jail.user {
+        build(jail, user)?;
+        step("changing the root", change_root(&jail.root))?;
+    } else {
+        for bind in &jail.binds {
+            link(&jail.root, bind)?;
+        }
+        step(jail.root.display(), rustix::process::chdir(&jail.root))?;
+    }
     limit(jail)?;
-    give_up(jail.user)?;
+    if let Some(user) = jail.user {
+        give_up(user, &jail.groups)?;
+    }
+    let program = step("placing descriptors", out_of_the_way(program.into()))?;
+    step("placing descriptors", place(given))?;
     let name = CString::new(jail.program.file_name().unwrap_or(OsStr::new("vmm")).as_bytes())?;
     let args = jail.args.iter().map(|arg| CString::new(arg.as_bytes())).collect::<Result<Vec<_>, _>>()?;
-    let mut pointers: Vec<*const libc::c_char> = vec![name.as_ptr()];
-    pointers.extend(args.iter().map(|arg| arg.as_ptr()));
-    pointers.push(std::ptr::null());
-    let environment: [*const libc::c_char; 1] = [std::ptr::null()];
+    let env = jail.env.iter().map(|(name, value)| CString::new(format!("{name}={value}")));
+    let env = env.collect::<Result<Vec<_>, _>>()?;
+    let pointers = |words: &[CString]| -> Vec<*const libc::c_char> {
+        words.iter().map(|word| word.as_ptr()).chain([std::ptr::null()]).collect()
+    };
+    let (mut arguments, environment) = (vec![name.as_ptr()], pointers(&env));
+    arguments.extend(pointers(&args));
     // SAFETY: both arrays end in a null pointer and every string in them outlives the call, which does not return
     // when it succeeds.
     unsafe {
@@ -208,12 +307,34 @@ fn enter(jail: &Jail) -> io::Result<std::convert::Infallible> {
             libc::SYS_execveat,
             program.as_raw_fd(),
             c"".as_ptr(),
-            pointers.as_ptr(),
+            arguments.as_ptr(),
             environment.as_ptr(),
             libc::AT_EMPTY_PATH,
         );
     }
     step("starting the program", Err(io::Error::last_os_error()))
+}
+
+/// Gives the program what it was given, in its order, from [`FIRST_GIVEN`] on.
+#[allow(unsafe_code)]
+fn place(given: Vec<OwnedFd>) -> io::Result<()> {
+    let given = given.into_iter().map(out_of_the_way).collect::<io::Result<Vec<_>>>()?;
+    for (number, fd) in (FIRST_GIVEN..).zip(&given) {
+        // SAFETY: what has that number closes at `exec` anyway, and nobody uses it before. The new one stays open.
+        if unsafe { libc::dup2(fd.as_raw_fd(), number) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// What a program without walls sees in the place of a bind.
+fn link(root: &Path, bind: &Bind) -> io::Result<()> {
+    let to = inside(root, &bind.to)?;
+    if to == bind.from {
+        return Ok(());
+    }
+    step(to.display(), symlink(&bind.from, &to))
 }
 
 /// A path that stays below the root.
@@ -225,34 +346,60 @@ fn inside(root: &Path, path: &Path) -> io::Result<PathBuf> {
     }
 }
 
-fn build(jail: &Jail) -> io::Result<()> {
+/// Makes the place that something is bound to: a directory, or an empty file.
+fn make_place(from: &Path, to: &Path) -> io::Result<()> {
+    let directory = |path: &Path| std::fs::DirBuilder::new().recursive(true).mode(0o755).create(path);
+    if step(from.display(), std::fs::metadata(from))?.is_dir() {
+        return step(to.display(), directory(to));
+    }
+    if let Some(parent) = to.parent() {
+        step(parent.display(), directory(parent))?;
+    }
+    match File::options().write(true).create_new(true).open(to) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => step(to.display(), Err(error)),
+        _ => Ok(()),
+    }
+}
+
+fn build(jail: &Jail, user: u32) -> io::Result<()> {
     let root = &jail.root;
     step(
         "keeping mounts apart",
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC),
     )?;
     step("binding the root", mount_bind(root, root))?;
-    let flags = MountFlags::NOSUID | MountFlags::NODEV;
-    step("sealing the root", mount_remount(root, MountFlags::BIND | flags | MountFlags::NOEXEC, c""))?;
-    let bind = |from: &Path, to: &Path, flags: MountFlags| {
+    let safe = MountFlags::NOSUID | MountFlags::NODEV;
+    let bind = |from: &Path, to: &Path, access: Access| {
         let to = inside(root, to)?;
-        step(to.display(), std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&to))?;
+        make_place(from, &to)?;
         step(from.display(), mount_bind(from, &to))?;
-        step(to.display(), mount_remount(&to, MountFlags::BIND | MountFlags::RDONLY | flags, c""))
+        let flags = match access {
+            Access::Read => MountFlags::RDONLY | MountFlags::NOEXEC,
+            Access::Execute => MountFlags::RDONLY,
+            Access::Write => MountFlags::NOEXEC,
+        };
+        step(to.display(), mount_remount(&to, MountFlags::BIND | safe | flags, c""))
     };
-    for Bind { from, to } in &jail.binds {
-        bind(from, to, flags | MountFlags::NOEXEC)?;
+    for Bind { from, to, access } in &jail.binds {
+        bind(from, to, *access)?;
     }
     if jail.libraries {
         for path in LIBRARIES.into_iter().filter(|path| Path::new(path).is_dir()) {
-            bind(Path::new(path), Path::new(path.trim_start_matches('/')), flags)?;
+            bind(Path::new(path), Path::new(path.trim_start_matches('/')), Access::Execute)?;
+        }
+        let cache = Path::new(LOADER_CACHE);
+        if cache.exists() {
+            bind(cache, Path::new(LOADER_CACHE.trim_start_matches('/')), Access::Read)?;
         }
     }
     let dev = root.join("dev");
     step(dev.display(), std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&dev))?;
     let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
     step(dev.display(), mount("tmpfs", &dev, "tmpfs", flags, Some(c"mode=755,size=64k,nr_inodes=16")))?;
-    let mut nodes = vec![("null", 1, 3), ("urandom", 1, 9), ("kvm", 10, 232)];
+    let mut nodes = vec![("null", 1, 3), ("urandom", 1, 9)];
+    if jail.kvm {
+        nodes.push(("kvm", 10, 232));
+    }
     if jail.tun {
         step("/dev/net", std::fs::create_dir(dev.join("net")))?;
         nodes.push(("net/tun", 10, 200));
@@ -263,9 +410,13 @@ fn build(jail: &Jail) -> io::Result<()> {
         let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
         let kind = rustix::fs::FileType::CharacterDevice;
         step(path.display(), rustix::fs::mknodat(rustix::fs::CWD, &path, kind, mode, device))?;
-        step(path.display(), chown(&path, Some(jail.user), Some(jail.user)))?;
+        step(path.display(), chown(&path, Some(user), Some(user)))?;
     }
-    step(dev.display(), mount_remount(&dev, MountFlags::RDONLY | flags, c""))
+    step(dev.display(), mount_remount(&dev, MountFlags::RDONLY | flags, c""))?;
+    // Last: the places of what is bound are made in it.
+    let access = if jail.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    let flags = MountFlags::BIND | safe | MountFlags::NOEXEC | access;
+    step("sealing the root", mount_remount(root, flags, c""))
 }
 
 /// Source: pivot_root(2), "pivot_root(".", ".")".
@@ -292,7 +443,7 @@ fn limit(jail: &Jail) -> io::Result<()> {
 
 /// Gives up everything that root has.
 #[allow(unsafe_code)]
-fn give_up(user: u32) -> io::Result<()> {
+fn give_up(user: u32, groups: &[u32]) -> io::Result<()> {
     let done = |result: libc::c_int| if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
     // SAFETY: plain system calls on this process's own credentials. The first number that is refused is the first
     // that this kernel does not know.
@@ -303,7 +454,7 @@ fn give_up(user: u32) -> io::Result<()> {
     }
     // SAFETY: as above; one thread, so the whole process changes.
     unsafe {
-        step("groups", done(libc::setgroups(0, std::ptr::null())))?;
+        step("groups", done(libc::setgroups(groups.len(), groups.as_ptr())))?;
         step("group", done(libc::setresgid(user, user, user)))?;
         step("user", done(libc::setresuid(user, user, user)))?;
         step("privileges", done(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)))

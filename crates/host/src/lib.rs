@@ -12,6 +12,7 @@ pub mod cpu;
 pub mod datadir;
 pub mod db;
 pub mod descriptors;
+pub mod file;
 pub mod jail;
 pub mod kvm;
 pub mod ledger;

@@ -7,12 +7,15 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io;
-use std::io::{BufRead, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{BufRead, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -21,13 +24,16 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::jail::{Jail, Launched};
+use crate::jail::{Jail, Launched, MAX_GIVEN};
 use crate::net::ns;
 
 /// How long a process may take to stand still.
 const STOP: Duration = Duration::from_secs(5);
 /// The longest answer of a launcher, in bytes.
 const MAX_LAUNCHED: u64 = 8 << 10;
+/// The variable in a process's environment by which it is found when nobody noted its pid. Nobody else can read it there,
+/// as everybody can the arguments. Source: proc(5), `environ`.
+pub const MARKER: &str = "KELVIN_MARKER";
 
 /// Makes this process the parent of what its own children leave behind, so that it is reaped: a jailed program is
 /// started by a launcher that ends.
@@ -52,16 +58,14 @@ pub struct ProcessKey {
 pub struct Spawn {
     /// Path or name of the program.
     pub program: OsString,
-    /// Its arguments.
+    /// Its arguments: everybody on the host can read them.
     pub args: Vec<OsString>,
-    /// Its whole environment.
-    pub env: Vec<(OsString, OsString)>,
+    /// By which it is found, see [`MARKER`].
+    pub marker: String,
     /// Its working directory.
     pub cwd: PathBuf,
     /// User and group to drop to, with no capability left; `None` keeps the daemon's.
     pub user: Option<u32>,
-    /// The one other group that it is in, for what that group may open; only with a user.
-    pub group: Option<u32>,
     /// Where it finds the network.
     pub network: Network,
     /// Its standard input; nothing when `None`.
@@ -121,23 +125,29 @@ impl Process {
     }
 
     /// Starts `jail` through `launcher`, a program that calls [`crate::jail::run`] when its one argument is `jail`; what the
-    /// jailed program says is returned.
+    /// jailed program says is returned. It has the descriptors of `given` from [`crate::jail::FIRST_GIVEN`] on, in their
+    /// order, and is found by `marker`, see [`MARKER`].
     ///
     /// # Errors
-    /// When it cannot be started, with the step that failed; then nothing of it is left.
+    /// When it cannot be started, with the step that failed; then nothing of it is left. `InvalidInput` for more
+    /// descriptors than [`MAX_GIVEN`].
     pub async fn spawn_jailed(
         launcher: &Path,
-        jail: &Jail,
+        mut jail: Jail,
+        marker: String,
         network: Network,
+        given: Vec<OwnedFd>,
     ) -> io::Result<(Self, pipe::Receiver)> {
-        let (launcher, spec) = (launcher.to_owned(), serde_json::to_vec(jail)?);
-        let (mut child, launched, stderr) = ns::on_thread(move || {
+        let marker = (MARKER.to_owned(), marker);
+        jail.env.push(marker.clone());
+        let (launcher, spec) = (launcher.to_owned(), serde_json::to_vec(&jail)?);
+        let (mut child, input, launched, stderr) = ns::on_thread(move || {
             match &network {
                 Network::Of(namespace) => ns::enter(namespace.as_fd())?,
                 Network::Empty => ns::unshare()?,
                 Network::Shared => {}
             }
-            launch(&launcher, spec)
+            launch(&launcher, spec, marker, &given)
         })
         .await?;
         // The launcher is there until its input ends, so the pid is still the program's here.
@@ -146,7 +156,7 @@ impl Process {
             Ok(Launched::Failed(reason)) => Err(io::Error::other(reason)),
             Err(error) => Err(error),
         };
-        drop(child.stdin.take());
+        drop(input);
         let _ = tokio::task::spawn_blocking(move || child.wait()).await;
         opened?.or_end(nonblocking(stderr)).await
     }
@@ -312,8 +322,8 @@ fn nonblocking(stderr: ChildStderr) -> io::Result<pipe::Receiver> {
 fn start(spawn: Spawn) -> io::Result<(i32, ChildStderr)> {
     let mut command = Command::new("setsid");
     if let Some(id) = spawn.user {
-        let groups = spawn.group.map_or("--clear-groups".to_owned(), |group| format!("--groups={group}"));
-        command.arg("setpriv").arg(format!("--reuid={id}")).arg(format!("--regid={id}")).arg(groups).args([
+        command.arg("setpriv").arg(format!("--reuid={id}")).arg(format!("--regid={id}")).args([
+            "--clear-groups",
             "--no-new-privs",
             "--inh-caps=-all",
             "--bounding-set=-all",
@@ -325,7 +335,7 @@ fn start(spawn: Spawn) -> io::Result<(i32, ChildStderr)> {
         .args(&spawn.args)
         .env_clear()
         .env("PATH", std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()))
-        .envs(spawn.env.iter().map(|(name, value)| (name, value)))
+        .env(MARKER, &spawn.marker)
         .current_dir(&spawn.cwd)
         .stdin(spawn.stdin.map_or_else(Stdio::null, Stdio::from))
         .stdout(Stdio::null())
@@ -335,28 +345,50 @@ fn start(spawn: Spawn) -> io::Result<(i32, ChildStderr)> {
     Ok((i32::try_from(child.id()).map_err(io::Error::other)?, stderr))
 }
 
+/// A launcher, its input, what it said, and its standard error.
+type Launching = (Child, UnixStream, io::Result<Launched>, ChildStderr);
+
 /// Starts a launcher and reads what it says: a line.
-fn launch(launcher: &Path, mut spec: Vec<u8>) -> io::Result<(Child, io::Result<Launched>, ChildStderr)> {
+fn launch(
+    launcher: &Path,
+    mut spec: Vec<u8>,
+    (name, marker): (String, String),
+    given: &[OwnedFd],
+) -> io::Result<Launching> {
+    let (input, theirs) = UnixStream::pair()?;
     let mut child = Command::new(launcher)
         .arg("jail")
         .env_clear()
+        .env(name, marker)
         .current_dir("/")
-        .stdin(Stdio::piped())
+        .stdin(OwnedFd::from(theirs))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
-    let (Some(input), Some(output), Some(stderr)) =
-        (&mut child.stdin, child.stdout.take(), child.stderr.take())
-    else {
+    let (Some(output), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
         return Err(io::Error::other("a launcher without pipes"));
     };
     spec.push(b'\n');
     let mut line = String::new();
-    let said = input
-        .write_all(&spec)
+    let said = give(&input, &spec, given)
         .and_then(|()| io::BufReader::new(output.take(MAX_LAUNCHED)).read_line(&mut line))
         .and_then(|_| Ok(serde_json::from_str(&line)?));
-    Ok((child, said, stderr))
+    Ok((child, input, said, stderr))
+}
+
+/// Sends `bytes`, with descriptors beside the first of them.
+fn give(mut stream: &UnixStream, bytes: &[u8], given: &[OwnedFd]) -> io::Result<()> {
+    if given.len() > MAX_GIVEN {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many descriptors"));
+    }
+    let fds: Vec<BorrowedFd<'_>> = given.iter().map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_GIVEN))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
+        return Err(io::Error::other("too many descriptors"));
+    }
+    let sent = sendmsg(stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)?;
+    stream.write_all(&bytes[sent..])
 }
 
 fn start_time(pid: i32) -> io::Result<u64> {
@@ -368,15 +400,15 @@ fn start_time(pid: i32) -> io::Result<u64> {
         .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no start time")))
 }
 
-/// Processes whose command line has an argument equal to `marker`: how a process is found whose start
-/// the ledger announced, but whose pid it never learnt. Start-up only: it scans `/proc`.
+/// Processes that were started with `marker`, see [`MARKER`]: how a process is found whose start the ledger announced,
+/// but whose pid it never learnt. Those of a former version have it as an argument. Start-up only: it scans `/proc`.
 ///
 /// # Errors
 /// When `/proc` or an entry of it cannot be read: whether there is one is not known then.
-pub fn find_by_argument(marker: &str) -> io::Result<Vec<ProcessKey>> {
+pub fn find_by_marker(marker: &str) -> io::Result<Vec<ProcessKey>> {
     #[cfg(feature = "testing")]
     {
-        let fakes = crate::testing::FakeProcess::find_by_argument(marker);
+        let fakes = crate::testing::FakeProcess::find_by_marker(marker);
         // A virtual host has no other processes, and looks through none.
         if !fakes.is_empty() || crate::testing::is_virtual() {
             return Ok(fakes);
@@ -387,16 +419,17 @@ pub fn find_by_argument(marker: &str) -> io::Result<Vec<ProcessKey>> {
         matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied)
             || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
     };
+    let variable = format!("{MARKER}={marker}");
+    let has = |path: String, word: &str| match std::fs::read(path) {
+        Err(error) if is_not_ours(&error) => Ok(false),
+        text => text.map(|text| text.split(|byte| *byte == 0).any(|found| found == word.as_bytes())),
+    };
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
         let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
             continue;
         };
-        let line = match std::fs::read(format!("/proc/{pid}/cmdline")) {
-            Err(error) if is_not_ours(&error) => continue,
-            line => line?,
-        };
-        if line.split(|byte| *byte == 0).any(|argument| argument == marker.as_bytes()) {
+        if has(format!("/proc/{pid}/environ"), &variable)? || has(format!("/proc/{pid}/cmdline"), marker)? {
             match start_time(pid) {
                 Err(error) if is_not_ours(&error) => {}
                 start_time => found.push(ProcessKey { pid, start_time: start_time? }),
@@ -406,7 +439,8 @@ pub fn find_by_argument(marker: &str) -> io::Result<Vec<ProcessKey>> {
     Ok(found)
 }
 
-/// Processes that work in `directory`, and those that are jailed in one of its `sandboxes/`: those that a node starts.
+/// Processes that work in `directory`, and those that work or are jailed in one of its `sandboxes/`: those that a node
+/// starts.
 pub fn working_in(directory: &Path) -> BTreeSet<i32> {
     use std::os::unix::fs::MetadataExt;
     let place = |path: &Path| std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
@@ -416,7 +450,8 @@ pub fn working_in(directory: &Path) -> BTreeSet<i32> {
     entries
         .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
         .filter(|pid| {
-            std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == directory)
+            std::fs::read_link(format!("/proc/{pid}/cwd"))
+                .is_ok_and(|cwd| cwd == directory || cwd.parent() == Some(&directory.join("sandboxes")))
                 || place(Path::new(&format!("/proc/{pid}/root"))).is_some_and(|root| jails.contains(&root))
         })
         .collect()
@@ -450,11 +485,10 @@ mod tests {
     fn sleeper(marker: &str) -> Spawn {
         Spawn {
             program: "sh".into(),
-            args: ["-c", "exec sleep 60", marker].map(Into::into).to_vec(),
-            env: Vec::new(),
+            args: ["-c", "exec sleep 60"].map(Into::into).to_vec(),
+            marker: marker.to_owned(),
             cwd: "/".into(),
             user: None,
-            group: None,
             network: Network::Shared,
             stdin: None,
         }
@@ -462,20 +496,21 @@ mod tests {
 
     #[tokio::test]
     async fn a_process_is_found_killed_and_never_mistaken() {
-        let spawn =
-            Spawn { args: vec!["-c".into(), "sleep 60; :".into(), "marker-a1".into()], ..sleeper("") };
-        let (process, _stderr) = Process::spawn(spawn).await.unwrap();
+        let (process, _stderr) = Process::spawn(sleeper("marker-a1")).await.unwrap();
         let key = process.key();
-        // It shows no arguments while it becomes its program, and its own children show the same for a moment.
+        // It shows no environment while it becomes its program.
         let started = std::time::Instant::now();
-        while find_by_argument("marker-a1").unwrap() != [key] {
+        while find_by_marker("marker-a1").unwrap() != [key] {
             assert!(started.elapsed().as_secs() < 30, "it is not found");
             tokio::task::yield_now().await;
         }
         assert!(Process::adopt(key).is_ok());
         let other = ProcessKey { start_time: key.start_time + 1, ..key };
         assert_eq!(Process::adopt(other).unwrap_err().kind(), io::ErrorKind::NotFound);
-        // `setsid` shows the same arguments until it has become a leader and the program.
+        // Everybody can read its arguments.
+        let arguments = std::fs::read_to_string(format!("/proc/{}/cmdline", key.pid)).unwrap();
+        assert!(!arguments.contains("marker"), "{arguments:?}");
+        // `setsid` shows the same until it has become a leader and the program.
         let leads =
             || rustix::process::getsid(Pid::from_raw(key.pid)).unwrap().as_raw_nonzero().get() == key.pid;
         while !leads() {

@@ -149,7 +149,7 @@ impl FakeProcess {
     }
 
     /// Those that run and have the argument `marker`.
-    pub(crate) fn find_by_argument(marker: &str) -> Vec<ProcessKey> {
+    pub(crate) fn find_by_marker(marker: &str) -> Vec<ProcessKey> {
         processes().values().filter(|process| process.marker == marker).map(|process| process.key).collect()
     }
 }

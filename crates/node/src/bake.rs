@@ -152,7 +152,7 @@ impl Inner {
         let (from, to) = (spec.absolute().join("disk"), staged.join("disk"));
         kelvin_host::blocking::spawn(move || {
             // Outstanding writes are in the file, not yet on the disk: flushed once, here.
-            std::fs::File::open(&from)?.sync_all()?;
+            kelvin_host::file::read_plain(&from)?.sync_all()?;
             kelvin_store::disk::clone_file(&from, &to)
         })
         .await

@@ -79,7 +79,7 @@ async fn blocking<T: Send + 'static>(
 /// Writes back what the guest has written, which is in the page cache: a clone of the file would do it with the vCPUs
 /// stopped.
 async fn flush(disk: PathBuf) -> Result<(), Error> {
-    blocking("flushing the disk", move || std::fs::File::open(disk)?.sync_data()).await
+    blocking("flushing the disk", move || kelvin_host::file::read_plain(&disk)?.sync_data()).await
 }
 
 /// What freezing a file system on its disk takes.

@@ -15,13 +15,16 @@ use kelvin_api::units::Shape;
 use kelvin_host::cgroup::{self, Cgroups};
 use kelvin_host::ledger::{Ledger, Resource};
 use kelvin_host::net::Slot;
-use kelvin_host::process::{Process, ProcessKey, find_by_argument};
+use kelvin_host::process::{Process, ProcessKey, find_by_marker};
 use kelvin_store::Store;
 use kelvin_store::disk::clone_file;
 use kelvin_vmm::{Disk, Driver, MachineSpec};
 
 use crate::error::Error;
 use crate::networks::Networks;
+
+/// How often processes are looked for that were started for one machine: a launcher, then its VMM.
+const LOOKS: u32 = 8;
 
 /// User ids for VMMs: each machine has one of its own, the lowest that is free.
 #[derive(Debug, Default)]
@@ -242,28 +245,10 @@ impl Keeper {
     /// # Errors
     /// The first step that failed; the ledger keeps the machine, and the next start tries again.
     pub async fn release(&self, spec: &MachineSpec, key: Option<ProcessKey>) -> Result<(), Error> {
-        let keys = match key {
-            Some(key) => vec![key],
+        match key {
+            Some(key) => end(key).await?,
             // The start was announced, but its pid never noted.
-            None => {
-                let marker = spec.marker();
-                let found = kelvin_host::blocking::spawn(move || find_by_argument(&marker)).await;
-                found
-                    .unwrap_or_else(|error| Err(io::Error::other(error)))
-                    .map_err(|source| Error::Io { what: "looking for a VMM", source })?
-            }
-        };
-        for key in keys {
-            match Process::adopt(key) {
-                Ok(process) => {
-                    process.kill().map_err(|source| Error::Io { what: "killing a VMM", source })?;
-                    process.ended().await;
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => {
-                    return Err(Error::Io { what: "finding a VMM", source });
-                }
-            }
+            None => end_all(&spec.marker()).await?,
         }
         if let Some(path) = &spec.cgroup {
             let removed = cgroup::remove(path).await;
@@ -308,11 +293,43 @@ impl Keeper {
     }
 }
 
+/// Kills a VMM and waits for its end; gone already is fine.
+async fn end(key: ProcessKey) -> Result<(), Error> {
+    match Process::adopt(key) {
+        Ok(process) => {
+            process.kill().map_err(|source| Error::Io { what: "killing a VMM", source })?;
+            process.ended().await;
+            Ok(())
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(Error::Io { what: "finding a VMM", source }),
+    }
+}
+
+/// Kills whatever was started with `marker`: a launcher may just have started its VMM, so it is looked again.
+async fn end_all(marker: &str) -> Result<(), Error> {
+    for _ in 0..LOOKS {
+        let marker = marker.to_owned();
+        let found = kelvin_host::blocking::spawn(move || find_by_marker(&marker)).await;
+        let found = found
+            .unwrap_or_else(|error| Err(io::Error::other(error)))
+            .map_err(|source| Error::Io { what: "looking for a VMM", source })?;
+        if found.is_empty() {
+            return Ok(());
+        }
+        for key in found {
+            end(key).await?;
+        }
+    }
+    Err(Error::Io { what: "ending a VMM", source: io::Error::other("it is started again and again") })
+}
+
 fn make_directory(directory: &Path, user: Option<u32>) -> io::Result<()> {
     use std::os::unix::fs::{DirBuilderExt, chown};
-    std::fs::DirBuilder::new().mode(0o700).create(directory)?;
+    // The machine's VMM passes through it, and can replace nothing in it.
+    std::fs::DirBuilder::new().mode(0o710).create(directory)?;
     if user.is_some() {
-        chown(directory, user, user)?;
+        chown(directory, None, user)?;
     }
     Ok(())
 }

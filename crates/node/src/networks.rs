@@ -88,7 +88,7 @@ impl Egress {
             let Resource::Helper { marker, key } = &entry.resource else { continue };
             let keys = match key {
                 Some(key) => vec![*key],
-                None => kelvin_host::process::find_by_argument(marker)
+                None => kelvin_host::process::find_by_marker(marker)
                     .map_err(failed("looking for the former egress process"))?,
             };
             for key in keys {
@@ -148,17 +148,10 @@ impl Egress {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
         let spawn = Spawn {
             program: options.program.clone().into(),
-            args: vec![
-                "egress".into(),
-                "--options".into(),
-                serde_json::to_string(&options.options)?.into(),
-                "--marker".into(),
-                marker.into(),
-            ],
-            env: Vec::new(),
+            args: vec!["egress".into(), "--options".into(), serde_json::to_string(&options.options)?.into()],
+            marker: marker.to_owned(),
             cwd: run.to_owned(),
             user: options.user,
-            group: None,
             network: Network::Shared,
             stdin: Some(listener.into()),
         };

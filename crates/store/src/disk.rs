@@ -19,15 +19,27 @@ pub enum Cloned {
 
 static WARNED: AtomicBool = AtomicBool::new(false);
 
-/// Makes `to` a copy of `from`, writable by its owner alone. `to` must not exist.
+/// Makes `to` a copy of `from`, writable by its owner alone. `to` must not exist. `from` may lie where a VMM can write:
+/// it is not followed when it is a link.
+///
+/// # Errors
+/// As [`kelvin_host::file::open_plain`]; a half-made `to` is removed.
+pub fn clone_file(from: &Path, to: &Path) -> io::Result<Cloned> {
+    clone_of(&kelvin_host::file::read_plain(from)?, to)
+}
+
+/// The same of a file that an operator names: it may be a link, and have other names.
 ///
 /// # Errors
 /// As the file system gives them; a half-made `to` is removed.
-pub fn clone_file(from: &Path, to: &Path) -> io::Result<Cloned> {
+pub fn import_file(from: &Path, to: &Path) -> io::Result<Cloned> {
+    clone_of(&File::open(from)?, to)
+}
+
+fn clone_of(source: &File, to: &Path) -> io::Result<Cloned> {
     use std::os::unix::fs::OpenOptionsExt;
-    let source = File::open(from)?;
     let target = File::options().write(true).create_new(true).mode(0o600).open(to)?;
-    let result = match ioctl_ficlone(&target, &source) {
+    let result = match ioctl_ficlone(&target, source) {
         Ok(()) => Ok(Cloned::Reflink),
         Err(
             rustix::io::Errno::OPNOTSUPP
@@ -43,7 +55,7 @@ pub fn clone_file(from: &Path, to: &Path) -> io::Result<Cloned> {
                      takes space; `kelvin setup` makes one that can"
                 );
             }
-            copy_sparse(&source, &target).map(|()| Cloned::Copy)
+            copy_sparse(source, &target).map(|()| Cloned::Copy)
         }
         Err(error) => Err(error.into()),
     };
@@ -94,6 +106,19 @@ mod tests {
         copy_sparse(&File::open(&from).unwrap(), &File::create(&to).unwrap()).unwrap();
         assert_eq!(std::fs::read(&from).unwrap(), std::fs::read(&to).unwrap());
         assert!(std::fs::metadata(&to).unwrap().blocks() * 512 < 4 << 20);
+    }
+
+    #[test]
+    fn a_disk_that_was_replaced_by_a_link_is_not_cloned() {
+        let dir = tempfile::tempdir().unwrap();
+        let (secret, disk, to) = (dir.path().join("api-key"), dir.path().join("disk"), dir.path().join("to"));
+        std::fs::write(&secret, "secret").unwrap();
+        std::os::unix::fs::symlink(&secret, &disk).unwrap();
+        assert_eq!(clone_file(&disk, &to).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert!(!to.exists());
+        // What an operator imports may be one.
+        import_file(&disk, &to).unwrap();
+        assert_eq!(std::fs::read_to_string(&to).unwrap(), "secret");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use kelvin_api::units::Shape;
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
-use crate::disk::clone_file;
+use crate::disk::import_file;
 use crate::hash::{FileDigest, digest_file, sha256};
 use crate::{Error, Store, io_error, names, publish, read_json, write_json};
 
@@ -192,7 +192,7 @@ impl Store {
 
 fn copy(from: &Path, to: &Path) -> Result<(), Error> {
     use std::os::unix::fs::PermissionsExt;
-    clone_file(from, to).map_err(io_error("copying", from))?;
+    import_file(from, to).map_err(io_error("copying", from))?;
     // VMMs of any user read it; nobody writes it again.
     fs::set_permissions(to, fs::Permissions::from_mode(0o444)).map_err(io_error("sealing", to))
 }

@@ -151,12 +151,12 @@ impl Store {
         if exclusive && staging.exists() {
             fs::remove_dir_all(&staging).map_err(io_error("emptying", &staging))?;
         }
-        // VMMs of other users pass through these and read single files by name; none may list them.
+        // Nobody else comes in here: VMMs get what they need as descriptors and mounts of their own.
         for name in ["", "images", "guests", "templates", "snapshots", "staging", "sandboxes", "run"] {
             let path = root.join(name);
             fs::create_dir_all(&path).map_err(io_error("making", &path))?;
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o711))
-                .map_err(io_error("opening", &path))?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o700))
+                .map_err(io_error("closing", &path))?;
         }
         // What is published below survives a power failure only if its way from the root does.
         File::open(&root).and_then(|root| root.sync_all()).map_err(io_error("syncing", &root))?;
@@ -196,6 +196,7 @@ impl Store {
         use std::os::unix::fs::PermissionsExt;
         let path = self.staging_path();
         fs::create_dir(&path).map_err(io_error("making", &path))?;
+        // What is published from it is mounted in jails, whose users pass through it.
         fs::set_permissions(&path, fs::Permissions::from_mode(0o711)).map_err(io_error("opening", &path))?;
         Ok(path)
     }

@@ -197,6 +197,46 @@ impl Seal {
     }
 }
 
+/// Who may read a snapshot's memory and device state: root, and a group of its own that the VMMs are in that are restored
+/// from it. A daemon that is not root has VMMs of its own user.
+struct Readers {
+    owner: u32,
+    group: Option<u32>,
+}
+
+/// The first of the groups; none of systemd's ranges reaches up to it.
+/// Source: systemd, docs/UIDS-GIDS.md.
+const FIRST_GROUP: u32 = 0x7000_0000;
+
+impl Readers {
+    fn new() -> io::Result<Self> {
+        let owner = rustix::process::geteuid();
+        let mut random = [0; 4];
+        getrandom::fill(&mut random).map_err(|error| io::Error::other(error.to_string()))?;
+        // One of 2^28: that two snapshots have the same lets nobody in, their directories are closed.
+        let group = owner.is_root().then_some(FIRST_GROUP | u32::from_ne_bytes(random) >> 4);
+        Ok(Self { owner: owner.as_raw(), group })
+    }
+
+    /// Takes `path`, a file that is never written again or a directory, from everybody but root and, when it is `shared`,
+    /// the group.
+    fn close(&self, path: &Path, shared: bool) -> io::Result<()> {
+        let group = self.group.filter(|_| shared);
+        std::os::unix::fs::lchown(path, Some(self.owner), group)?;
+        let found = fs::symlink_metadata(path)?;
+        let mode = match (found.is_dir(), group.is_some()) {
+            (true, true) => 0o710,
+            (true, false) => 0o700,
+            (false, true) => 0o440,
+            (false, false) => 0o400,
+        };
+        if found.is_symlink() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is a link"));
+        }
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))
+    }
+}
+
 /// What is known before a snapshot has its digests.
 #[derive(Debug, Clone)]
 pub struct Draft {
@@ -328,14 +368,12 @@ impl Store {
             disk: digest("disk")?,
             arguments: draft.arguments,
         };
+        let group = Readers::new().map_err(io_error("choosing a group for", staged))?;
         for name in there {
             let path = staged.join(name);
-            std::os::unix::fs::chown(&path, Some(rustix::process::geteuid().as_raw()), None)
-                .map_err(io_error("owning", &path))?;
-            // VMMs of any user map it; nobody writes it again.
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o444))
-                .map_err(io_error("sealing", &path))?;
+            group.close(&path, *name != "disk").map_err(io_error("sealing", &path))?;
         }
+        group.close(staged, true).map_err(io_error("closing", staged))?;
         let seal = Seal::of(staged, manifest.mode)?;
         write_json(&staged.join("manifest.json"), &manifest)?;
         write_json(&staged.join("seal.json"), &seal)?;

@@ -11,7 +11,7 @@ use kelvin_api::guest::{Activation, Request, Wake};
 use kelvin_api::id::VmId;
 use kelvin_api::units::Shape;
 use kelvin_host::net::{Slot, Slots};
-use kelvin_host::process::{Process, ProcessKey, find_by_argument};
+use kelvin_host::process::{Process, ProcessKey, find_by_marker};
 
 use crate::control::Control;
 use crate::{Driver, Error, MachineSpec, Running, made};
@@ -100,9 +100,7 @@ impl Bench<'_> {
         let directory = spec.absolute();
         std::fs::create_dir_all(&directory)?;
         (self.clone_disk)(disk, &directory.join("disk"))?;
-        for path in [directory.clone(), directory.join("disk")] {
-            std::os::unix::fs::chown(path, self.user, self.user)?;
-        }
+        std::os::unix::fs::chown(directory.join("disk"), self.user, self.user)?;
         Ok(spec)
     }
 
@@ -132,7 +130,6 @@ impl Bench<'_> {
         for name in ["memory", "state"] {
             std::fs::set_permissions(baked.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o444))?;
         }
-        std::fs::set_permissions(spec.absolute(), std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
         Ok(Baked { memory: relative.join("memory"), state: relative.join("state"), disk: baked.join("disk") })
     }
 
@@ -193,7 +190,7 @@ pub async fn run(bench: &Bench<'_>) -> Outcome {
 /// When one cannot be killed.
 pub async fn end_all(bench: &Bench<'_>) -> Outcome {
     for entry in std::fs::read_dir(bench.data_dir.join("sandboxes"))?.flatten() {
-        for key in find_by_argument(&format!("kelvin-{}", entry.file_name().to_string_lossy()))? {
+        for key in find_by_marker(&format!("kelvin-{}", entry.file_name().to_string_lossy()))? {
             if let Ok(process) = Process::adopt(key) {
                 process.kill()?;
                 process.ended().await;
@@ -313,7 +310,7 @@ async fn wait_quiet(control: &mut Control) -> Result<bool, Error> {
 fn machine_of(data_dir: &Path, pid: i32) -> Result<VmId, Box<dyn std::error::Error>> {
     for entry in std::fs::read_dir(data_dir.join("sandboxes"))?.flatten() {
         if let Some(vm) = entry.file_name().to_str().and_then(|name| name.parse::<VmId>().ok())
-            && find_by_argument(&format!("kelvin-{vm}"))?.iter().any(|key| key.pid == pid)
+            && find_by_marker(&format!("kelvin-{vm}"))?.iter().any(|key| key.pid == pid)
         {
             return Ok(vm);
         }
@@ -324,7 +321,6 @@ fn machine_of(data_dir: &Path, pid: i32) -> Result<VmId, Box<dyn std::error::Err
 fn first_dir(running: &Running, bench: &Bench<'_>) -> Result<PathBuf, Box<dyn std::error::Error>> {
     let vm = machine_of(bench.data_dir, running.key().pid)?;
     let directory = bench.data_dir.join("sandboxes").join(vm.as_str());
-    std::fs::set_permissions(&directory, std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
     let saved = directory.join("saved");
     std::fs::create_dir(&saved)?;
     Ok(saved)

@@ -137,11 +137,11 @@ impl From<Error> for Failure {
 /// Where a machine lives and what it is.
 #[derive(Debug, Clone)]
 pub struct MachineSpec {
-    /// Which machine; also the argument by which its process is found.
+    /// Which machine.
     pub vm: VmId,
-    /// The data directory: the VMM's working directory, all other paths are relative to it.
+    /// The data directory: all other paths are relative to it.
     pub data_dir: PathBuf,
-    /// The user that the VMM drops to; its directory belongs to that user.
+    /// The user that the VMM drops to, and the group that may pass through its directory.
     pub user: Option<u32>,
     /// vCPUs, memory, disk.
     pub shape: Shape,
@@ -165,7 +165,7 @@ impl MachineSpec {
         self.data_dir.join(self.directory())
     }
 
-    /// The argument by which the machine's process is found.
+    /// By which the machine's process is found, see [`kelvin_host::process::MARKER`].
     pub fn marker(&self) -> String {
         format!("kelvin-{}", self.vm)
     }

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use kelvin_host::file::{open_plain, read_plain};
 use kelvin_host::memory::{self, PAGE};
 use rustix::fs::ioctl_ficlone;
 
@@ -57,11 +58,12 @@ fn mappings(pid: i32) -> io::Result<Vec<Mapping>> {
         .collect())
 }
 
-/// The memory file below `data_dir` that `pid` has mapped.
+/// The snapshot's memory below `data_dir` that `pid`, which is in no jail, has mapped.
 pub fn mapped_memory(pid: i32, data_dir: &Path) -> io::Result<PathBuf> {
+    let snapshots = data_dir.join("snapshots");
     mappings(pid)?
         .into_iter()
-        .find(|mapping| mapping.path.starts_with(data_dir) && mapping.path.ends_with("memory"))
+        .find(|mapping| mapping.path.starts_with(&snapshots) && mapping.path.ends_with("memory"))
         .map(|mapping| mapping.path)
         .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the VMM maps no snapshot's memory"))
 }
@@ -130,7 +132,7 @@ fn read_runs(
 
 /// A copy of a snapshot's memory that shares its blocks.
 pub fn clone_memory(from: &Path, to: &Path) -> io::Result<()> {
-    copy(&File::open(from)?, &File::options().write(true).create_new(true).open(to)?)
+    copy(&read_plain(from)?, &File::options().write(true).create_new(true).open(to)?)
 }
 
 /// The most that is copied ahead, in bytes: it is kept in memory, to be compared with.
@@ -140,7 +142,7 @@ const AHEAD: u64 = 64 << 20;
 /// copy is made, and pages laid over it that `pid` has written until now; pages on their way to a file that is the
 /// memory itself are written.
 pub fn begin_memory(pid: i32, from: &Path, to: &Path, private: bool) -> io::Result<Ahead> {
-    let source = File::open(from)?;
+    let source = read_plain(from)?;
     if !private {
         return source.sync_data().map(|()| Ahead::default());
     }
@@ -181,17 +183,17 @@ pub fn save_memory(
     mut ahead: Ahead,
 ) -> io::Result<Option<u64>> {
     if !private {
-        let source = File::open(from)?;
+        let source = read_plain(from)?;
         // Pages that were written through the mapping belong to the file, on their way to the disk.
         source.sync_data()?;
         copy(&source, &File::options().write(true).create_new(true).open(to)?)?;
         return Ok(None);
     }
-    let target = match File::options().write(true).open(to) {
+    let target = match open_plain(to, File::options().write(true)) {
         Ok(begun) => begun,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let target = File::options().write(true).create_new(true).open(to)?;
-            copy(&File::open(from)?, &target)?;
+            copy(&read_plain(from)?, &target)?;
             target
         }
         Err(error) => return Err(error),
@@ -225,7 +227,7 @@ fn give_back(ahead: &Ahead, runs: &[Run], from: &Path, target: &File) -> io::Res
         }
         let source = match &mut source {
             Some(source) => source,
-            none => none.insert(File::open(from)?),
+            none => none.insert(read_plain(from)?),
         };
         source.read_exact_at(&mut page, place)?;
         target.write_all_at(&page, place)?;
@@ -272,7 +274,7 @@ pub fn own_ahead(pid: i32, parts: &[Mapping], pages: &[u64]) -> io::Result<()> {
 /// # Errors
 /// `NotFound` when they are not all of it. As the kernel gives them.
 pub fn parts(pid: i32, from: &Path) -> io::Result<Vec<Mapping>> {
-    let metadata = std::fs::metadata(from)?;
+    let metadata = std::fs::symlink_metadata(from)?;
     // By its name too: files of other file systems can have the same number, and devices are told in two ways.
     let of_it =
         |mapping: &Mapping| mapping.inode == metadata.ino() && mapping.path.file_name() == from.file_name();

@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,6 +20,22 @@ use crate::hostile::Pace;
 
 /// How long a VMM may take to open its sockets.
 const START: Duration = Duration::from_secs(30);
+
+/// Sees to it that a machine's directory can be written by nobody but the daemon, and is passed through by its VMM alone.
+/// What a former version let its VMM write is closed by it.
+pub fn close_directory(directory: &Path, user: Option<u32>) -> io::Result<()> {
+    if user.is_some() {
+        chown(directory, Some(rustix::process::geteuid().as_raw()), user)?;
+    }
+    std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o710))
+}
+
+/// The group that may read `path`, when it is not everybody's to read: a snapshot's own.
+pub fn readers(path: &Path) -> io::Result<Option<u32>> {
+    use std::os::unix::fs::MetadataExt;
+    let found = std::fs::symlink_metadata(path)?;
+    Ok((found.gid() != 0 && found.mode() & 0o044 == 0o040).then(|| found.gid()))
+}
 
 /// The end of what a VMM says on its standard error.
 #[derive(Debug, Clone, Default)]
@@ -66,6 +83,15 @@ impl Tail {
 pub struct Sockets(File);
 
 impl Sockets {
+    /// A socket `name` in `directory` on which the VMM is to listen. It is made here, so that nobody can replace it and
+    /// connections wait in it from now on.
+    pub fn listen(&self, name: &str) -> io::Result<OwnedFd> {
+        let path = format!("/proc/self/fd/{}/{name}", self.0.as_raw_fd());
+        let listener = std::os::unix::net::UnixListener::bind(path)?;
+        listener.set_nonblocking(true)?;
+        Ok(listener.into())
+    }
+
     /// Those in `directory`.
     pub fn open(directory: &Path) -> Result<Self, Error> {
         File::open(directory)
@@ -73,13 +99,15 @@ impl Sockets {
             .map_err(|source| Error::Io { what: "opening the machine's directory", source })
     }
 
-    /// Connects to the socket `name`. The VMM can write its directory, but a link in it leads nowhere, and nobody
-    /// else answers in its place.
+    /// Connects to the socket `name`. A link in its place leads nowhere, and nobody else answers: it is one that this
+    /// daemon made and gave to the VMM, or one of the VMM's that it serves itself.
     pub async fn connect(&self, name: &str, process: &Process) -> io::Result<UnixStream> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let socket = rustix::fs::openat(&self.0, name, flags, Mode::empty())?;
+        let found = rustix::fs::fstat(&socket)?;
+        let is_ours = found.st_uid == rustix::process::geteuid().as_raw() && found.st_nlink == 1;
         let stream = UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await?;
-        if stream.peer_cred()?.pid() != Some(process.key().pid) {
+        if !is_ours && stream.peer_cred()?.pid() != Some(process.key().pid) {
             return Err(io::Error::other(format!("{name} is another process's")));
         }
         Ok(stream)

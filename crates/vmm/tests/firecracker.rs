@@ -9,13 +9,13 @@ mod common;
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use kelvin_api::guest::Request;
 use kelvin_host::accel::{self, Accelerator};
 use kelvin_host::net::ns;
-use kelvin_host::process::{Process, find_by_argument};
+use kelvin_host::process::{Process, find_by_marker};
 use kelvin_vmm::conformance::{Bench, Outcome, activation, end_all, is_reachable, run};
 use kelvin_vmm::firecracker::config::Options;
 use kelvin_vmm::firecracker::{Firecracker, Setup};
@@ -31,10 +31,7 @@ fn setup() -> Result<Setup, String> {
     if !rustix::process::geteuid().is_root() {
         return Err("no root for firecracker".to_owned());
     }
-    let launcher = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/release/kelvin");
-    if !launcher.exists() {
-        return Err("kelvin is not built".to_owned());
-    }
+    let launcher = common::launcher()?;
     Ok(Setup { binary: binary.into(), launcher, options: Options::default() })
 }
 
@@ -56,7 +53,7 @@ fn with_firecracker(network: bool, suite: impl AsyncFnOnce(&Bench<'_>) -> Outcom
 fn is_clean(bench: &Bench<'_>, mounts: &str) -> Outcome {
     let left: Vec<_> = std::fs::read_dir(bench.data_dir.join("sandboxes"))?
         .flatten()
-        .map(|entry| find_by_argument(&format!("kelvin-{}", entry.file_name().to_string_lossy())))
+        .map(|entry| find_by_marker(&format!("kelvin-{}", entry.file_name().to_string_lossy())))
         .collect::<Result<Vec<_>, _>>()?
         .concat();
     expect(left.is_empty(), &format!("VMMs are left: {left:?}"))?;

@@ -8,7 +8,7 @@ use crate::{Result, files as fs, root, say};
 const ALLOWED: &[(&str, &[&str])] = &[
     ("api", &[]),
     ("host", &["api"]),
-    ("store", &["api"]),
+    ("store", &["host", "api"]),
     ("vmm", &["host", "api"]),
     ("agent", &["api"]),
     ("egress", &["api"]),

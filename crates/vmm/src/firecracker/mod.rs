@@ -56,7 +56,7 @@ use tokio::net::UnixStream;
 use crate::control::{Control, Dial, Dialed};
 use crate::hostile::read_file;
 use crate::pages::{self, Mapping};
-use crate::process::{Sockets, Tail};
+use crate::process::{Sockets, Tail, close_directory, readers};
 use crate::{COMMAND_LINE, Disk, Driver, Error, Handle, MachineSpec, Running, Saved, Waiting, made};
 use api::Api;
 use config::{API_SOCKET, Call, DISK, GUEST, Options, SNAPSHOT, VSOCK};
@@ -199,13 +199,11 @@ impl Firecracker {
             None => Network::Empty,
         };
         let longest = spec.shape.memory_mib.bytes().max(u64::from(spec.shape.disk_mib.0) << 20);
-        let marker = spec.marker();
+        let readers = parent.as_deref().map(readers).transpose().map_err(io)?.flatten();
         let jail = Jail {
             root: directory.clone(),
             program: self.binary.clone(),
             args: [
-                "--id",
-                &marker,
                 "--api-sock",
                 API_SOCKET,
                 "--log-path",
@@ -217,15 +215,21 @@ impl Firecracker {
             ]
             .map(str::to_owned)
             .to_vec(),
-            user,
+            env: Vec::new(),
+            // What it writes are files of its own in a directory of root's.
+            read_only: false,
+            user: Some(user),
+            groups: readers.into_iter().collect(),
             binds: vec![bind.clone()],
             tun: spec.network.is_some(),
+            kvm: true,
             cgroup: spec.cgroup.clone(),
             max_file_bytes: longest + OVERHEAD,
             max_descriptors: DESCRIPTORS,
             libraries: self.is_dynamic,
         };
-        let (process, output) = Process::spawn_jailed(&self.launcher, &jail, network).await.map_err(io)?;
+        let started = Process::spawn_jailed(&self.launcher, jail, spec.marker(), network, Vec::new());
+        let (process, output) = started.await.map_err(io)?;
         let console = Tail::follow(output, CONSOLE);
         let opening = async {
             let sockets = Sockets::open(&directory)?;
@@ -306,8 +310,7 @@ fn forget_others(own: &Path) -> io::Result<()> {
 
 /// Makes what a VMM finds in its root directory, beside its disk.
 fn lay_out(directory: &Path, user: u32, parent: Option<&Path>, data_dir: &Path) -> io::Result<()> {
-    chown(directory, Some(0), Some(0))?;
-    fs::set_permissions(directory, fs::Permissions::from_mode(0o711))?;
+    close_directory(directory, Some(user))?;
     let run = directory.join("run");
     fs::DirBuilder::new().mode(0o700).create(&run)?;
     chown(&run, Some(user), Some(user))?;
@@ -399,7 +402,7 @@ impl Driver for Firecracker {
         let staging = spec.data_dir.join("staging");
         let unpacked = tokio::task::spawn_blocking(move || kernel::ensure(&directory, &staging)).await;
         unpacked.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(io)?;
-        let machine = self.start(spec, Bind { from: guest, to: GUEST.into() }, None, disk).await?;
+        let machine = self.start(spec, Bind::read(guest, GUEST), None, disk).await?;
         let told = async {
             for call in config::boot(spec.shape, spec.network.is_some(), &Self::append(), &self.options) {
                 machine.call(call).await?;
@@ -418,7 +421,7 @@ impl Driver for Firecracker {
         let memory = spec.data_dir.join(memory);
         let no_name = || Error::Io { what: "starting the VMM", source: io::ErrorKind::InvalidInput.into() };
         let from = memory.parent().ok_or_else(no_name)?.to_owned();
-        let machine = self.start(spec, Bind { from, to: SNAPSHOT.into() }, Some(memory), made()).await?;
+        let machine = self.start(spec, Bind::read(from, SNAPSHOT), Some(memory), made()).await?;
         Ok(Waiting::new(Box::new(machine)))
     }
 
@@ -437,8 +440,8 @@ impl Driver for Firecracker {
         };
         let from = parent.as_deref().and_then(Path::parent).map(Path::to_owned);
         let bind = match from {
-            Some(from) => Bind { from, to: SNAPSHOT.into() },
-            None => Bind { from: spec.data_dir.join(&spec.guest), to: GUEST.into() },
+            Some(from) => Bind::read(from, SNAPSHOT),
+            None => Bind::read(spec.data_dir.join(&spec.guest), GUEST),
         };
         let disk = fs::metadata(directory.join(DISK)).map_err(io)?;
         let machine =

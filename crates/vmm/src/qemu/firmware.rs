@@ -36,14 +36,25 @@ impl Firmware {
 /// # Errors
 /// `Unusable` when there is no qboot, or when QEMU does not say where it looks.
 pub fn find() -> Result<Firmware, Error> {
+    find_in(&listed()?)
+}
+
+/// The directories in which the installed QEMU looks for firmware and that are there, absolute and without links.
+///
+/// # Errors
+/// `Unusable` when QEMU does not say where it looks.
+pub fn directories() -> Result<Vec<PathBuf>, Error> {
+    let there = listed()?.into_iter().filter_map(|path| path.canonicalize().ok());
+    Ok(there.filter(|path| path.is_dir()).collect())
+}
+
+fn listed() -> Result<Vec<PathBuf>, Error> {
     let output = Command::new(PROGRAM)
         .args(["-L", "help"])
         .output()
         .map_err(|error| unusable(format!("asking for its firmware directories: {error}")))?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let directories: Vec<PathBuf> =
-        text.lines().filter(|line| line.starts_with('/')).map(Into::into).collect();
-    find_in(&directories)
+    Ok(text.lines().filter(|line| line.starts_with('/')).map(Into::into).collect())
 }
 
 fn find_in(directories: &[PathBuf]) -> Result<Firmware, Error> {

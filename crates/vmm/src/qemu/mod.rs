@@ -5,19 +5,35 @@
 //! (`xen-save-devices-state` writes no RAM) and loads as an incoming migration into a VMM that was
 //! started with `-incoming defer`. Source: `../shared/vmm-notes.md` and `prototypes/qemu_clone.py`.
 //!
-//! A VMM runs as a user of its own without capabilities, in its own session, under QEMU's seccomp
-//! filters, in the data directory with relative paths (so that no parent of it has to be open to that
-//! user). Its console is a 64 KiB ring in the VMM, its standard error a pipe of which the last 16 KiB are
-//! kept: a guest cannot fill a disk with either.
+//! A VMM runs in a jail ([`kelvin_host::jail`]), under QEMU's own seccomp filters, in a control group where the host has
+//! them. The machine's directory is its root:
+//!
+//! ```text
+//! <machine>/             belongs to root; the VMM has it read-only
+//!   disk                 3 and 4: descriptors of the VMM
+//!   control.sock http.sock qmp.sock    5, 6 and 7: it listens on what the daemon made
+//!                        8: its tap
+//!   memory               bound: a snapshot's, read-only, or that of a machine that boots, its own
+//!   guest/               bound: kernel and initial RAM disk
+//!   parent               which snapshot's memory a clone maps, for the next daemon
+//!   lib/ usr/ etc/ dev/  bound: libraries, firmware, three devices
+//! ```
+//!
+//! Device state is written to a file in memory that the daemon opened for it and copies. So the VMM makes no file and
+//! opens none that matters by a name, and the daemon follows no name that a VMM can write. Who writes: this driver. A
+//! crash of the daemon leaves a directory that goes as a whole, and mounts that go with their process. VMMs of former
+//! versions, without a jail, are adopted: their directory is taken from them.
+//!
+//! Its console is a 64 KiB ring in the VMM, its standard error a pipe of which the last 16 KiB are kept: a guest cannot
+//! fill a disk with either.
 
 mod firmware;
 pub(crate) mod qmp;
 
-use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::Duration;
@@ -25,13 +41,16 @@ use std::time::Duration;
 use async_trait::async_trait;
 use kelvin_api::units::Shape;
 use kelvin_host::accel::Accelerator;
-use kelvin_host::process::{Network, Process, ProcessKey, Spawn};
+use kelvin_host::cgroup::Limits;
+use kelvin_host::file::{open_plain, read_plain};
+use kelvin_host::jail::{Access, Bind, FIRST_GIVEN, Jail, is_dynamic};
+use kelvin_host::process::{Network, Process, ProcessKey};
 use serde_json::json;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, watch};
 
 use crate::control::{Control, Dial, Dialed};
-use crate::process::{Sockets, Tail};
+use crate::process::{Sockets, Tail, close_directory, readers};
 use crate::{
     COMMAND_LINE, Disk, Driver, Error, GuestEnd, Handle, MachineSpec, Running, Saved, Waiting, pages,
 };
@@ -43,6 +62,32 @@ const CONSOLE: u32 = 64 << 10;
 const SHIM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ro_ram.so"));
 /// Relative to the data directory.
 const SHIM_PATH: &str = "run/ro_ram.so";
+/// Names in the machine's directory.
+const DISK: &str = "disk";
+const MEMORY_FILE: &str = "memory";
+const SHIM_FILE: &str = "ro_ram.so";
+const GUEST_DIRECTORY: &str = "guest";
+const PARENT: &str = "parent";
+const QMP_SOCKET: &str = "qmp.sock";
+const CONTROL_SOCKET: &str = "control.sock";
+const HTTP_SOCKET: &str = "http.sock";
+/// QEMU's sets of descriptors: the disk's, and that of device state that is saved.
+const DISK_SET: u32 = 1;
+const STATE_SET: u32 = 2;
+/// The longest device state, in bytes: those of this machine have some 100 KiB.
+const MAX_STATE: u64 = 64 << 20;
+/// The longest name of a snapshot's memory, in bytes.
+const MAX_PARENT: u64 = 4096;
+/// QEMU's translation cache, in MiB; in the layout.
+const TRANSLATIONS: u64 = 64;
+/// Memory of a VMM beside its guest's, in bytes: its own, and page cache of what it reads and writes.
+const OVERHEAD: u64 = 80 << 20;
+/// The same of an emulator: the cache, and what it keeps of each block in it and for each vCPU's memory.
+const EMULATION: u64 = (TRANSLATIONS + 48) << 20;
+/// Threads of a VMM beside one for each vCPU: those that read and write the disk are up to 64.
+const THREADS: u64 = 80;
+/// Descriptors of a VMM.
+const DESCRIPTORS: u64 = 1024;
 /// Stand-ins for paths in a layout.
 const VM: &str = "{vm}";
 const MEMORY: &str = "{memory}";
@@ -58,6 +103,15 @@ pub struct Qemu {
     read_only_memory: bool,
     /// What has to be said of the firmware, see [`firmware::arguments`].
     firmware: &'static [&'static str],
+    /// Where firmware lies.
+    firmware_directories: Vec<PathBuf>,
+    /// QEMU itself, absolute.
+    program: PathBuf,
+    is_dynamic: bool,
+    /// Where its modules lie, when it has some: a library directory, which the jail sees.
+    modules: Option<PathBuf>,
+    /// A program that has the subcommand `jail`: Kelvin's own.
+    launcher: PathBuf,
 }
 
 /// The build of the installed QEMU, as in identities.
@@ -78,14 +132,6 @@ pub fn firmware() -> Result<String, Error> {
     Ok(format!("{}, {how}", found.path.display()))
 }
 
-/// The group that may open `/dev/kvm`, which on Debian and Ubuntu is closed to everybody else: a VMM is a user that is in no
-/// group. Never root's.
-fn kvm_group() -> Option<u32> {
-    use std::os::unix::fs::MetadataExt;
-    let found = std::fs::metadata("/dev/kvm").ok()?;
-    (found.gid() != 0 && found.mode() & 0o060 == 0o060).then(|| found.gid())
-}
-
 fn unusable(reason: String) -> Error {
     Error::Unusable { program: PROGRAM.to_owned(), reason }
 }
@@ -104,11 +150,12 @@ fn look() -> Result<((u32, u32), String), Error> {
 }
 
 impl Qemu {
-    /// Looks at the installed QEMU and prepares `data_dir` for it.
+    /// Looks at the installed QEMU and prepares `data_dir` for it. `launcher` is a program that has the subcommand `jail`:
+    /// Kelvin's own.
     ///
     /// # Errors
-    /// `Unusable` when it is missing, older than 7.2, or without the firmware.
-    pub fn open(data_dir: &Path, accelerator: Accelerator) -> Result<Self, Error> {
+    /// `Unusable` when it is missing, older than 7.2, without the firmware, or no ELF program.
+    pub fn open(data_dir: &Path, accelerator: Accelerator, launcher: PathBuf) -> Result<Self, Error> {
         let (version, package) = look()?;
         let io = |what| move |source| Error::Io { what, source };
         let tsc_khz =
@@ -118,7 +165,21 @@ impl Qemu {
             install_shim(&data_dir.join(SHIM_PATH)).map_err(io("installing the memory shim"))?;
         }
         let firmware = firmware::find()?.arguments();
-        Ok(Self { build: package, accelerator, tsc_khz, read_only_memory, firmware })
+        let program = find_program().ok_or_else(|| unusable("it is not in PATH".to_owned()))?;
+        let is_dynamic =
+            is_dynamic(&program).map_err(|error| unusable(format!("{}: {error}", program.display())))?;
+        Ok(Self {
+            build: package,
+            accelerator,
+            tsc_khz,
+            read_only_memory,
+            firmware,
+            firmware_directories: firmware::directories()?,
+            is_dynamic,
+            modules: find_modules(&program),
+            program,
+            launcher,
+        })
     }
 
     fn append(&self) -> String {
@@ -210,63 +271,149 @@ impl Qemu {
         machine
     }
 
+    /// The machine's arguments in its jail: those of the layout, with what stands there for files and sockets replaced by
+    /// descriptors and names of the jail.
+    fn arguments(&self, shape: Shape, private: bool, network: bool, extra: &[&str]) -> Vec<String> {
+        let set = format!("/dev/fdset/{DISK_SET}");
+        let [disk, disk_read, control, http, qmp, tap] = [0, 1, 2, 3, 4, 5].map(|place| FIRST_GIVEN + place);
+        let mut arguments = Vec::new();
+        let mut say = |words: &[&str]| arguments.extend(words.iter().map(|word| (*word).to_owned()));
+        for fd in [disk, disk_read] {
+            say(&["-add-fd", &format!("fd={fd},set={DISK_SET}")]);
+        }
+        say(&["-chardev", &format!("socket,id=qmp,fd={qmp},server=on,wait=off")]);
+        for directory in &self.firmware_directories {
+            say(&["-L", &directory.to_string_lossy()]);
+        }
+        let told = [
+            (format!("{VM}/{DISK}"), set),
+            (format!("path={VM}/{CONTROL_SOCKET}"), format!("fd={control}")),
+            (format!("path={VM}/{HTTP_SOCKET}"), format!("fd={http}")),
+            (format!("unix:{VM}/{QMP_SOCKET},server=on,wait=off"), "chardev:qmp".to_owned()),
+            ("id=net,fd=0".to_owned(), format!("id=net,fd={tap}")),
+            (GUEST.to_owned(), GUEST_DIRECTORY.to_owned()),
+        ];
+        arguments.extend(self.machine(shape, MEMORY_FILE, private, network).into_iter().map(|argument| {
+            told.iter().fold(argument, |argument, (layout, own)| argument.replace(layout.as_str(), own))
+        }));
+        // A guest that ends leaves its VMM with what its console said. No part of the machine: nothing of it is saved.
+        arguments.extend(["-action", "reboot=shutdown,shutdown=pause"].map(str::to_owned));
+        arguments.extend(extra.iter().map(|&word| word.to_owned()));
+        arguments
+    }
+
+    /// The memory that a machine maps: the snapshot's `parent`, or a file of its own.
+    fn memory(&self, spec: &MachineSpec, parent: Option<&Path>) -> io::Result<Bind> {
+        let directory = spec.absolute();
+        if let Some(parent) = parent {
+            fs::write(directory.join(PARENT), parent.as_os_str().as_encoded_bytes())?;
+            return Ok(Bind::read(spec.data_dir.join(parent), MEMORY_FILE));
+        }
+        let path = directory.join(MEMORY_FILE);
+        let file = File::options().write(true).create_new(true).mode(0o600).open(&path)?;
+        file.set_len(spec.shape.memory_mib.bytes())?;
+        if spec.user.is_some() {
+            chown(&path, spec.user, spec.user)?;
+        }
+        Ok(Bind { from: path, to: MEMORY_FILE.into(), access: Access::Write })
+    }
+
+    /// What a machine is started as, and what it is given; its sockets are made.
+    fn jail(
+        &self,
+        spec: &MachineSpec,
+        sockets: &Sockets,
+        parent: Option<&Path>,
+        extra: &[&str],
+    ) -> io::Result<(Jail, Vec<OwnedFd>)> {
+        let directory = spec.absolute();
+        close_directory(&directory, spec.user)?;
+        let disk = directory.join(DISK);
+        let mut given = vec![
+            OwnedFd::from(open_plain(&disk, File::options().read(true).write(true))?),
+            OwnedFd::from(read_plain(&disk)?),
+        ];
+        for name in [CONTROL_SOCKET, HTTP_SOCKET, QMP_SOCKET] {
+            given.push(sockets.listen(name)?);
+        }
+        if let Some(slot) = &spec.network {
+            // Opening it anew would take rights that a VMM has not.
+            given.push(slot.take_tap().ok_or_else(|| io::Error::other("the slot's tap is in use"))?);
+        }
+        let mut binds =
+            vec![self.memory(spec, parent)?, Bind::read(spec.data_dir.join(&spec.guest), GUEST_DIRECTORY)];
+        let mut env = Vec::new();
+        if let Some(modules) = &self.modules {
+            // QEMU finds them from where it lies itself, which cannot be told in the jail.
+            env.push(("QEMU_MODULE_DIR".to_owned(), modules.to_string_lossy().into_owned()));
+        }
+        if parent.is_some() && !self.read_only_memory {
+            let (from, to) = (spec.data_dir.join(SHIM_PATH), SHIM_FILE.into());
+            binds.push(Bind { from, to, access: Access::Execute });
+            env.push(("LD_PRELOAD".to_owned(), format!("./{SHIM_FILE}")));
+            env.push(("KELVIN_RO_RAM".to_owned(), MEMORY_FILE.to_owned()));
+        }
+        if spec.user.is_some() {
+            let inside = |path: &PathBuf| path.strip_prefix("/").unwrap_or(path).to_owned();
+            binds.extend(self.firmware_directories.iter().map(|path| Bind::read(path, inside(path))));
+        }
+        let readers = parent.map(|parent| readers(&spec.data_dir.join(parent))).transpose()?.flatten();
+        let longest = spec.shape.memory_mib.bytes().max(u64::from(spec.shape.disk_mib.0) << 20);
+        let jail = Jail {
+            root: directory,
+            read_only: true,
+            program: self.program.clone(),
+            args: self.arguments(spec.shape, parent.is_some(), spec.network.is_some(), extra),
+            env,
+            user: spec.user,
+            groups: readers.into_iter().collect(),
+            binds,
+            tun: false,
+            kvm: self.accelerator == Accelerator::Kvm,
+            cgroup: spec.cgroup.clone(),
+            max_file_bytes: longest.max(MAX_STATE),
+            max_descriptors: DESCRIPTORS,
+            libraries: self.is_dynamic,
+        };
+        Ok((jail, given))
+    }
+
     async fn start(
         &self,
         spec: &MachineSpec,
-        memory: &str,
-        private: bool,
+        parent: Option<&Path>,
         extra: &[&str],
     ) -> Result<Machine, Error> {
-        let directory = spec.directory();
-        let fill = |argument: String| {
-            argument.replace(VM, &directory.to_string_lossy()).replace(GUEST, &spec.guest.to_string_lossy())
-        };
-        let mut args: Vec<OsString> = ["-name".to_owned(), spec.marker()].map(OsString::from).to_vec();
-        args.extend(
-            self.machine(spec.shape, memory, private, spec.network.is_some())
-                .into_iter()
-                .map(|argument| fill(argument).into()),
-        );
-        // A guest that ends leaves its VMM with what its console said. No part of the machine: nothing of it is saved.
-        args.extend(["-action", "reboot=shutdown,shutdown=pause"].map(OsString::from));
-        args.extend(extra.iter().map(OsString::from));
-        let env = if private && !self.read_only_memory {
-            vec![("LD_PRELOAD".into(), SHIM_PATH.into()), ("KELVIN_RO_RAM".into(), memory.into())]
-        } else {
-            Vec::new()
-        };
         let io = |source| Error::Io { what: "starting the VMM", source };
-        let (network, stdin) = match &spec.network {
-            Some(slot) => {
-                let tap = slot.take_tap().ok_or_else(|| io(io::Error::other("the slot's tap is in use")))?;
-                (Network::Of(slot.namespace().try_clone().map_err(io)?), Some(tap))
-            }
+        let sockets = Sockets::open(&spec.absolute())?;
+        let (jail, given) = self.jail(spec, &sockets, parent, extra).map_err(io)?;
+        let network = match &spec.network {
+            Some(slot) => Network::Of(slot.namespace().try_clone().map_err(io)?),
             // What has no network should not find the daemon's when it breaks out of its guest.
-            None if rustix::process::geteuid().is_root() => (Network::Empty, None),
-            None => (Network::Shared, None),
+            None if spec.user.is_some() => Network::Empty,
+            None => Network::Shared,
         };
-        let (program, cwd) = (PROGRAM.into(), spec.data_dir.clone());
-        let group = if self.accelerator == Accelerator::Kvm { kvm_group() } else { None };
-        let spawn = Spawn { program, args, env, cwd, user: spec.user, group, network, stdin };
-        let (process, stderr) = Process::spawn(spawn).await.map_err(io)?;
+        let started = Process::spawn_jailed(&self.launcher, jail, spec.marker(), network, given);
+        let (process, stderr) = started.await.map_err(io)?;
         let tail = Tail::follow(stderr, STDERR);
         let opened = async {
-            let sockets = Sockets::open(&spec.absolute())?;
-            let stream = sockets.connect_new("qmp.sock", &process, &tail).await?;
-            Ok((sockets, Qmp::open(stream).await?))
+            let stream = sockets.connect_new(QMP_SOCKET, &process, &tail).await?;
+            Qmp::open(stream).await
         };
         match opened.await {
-            Ok((sockets, qmp)) => Ok(Machine {
+            Ok(qmp) => Ok(Machine {
                 process: Arc::new(process),
                 guest_end: qmp.guest_end(),
                 qmp: Mutex::new(qmp),
                 console: StdMutex::default(),
                 sockets: Arc::new(sockets),
                 tail,
-                directory,
-                data_dir: spec.data_dir.clone(),
-                memory: spec.data_dir.join(memory),
-                private,
+                directory: spec.absolute(),
+                memory: match parent {
+                    Some(parent) => spec.data_dir.join(parent),
+                    None => spec.absolute().join(MEMORY_FILE),
+                },
+                private: parent.is_some(),
                 ahead: StdMutex::default(),
             }),
             Err(error) => {
@@ -279,6 +426,53 @@ impl Qemu {
     }
 }
 
+/// QEMU in the search path, absolute.
+fn find_program() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    let found = std::env::split_paths(&path).map(|directory| directory.join(PROGRAM));
+    found.into_iter().find(|path| path.is_file())?.canonicalize().ok()
+}
+
+/// The directory of the modules of `program`, which is in `<prefix>/bin`, as distributions place them: Debian and Ubuntu,
+/// Fedora, Arch.
+fn find_modules(program: &Path) -> Option<PathBuf> {
+    let prefix = program.parent()?.parent()?;
+    let named = ["lib/x86_64-linux-gnu/qemu", "lib64/qemu", "lib/qemu"].map(|name| prefix.join(name));
+    named.into_iter().find(|path| path.is_dir())
+}
+
+/// A file in memory that a VMM is to write, and the way for it to do so. Not one on the disk: whoever has once been
+/// given a descriptor may keep it, and a snapshot's files are never written again.
+fn scratch() -> io::Result<(File, OwnedFd)> {
+    let file = File::from(rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC)?);
+    // QEMU asks for a descriptor that can be written and nothing else.
+    let writer = File::options().write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    Ok((file, writer.into()))
+}
+
+/// Copies what a VMM has written to the new file `to`.
+fn take(mut from: File, to: &Path) -> io::Result<()> {
+    let length = from.metadata()?.len();
+    if length == 0 || length > MAX_STATE {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("it has {length} bytes")));
+    }
+    let mut target = File::options().write(true).create_new(true).mode(0o600).open(to)?;
+    // It may still be written by a VMM that was taken over: no more than that is read.
+    io::copy(&mut io::Read::take(&mut from, length), &mut target).map(drop)
+}
+
+/// Which snapshot's memory the machine in `directory` maps, when the daemon that started it noted it: nobody else can.
+fn parent_of(directory: &Path) -> io::Result<Option<PathBuf>> {
+    let file = match read_plain(&directory.join(PARENT)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other?,
+    };
+    if file.metadata()?.uid() != rustix::process::geteuid().as_raw() {
+        return Err(io::Error::other("the machine's parent was noted by somebody else"));
+    }
+    Ok(Some(io::read_to_string(io::Read::take(file, MAX_PARENT))?.into()))
+}
+
 /// `(major, minor)` and the whole version with the package's. Example of the text:
 /// `QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)`.
 fn version(text: &str) -> Option<((u32, u32), String)> {
@@ -286,11 +480,6 @@ fn version(text: &str) -> Option<((u32, u32), String)> {
     let (_, rest) = line.split_once("version ")?;
     let mut numbers = rest.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
     Some(((numbers.next()?.ok()?, numbers.next()?.ok()?), rest.trim().to_owned()))
-}
-
-/// Whether the file system of `path` has no space to speak of.
-fn is_full(path: &Path) -> bool {
-    rustix::fs::statvfs(path).is_ok_and(|found| found.f_bavail * found.f_frsize < 1 << 20)
 }
 
 fn install_shim(path: &Path) -> io::Result<()> {
@@ -321,17 +510,26 @@ impl Driver for Qemu {
         self.machine(shape, MEMORY, true, network)
     }
 
+    fn limits(&self, shape: Shape) -> Option<Limits> {
+        let emulation = if self.accelerator == Accelerator::Tcg { EMULATION } else { 0 };
+        Some(Limits {
+            memory_bytes: shape.memory_mib.bytes() + OVERHEAD + emulation,
+            cpu_millis: u64::from(shape.vcpus) * 1000 + 500,
+            pids: u64::from(shape.vcpus) + THREADS,
+            disk_bytes_per_s: None,
+            disk_ops_per_s: None,
+        })
+    }
+
     async fn boot(&self, spec: &MachineSpec, disk: Disk) -> Result<Running, Error> {
         // It is opened when the process starts.
         disk.await.map_err(|source| Error::Io { what: "making the machine's disk", source })?;
-        let memory = spec.directory().join("memory");
-        let machine = self.start(spec, &memory.to_string_lossy(), false, &[]).await?;
+        let machine = self.start(spec, None, &[]).await?;
         Ok(Running::new(Box::new(machine)))
     }
 
     async fn prepare(&self, spec: &MachineSpec, memory: &Path) -> Result<Waiting, Error> {
-        let machine =
-            self.start(spec, &memory.to_string_lossy(), true, &["-S", "-incoming", "defer"]).await?;
+        let machine = self.start(spec, Some(memory), &["-S", "-incoming", "defer"]).await?;
         let capability = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         let told = async {
             let mut qmp = machine.qmp.lock().await;
@@ -350,12 +548,21 @@ impl Driver for Qemu {
     async fn adopt(&self, spec: &MachineSpec, key: ProcessKey) -> Result<Running, Error> {
         let io = |source| Error::Io { what: "adopting the VMM", source };
         let process = Process::adopt(key).map_err(io)?;
-        let sockets = Sockets::open(&spec.absolute())?;
-        let mut qmp = Qmp::open(sockets.connect("qmp.sock", &process).await.map_err(io)?).await?;
+        let directory = spec.absolute();
+        // That of a former version could be written by its VMM.
+        close_directory(&directory, spec.user).map_err(io)?;
+        let sockets = Sockets::open(&directory)?;
+        let mut qmp = Qmp::open(sockets.connect(QMP_SOCKET, &process).await.map_err(io)?).await?;
         // It may be of a build that had it end with its guest.
         qmp.call("set-action", json!({ "reboot": "shutdown", "shutdown": "pause" })).await?;
-        let own = spec.absolute().join("memory");
-        let private = !own.exists();
+        let own = directory.join(MEMORY_FILE);
+        let parent = parent_of(&directory).map_err(io)?.map(|parent| spec.data_dir.join(parent));
+        let (memory, private) = match parent {
+            Some(parent) => (parent, true),
+            None if own.symlink_metadata().is_ok() => (own, false),
+            // Of a former version, which noted nothing.
+            None => (pages::mapped_memory(key.pid, &spec.data_dir).map_err(io)?, true),
+        };
         let machine = Machine {
             process: Arc::new(process),
             guest_end: qmp.guest_end(),
@@ -363,9 +570,8 @@ impl Driver for Qemu {
             console: StdMutex::default(),
             sockets: Arc::new(sockets),
             tail: Tail::default(),
-            directory: spec.directory(),
-            data_dir: spec.data_dir.clone(),
-            memory: if private { pages::mapped_memory(key.pid, &spec.data_dir).map_err(io)? } else { own },
+            directory,
+            memory,
             private,
             ahead: StdMutex::default(),
         };
@@ -384,9 +590,7 @@ struct Machine {
     console: StdMutex<String>,
     sockets: Arc<Sockets>,
     tail: Tail,
-    /// Relative to the data directory.
     directory: PathBuf,
-    data_dir: PathBuf,
     /// The file behind guest RAM.
     memory: PathBuf,
     /// Whether that file is a snapshot's, mapped private.
@@ -440,41 +644,44 @@ impl Machine {
 
     async fn try_save(&self, memory: &Path, state: &Path) -> Result<Saved, Error> {
         let io = |what| move |source| Error::Io { what, source };
-        // The VMM can write nothing but its own directory.
-        let own = self.directory.join("state.new");
-        let absolute = self.data_dir.join(&own);
-        let _ = std::fs::remove_file(&absolute);
+        let (written, writer) = scratch().map_err(io("making a file for the device state"))?;
         let (pid, from, to) = (self.process.key().pid, self.memory.clone(), memory.to_owned());
         let private = self.private;
         // Side by side: writing device state touches no page of the guest.
         let ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
         let copying =
             tokio::task::spawn_blocking(move || pages::save_memory(pid, &from, &to, private, ahead));
-        let saved = self
-            .qmp
-            .lock()
-            .await
-            .call("xen-save-devices-state", json!({ "filename": own.to_string_lossy(), "live": false }))
-            .await;
+        let saved = self.write_state(writer).await;
         let dirty_pages = copying
             .await
             .map_err(|error| io("copying memory")(io::Error::other(error)))?
             .map_err(io("copying memory"))?;
-        match saved {
-            // It says no more than that writing failed.
-            Err(Error::Refused { .. }) if is_full(&self.data_dir) => {
-                return Err(io("writing the device state")(io::ErrorKind::StorageFull.into()));
-            }
-            other => other?,
-        };
-        std::fs::rename(&absolute, state).map_err(io("moving the device state"))?;
+        saved?;
+        let state = state.to_owned();
+        tokio::task::spawn_blocking(move || take(written, &state))
+            .await
+            .unwrap_or_else(|error| Err(io::Error::other(error)))
+            .map_err(io("copying the device state"))?;
         Ok(Saved { dirty_pages })
+    }
+
+    /// Has the VMM write its device state to `writer`.
+    async fn write_state(&self, writer: OwnedFd) -> Result<(), Error> {
+        let mut qmp = self.qmp.lock().await;
+        let set = json!({ "fdset-id": STATE_SET });
+        qmp.call_with("add-fd", set.clone(), writer.as_fd()).await?;
+        let file = json!({ "filename": format!("/dev/fdset/{STATE_SET}"), "live": false });
+        let saved = qmp.call("xen-save-devices-state", file).await;
+        if matches!(saved, Ok(_) | Err(Error::Refused { .. })) {
+            // The next save brings its own.
+            qmp.call("remove-fd", set).await?;
+        }
+        saved.map(drop)
     }
 
     /// A VMM that opened another disk than its machine's must not run: paths are baked into device state.
     fn check_disk(&self) -> io::Result<()> {
-        use std::os::unix::fs::MetadataExt;
-        let own = std::fs::metadata(self.data_dir.join(&self.directory).join("disk"))?;
+        let own = fs::symlink_metadata(self.directory.join(DISK))?;
         let open = std::fs::read_dir(format!("/proc/{}/fd", self.process.key().pid))?;
         let mut files = open.flatten().filter_map(|entry| std::fs::metadata(entry.path()).ok());
         match files.any(|file| (file.dev(), file.ino()) == (own.dev(), own.ino())) {
@@ -501,11 +708,11 @@ impl Dialer {
 #[async_trait]
 impl Dial for Dialer {
     async fn dial(&self) -> Result<Dialed, Error> {
-        Ok(Dialed { stream: self.port("control.sock").await?, greets: false })
+        Ok(Dialed { stream: self.port(CONTROL_SOCKET).await?, greets: false })
     }
 
     async fn connect(&self) -> Result<UnixStream, Error> {
-        self.port("http.sock").await
+        self.port(HTTP_SOCKET).await
     }
 }
 

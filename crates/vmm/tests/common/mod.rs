@@ -29,6 +29,12 @@ pub fn cache() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../.cache")
 }
 
+/// Kelvin, as it was built, or why it cannot be used.
+pub fn launcher() -> Result<PathBuf, &'static str> {
+    let launcher = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/release/kelvin");
+    if launcher.exists() { Ok(launcher) } else { Err("kelvin is not built") }
+}
+
 /// Makes a data directory and a driver for it, and runs `suite`. Skips when there is no guest, or no network where
 /// there is to be one.
 pub async fn with_bench<D: Driver>(
@@ -52,17 +58,19 @@ pub async fn with_bench<D: Driver>(
     let rootfs = if inside { ground.join("guest/rootfs.ext4") } else { rootfs };
     let data = tempfile::tempdir_in(ground).unwrap();
     let data_dir = data.path().canonicalize().unwrap();
-    std::fs::set_permissions(&data_dir, std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
     for name in ["run", "sandboxes", "snapshots", "guests", "staging"] {
         std::fs::create_dir(data_dir.join(name)).unwrap();
-        std::fs::set_permissions(data_dir.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o711))
+        std::fs::set_permissions(data_dir.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o700))
             .unwrap();
     }
+    // What is mounted in jails.
+    std::fs::set_permissions(data_dir.join("guests"), std::os::unix::fs::PermissionsExt::from_mode(0o711))
+        .unwrap();
     std::fs::copy(guest.join("kernel/vmlinuz"), data_dir.join("guests/vmlinuz")).unwrap();
     std::fs::copy(guest.join("initrd"), data_dir.join("guests/initrd")).unwrap();
     // On the same file system: every disk is a reflink then, where there are some.
     let image = data_dir.join("rootfs.ext4");
-    kelvin_store::disk::clone_file(&rootfs, &image).unwrap();
+    kelvin_store::disk::import_file(&rootfs, &image).unwrap();
     adopt_orphans().unwrap();
     let driver = open(&data_dir);
     let root = rustix::process::geteuid().is_root();
