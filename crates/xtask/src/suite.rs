@@ -197,7 +197,7 @@ fn run_firecracker(filter: &[String]) -> Result<()> {
     let built = if kvm_host::is_inside() { server::built() } else { server::prepare()? };
     let all: Vec<String> = FIRECRACKER.iter().map(|name| (*name).to_owned()).collect();
     if filter.is_empty() {
-        step("driver conformance", || run_tests(DRIVER, &[], &[]))?;
+        step("driver conformance", || run_tests("firecracker", &[], &[]))?;
     }
     let filter = if filter.is_empty() { &all } else { filter };
     step("end to end", || end_to_end(&built, filter, "firecracker"))
@@ -209,8 +209,24 @@ const ALL: [&str; 7] =
     ["test", "--release", "--workspace", "--exclude", "kelvin-fuzz", "--exclude", "kelvin-agent"];
 /// The tests of whole servers, in `crates/e2e`.
 const END_TO_END: &str = "suite";
-/// Firecracker's of the driver, in `crates/vmm`.
-const DRIVER: &str = "firecracker";
+/// Those of the drivers, in `crates/vmm`.
+const DRIVERS: [&str; 2] = ["firecracker", "qemu"];
+/// What QEMU has to pass on KVM beside the conformance suite.
+const QEMU_ON_KVM: &str = "qemu_runs_on_kvm";
+
+/// `cargo xtask test --driver qemu [NAME...]` in the emulated KVM host: what the accelerator changes. Outside it is the usual
+/// run.
+fn run_qemu(filter: &[String]) -> Result<()> {
+    if !kvm_host::is_inside() {
+        return run(filter);
+    }
+    let own = [QEMU_ON_KVM.to_owned()];
+    if filter.is_empty() {
+        step("driver conformance", || run_tests("qemu", &[], &[]))?;
+    }
+    let filter = if filter.is_empty() { &own } else { filter };
+    step("end to end", || end_to_end(&server::built(), filter, "qemu"))
+}
 
 /// Where [`build`] leaves what it has built: a line for each program and its tests.
 fn built_tests() -> PathBuf {
@@ -232,7 +248,7 @@ pub fn build() -> Result<()> {
     prepare_tests()?;
     crate::prototype::ensure()?;
     fs::create_dir_all(cache().join("kvm-host"))?;
-    Ok(fs::write(built_tests(), programs(&[END_TO_END, DRIVER])?.join("\n"))?)
+    Ok(fs::write(built_tests(), programs(&[&[END_TO_END], &DRIVERS[..]].concat())?.join("\n"))?)
 }
 
 /// Builds the programs of tests called `targets`, and returns their paths.
@@ -320,7 +336,7 @@ pub fn run(filter: &[String]) -> Result<()> {
     {
         return match driver.as_str() {
             "firecracker" => run_firecracker(rest),
-            "qemu" => run(rest),
+            "qemu" => run_qemu(rest),
             other => Err(format!("unknown driver {other:?}: qemu or firecracker").into()),
         };
     }

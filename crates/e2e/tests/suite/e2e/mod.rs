@@ -12,6 +12,7 @@ mod hostile;
 mod input;
 mod integrity;
 mod isolation;
+mod kvm;
 mod lifecycle;
 mod network;
 mod people;
