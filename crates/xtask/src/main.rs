@@ -41,6 +41,8 @@ const USAGE: &str = "usage: cargo xtask <command>
             of the tests, those with Debian 13's QEMU, kernel and user space
   fuzz [--hours N] [--seed N] [TARGET...]
             the fuzz targets, for 10 s each
+  soak --minutes N [--seed S]
+            clients, crashes and restarts at random against one server; afterwards all is as before
   openapi   write openapi/kelvin.json anew
   down      stop it and everything that it owns
   in-root [--fresh] RELEASE -- CMD
@@ -167,6 +169,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         Some("guest") => guest::ensure().map(drop),
         Some("steps") => server::steps(),
         Some("fuzz") => fuzz::run(rest),
+        Some("soak") => suite::soak(rest),
         Some("openapi") => suite::write_openapi(),
         Some("build") => server::prepare().map(drop),
         Some("package") => package::package().map(drop),
