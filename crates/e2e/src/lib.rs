@@ -6,6 +6,7 @@
 //! failed is cleared away. Each test has a network namespace of its own; [`world`] gives it an internet.
 
 pub mod promises;
+pub mod soak;
 pub mod world;
 
 use std::collections::BTreeSet;
@@ -29,6 +30,15 @@ pub const LIMIT: Duration = Duration::from_secs(120);
 pub struct Ground {
     binary: PathBuf,
     directory: PathBuf,
+    found: Instant,
+}
+
+/// Says how long the test took: the test program itself does not.
+impl Drop for Ground {
+    fn drop(&mut self) {
+        let thread = std::thread::current();
+        println!("{} took {:.1} s", thread.name().unwrap_or("a test"), self.found.elapsed().as_secs_f64());
+    }
 }
 
 /// Has every panic of a test appended to `path` too: `cargo xtask test` ends with them, whatever was printed since.
@@ -59,7 +69,7 @@ impl Ground {
                     kelvin_host::net::ns::unshare().expect("a network namespace");
                     ip("link set lo up");
                 }
-                Some(Self { binary, directory })
+                Some(Self { binary, directory, found: Instant::now() })
             }
             _ => {
                 println!("skipped: no ground for end-to-end tests, `cargo xtask test` makes it");

@@ -13,7 +13,14 @@ pub fn bench(server: &Server, args: &[&str]) -> Value {
 }
 
 /// Runs `kelvin bench WHAT` with these arguments; its report.
+///
+/// # Panics
+/// Beside other tests, which it would measure too: its test has to be among those that run alone.
 pub fn bench_of(server: &Server, what: &str, args: &[&str]) -> Value {
+    assert!(
+        std::env::var_os("KELVIN_E2E_BESIDE").is_none(),
+        "this test measures beside others: name it in ALONE, crates/xtask/src/suite.rs"
+    );
     let mut all = vec!["--output", "json", "bench", what];
     all.extend(args);
     let output = server.cli(&all).output().expect("kelvin runs");

@@ -43,6 +43,8 @@ const USAGE: &str = "usage: cargo xtask <command>
   fuzz [--hours N] [--seed N] [TARGET...]
             the fuzz targets, for 10 s each
   mutate    whether the harness notices what is taken out of a copy: some minutes
+  soak --minutes N [--seed S]
+            clients, crashes and restarts at random against one server; afterwards all is as before
   openapi   write openapi/kelvin.json anew
   down      stop it and everything that it owns
   in-root [--fresh] RELEASE -- CMD
@@ -170,6 +172,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         Some("steps") => server::steps(),
         Some("fuzz") => fuzz::run(rest),
         Some("mutate") => mutate::run(),
+        Some("soak") => suite::soak(rest),
         Some("openapi") => suite::write_openapi(),
         Some("build") => server::prepare().map(drop),
         Some("package") => package::package().map(drop),

@@ -16,8 +16,14 @@ const ANY_HOST: &str = "KELVIN_ANY_HOST";
 /// What has to be free where `.cache` and `target` are before anything is built, in MiB, measured on Debian 12 and 13 and
 /// rounded up; what is there of it already is counted in. Each is what the command writes, not what it leaves: images are
 /// made under another name.
-const DISK_MIB: [(&str, u64); 5] =
-    [("demo", 4 << 10), ("up", 4 << 10), ("bench", 4 << 10), ("build", 4 << 10), ("test", 12 << 10)];
+const DISK_MIB: [(&str, u64); 6] = [
+    ("demo", 4 << 10),
+    ("up", 4 << 10),
+    ("bench", 4 << 10),
+    ("build", 4 << 10),
+    ("soak", 12 << 10),
+    ("test", 12 << 10),
+];
 /// To compile and to run a machine of 512 MiB, in MiB.
 const MEMORY_MIB: u64 = 1536;
 /// What compiling and machines have without waiting for each other, in MiB.

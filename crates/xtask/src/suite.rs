@@ -197,7 +197,7 @@ fn run_firecracker(filter: &[String]) -> Result<()> {
     let built = if kvm_host::is_inside() { server::built() } else { server::prepare()? };
     let all: Vec<String> = FIRECRACKER.iter().map(|name| (*name).to_owned()).collect();
     if filter.is_empty() {
-        step("driver conformance", || run_tests("firecracker", &[], &[]))?;
+        step("driver conformance", || run_tests("firecracker", &[ONE_AT_A_TIME], &[]))?;
     }
     let filter = if filter.is_empty() { &all } else { filter };
     step("end to end", || end_to_end(&built, filter, "firecracker"))
@@ -232,7 +232,7 @@ fn run_qemu(filter: &[String]) -> Result<()> {
     }
     let own = [QEMU_ON_KVM.to_owned()];
     if filter.is_empty() {
-        step("driver conformance", || run_tests("qemu", &[], &[]))?;
+        step("driver conformance", || run_tests("qemu", &[ONE_AT_A_TIME], &[]))?;
     }
     let filter = if filter.is_empty() { &own } else { filter };
     step("end to end", || end_to_end(&server::built(), filter, "qemu"))
@@ -273,11 +273,9 @@ fn programs(targets: &[&str]) -> Result<Vec<String>> {
     Ok(tests.filter_map(field).collect())
 }
 
-/// Runs the tests of the program `target` whose names contain one of `filter`; all when it is empty. In the emulated
-/// KVM host cargo would look for minutes whether anything has to be built.
-fn run_tests(target: &str, filter: &[String], environment: &[(&str, &OsStr)]) -> Result<()> {
-    // Two processors: tests that measure would measure each other.
-    let arguments = ["--test-threads=1", "--nocapture"];
+/// Runs tests of the program `target`, as its `arguments` say. In the emulated KVM host cargo would look for minutes
+/// whether anything has to be built.
+fn run_tests(target: &str, arguments: &[&str], environment: &[(&str, &OsStr)]) -> Result<()> {
     let mut tests = if kvm_host::is_inside() {
         let built = fs::read_to_string(built_tests())?;
         let is_it = |program: &&str| {
@@ -290,11 +288,63 @@ fn run_tests(target: &str, filter: &[String], environment: &[(&str, &OsStr)]) ->
         tests.args(ALL).args(["--test", target, "--"]);
         tests
     };
-    run_command(tests.args(arguments).args(filter).envs(environment.iter().copied()))
+    run_command(tests.arg("--nocapture").args(arguments).envs(environment.iter().copied()))
 }
 
-/// The servers use `vmm`, whatever else could be used here.
+/// One test after the other: whatever measures, measures nothing but itself.
+const ONE_AT_A_TIME: &str = "--test-threads=1";
+/// As many at once as there are processors that a test may need whole.
+const TWO_AT_A_TIME: &str = "--test-threads=2";
+
+/// End-to-end tests that run alone, by parts of their names: they measure, or take every processor for themselves
+/// already. `crates/e2e/src/promises.rs` refuses to measure in a test that is not among them.
+const ALONE: [&str; 12] = [
+    // Speed, rates and delays.
+    "clones_are_as_fast",
+    "a_bursty_load",
+    "limits_of_a_sandbox",
+    "by_default_the_internet",
+    "a_slot_that_is_used_again",
+    "a_thousand_slots",
+    "firecracker_runs_three",
+    // As many machines at once as fit.
+    "a_hundred_forks",
+    "fifty_claims",
+    "fifty_clients",
+    "two_hundred_machines",
+    "soak_leaves",
+];
+
+/// Runs what the end-to-end tests named by `filter` are, all of them when it is empty. The servers use `vmm`, whatever else
+/// could be used here.
 fn end_to_end(built: &Built, filter: &[String], vmm: &str) -> Result<()> {
+    on_ground(built, vmm, &[], |environment| {
+        let mut arguments = vec![ONE_AT_A_TIME];
+        arguments.extend(filter.iter().map(String::as_str));
+        run_tests(END_TO_END, &arguments, environment)
+    })
+}
+
+/// All end-to-end tests on QEMU: those that measure alone, the others two at a time.
+fn all_end_to_end(built: &Built) -> Result<()> {
+    on_ground(built, "qemu", &[], |environment| {
+        let beside: [(&str, &OsStr); 1] = [("KELVIN_E2E_BESIDE", OsStr::new("1"))];
+        let beside = [environment, &beside].concat();
+        let mut arguments = vec![TWO_AT_A_TIME];
+        arguments.extend(ALONE.iter().flat_map(|name| ["--skip", name]));
+        step("end to end, two at a time", || run_tests(END_TO_END, &arguments, &beside))?;
+        let arguments: Vec<&str> = [ONE_AT_A_TIME].iter().chain(&ALONE).copied().collect();
+        step("end to end, alone", || run_tests(END_TO_END, &arguments, environment))
+    })
+}
+
+/// Runs `tests` with a ground of their own and the environment that names it, with `more` in it.
+fn on_ground(
+    built: &Built,
+    vmm: &str,
+    more: &[(&str, &OsStr)],
+    tests: impl FnOnce(&[(&str, &OsStr)]) -> Result<()>,
+) -> Result<()> {
     let _alone = alone()?;
     let ground = Ground::make(built)?;
     let sdks = crate::sdk::ensure()?;
@@ -314,12 +364,53 @@ fn end_to_end(built: &Built, filter: &[String], vmm: &str) -> Result<()> {
     ];
     let failures = ground.directory.join("failures");
     let _ = fs::remove_file(&failures);
-    let result = run_tests(END_TO_END, filter, &environment).map_err(|error| {
+    let result = tests(&[&environment, more].concat()).map_err(|error| {
         // What failed is far up by now.
         format!("{error}\n{}", fs::read_to_string(&failures).unwrap_or_default()).into()
     });
     let cleared = ground.clear();
     result.and(cleared)
+}
+
+/// Name of the soak among the end-to-end tests.
+const SOAK: &str = "soak_leaves_everything_as_it_was";
+
+/// Minutes, and the seed when one is given.
+fn soak_options(arguments: &[String]) -> Result<(u64, Option<u64>)> {
+    let usage = "usage: cargo xtask soak --minutes N [--seed S]";
+    let (mut minutes, mut seed) = (None, None);
+    let mut rest = arguments.iter();
+    while let Some(name) = rest.next() {
+        let wanted = match name.as_str() {
+            "--minutes" => &mut minutes,
+            "--seed" => &mut seed,
+            other => return Err(format!("unknown option {other:?}; {usage}").into()),
+        };
+        let value = rest.next().and_then(|text| text.parse::<u64>().ok());
+        *wanted = Some(value.ok_or_else(|| format!("{name} takes a number; {usage}"))?);
+    }
+    match minutes {
+        Some(0) => Err(format!("--minutes 0 shows nothing; {usage}").into()),
+        Some(minutes) => Ok((minutes, seed)),
+        None => Err(usage.into()),
+    }
+}
+
+/// `cargo xtask soak --minutes N [--seed S]`: the suite's soak, longer and from another seed.
+pub fn soak(arguments: &[String]) -> Result<()> {
+    let (minutes, seed) = soak_options(arguments)?;
+    // Printed by the soak, so that it can be run again.
+    let otherwise = || std::time::UNIX_EPOCH.elapsed().map_or(1, |now| now.as_secs());
+    let (seconds, seed) = ((minutes * 60).to_string(), seed.unwrap_or_else(otherwise).to_string());
+    let built = server::prepare()?;
+    prepare_tests()?;
+    let more: [(&str, &OsStr); 2] =
+        [("KELVIN_SOAK_SECONDS", OsStr::new(&seconds)), ("KELVIN_SOAK_SEED", OsStr::new(&seed))];
+    step("soak", || {
+        on_ground(&built, "qemu", &more, |environment| {
+            run_tests(END_TO_END, &[ONE_AT_A_TIME, SOAK], environment)
+        })
+    })
 }
 
 /// What was built here, with the QEMU, kernel and user space of another release.
@@ -358,8 +449,15 @@ pub fn run(filter: &[String]) -> Result<()> {
     step("dependencies", deps::check)?;
     step("documents", docs::check)?;
     crate::packages::ensure()?;
-    step("lints", || cargo_step(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
-    step("licences", deny)?;
+    std::thread::scope(|scope| -> Result<()> {
+        // Reads the tree, or installs itself; the compiler is busy with another.
+        let beside = scope.spawn(|| step("licences", deny).map_err(|error| error.to_string()));
+        // Of the profile that everything is built with: build scripts and macros of dependencies are compiled once.
+        step("lints", || {
+            cargo_step(&["clippy", "--release", "--workspace", "--all-targets", "--", "-D", "warnings"])
+        })?;
+        Ok(beside.join().map_err(|_| "looking at licences panicked")??)
+    })?;
     let built = server::prepare()?;
     // Waits for what is beside it, also when a step fails: its children would go on without this.
     std::thread::scope(|scope| -> Result<()> {
@@ -375,8 +473,53 @@ pub fn run(filter: &[String]) -> Result<()> {
         step("fuzz", || crate::fuzz::run(&[]))?;
         Ok(beside.join().map_err(|_| "preparing the tests panicked")??)
     })?;
-    step("end to end", || end_to_end(&built, &[], "qemu"))?;
+    all_end_to_end(&built)?;
     step("another release", other_release)?;
     step("package", || crate::package_test::run(&[]))?;
     run_firecracker(&[])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_test_that_is_named_here_is_there() {
+        let directory = crate::root().join("crates/e2e/tests/suite/e2e");
+        let names: Vec<String> = fs::list(directory)
+            .unwrap()
+            .into_iter()
+            .flat_map(|file| {
+                let text = fs::read_to_string(&file).unwrap();
+                let module = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+                let tests = text.split("#[tokio::test]").skip(1);
+                let name = |test: &str| test.split_once("async fn ")?.1.split('(').next().map(str::to_owned);
+                tests.filter_map(name).map(|name| format!("e2e::{module}::{name}")).collect::<Vec<_>>()
+            })
+            .collect();
+        assert!(names.len() > 50, "{names:?}");
+        for part in ALONE.iter().chain(&FIRECRACKER).chain(&[QEMU_ON_KVM, SOAK]) {
+            assert!(names.iter().any(|name| name.contains(part)), "no test has {part} in its name");
+        }
+    }
+
+    #[test]
+    fn a_soak_is_told_how_long_and_from_where() {
+        let options = |words: &[&str]| {
+            let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
+            soak_options(&words).map_err(|error| error.to_string())
+        };
+        assert_eq!(options(&["--minutes", "2"]), Ok((2, None)));
+        assert_eq!(options(&["--seed", "7", "--minutes", "30"]), Ok((30, Some(7))));
+        for wrong in [
+            &[][..],
+            &["--minutes"],
+            &["--minutes", "x"],
+            &["--minutes", "0"],
+            &["--seed", "1"],
+            &["--hours", "1"],
+        ] {
+            assert!(options(wrong).is_err_and(|error| error.contains("usage")), "{wrong:?}");
+        }
+    }
 }

@@ -20,6 +20,7 @@ mod people;
 mod restart;
 mod run;
 mod sdk;
+mod soak;
 mod speed;
 mod tenants;
 mod warm;
