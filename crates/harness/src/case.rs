@@ -185,7 +185,7 @@ impl Case {
             at: step + 1,
             beside_at: u32::try_from(random.below(u64::from(steps[index]) + 2)).unwrap_or_default(),
             jitter: random.below(2) == 0,
-            seed: random.next(),
+            seed: random.draw(),
         };
         let again = random.of(&[Again::No, Again::No, Again::Stopped, Again::Killed]);
         Self { seed, scenario: Scenario::ALL[index], plan, beside, again }
