@@ -34,6 +34,8 @@ const USAGE: &str = "usage: cargo xtask <command>
 
   demo      install what is missing, build, bake, run code in a microVM, print the waterfall
   test      everything CI runs: format, lints, licences, unit and end-to-end tests
+  test end-to-end | NAME...
+            of these the end-to-end tests, all or those with a NAME in theirs
   up [code-interpreter]
             start a server in the background, with the templates: eval \"$(cargo xtask up)\"
   kvm-host -- CMD

@@ -430,7 +430,10 @@ pub fn write_openapi() -> Result<()> {
     run_command(cargo().args(ALL).args(["--lib", "--", "--exact", test]).env("KELVIN_WRITE_OPENAPI", "1"))
 }
 
-/// Everything; with arguments only the end-to-end tests whose names contain one of them.
+/// What names all end-to-end tests, as the whole suite runs them.
+const ALL_END_TO_END: &str = "end-to-end";
+
+/// Everything; with arguments only the end-to-end tests whose names contain one of them, or [`ALL_END_TO_END`].
 pub fn run(filter: &[String]) -> Result<()> {
     if let [option, driver, rest @ ..] = filter
         && option == "--driver"
@@ -443,6 +446,9 @@ pub fn run(filter: &[String]) -> Result<()> {
     }
     if !filter.is_empty() {
         let built = server::prepare()?;
+        if filter == [ALL_END_TO_END] {
+            return all_end_to_end(&built);
+        }
         return step("end to end", || end_to_end(&built, filter, "qemu"));
     }
     step("format", || cargo_step(&["fmt", "--all", "--check"]))?;
