@@ -22,6 +22,7 @@ use kelvin_api::sandbox::{BakeTemplate, NewSandbox, NodeInfo, Sandbox};
 use kelvin_client::Client;
 use kelvin_client::agent::{self, Agent};
 use kelvin_host::process::{proportional_kib, working_in};
+use kelvin_powercut::Block;
 
 /// How long anything may take on a busy machine before a test fails.
 pub const LIMIT: Duration = Duration::from_secs(120);
@@ -108,13 +109,28 @@ impl Ground {
         fs::create_dir(&data_dir).expect("a fresh data directory");
         let image = self.directory.join(format!("{name}.xfs"));
         fs::File::create(&image).and_then(|file| file.set_len(u64::from(size_mib) << 20)).expect("an image");
-        let run = |program: &str, words: &[&std::ffi::OsStr]| {
-            let status = Command::new(program).args(words).stdout(Stdio::null()).status().expect("it starts");
-            assert!(status.success(), "{program}: {status}");
-        };
-        run("mkfs.xfs", &["-q".as_ref(), "-m".as_ref(), "reflink=1".as_ref(), image.as_ref()]);
-        run("mount", &["-o".as_ref(), "loop".as_ref(), image.as_ref(), data_dir.as_ref()]);
+        make_xfs(&image);
+        mount_loop(&image, &data_dir);
         self.server_in(None, data_dir, Some(image), args).await
+    }
+
+    /// The same on a disk, `size_mib` large, whose power can fail; or a line that says why there is no such disk.
+    pub async fn server_on_block(&self, size_mib: u32, name: &str, args: &[&str]) -> Option<Server> {
+        let (data_dir, device) = (self.directory.join(name), self.directory.join(format!("{name}.device")));
+        fs::create_dir(&device).expect("a fresh directory");
+        let Some(block) = Block::mount(&device, u64::from(size_mib) << 20).expect("a device") else {
+            fs::remove_dir(&device).expect("it is empty");
+            println!("skipped: no /dev/fuse");
+            return None;
+        };
+        fs::create_dir(&data_dir).expect("a fresh data directory");
+        let image = block.image();
+        make_xfs(&image);
+        mount_loop(&image, &data_dir);
+        let mut server = self.prepared(None, data_dir, None);
+        server.block = Some(block);
+        server.begin(args).await;
+        Some(server)
     }
 
     async fn server_in(
@@ -127,27 +143,43 @@ impl Ground {
         if user.is_some() {
             std::os::unix::fs::chown(&data_dir, user, user).expect("it can be given away");
         }
-        let mut server = Server {
+        let mut server = self.prepared(user, data_dir, image);
+        server.begin(args).await;
+        server
+    }
+
+    fn prepared(&self, user: Option<u32>, data_dir: PathBuf, image: Option<PathBuf>) -> Server {
+        Server {
             binary: self.binary.clone(),
             user,
             data_dir,
             image,
+            block: None,
             guest: self.directory.join("guest"),
             process: None,
             url: String::new(),
             stopped: false,
             descriptors: None,
-        };
-        let guest = self.directory.join("guest");
-        server.import("base", &guest.join("vmlinuz"), &guest.join("initrd"));
-        server.start(args).await;
-        server
+        }
     }
 
     /// The guest's files.
     pub fn guest(&self, name: &str) -> PathBuf {
         self.directory.join("guest").join(name)
     }
+}
+
+fn run(program: &str, words: &[&std::ffi::OsStr]) {
+    let status = Command::new(program).args(words).stdout(Stdio::null()).status().expect("it starts");
+    assert!(status.success(), "{program}: {status}");
+}
+
+fn make_xfs(image: &Path) {
+    run("mkfs.xfs", &["-q".as_ref(), "-m".as_ref(), "reflink=1".as_ref(), image.as_ref()]);
+}
+
+fn mount_loop(image: &Path, directory: &Path) {
+    run("mount", &["-o".as_ref(), "loop".as_ref(), image.as_ref(), directory.as_ref()]);
 }
 
 /// Runs `ip` with these words, in this thread's namespace.
@@ -174,6 +206,8 @@ pub struct Server {
     data_dir: PathBuf,
     /// The file system that is mounted on the data directory, when it has one of its own.
     image: Option<PathBuf>,
+    /// The device that this is on, when its power can fail.
+    block: Option<Block>,
     guest: PathBuf,
     process: Option<Child>,
     url: String,
@@ -245,6 +279,12 @@ impl Server {
         command.args(["serve", "--data-dir"]).arg(&self.data_dir).args(defaults(args)).args(args);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command
+    }
+
+    /// With template `base`, for the first time.
+    async fn begin(&mut self, args: &[&str]) {
+        self.import("base", &self.guest.join("vmlinuz"), &self.guest.join("initrd"));
+        self.start(args).await;
     }
 
     /// Starts a server that is to refuse, beside none; what it says.
@@ -369,6 +409,37 @@ impl Server {
         child.wait().expect("it can be waited for");
     }
 
+    /// The device that it is on, see [`Ground::server_on_block`].
+    pub fn block(&self) -> &Block {
+        self.block.as_ref().expect("a device whose power can fail")
+    }
+
+    /// The power fails, and is there again: nothing runs any more, and the disk is what survived. Of the blocks that were not
+    /// flushed those do that `survives` picks.
+    pub async fn power_fails(&mut self, survives: impl Fn(u64) -> bool) {
+        let image = self.block().power_fails(survives).expect("what survives can be written");
+        let running: Vec<i32> = self.vmms().into_iter().chain(self.helpers()).collect();
+        self.kill_9();
+        for pid in running.into_iter().filter_map(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+        // It is busy until the last of them is gone.
+        let started = Instant::now();
+        while let Err(error) = rustix::mount::unmount(&self.data_dir, rustix::mount::UnmountFlags::empty()) {
+            assert!(started.elapsed() < LIMIT, "the disk stays mounted: {error}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        self.drop_block().expect("the device is gone");
+        mount_loop(&image, &self.data_dir);
+        self.image = Some(image);
+    }
+
+    fn drop_block(&mut self) -> std::io::Result<()> {
+        let Some(block) = self.block.take() else { return Ok(()) };
+        drop(block);
+        fs::remove_dir(self.data_dir.with_extension("device"))
+    }
+
     /// Waits until the server has ended by itself; how.
     pub async fn wait_for_death(&mut self) -> ExitStatus {
         let started = Instant::now();
@@ -442,6 +513,11 @@ impl Server {
     }
 
     fn clear(&mut self) -> std::io::Result<()> {
+        if self.block.is_some() {
+            rustix::mount::unmount(&self.data_dir, rustix::mount::UnmountFlags::empty())?;
+            self.drop_block()?;
+            fs::remove_file(self.data_dir.with_extension("survives"))?;
+        }
         if let Some(image) = self.image.take() {
             let status = Command::new("umount").arg(&self.data_dir).status()?;
             if !status.success() {

@@ -32,7 +32,7 @@ use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, mount_remount, unmount,
 };
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use rustix::process::{Resource, Rlimit, pivot_root, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, pivot_root, setrlimit};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use serde::{Deserialize, Serialize};
 
@@ -435,6 +435,8 @@ fn limit(jail: &Jail) -> io::Result<()> {
         (Resource::Fsize, jail.max_file_bytes),
         (Resource::Nofile, jail.max_descriptors),
     ] {
+        // A server that may have less cannot give more: raising a limit is a right of its own.
+        let most = getrlimit(resource).maximum.map_or(most, |own| own.min(most));
         let limit = Rlimit { current: Some(most), maximum: Some(most) };
         step(format!("limiting {resource:?}"), setrlimit(resource, limit))?;
     }

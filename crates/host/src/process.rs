@@ -227,6 +227,8 @@ impl Process {
     }
 
     fn signal(&self, signal: Signal) -> io::Result<()> {
+        // One of one, without the feature.
+        #[allow(clippy::infallible_destructuring_match)]
         let pidfd = match &self.held {
             Held::Pidfd(pidfd) => pidfd.get_ref(),
             #[cfg(feature = "testing")]

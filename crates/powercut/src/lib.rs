@@ -8,8 +8,10 @@
 //! the disk lie, so that a test shows which syncs it needs. A crash of the test leaves a dead mount point
 //! (`umount -l`); a test that ends unmounts.
 //!
-//! Deliberately absent: reflinks (FUSE has none; clones are copies), links, devices, extended attributes.
+//! Deliberately absent: reflinks (FUSE has none; clones are copies), links, devices, extended attributes. A whole server with
+//! its machines gets a [`Block`].
 
+mod block;
 mod tree;
 
 use std::ffi::OsStr;
@@ -24,6 +26,7 @@ use fuser::{
     ReplyEntry, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
+pub use block::Block;
 use rustix::mount::UnmountFlags;
 pub use tree::Loss;
 use tree::Tree;

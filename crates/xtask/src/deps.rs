@@ -22,8 +22,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("harness", &["server", "control", "node", "vmm", "store", "host", "api"]),
     ("client", &["api"]),
     ("bench", &["client", "host", "api"]),
-    // `host` for namespaces: the tests bring their own internet.
-    ("e2e", &["client", "host", "api"]),
+    // `host` for namespaces: the tests bring their own internet; `powercut` for a disk whose power fails.
+    ("e2e", &["client", "host", "powercut", "api"]),
     (
         "cli",
         &["server", "gateway", "control", "node", "egress", "client", "bench", "vmm", "store", "host", "api"],

@@ -28,13 +28,13 @@ fn refused(error: Error) -> (u16, String, String) {
 }
 
 /// The counter and the token of a process that runs [`COUNTER`].
-async fn state(agent: &Agent) -> (u64, String) {
+pub(super) async fn state(agent: &Agent) -> (u64, String) {
     let text = sh(agent, "cat /tmp/state").await;
     let (count, token) = text.trim().split_once(' ').expect("two words");
     (count.parse().expect("a number"), token.to_owned())
 }
 
-async fn goes_on(agent: &Agent, from: u64) -> u64 {
+pub(super) async fn goes_on(agent: &Agent, from: u64) -> u64 {
     let started = Instant::now();
     loop {
         let (count, _) = state(agent).await;
@@ -421,7 +421,7 @@ async fn a_kept_snapshot_that_rots_is_told_by_its_chunk(
 }
 
 /// Starts `operation` on a sandbox and does not wait for more than its end.
-async fn operate(client: &Client, operation: &str, id: &str) -> Result<(), Error> {
+pub(super) async fn operate(client: &Client, operation: &str, id: &str) -> Result<(), Error> {
     match operation {
         "pause" => client.pause(id).await.map(drop),
         "snapshot" => client.snapshot(id, None).await.map(drop),

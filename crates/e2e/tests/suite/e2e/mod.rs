@@ -17,6 +17,7 @@ mod kvm;
 mod lifecycle;
 mod network;
 mod people;
+mod power;
 mod restart;
 mod run;
 mod sdk;
