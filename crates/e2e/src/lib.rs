@@ -118,7 +118,8 @@ impl Ground {
     pub async fn server_on_block(&self, size_mib: u32, name: &str, args: &[&str]) -> Option<Server> {
         let (data_dir, device) = (self.directory.join(name), self.directory.join(format!("{name}.device")));
         fs::create_dir(&device).expect("a fresh directory");
-        let Some(block) = Block::mount(&device, u64::from(size_mib) << 20).expect("a device") else {
+        let bytes = u64::from(size_mib) << 20;
+        let Some(block) = Block::mount(&device, bytes).expect("a device") else {
             fs::remove_dir(&device).expect("it is empty");
             println!("skipped: no /dev/fuse");
             return None;
@@ -128,7 +129,7 @@ impl Ground {
         make_xfs(&image);
         mount_loop(&image, &data_dir);
         let mut server = self.prepared(None, data_dir, None);
-        server.block = Some(block);
+        server.block = Some((block, bytes));
         server.begin(args).await;
         Some(server)
     }
@@ -206,8 +207,8 @@ pub struct Server {
     data_dir: PathBuf,
     /// The file system that is mounted on the data directory, when it has one of its own.
     image: Option<PathBuf>,
-    /// The device that this is on, when its power can fail.
-    block: Option<Block>,
+    /// The device that this is on, when its power can fail, and its size.
+    block: Option<(Block, u64)>,
     guest: PathBuf,
     process: Option<Child>,
     url: String,
@@ -411,13 +412,13 @@ impl Server {
 
     /// The device that it is on, see [`Ground::server_on_block`].
     pub fn block(&self) -> &Block {
-        self.block.as_ref().expect("a device whose power can fail")
+        &self.block.as_ref().expect("a device whose power can fail").0
     }
 
     /// The power fails, and is there again: nothing runs any more, and the disk is what survived. Of the blocks that were not
     /// flushed those do that `survives` picks.
     pub async fn power_fails(&mut self, survives: impl Fn(u64) -> bool) {
-        let image = self.block().power_fails(survives).expect("what survives can be written");
+        self.block().power_fails(survives).expect("what survives can be written");
         let running: Vec<i32> = self.vmms().into_iter().chain(self.helpers()).collect();
         self.kill_9();
         for pid in running.into_iter().filter_map(rustix::process::Pid::from_raw) {
@@ -429,15 +430,12 @@ impl Server {
             assert!(started.elapsed() < LIMIT, "the disk stays mounted: {error}");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        self.drop_block().expect("the device is gone");
-        mount_loop(&image, &self.data_dir);
-        self.image = Some(image);
-    }
-
-    fn drop_block(&mut self) -> std::io::Result<()> {
-        let Some(block) = self.block.take() else { return Ok(()) };
+        let (block, bytes) = self.block.take().expect("it was there");
         drop(block);
-        fs::remove_dir(self.data_dir.with_extension("device"))
+        let block = Block::mount(&self.data_dir.with_extension("device"), bytes).expect("a device");
+        let block = block.expect("there was FUSE");
+        mount_loop(&block.image(), &self.data_dir);
+        self.block = Some((block, bytes));
     }
 
     /// Waits until the server has ended by itself; how.
@@ -515,7 +513,8 @@ impl Server {
     fn clear(&mut self) -> std::io::Result<()> {
         if self.block.is_some() {
             rustix::mount::unmount(&self.data_dir, rustix::mount::UnmountFlags::empty())?;
-            self.drop_block()?;
+            self.block = None;
+            fs::remove_dir(self.data_dir.with_extension("device"))?;
             fs::remove_file(self.data_dir.with_extension("survives"))?;
         }
         if let Some(image) = self.image.take() {

@@ -105,7 +105,6 @@ impl State {
 pub struct Block {
     state: Arc<Mutex<State>>,
     directory: PathBuf,
-    survives: PathBuf,
     _session: BackgroundSession,
 }
 
@@ -125,8 +124,9 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 impl Block {
-    /// A device of `bytes` zero bytes. `directory` is where it is mounted; what it holds is beside it, in files of its name and
-    /// `.now` and `.survives`. `None` where there is no FUSE, or no right to use it.
+    /// A device of `bytes` bytes, zeroes at first. `directory` is where it is mounted; what it holds is beside it, in files of its
+    /// name and `.now` and `.survives`. After a power failure and the drop of the device, this is the next boot. `None` where
+    /// there is no FUSE, or no right to use it.
     ///
     /// # Errors
     /// As the kernel gives them when it is there and cannot be mounted.
@@ -134,15 +134,17 @@ impl Block {
         if File::options().read(true).write(true).open("/dev/fuse").is_err() {
             return Ok(None);
         }
-        let file = |path: &Path| {
-            let file = File::options().read(true).write(true).create_new(true).open(path)?;
+        let (now, survives) = (directory.with_extension("now"), directory.with_extension("survives"));
+        let open = |path: &Path| {
+            let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
             file.set_len(bytes)?;
             io::Result::Ok(file)
         };
-        let (now, survives) = (directory.with_extension("now"), directory.with_extension("survives"));
+        let kept = open(&survives)?;
+        std::fs::copy(&survives, &now)?;
         let state = State {
-            now: file(&now)?,
-            survives: file(&survives)?,
+            now: open(&now)?,
+            survives: kept,
             bytes,
             unflushed: BTreeSet::new(),
             delay: Duration::ZERO,
@@ -153,7 +155,7 @@ impl Block {
         std::fs::remove_file(&now)?;
         let state = Arc::new(Mutex::new(state));
         let session = fuser::spawn_mount(Server(Arc::clone(&state)), directory, &Config::default())?;
-        Ok(Some(Self { state, directory: directory.to_owned(), survives, _session: session }))
+        Ok(Some(Self { state, directory: directory.to_owned(), _session: session }))
     }
 
     /// The file that is the device, for a loop device.
@@ -171,17 +173,15 @@ impl Block {
         lock(&self.state).flushes
     }
 
-    /// The power fails. What was flushed survives, and of the other blocks those that `survives` picks by number. The file
-    /// that is returned is the device as the next boot finds it, and the caller's.
+    /// The power fails. What was flushed survives, and of the other blocks those that `survives` picks by number.
     ///
     /// # Errors
-    /// When it cannot be written.
-    pub fn power_fails(&self, survives: impl Fn(u64) -> bool) -> io::Result<PathBuf> {
+    /// When what survives cannot be written.
+    pub fn power_fails(&self, survives: impl Fn(u64) -> bool) -> io::Result<()> {
         let mut state = lock(&self.state);
         state.has_failed = true;
         let blocks = std::mem::take(&mut state.unflushed);
-        state.keep(blocks.into_iter().filter(|block| survives(*block)))?;
-        Ok(self.survives.clone())
+        state.keep(blocks.into_iter().filter(|block| survives(*block)))
     }
 }
 
@@ -306,9 +306,11 @@ mod tests {
         for number in [2, 3, 4] {
             write(number, 2);
         }
-        let left = block.power_fails(|number| number == 3).unwrap();
+        block.power_fails(|number| number == 3).unwrap();
         assert!(file.write_all_at(&[3; 4096], 0).is_err(), "a device without power takes nothing");
-        let left = std::fs::read(left).unwrap();
+        drop((file, block));
+        let block = Block::mount(&directory, 1 << 20).unwrap().unwrap();
+        let left = std::fs::read(block.image()).unwrap();
         let first = |number: usize| left[number * 4096];
         assert_eq!((first(0), first(1), first(2), first(3), first(4)), (0, 1, 1, 2, 0));
         assert_eq!(left.len(), 1 << 20);
