@@ -118,6 +118,8 @@ impl Ground {
     pub async fn server_on_block(&self, size_mib: u32, name: &str, args: &[&str]) -> Option<Server> {
         let (data_dir, device) = (self.directory.join(name), self.directory.join(format!("{name}.device")));
         fs::create_dir(&device).expect("a fresh directory");
+        // Of a test that was killed.
+        let _ = fs::remove_file(data_dir.with_extension("survives"));
         let bytes = u64::from(size_mib) << 20;
         let Some(block) = Block::mount(&device, bytes).expect("a device") else {
             fs::remove_dir(&device).expect("it is empty");

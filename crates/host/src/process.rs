@@ -227,8 +227,6 @@ impl Process {
     }
 
     fn signal(&self, signal: Signal) -> io::Result<()> {
-        // One of one, without the feature.
-        #[allow(clippy::infallible_destructuring_match)]
         let pidfd = match &self.held {
             Held::Pidfd(pidfd) => pidfd.get_ref(),
             #[cfg(feature = "testing")]
@@ -300,6 +298,8 @@ impl Process {
     }
 
     /// Waits until it has ended, and reaps it when it is a child of this daemon.
+    // One of one, without the feature.
+    #[allow(clippy::infallible_destructuring_match)]
     pub async fn ended(&self) {
         let pidfd = match &self.held {
             Held::Pidfd(pidfd) => pidfd,

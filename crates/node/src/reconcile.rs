@@ -1,18 +1,18 @@
 //! Start-up: the ledger against the kernel. Sandboxes that run are adopted; everything else that the
-//! ledger names is removed; nothing else is touched.
+//! ledger names is removed, and directories of machines that it does not know and nothing runs from; nothing else is touched.
 //!
 //! No VMM and no guest is spoken to here: a sandbox whose process is there is listed, holds its capacity, its network and
 //! what it was restored from, and can be ended. Its own task takes over its VMM then (`sandbox`), many at one time,
 //! while the API answers. A guest that is silent is reported and goes on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use kelvin_api::error::chain;
 use kelvin_api::id::VmId;
 use kelvin_host::ledger::{Entry, Record as LedgerRecord, Resource};
 use kelvin_host::net::Range;
-use kelvin_host::process::{Process, ProcessKey};
+use kelvin_host::process::{Process, ProcessKey, find_by_marker};
 use kelvin_store::snapshot::Snapshot;
 use kelvin_vmm::MachineSpec;
 
@@ -94,6 +94,11 @@ impl Inner {
         attached: &[u16],
     ) -> Result<Reconciled, Error> {
         let mut unreadable = 0;
+        let known: BTreeSet<VmId> = entries
+            .iter()
+            .map(|entry| entry.owner.clone())
+            .chain(records.iter().map(|record| record.owner.clone()))
+            .collect();
         let mut machines: BTreeMap<VmId, Found> = BTreeMap::new();
         for entry in entries {
             let found = machines.entry(entry.owner).or_default();
@@ -178,7 +183,40 @@ impl Inner {
             }
             networks.forget(attached).await;
         }
+        removed += self.remove_unknown(&known).await?;
         Ok(Reconciled { adopting, removed, unreadable })
+    }
+
+    /// Removes directories of machines that the ledger does not know: the power failed after they were made, and before
+    /// their entries were on the disk. What runs from one is nobody's that we know, and is left alone.
+    async fn remove_unknown(&self, known: &BTreeSet<VmId>) -> Result<u32, Error> {
+        let directory = self.store.root().join("sandboxes");
+        let looking = |source| Error::Io { what: "looking for machines that nobody knows", source };
+        let listing = kelvin_host::blocking::spawn(move || {
+            let names: std::io::Result<Vec<_>> =
+                std::fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name())).collect();
+            names
+        });
+        let names = listing.await.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(looking)?;
+        let mut removed = 0;
+        for name in names {
+            let Some(vm) = name.to_str().and_then(|name| name.parse::<VmId>().ok()) else { continue };
+            if known.contains(&vm) {
+                continue;
+            }
+            let spec = self.spec(vm, &Found::default());
+            let marker = spec.marker();
+            let running = kelvin_host::blocking::spawn(move || find_by_marker(&marker));
+            let running =
+                running.await.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(looking)?;
+            if running.is_empty() {
+                self.keeper.release_or_log(&spec, None).await;
+                removed += 1;
+            } else {
+                tracing::error!(vm = %spec.vm, pids = ?running, "a VMM runs that the ledger does not know");
+            }
+        }
+        Ok(removed)
     }
 
     fn spec(&self, vm: VmId, found: &Found) -> MachineSpec {

@@ -70,6 +70,10 @@ impl Ground {
                 crate::packages::signal("KILL", pid)?;
             }
         }
+        // The last mount first: a disk of a test is on another.
+        for mounted in mounts_below(&ground.directory)?.into_iter().rev() {
+            run_command(Command::new("umount").arg(mounted))?;
+        }
         for path in fs::list(&ground.directory)? {
             if path.is_dir() {
                 fs::remove_dir_all(&path)?;
@@ -105,6 +109,13 @@ impl Ground {
             Err(format!("the tests have left behind: {}", left.join(", ")).into())
         }
     }
+}
+
+/// What is mounted below `directory`, in the order of the mounts.
+fn mounts_below(directory: &Path) -> Result<Vec<PathBuf>> {
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    let places = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(PathBuf::from);
+    Ok(places.filter(|place| place.starts_with(directory) && place != directory).collect())
 }
 
 /// Processes that work in `directory`, and directories of servers.
