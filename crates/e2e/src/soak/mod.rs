@@ -35,6 +35,8 @@ const CLIENTS: u64 = 4;
 const ROUND: Duration = Duration::from_secs(10);
 /// How long a server that stands still may take until it holds what it held before.
 const QUIET: Duration = Duration::from_secs(30);
+/// What a sandbox of `base` takes of it at least.
+const MACHINE_MIB: u64 = 256;
 /// Room for sandboxes, so that a soak meets full nodes too, and the machine is not its own limit.
 const ARGS: [&str; 9] =
     ["--waiting-vmms", "4", "--slots", "4", "--warm-max", "2", "--memory-mib", "6144", "--no-auto-bake"];
@@ -258,7 +260,10 @@ impl Soak {
         });
         ended.await.unwrap_or_else(|_| panic!("seed {}: a client does not come to its end", self.seed));
         self.workers.sort_by_key(Worker::number);
-        let node = server.settle().await;
+        // A full node looks for room for what is to wait, until what nobody knows any more is killed.
+        let has_no_room = |node: &NodeInfo| node.memory_mb - node.memory_reserved_mb < MACHINE_MIB;
+        let quiet = |node: &NodeInfo| node.settled || node.adopting == 0 && has_no_room(node);
+        let node = server.node_when("quiet", quiet).await;
         let listed = truth::compare(&self.shared, server, &mut self.workers).await;
         println!(
             "round {} ({}): {} creates, {listed} listed, {} ledger entries, server {} MiB",
