@@ -17,6 +17,22 @@ pub const PAGE: u64 = 4096;
 /// pointers to. Source: Linux, `mm/process_vm_access.c`, `PVM_MAX_KMALLOC_PAGES`.
 const READY: usize = 1024 * PAGE as usize;
 
+/// Gives what this process has freed back to the kernel: an allocator keeps it for each thread that was busy once, which after
+/// some captures is more than everything that is used. Takes milliseconds.
+#[allow(unsafe_code)]
+pub fn give_back() {
+    #[cfg(feature = "testing")]
+    if crate::testing::is_virtual() {
+        return;
+    }
+    // Others give back by themselves.
+    #[cfg(target_env = "gnu")]
+    // SAFETY: touches nothing that is allocated. Source: malloc_trim(3).
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Gives `pid` pages of its own at `addresses`, whole pages. A private mapping of a file is copied there, page by page, as
 /// if the process had written to it. No byte changes, whatever the process does meanwhile: the kernel makes a page ready to
 /// be written before it looks for what to write, and finds nothing.

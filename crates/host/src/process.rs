@@ -206,10 +206,23 @@ impl Process {
                 error
             }
         })?;
+        // One that is over is reaped as it is dropped.
         if process.key == key && !process.is_over() {
             Ok(process)
         } else {
             Err(io::ErrorKind::NotFound.into())
+        }
+    }
+
+    /// Takes its exit status from the kernel when it is a child of this daemon that has ended: it is a zombie until then.
+    fn reap(&self) {
+        match &self.held {
+            Held::Pidfd(pidfd) => {
+                let how = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+                let _ = waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), how);
+            }
+            #[cfg(feature = "testing")]
+            Held::Fake(_) => {}
         }
     }
 
@@ -310,7 +323,14 @@ impl Process {
         if let Ok(mut ready) = pidfd.readable().await {
             ready.retain_ready();
         }
-        let _ = waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+        self.reap();
+    }
+}
+
+/// Whoever looks last at one that has ended is not always who waited for it.
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.reap();
     }
 }
 
@@ -494,6 +514,24 @@ mod tests {
             network: Network::Shared,
             stdin: None,
         }
+    }
+
+    #[tokio::test]
+    async fn one_that_ended_while_nobody_waited_is_reaped_by_whoever_looks() {
+        let (process, _stderr) = Process::spawn(sleeper("marker-z1")).await.unwrap();
+        let key = process.key();
+        let is_zombie = || {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", key.pid)).unwrap_or_default();
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('Z'))
+        };
+        drop(process);
+        let pid = Pid::from_raw(key.pid).unwrap();
+        rustix::process::kill_process(pid, Signal::KILL).unwrap();
+        while !is_zombie() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(Process::adopt(key).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(!is_zombie());
     }
 
     #[tokio::test]

@@ -523,6 +523,7 @@ impl Node {
                 if let Some(networks) = &reaper.keeper.networks {
                     networks.slots.retry().await;
                 }
+                let _ = kelvin_host::blocking::spawn(kelvin_host::memory::give_back).await;
             }
         });
         Ok(Self { inner })

@@ -197,7 +197,8 @@ impl Inner {
                 std::fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name())).collect();
             names
         });
-        let names = listing.await.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(looking)?;
+        let names =
+            listing.await.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(looking)?;
         let mut removed = 0;
         for name in names {
             let Some(vm) = name.to_str().and_then(|name| name.parse::<VmId>().ok()) else { continue };
