@@ -17,6 +17,7 @@ use governor::{DefaultDirectRateLimiter, RateLimiter};
 use http::HeaderMap;
 use kelvin_api::account::{ApiKeyInfo, CreatedApiKey, Limits, Mask, NewApiKey, Project, ProjectInfo};
 use kelvin_api::error::{Failure, Kind};
+use kelvin_host::clock::Clock;
 
 use crate::ApiKey;
 use crate::database::{Database, Quota};
@@ -53,6 +54,7 @@ type Known = HashMap<String, Caller>;
 /// Every key that is accepted.
 #[derive(Debug)]
 pub struct Accounts {
+    clock: Clock,
     own: ApiKey,
     owner: Caller,
     /// By hash. Replaced as a whole: a request clones one pointer.
@@ -91,6 +93,7 @@ impl Accounts {
         };
         let projects = database.project_limits().await.map_err(database_failed)?.into_iter().collect();
         Ok(Self {
+            clock: database.clock.clone(),
             own,
             owner: Arc::new(owner),
             known: RwLock::new(Arc::new(known)),
@@ -128,7 +131,7 @@ impl Accounts {
         let caller = caller.ok_or_else(|| {
             Failure::new(Kind::Unauthenticated, "wrong_api_key", "the API key is not known", remedy)
         })?;
-        caller.last_used.store(jiff::Timestamp::now().as_millisecond(), Ordering::Relaxed);
+        caller.last_used.store(self.clock.wall().as_millisecond(), Ordering::Relaxed);
         Ok(caller)
     }
 
@@ -156,7 +159,7 @@ impl Accounts {
                 masked_value_prefix: key[PREFIX.len()..][..2].to_owned(),
                 masked_value_suffix: key[key.len() - 4..].to_owned(),
             },
-            created_at: jiff::Timestamp::now(),
+            created_at: database.clock.wall(),
             last_used: None,
             project: wanted.project,
             max_sandboxes: wanted.max_sandboxes,
@@ -341,7 +344,7 @@ mod tests {
     #[tokio::test]
     async fn a_key_lives_from_its_creation_to_its_end_and_is_kept_as_a_hash() {
         let dir = tempfile::tempdir().unwrap();
-        let database = Database::open(&dir.path().join("kelvin.db")).unwrap();
+        let database = Database::open(&dir.path().join("kelvin.db"), Clock::system().unwrap()).unwrap();
         let own = ApiKey::open(&dir.path().join("api-key")).unwrap();
         let accounts = Accounts::open(own.clone(), &database).await.unwrap();
         let wanted = NewApiKey {
@@ -390,7 +393,7 @@ mod tests {
     async fn a_caller_that_leaves_at_any_point_leaves_no_key_that_opens_and_is_not_there() {
         use futures::FutureExt as _;
         let dir = tempfile::tempdir().unwrap();
-        let database = Database::open(&dir.path().join("kelvin.db")).unwrap();
+        let database = Database::open(&dir.path().join("kelvin.db"), Clock::system().unwrap()).unwrap();
         let own = ApiKey::open(&dir.path().join("api-key")).unwrap();
         let accounts = Accounts::open(own, &database).await.unwrap();
         let mut ends = 0;

@@ -219,11 +219,15 @@ pub(crate) fn routes() -> Api {
 impl Control {
     /// The control API; every route but `/health` and `/openapi.json` asks for an API key.
     pub fn router(&self) -> Router {
-        let api = routes();
         // The same for every server of this program.
-        static DOCUMENT: OnceLock<Bytes> = OnceLock::new();
-        let document = DOCUMENT.get_or_init(|| Bytes::from(api.document().to_string())).clone();
-        api.router
+        static API: OnceLock<(Router<Control>, Bytes)> = OnceLock::new();
+        let made = || {
+            let api = routes();
+            let document = Bytes::from(api.document().to_string());
+            (api.router, document)
+        };
+        let (router, document) = API.get_or_init(made).clone();
+        router
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
             .layer(from_fn_with_state(self.clone(), authenticate))
@@ -360,7 +364,7 @@ async fn change(inner: &Inner, caller: Caller, mut request: Request, next: Next)
     let named = path.split('/').position(|part| part.starts_with('{'));
     let target = named.and_then(|at| request.uri().path().split('/').nth(at)).unwrap_or_default();
     let target: String = target.chars().take(120).collect();
-    let audit = Arc::new(Audit::new(&caller, action, target));
+    let audit = Arc::new(Audit::new(&caller, action, target, inner.clock.wall()));
     request.extensions_mut().insert(Arc::clone(&audit));
     let is_create = CREATES.contains(&path.as_str());
     if !is_create && let Err(failure) = audit.begin(&inner.database).await {
@@ -387,7 +391,7 @@ async fn reply_to(inner: &Inner, caller: &Caller, audit: &Audit, response: Respo
     audit.end(&inner.database, response.status(), about).await;
     if response.status() == StatusCode::TOO_MANY_REQUESTS {
         let first = inner.database.first_end(&caller.key).await.ok().flatten();
-        let left = first.map(|first| first.duration_since(jiff::Timestamp::now()));
+        let left = first.map(|first| first.duration_since(inner.clock.wall()));
         let wait = left.and_then(|left| Duration::try_from(left).ok()).unwrap_or(Duration::from_secs(1));
         return retry_after(response, wait.min(LONGEST_WAIT));
     }

@@ -33,11 +33,11 @@ struct State {
 }
 
 impl Audit {
-    /// Of what `caller` asks; not written yet.
-    pub fn new(caller: &Account, action: String, target: String) -> Self {
+    /// Of what `caller` asks `at` that time; not written yet.
+    pub fn new(caller: &Account, action: String, target: String, at: jiff::Timestamp) -> Self {
         let entry = AuditEntry {
             id: 0,
-            at: jiff::Timestamp::now(),
+            at,
             project: caller.project.to_string(),
             key_id: caller.key.clone(),
             action,

@@ -42,7 +42,7 @@ use kelvin_api::sandbox::{
 
 pub use auth::ApiKey;
 pub use reply::{reply, status};
-pub use service::{Control, Permit, unknown_template};
+pub use service::{Control, Permit, WeakControl, unknown_template};
 
 /// What the control plane asks of a node.
 #[async_trait]

@@ -92,7 +92,7 @@ impl Inner {
         mode: PauseMode,
     ) -> Result<Reply, Failure> {
         let row = self.row(id).await?;
-        let ends_at = deadline(timeout_s)?;
+        let ends_at = deadline(&self.clock, timeout_s)?;
         // An operator resumes within the limits of the owner.
         let quota = match caller.is_admin {
             true => self.accounts.quota_of(&row.key, &row.project),
@@ -245,7 +245,7 @@ impl Inner {
         check_env(&env_vars)?;
         let _change = self.changes.begin(id, "fork").await?;
         let source = self.row(id).await?;
-        let ends_at = deadline(timeout_s)?;
+        let ends_at = deadline(&self.clock, timeout_s)?;
         let metadata = body.metadata.unwrap_or_else(|| source.metadata.clone());
         check_map("metadata", &metadata, METADATA_BYTES)?;
         let (mut rows, mut children) = (Vec::new(), Vec::new());
@@ -255,7 +255,7 @@ impl Inner {
                 metadata: metadata.clone(),
                 access_token: source.access_token.as_ref().map(|_| Token::random()),
                 traffic_token: source.traffic_token.as_ref().map(|_| Token::random()),
-                started_at: jiff::Timestamp::now(),
+                started_at: self.clock.wall(),
                 ends_at,
                 state: SandboxState::Running,
                 parent: Some(id.clone()),

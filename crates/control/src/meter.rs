@@ -88,9 +88,8 @@ struct MaxMetric {
     value: f64,
 }
 
-fn as_metric(guest: &GuestMetrics) -> SandboxMetric {
-    // The host's clock: a guest may have set its own.
-    let now = jiff::Timestamp::now();
+/// What `guest` says; `now` is the host's clock: a guest may have set its own.
+fn as_metric(guest: &GuestMetrics, now: jiff::Timestamp) -> SandboxMetric {
     SandboxMetric {
         timestamp: jiff::Timestamp::from_second(now.as_second()).unwrap_or(now),
         timestamp_unix: now.as_second(),
@@ -107,7 +106,7 @@ fn as_metric(guest: &GuestMetrics) -> SandboxMetric {
 impl Inner {
     async fn ask_guest(&self, id: &SandboxId) -> Option<(SandboxId, SandboxMetric)> {
         match tokio::time::timeout(PATIENCE, self.node.metrics(id)).await {
-            Ok(Ok(guest)) => Some((id.clone(), as_metric(&guest))),
+            Ok(Ok(guest)) => Some((id.clone(), as_metric(&guest, self.clock.wall()))),
             Ok(Err(failure)) => {
                 tracing::debug!(sandbox = %id, error = chain(&failure), "not measured");
                 None
@@ -121,7 +120,7 @@ impl Inner {
         // Not at once: guests that were just adopted find out about the former server first.
         let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + EVERY, EVERY);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut last = jiff::Timestamp::now();
+        let mut last = self.clock.now();
         loop {
             ticks.tick().await;
             let live = match self.node.live().await {
@@ -146,8 +145,8 @@ impl Inner {
             if let Err(error) = self.database.note_used(self.accounts.used()).await {
                 tracing::error!(error = chain(&error), "when keys were used was not written");
             }
-            let now = jiff::Timestamp::now();
-            let span = now.as_second() - last.as_second();
+            let now = self.clock.now();
+            let span = i64::try_from(now.saturating_duration_since(last).as_secs()).unwrap_or(i64::MAX);
             last = now;
             if let Err(error) = self.database.add_metrics(metrics, started, span).await {
                 tracing::error!(error = chain(&error), "measurements were not written");
@@ -274,7 +273,7 @@ async fn most_of_project(
         }
     };
     let most = found.iter().max_by(|one, other| value(one).total_cmp(&value(other)));
-    let timestamp = most.map_or_else(jiff::Timestamp::now, |metric| metric.timestamp);
+    let timestamp = most.map_or_else(|| control.inner.clock.wall(), |metric| metric.timestamp);
     let reply =
         MaxMetric { timestamp, timestamp_unix: timestamp.as_second(), value: most.map_or(0.0, value) };
     Ok(json(StatusCode::OK, &reply))

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -19,6 +19,7 @@ use kelvin_api::sandbox::{
     SandboxDetail, SandboxLog, SandboxLogEntry, SandboxLogs, SandboxState,
 };
 use kelvin_api::units::MemoryMib;
+use kelvin_host::clock::Clock;
 use kelvin_host::db;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -42,7 +43,19 @@ pub struct Control {
     pub(crate) inner: Arc<Inner>,
 }
 
+/// A control plane for whoever it holds itself: it ends when nobody else has it.
+#[derive(Clone)]
+pub struct WeakControl(Weak<Inner>);
+
+impl WeakControl {
+    /// The control plane, while there is one.
+    pub fn upgrade(&self) -> Option<Control> {
+        Some(Control { inner: self.0.upgrade()? })
+    }
+}
+
 pub(crate) struct Inner {
+    pub(crate) clock: Clock,
     pub(crate) database: Database,
     pub(crate) node: Arc<dyn Node>,
     pub(crate) accounts: Accounts,
@@ -173,16 +186,20 @@ impl Control {
     /// # Errors
     /// When the database or the node cannot be used.
     ///
-    /// `domain` is told to clients, which reach ports as its hosts.
+    /// `domain` is told to clients, which reach ports as its hosts. `clock` is the node's.
     pub async fn open(
         data_dir: &Path,
         node: Arc<dyn Node>,
         key: ApiKey,
         domain: Option<String>,
+        clock: Clock,
     ) -> Result<Self, Failure> {
-        let database = Database::open(&data_dir.join("kelvin.db")).map_err(database_failed)?;
+        let path = data_dir.join("kelvin.db");
+        let database = Database::open(&path, clock.clone()).map_err(database_failed)?;
+        database.count_from_this_boot().await.map_err(database_failed)?;
         let accounts = Accounts::open(key, &database).await?;
         let inner = Arc::new(Inner {
+            clock,
             database,
             node,
             accounts,
@@ -205,6 +222,11 @@ impl Control {
             stop.run_until_cancelled(meter.measure()).await;
         });
         Ok(Self { inner })
+    }
+
+    /// The same for the node that it holds.
+    pub fn downgrade(&self) -> WeakControl {
+        WeakControl(Arc::downgrade(&self.inner))
     }
 
     /// Ends what runs in the background; creates that are under way end first.
@@ -359,7 +381,7 @@ impl Inner {
         let mut since = Instant::now();
         let mut timings = Timings::default();
         let source = self.base(caller, &body.template_id).await?;
-        let (row, mut request) = prepare(caller, body, source)?;
+        let (row, mut request) = prepare(&self.clock, caller, body, source)?;
         self.begin(self.accounts.quota(caller), std::slice::from_ref(&row), key, Some(audit)).await?;
         request.ends_at = row.ends_at;
         timings.lap(Phase::Reserve, &mut since);
@@ -455,7 +477,10 @@ impl Inner {
 
     pub(crate) async fn row(&self, id: &SandboxId) -> Result<SandboxRow, Failure> {
         let row = self.database.get(id).await.map_err(database_failed)?;
-        row.filter(is_there).ok_or_else(|| not_found(id.as_str()))
+        match row {
+            Some(row) if self.is_there(&row).await? => Ok(row),
+            _ => Err(not_found(id.as_str())),
+        }
     }
 
     pub(crate) async fn kill(&self, id: &SandboxId) -> Result<(), Failure> {
@@ -481,9 +506,11 @@ impl Inner {
         seconds: u64,
         may_shorten: bool,
     ) -> Result<SandboxDetail, Failure> {
-        let ends_at = deadline(seconds)?;
+        let ends_at = deadline(&self.clock, seconds)?;
         let mut row = self.row(id).await?;
-        if may_shorten || ends_at > row.ends_at {
+        // By the wall clock as it is now: what is recorded may be from before it was set.
+        let known = self.node.one(id).await?.map_or(row.ends_at, |live| live.ends_at);
+        if may_shorten || ends_at > known {
             self.node.set_deadline(id, ends_at).await?;
             self.database.set_deadline(id, ends_at).await.map_err(database_failed)?;
             row.ends_at = ends_at;
@@ -541,16 +568,23 @@ impl Inner {
             .last()
             .filter(|_| more)
             .map(|row| make_page_token(&(row.started_at.as_millisecond(), row.id.to_string())));
-        let sandboxes = rows.into_iter().filter(is_there).map(|row| self.detail_of(row, false)).collect();
+        let mut sandboxes = Vec::new();
+        for row in rows {
+            if self.is_there(&row).await? {
+                sandboxes.push(self.detail_of(row, false));
+            }
+        }
         Ok(Page { sandboxes, next })
     }
-}
 
-/// Whether a sandbox is there for its owner: its end may not have been recorded yet.
-fn is_there(row: &SandboxRow) -> bool {
-    row.state == SandboxState::Paused
-        || row.lifecycle.on_timeout == OnTimeout::Pause
-        || row.ends_at > jiff::Timestamp::now()
+    /// Whether a sandbox is there for its owner: its end may not have been recorded yet. When its time is over by the wall
+    /// clock, the node says whether it is: that clock may have been set.
+    async fn is_there(&self, row: &SandboxRow) -> Result<bool, Failure> {
+        let is_over = row.state == SandboxState::Running
+            && row.lifecycle.on_timeout == OnTimeout::Kill
+            && row.ends_at <= self.clock.wall();
+        Ok(!is_over || self.node.one(&row.id).await?.is_some())
+    }
 }
 
 /// A place in a list: a time in milliseconds and an id.
@@ -575,7 +609,8 @@ pub(crate) fn parse_page_token(token: &str) -> Result<(i64, String), Failure> {
         })
 }
 
-pub(crate) fn deadline(seconds: u64) -> Result<jiff::Timestamp, Failure> {
+/// When a time to live of `seconds` is over, as the wall clock is now. The node counts it on boot time from here on.
+pub(crate) fn deadline(clock: &Clock, seconds: u64) -> Result<jiff::Timestamp, Failure> {
     if seconds > MAX_TIMEOUT_S {
         return Err(invalid(
             "invalid_timeout",
@@ -584,13 +619,19 @@ pub(crate) fn deadline(seconds: u64) -> Result<jiff::Timestamp, Failure> {
         ));
     }
     let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
-    jiff::Timestamp::now()
+    clock
+        .wall()
         .checked_add(jiff::SignedDuration::from_secs(seconds))
         .map_err(|error| invalid("invalid_timeout", error.to_string(), "ask for at most 24 hours"))
 }
 
 /// Checks a request and makes its row and what the node is asked. Every field is honoured or refused.
-fn prepare(caller: &Account, body: NewSandbox, source: Source) -> Result<(SandboxRow, Create), Failure> {
+fn prepare(
+    clock: &Clock,
+    caller: &Account,
+    body: NewSandbox,
+    source: Source,
+) -> Result<(SandboxRow, Create), Failure> {
     let Source { base, shape } = source;
     let unsupported = [
         ("iam", body.iam.as_ref().is_some_and(|value| !is_empty(value))),
@@ -617,7 +658,7 @@ fn prepare(caller: &Account, body: NewSandbox, source: Source) -> Result<(Sandbo
     };
     let network = network::wanted(body.network, body.allow_internet_access)?;
     let timeout = body.timeout.unwrap_or(DEFAULT_TIMEOUT_S);
-    let ends_at = deadline(timeout)?;
+    let ends_at = deadline(clock, timeout)?;
     let lifecycle = Lifecycle {
         on_timeout: if body.auto_pause == Some(true) { OnTimeout::Pause } else { OnTimeout::Kill },
         auto_resume: body.auto_resume.is_some_and(|wanted| wanted.enabled),
@@ -644,7 +685,7 @@ fn prepare(caller: &Account, body: NewSandbox, source: Source) -> Result<(Sandbo
         memory_mib: memory_mib.unwrap_or(shape.memory_mib).0,
         disk_mib: shape.disk_mib.0,
         start_path: kelvin_api::sandbox::StartPath::Cold,
-        started_at: jiff::Timestamp::now(),
+        started_at: clock.wall(),
         ends_at,
         state: SandboxState::Running,
         lifecycle,

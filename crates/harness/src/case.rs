@@ -180,20 +180,22 @@ impl Case {
         let step = u32::try_from(at / faults).unwrap_or_default();
         let mut random = Random::new(seed);
         let beside = random.of(&Beside::ALL);
-        let plan = Plan {
+        let mut plan = Plan {
             what,
             at: step + 1,
             beside_at: u32::try_from(random.below(u64::from(steps[index]) + 2)).unwrap_or_default(),
             jitter: random.below(2) == 0,
             seed: random.draw(),
+            jump: 0,
         };
         let again = random.of(&[Again::No, Again::No, Again::Stopped, Again::Killed]);
+        plan.jump = random.of(&[0, 0, 1, -1]);
         Self { seed, scenario: Scenario::ALL[index], plan, beside, again }
     }
 
     /// The same when nothing goes wrong, to count its steps.
     pub fn plain(scenario: Scenario) -> Self {
-        let plan = Plan { what: What::Nothing, at: 0, beside_at: u32::MAX, jitter: false, seed: 0 };
+        let plan = Plan { what: What::Nothing, at: 0, beside_at: u32::MAX, jitter: false, seed: 0, jump: 0 };
         Self { seed: 0, scenario, plan, beside: Beside::Nothing, again: Again::No }
     }
 }
@@ -238,7 +240,7 @@ pub struct Report {
     /// The steps, when they were written down.
     pub log: Vec<String>,
     /// What was asked, in the order in which it was sent.
-    pub book: Vec<Sent>,
+    pub book: Vec<Arc<Sent>>,
     /// What the case began with.
     pub scene: Scene,
 }
@@ -258,7 +260,7 @@ async fn must(client: &Client, who: Who, ask: Ask) -> Result<Value, Broken> {
     let what = format!("{} {}", ask.method, ask.route);
     let answer = client.ask(who, ask).await;
     if answer.is_good() {
-        return Ok(answer.body);
+        return Ok(answer.body.clone());
     }
     Err(format!("setting the scene: {what} answered {} {}", answer.status, answer.body).into())
 }

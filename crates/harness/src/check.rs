@@ -132,7 +132,7 @@ impl Facts {
     }
 
     /// Requests of others than the harness's own looks.
-    fn sent(&self) -> Vec<Sent> {
+    fn sent(&self) -> Vec<Arc<Sent>> {
         self.book.all()
     }
 
@@ -402,8 +402,8 @@ async fn owners(life: &Life, facts: &Facts) -> BTreeMap<String, String> {
     kept
 }
 
-/// Whether the effect of a request that was not answered can be seen.
-fn is_effective(facts: &Facts, sent: &Sent, shown: &Shown, kept: &BTreeMap<String, String>) -> bool {
+/// How many effects can be seen that only requests like `sent`, which were not answered, can have had.
+fn effects(facts: &Facts, sent: &Sent, shown: &Shown, kept: &BTreeMap<String, String>) -> usize {
     let made = facts.made();
     let all = facts.sent();
     let done = |action: &str| {
@@ -414,33 +414,39 @@ fn is_effective(facts: &Facts, sent: &Sent, shown: &Shown, kept: &BTreeMap<Strin
     };
     let state = shown.get(&sent.target).map(|(_, state, _)| state.as_str());
     match sent.action.as_str() {
-        "POST /sandboxes" => shown
-            .iter()
-            .any(|(id, (who, _, parent))| *who == sent.who && parent.is_empty() && !made.contains_key(id)),
-        "POST /sandboxes/{id}/fork" => {
-            shown.iter().any(|(id, (_, _, parent))| *parent == sent.target && !made.contains_key(id))
+        "POST /sandboxes" => {
+            let is_one = |(id, (who, _, parent)): &(&String, &(Who, String, String))| {
+                *who == sent.who && parent.is_empty() && !made.contains_key(*id)
+            };
+            shown.iter().filter(is_one).count()
         }
+        // One request may make many.
+        "POST /sandboxes/{id}/fork" => usize::from(
+            shown.iter().any(|(id, (_, _, parent))| *parent == sent.target && !made.contains_key(id)),
+        ),
         "POST /sandboxes/{id}/snapshots" => {
-            kept.values().filter(|sandbox| **sandbox == sent.target).count() > done(&sent.action)
+            let there = kept.values().filter(|sandbox| **sandbox == sent.target).count();
+            there.saturating_sub(done(&sent.action))
         }
-        "POST /sandboxes/{id}/pause" => {
+        // Of two that want the same of one sandbox, one has done it.
+        "POST /sandboxes/{id}/pause" => usize::from(
             state == Some("paused")
                 && done(&sent.action) == 0
-                && facts.case.scenario != Scenario::PauseAtDeadline
-        }
-        "POST /sandboxes/{id}/resume" => {
+                && facts.case.scenario != Scenario::PauseAtDeadline,
+        ),
+        "POST /sandboxes/{id}/resume" => usize::from(
             state == Some("running")
                 && done("POST /sandboxes/{id}/pause") > 0
-                && done(&sent.action) + done("POST /sandboxes/{id}/connect") == 0
-        }
-        "DELETE /sandboxes/{id}" => {
+                && done(&sent.action) + done("POST /sandboxes/{id}/connect") == 0,
+        ),
+        "DELETE /sandboxes/{id}" => usize::from(
             state.is_none()
                 && made.contains_key(&sent.target)
                 && !facts.may_have_ended(&sent.target)
                 && !facts.has_deadline(&sent.target)
-                && done(&sent.action) == 0
-        }
-        _ => false,
+                && done(&sent.action) == 0,
+        ),
+        _ => 0,
     }
 }
 
@@ -456,17 +462,25 @@ async fn audit(life: &Life, facts: &Facts, shown: &Shown, kept: &BTreeMap<String
         *written.entry((text("project"), text("action"))).or_default() += 1;
     }
     let mut wanted: BTreeMap<(String, String), usize> = BTreeMap::new();
+    // Requests that were not answered, by who asked for what of what.
+    let mut open: BTreeMap<(Who, String, String), (usize, Arc<Sent>)> = BTreeMap::new();
     for sent in facts.sent() {
         if sent.action.starts_with("GET ") {
             continue;
         }
-        let counts = match sent.outcome {
-            Outcome::Answered(_) => true,
-            Outcome::HungUp | Outcome::Open => is_effective(facts, &sent, shown, kept),
-        };
-        if counts {
-            *wanted.entry((sent.who.project().to_owned(), sent.action)).or_default() += 1;
+        match sent.outcome {
+            Outcome::Answered(_) => {
+                *wanted.entry((sent.who.project().to_owned(), sent.action.clone())).or_default() += 1;
+            }
+            Outcome::HungUp | Outcome::Open => {
+                let same = (sent.who, sent.action.clone(), sent.target.clone());
+                open.entry(same).or_insert((0, sent)).0 += 1;
+            }
         }
+    }
+    for (count, sent) in open.into_values() {
+        let seen = count.min(effects(facts, &sent, shown, kept));
+        *wanted.entry((sent.who.project().to_owned(), sent.action.clone())).or_default() += seen;
     }
     for ((project, action), count) in wanted {
         let action = action.replace("/templates/{id}", "/templates/{name}");

@@ -76,7 +76,7 @@ pub enum Outcome {
     /// Its client hung up.
     HungUp,
     /// It was answered.
-    Answered(Answer),
+    Answered(Arc<Answer>),
 }
 
 /// A request that was sent.
@@ -106,15 +106,15 @@ impl Sent {
 
 /// Everything that was asked in a case.
 #[derive(Debug, Clone, Default)]
-pub struct Book(Arc<Mutex<Vec<Sent>>>);
+pub struct Book(Arc<Mutex<Vec<Arc<Sent>>>>);
 
 impl Book {
-    fn lock(&self) -> MutexGuard<'_, Vec<Sent>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Sent>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All requests, in the order in which they were sent.
-    pub fn all(&self) -> Vec<Sent> {
+    pub fn all(&self) -> Vec<Arc<Sent>> {
         self.lock().clone()
     }
 }
@@ -182,14 +182,19 @@ impl Client {
     }
 
     /// Sends a request and waits for its answer, or until `hang_up` ends.
-    pub async fn ask_until(&self, who: Who, ask: Ask, hang_up: impl Future<Output = ()>) -> Option<Answer> {
+    pub async fn ask_until(
+        &self,
+        who: Who,
+        ask: Ask,
+        hang_up: impl Future<Output = ()>,
+    ) -> Option<Arc<Answer>> {
         let path = ask.route.replace("{}", &ask.target);
         let index = {
             let mut book = self.book.lock();
             let action = ask.action();
             let sent =
                 Sent { who, action, target: ask.target.clone(), life: self.life, outcome: Outcome::Open };
-            book.push(sent);
+            book.push(Arc::new(sent));
             book.len() - 1
         };
         self.faults.note(|| format!("#{index} {} {path} by {who:?}", ask.method));
@@ -211,7 +216,7 @@ impl Client {
             biased;
             // First: a request is begun before its client can hang up.
             (status, body) = answering => {
-                Outcome::Answered(Answer { status, body, took: self.faults.now() - began })
+                Outcome::Answered(Arc::new(Answer { status, body, took: self.faults.now() - began }))
             }
             () = hang_up => Outcome::HungUp,
         };
@@ -222,7 +227,7 @@ impl Client {
             }
             _ => format!("#{index} -> hung up"),
         });
-        self.book.lock()[index].outcome = outcome.clone();
+        Arc::make_mut(&mut self.book.lock()[index]).outcome = outcome.clone();
         match outcome {
             Outcome::Answered(answer) => Some(answer),
             Outcome::Open | Outcome::HungUp => None,
@@ -230,14 +235,14 @@ impl Client {
     }
 
     /// Sends a request and waits for its answer.
-    pub async fn ask(&self, who: Who, ask: Ask) -> Answer {
-        let never = Answer { status: 0, body: Value::Null, took: Duration::ZERO };
-        self.ask_until(who, ask, std::future::pending()).await.unwrap_or(never)
+    pub async fn ask(&self, who: Who, ask: Ask) -> Arc<Answer> {
+        let never = || Arc::new(Answer { status: 0, body: Value::Null, took: Duration::ZERO });
+        self.ask_until(who, ask, std::future::pending()).await.unwrap_or_else(never)
     }
 
     /// What a `GET` says.
     pub async fn get(&self, who: Who, route: &'static str) -> Value {
-        self.ask(who, Ask::new(Method::GET, route, "")).await.body
+        self.ask(who, Ask::new(Method::GET, route, "")).await.body.clone()
     }
 
     /// What was asked.

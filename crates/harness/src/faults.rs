@@ -96,6 +96,8 @@ pub struct Plan {
     pub jitter: bool,
     /// Of the lengths.
     pub seed: u64,
+    /// By how many hours the wall clock is set at that step.
+    pub jump: i64,
 }
 
 struct State {
@@ -103,6 +105,8 @@ struct State {
     armed: bool,
     count: u32,
     hit: Option<Hit>,
+    /// By how much the wall clock was set.
+    jumped: jiff::SignedDuration,
     random: Random,
     trace: DefaultHasher,
     log: Option<Vec<String>>,
@@ -142,6 +146,7 @@ impl Faults {
             armed: false,
             count: 0,
             hit: None,
+            jumped: jiff::SignedDuration::ZERO,
             random: Random::new(plan.seed),
             trace: DefaultHasher::new(),
             log: log.then(Vec::new),
@@ -259,8 +264,12 @@ impl Faults {
         }
         drop(state);
         let name = vm.and_then(|vm| self.driver()?.name_of(vm));
-        self.state().hit = Some(Hit { place, vm: vm.cloned(), name });
-        self.note(|| format!("{:?} here", plan.what));
+        {
+            let mut state = self.state();
+            state.hit = Some(Hit { place, vm: vm.cloned(), name });
+            state.jumped = jiff::SignedDuration::from_hours(plan.jump);
+        }
+        self.note(|| format!("{:?} here, and the wall clock is set by {} h", plan.what, plan.jump));
         match plan.what {
             What::Nothing => Decision::Go,
             What::Fail => Decision::Fail,
@@ -331,7 +340,12 @@ impl Host for Scripted {
     }
 }
 
-/// Boot time of the host that a case happens on: it goes on from one life of a daemon to the next.
+/// How long the host has been up when a case begins.
+const UP: Duration = Duration::from_secs(3600);
+/// What its wall clock shows then: 2025-01-01 00:00 UTC.
+const BEGAN: jiff::Timestamp = jiff::Timestamp::constant(1_735_689_600, 0);
+
+/// The clocks of the host that a case happens on: it goes on from one life of a daemon to the next.
 pub struct Time {
     faults: Arc<Faults>,
     boot: BootId,
@@ -349,12 +363,11 @@ impl Time {
 
 impl Source for Time {
     fn since_boot(&self) -> Duration {
-        Duration::from_secs(3600) + self.faults.now()
+        UP + self.faults.now()
     }
 
-    /// The real one: the control plane counts on no other.
     fn wall(&self) -> jiff::Timestamp {
-        jiff::Timestamp::now()
+        BEGAN + self.faults.now() + self.faults.state().jumped
     }
 
     fn boot(&self) -> BootId {

@@ -11,7 +11,7 @@ use kelvin_api::units::MemoryMib;
 use kelvin_control::ApiKey;
 use kelvin_host::accel::Accelerator;
 use kelvin_host::clock::Clock;
-use kelvin_host::testing::Virtual;
+use kelvin_host::testing::{Virtual, keep_databases, remove_databases, restore_databases};
 use kelvin_node::Node;
 use kelvin_node::options::{Options, Rule};
 use kelvin_server::Server;
@@ -36,13 +36,10 @@ const BEHIND: Duration = Duration::from_millis(300);
 /// What went wrong in a test itself.
 pub type Broken = Box<dyn std::error::Error + Send + Sync>;
 
-/// Files that a case begins with.
-const DATABASES: [&str; 2] = ["kelvin.db", "ledger.db"];
-
 /// A data directory with a template that is baked, and API keys.
 pub struct World {
-    directory: TempDir,
-    databases: Vec<Vec<u8>>,
+    /// Removed with this.
+    _directory: TempDir,
     bakes: BTreeSet<String>,
     /// Everybody's keys.
     pub keys: Arc<Keys>,
@@ -147,9 +144,9 @@ impl World {
             auto_bake: false,
             ..Options::for_host(root.clone())
         };
-        let mut world =
-            Self { directory, databases: Vec::new(), bakes: BTreeSet::new(), keys: Arc::default(), options };
-        let nothing = Plan { what: What::Nothing, at: 0, beside_at: u32::MAX, jitter: false, seed: 0 };
+        let mut world = Self { _directory: directory, bakes: BTreeSet::new(), keys: Arc::default(), options };
+        let nothing =
+            Plan { what: What::Nothing, at: 0, beside_at: u32::MAX, jitter: false, seed: 0, jump: 0 };
         let faults = Faults::new(nothing, false);
         let driver = Arc::new(FakeDriver::new(Scripted(Arc::clone(&faults))));
         let options = world.options(Settings { warm: 0, memory: 8192 });
@@ -176,9 +173,7 @@ impl World {
         let keys = keys.ok_or("it died")??;
         world.keys = Arc::new(keys.try_into().map_err(|_| "keys are missing")?);
         world.bakes = names(&root.join("snapshots"));
-        for name in DATABASES {
-            world.databases.push(std::fs::read(root.join(name))?);
-        }
+        keep_databases(&root)?;
         Ok(world)
     }
 
@@ -195,7 +190,6 @@ impl World {
     /// Options of a node in this directory.
     pub fn options(&self, settings: Settings) -> Options {
         Options {
-            data_dir: self.directory.path().to_owned(),
             memory: MemoryMib(settings.memory),
             warm: Rule { min: settings.warm, max: settings.warm, max_age_s: 1800 },
             warm_memory: MemoryMib(settings.memory),
@@ -203,18 +197,14 @@ impl World {
         }
     }
 
-    /// Puts everything back to how a case begins; whether that could be done, or the template's snapshot is gone.
+    /// Puts everything back to how a case begins; whether that could be done, or the template's snapshot is gone. On the
+    /// thread on which it was made.
     ///
     /// # Errors
-    /// As the file system gives them.
-    pub fn reset(&self) -> std::io::Result<bool> {
+    /// As the file system and the databases give them.
+    pub fn reset(&self) -> Result<bool, Broken> {
         let root = self.root();
-        for (name, bytes) in DATABASES.iter().zip(&self.databases) {
-            for end in ["-wal", "-shm"] {
-                let _ = std::fs::remove_file(root.join(format!("{name}{end}")));
-            }
-            std::fs::write(root.join(name), bytes)?;
-        }
+        restore_databases(root)?;
         let _ = std::fs::remove_file(root.join("pools.json"));
         for place in ["snapshots", "sandboxes", "staging"] {
             let place = root.join(place);
@@ -223,6 +213,12 @@ impl World {
             }
         }
         Ok(names(&root.join("snapshots")) == self.bakes)
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        remove_databases(self.root());
     }
 }
 
@@ -251,7 +247,7 @@ impl Life {
     pub async fn settle_within(&self, limit: Duration) -> bool {
         let settled = async {
             loop {
-                if self.node.info().await.is_ok_and(|info| info.settled) {
+                if self.node.is_settled() {
                     return;
                 }
                 tokio::time::sleep(LOOK).await;

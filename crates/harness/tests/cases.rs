@@ -107,9 +107,7 @@ fn work(seeds: impl Iterator<Item = u64>, steps: &Steps) -> Result<Tally, Broken
         match run(&world, case, false) {
             Ok(report) => {
                 tally.add(&case, &report);
-                // Lifetimes count on the wall clock, which is no virtual one (number 15): their last millisecond is anybody's.
-                let is_timed = matches!(case.scenario, Scenario::EndAtDeadline | Scenario::PauseAtDeadline);
-                if seed % TWICE == 0 && !is_timed {
+                if seed % TWICE == 0 {
                     ready(&mut world)?;
                     let again = run(&world, case, false)?;
                     if again.trace != report.trace {

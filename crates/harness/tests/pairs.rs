@@ -76,7 +76,14 @@ fn every_pair_of_operations_comes_to_what_the_table_says() {
         for (second, second_name) in SECOND {
             let mut outcomes = BTreeSet::new();
             for at in 0..=plain.steps + 1 {
-                let plan = Plan { what: What::Nothing, at: 0, beside_at: at, jitter: true, seed: at.into() };
+                let plan = Plan {
+                    what: What::Nothing,
+                    at: 0,
+                    beside_at: at,
+                    jitter: true,
+                    seed: at.into(),
+                    jump: 0,
+                };
                 let case = Case { seed: at.into(), scenario, plan, beside: second, again: Again::No };
                 let report = run(&world, case, false).expect("a case");
                 cases += 1;

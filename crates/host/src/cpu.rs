@@ -1,6 +1,7 @@
 //! What the host's processor is, and how fast its time stamp counter runs.
 
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -30,11 +31,15 @@ impl CpuModel {
     }
 }
 
-/// What an identity says of this host: its processor, and the release of its kernel.
+/// What an identity says of this host: its processor, and the release of its kernel. Read once.
 pub fn here() -> (String, String) {
-    let cpu = CpuModel::read();
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    (format!("{} {}", cpu.name, cpu.microcode), release)
+    static HERE: OnceLock<(String, String)> = OnceLock::new();
+    let read = || {
+        let cpu = CpuModel::read();
+        let release = rustix::system::uname().release().to_string_lossy().into_owned();
+        (format!("{} {}", cpu.name, cpu.microcode), release)
+    };
+    HERE.get_or_init(read).clone()
 }
 
 /// Rate of the time stamp counter in kHz, as an emulated guest has to be told: QEMU's translator passes

@@ -93,18 +93,30 @@ pub struct Db(Arc<Shared>);
 
 struct Shared {
     jobs: Jobs,
-    /// Held open: SQLite keeps it for as long as a connection is open. It has no locks that a close would drop.
-    log: Arc<File>,
-    log_path: PathBuf,
+}
+
+/// The write-ahead log. Held open: SQLite keeps it for as long as a connection is open. It has no locks that a close
+/// would drop.
+#[derive(Clone)]
+struct Log {
+    file: Arc<File>,
+    path: Arc<Path>,
+}
+
+impl Log {
+    fn sync(&self) -> Result<(), Error> {
+        let path = self.path.to_path_buf();
+        self.file.sync_data().map_err(|source| Error::Sync { what: "syncing", path, source })
+    }
 }
 
 /// Where jobs run.
 enum Jobs {
     /// On a thread of their own.
-    Thread(mpsc::SyncSender<Job>),
+    Thread(mpsc::SyncSender<Job>, Log),
     /// Where they are called.
-    Caller(Box<Mutex<Writer>>),
-    /// On a task of the reactor, which waits before each.
+    Caller(Box<Mutex<Writer>>, Log),
+    /// On a task of the reactor, which waits before each; in memory, where there is no log.
     #[cfg(feature = "testing")]
     Task(tokio::sync::mpsc::UnboundedSender<(Duration, Job)>),
 }
@@ -140,23 +152,25 @@ impl Db {
             Box::new(move || copy(&copier, &progress, &shown))
         })?;
         spawn("db", Box::new(move || work(writer, &queue, &progress)))?;
-        Ok(Self(Arc::new(Shared { jobs: Jobs::Thread(jobs), log, log_path: log_path(path) })))
+        Ok(Self(Arc::new(Shared { jobs: Jobs::Thread(jobs, log) })))
     }
 
-    /// The same, but jobs run on a task of the reactor, each when the virtual host says so.
+    /// The same in memory, see [`crate::testing`], and jobs run on a task of the reactor, each when the virtual host says
+    /// so.
     #[cfg(feature = "testing")]
     fn open_on_task(path: &Path, migrations: &'static [&'static str]) -> Result<Self, Error> {
-        let (mut writer, log) = prepare(path, migrations)?;
+        let mut database = crate::testing::Database::open(path)?;
+        migrate(&mut database, migrations)?;
         let (jobs, mut queue) = tokio::sync::mpsc::unbounded_channel::<(Duration, Job)>();
         tokio::spawn(async move {
             while let Some((delay, job)) = queue.recv().await {
                 if !delay.is_zero() {
                     tokio::time::sleep(delay).await;
                 }
-                job(&mut writer.connection);
+                job(&mut database);
             }
         });
-        Ok(Self(Arc::new(Shared { jobs: Jobs::Task(jobs), log, log_path: log_path(path) })))
+        Ok(Self(Arc::new(Shared { jobs: Jobs::Task(jobs) })))
     }
 
     /// The same, but jobs run on the thread that calls, and so do checkpoints: for tests whose time is virtual. Calls
@@ -166,8 +180,8 @@ impl Db {
     /// As [`Db::open`].
     pub fn open_on_caller(path: &Path, migrations: &'static [&'static str]) -> Result<Self, Error> {
         let (writer, log) = prepare(path, migrations)?;
-        let jobs = Jobs::Caller(Box::new(Mutex::new(writer)));
-        Ok(Self(Arc::new(Shared { jobs, log, log_path: log_path(path) })))
+        let jobs = Jobs::Caller(Box::new(Mutex::new(writer)), log);
+        Ok(Self(Arc::new(Shared { jobs })))
     }
 
     /// Runs `job` on the database's thread.
@@ -179,7 +193,7 @@ impl Db {
         job: impl FnOnce(&mut Connection) -> Result<T, rusqlite::Error> + Send + 'static,
     ) -> Result<T, Error> {
         match &self.0.jobs {
-            Jobs::Thread(jobs) => {
+            Jobs::Thread(jobs, _) => {
                 let (sender, receiver) = oneshot::channel();
                 jobs.try_send(Box::new(move |connection| {
                     let _ = sender.send(job(connection));
@@ -199,7 +213,7 @@ impl Db {
                 jobs.send((delay, job)).map_err(|_| Error::Gone)?;
                 Ok(receiver.await.map_err(|_| Error::Gone)??)
             }
-            Jobs::Caller(writer) => {
+            Jobs::Caller(writer, _) => {
                 let mut writer = lock(writer);
                 let result = job(&mut writer.connection);
                 if writer.pages.load(Ordering::Relaxed) >= STEP {
@@ -231,22 +245,21 @@ impl Db {
     /// `Sync`.
     pub async fn flush(&self) -> Result<(), Error> {
         // What a checkpoint has taken out of the log is on the disk: it was synced before the log began anew.
-        let synced = match &self.0.jobs {
-            Jobs::Thread(_) => {
-                let log = Arc::clone(&self.0.log);
-                let synced = tokio::task::spawn_blocking(move || log.sync_data()).await;
-                synced.unwrap_or_else(|error| Err(io::Error::other(error)))
+        match &self.0.jobs {
+            Jobs::Thread(_, log) => {
+                let (log, path) = (log.clone(), log.path.to_path_buf());
+                let synced = tokio::task::spawn_blocking(move || log.sync()).await;
+                synced.unwrap_or_else(|error| {
+                    Err(Error::Sync { what: "syncing", path, source: io::Error::other(error) })
+                })
             }
             #[cfg(feature = "testing")]
-            Jobs::Task(_) => {
-                let log = Arc::clone(&self.0.log);
-                let synced = crate::blocking::spawn(move || log.sync_data()).await;
-                synced.unwrap_or_else(|error| Err(io::Error::other(error)))
-            }
-            Jobs::Caller(_) => self.0.log.sync_data(),
-        };
-        let path = &self.0.log_path;
-        synced.map_err(|source| Error::Sync { what: "syncing", path: path.clone(), source })
+            Jobs::Task(_) => crate::blocking::spawn(|| ()).await.map_err(|error| {
+                let path = PathBuf::from("memory");
+                Error::Sync { what: "syncing", path, source: io::Error::other(error) }
+            }),
+            Jobs::Caller(_, log) => log.sync(),
+        }
     }
 }
 
@@ -278,9 +291,8 @@ fn connect(path: &Path) -> Result<Connection, Error> {
     Ok(connection)
 }
 
-/// The connection that writes, with the schema as it is to be, and the log.
-fn prepare(path: &Path, migrations: &[&str]) -> Result<(Writer, Arc<File>), Error> {
-    let mut connection = connect(path)?;
+/// Brings the schema to what it is to be.
+fn migrate(connection: &mut Connection, migrations: &[&str]) -> Result<(), Error> {
     let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
     let known = i64::try_from(migrations.len()).unwrap_or(i64::MAX);
     let done = usize::try_from(version).unwrap_or(usize::MAX);
@@ -292,7 +304,13 @@ fn prepare(path: &Path, migrations: &[&str]) -> Result<(Writer, Arc<File>), Erro
         transaction.execute_batch(sql)?;
     }
     transaction.pragma_update(None, "user_version", known)?;
-    transaction.commit()?;
+    Ok(transaction.commit()?)
+}
+
+/// The connection that writes, with the schema as it is to be, and the log.
+fn prepare(path: &Path, migrations: &[&str]) -> Result<(Writer, Log), Error> {
+    let mut connection = connect(path)?;
+    migrate(&mut connection, migrations)?;
     // The log exists now, and has to be found after a power failure: from here on its content is all that is synced.
     checkpoint(&connection)?;
     let path_of_log = log_path(path);
@@ -313,7 +331,8 @@ fn prepare(path: &Path, migrations: &[&str]) -> Result<(Writer, Arc<File>), Erro
         counter.store(u32::try_from(in_log).unwrap_or(0), Ordering::Relaxed);
         Ok(())
     }))?;
-    Ok((Writer { connection, pages }, Arc::new(log)))
+    let log = Log { file: Arc::new(log), path: path_of_log.into() };
+    Ok((Writer { connection, pages }, log))
 }
 
 /// How far the log is copied; between the thread that writes and the one that copies.

@@ -273,7 +273,7 @@ impl Ledger {
                     enter_boot(connection, &boot)?;
                 }
                 let entries = connection
-                    .prepare("SELECT id, owner, resource FROM resources ORDER BY id")?
+                    .prepare_cached("SELECT id, owner, resource FROM resources ORDER BY id")?
                     .query_map([], |row| {
                         let (owner, resource): (String, String) = (row.get(1)?, row.get(2)?);
                         Ok(Entry {
@@ -285,7 +285,7 @@ impl Ledger {
                     })?
                     .collect::<Result<_, _>>()?;
                 let records = connection
-                    .prepare("SELECT owner, body FROM records")?
+                    .prepare_cached("SELECT owner, body FROM records")?
                     .query_map([], |row| {
                         let owner: String = row.get(0)?;
                         Ok(Record {
@@ -352,7 +352,7 @@ fn enter_boot(connection: &mut Connection, boot: &str) -> Result<(), rusqlite::E
     }
     if last.is_some() {
         let all: Vec<(i64, String)> = transaction
-            .prepare("SELECT id, resource FROM resources")?
+            .prepare_cached("SELECT id, resource FROM resources")?
             .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
             .collect::<Result<_, _>>()?;
         for (id, text) in all {

@@ -327,7 +327,7 @@ impl Keeping {
             return Ok(());
         };
         // Posted while the vCPUs stand still: the guest wakes up once.
-        self.posted = match (wake(false), &mut self.control) {
+        self.posted = match (wake(&self.inner.clock, false), &mut self.control) {
             (Ok(wake), Some(control)) => control.post(&Request::Wake(wake)).await.ok(),
             _ => None,
         };
@@ -347,14 +347,15 @@ impl Keeping {
     /// not answer is reported, and runs on; a node that stops does not wait for it.
     pub async fn awake(&mut self) {
         let (posted, hurry) = (self.posted.take(), self.inner.hurry.clone());
+        let clock = self.inner.clock.clone();
         let Some(control) = &mut self.control else { return };
         let told = async {
             let asked = match posted {
                 Some(asked) => asked,
-                None => control.post(&Request::Wake(wake(false)?)).await?,
+                None => control.post(&Request::Wake(wake(&clock, false)?)).await?,
             };
             let done = control.wait("going on", asked, AWAKE).await?;
-            right_clock(control, done, AWAKE).await
+            right_clock(&clock, control, done, AWAKE).await
         };
         match hurry.run_until_cancelled(told).await {
             None => {}

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use kelvin_api::guest::Request;
+use kelvin_host::clock::Clock;
 use kelvin_vmm::control::{Control, Done};
 
 use crate::create::{wake, wall_clock_ns};
@@ -22,14 +23,22 @@ const TRIES: u32 = 3;
 ///
 /// # Errors
 /// When the guest does not answer.
-pub async fn right_clock(control: &mut Control, done: Done, limit: Duration) -> Result<(), Error> {
+pub async fn right_clock(
+    clock: &Clock,
+    control: &mut Control,
+    done: Done,
+    limit: Duration,
+) -> Result<(), Error> {
     let mut shown = done.wall_clock_ns;
     // What a guest says may be a lie: then this ends all the same.
     for _ in 0..TRIES {
-        if u128::from(wall_clock_ns().abs_diff(shown)) < WRONG.as_nanos() {
+        if u128::from(wall_clock_ns(clock).abs_diff(shown)) < WRONG.as_nanos() {
             return Ok(());
         }
-        shown = control.call("setting the clock", &Request::Wake(wake(false)?), limit).await?.wall_clock_ns;
+        shown = control
+            .call("setting the clock", &Request::Wake(wake(clock, false)?), limit)
+            .await?
+            .wall_clock_ns;
     }
     tracing::warn!("a guest is too busy to say that its clock is right");
     Ok(())

@@ -12,7 +12,7 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use kelvin_api::error::chain;
 use kelvin_api::guest::{Activation, Request, Wake};
@@ -22,7 +22,7 @@ use kelvin_api::node::{Create, Created};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{PauseMode, StartPath};
 use kelvin_api::units::{MemoryMib, Shape};
-use kelvin_host::clock::Stamp;
+use kelvin_host::clock::{Clock, Stamp};
 use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_host::net::Slot;
 use kelvin_store::identity::Identity;
@@ -661,10 +661,10 @@ impl Attempt<'_> {
         asked: Asked,
     ) -> Result<(), Error> {
         let span = self.begin(Phase::Activate);
-        let limit = self.inner.options.activate_deadline;
+        let (limit, clock) = (self.inner.options.activate_deadline, self.inner.clock.clone());
         let answered = async {
             let done = control.wait("activation", asked, limit).await?;
-            right_clock(control, done, limit).await?;
+            right_clock(&clock, control, done, limit).await?;
             Ok::<_, Error>(done)
         };
         let answered = async {
@@ -729,7 +729,7 @@ impl Attempt<'_> {
     fn greeting(&self, record: &SandboxRecord) -> Result<Request, Error> {
         match (self.seed, &self.snapshot) {
             (seed @ Seed::Resume(..), Some(snapshot)) if !boots(seed, snapshot) => {
-                Ok(Request::Wake(wake(true)?))
+                Ok(Request::Wake(wake(&self.inner.clock, true)?))
             }
             _ => Ok(Request::Activate(self.activation(record.mac)?)),
         }
@@ -749,7 +749,7 @@ impl Attempt<'_> {
             entropy: random_bytes()?,
             access_token: token.unwrap_or_default(),
             env_vars: request.env_vars.clone(),
-            wall_clock_ns: wall_clock_ns(),
+            wall_clock_ns: wall_clock_ns(&self.inner.clock),
         })
     }
 
@@ -840,15 +840,14 @@ pub fn random_bytes<const N: usize>() -> Result<[u8; N], Error> {
     Ok(random)
 }
 
-pub fn wall_clock_ns() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+pub fn wall_clock_ns(clock: &Clock) -> u64 {
+    u64::try_from(clock.wall().as_nanosecond()).unwrap_or(0)
 }
 
 /// What a machine that goes on as who it is is told. The clock is read last: the frame leaves at once.
-pub fn wake(restored: bool) -> Result<Wake, Error> {
+pub fn wake(clock: &Clock, restored: bool) -> Result<Wake, Error> {
     let entropy = random_bytes()?;
-    Ok(Wake { entropy, restored, wall_clock_ns: wall_clock_ns() })
+    Ok(Wake { entropy, restored, wall_clock_ns: wall_clock_ns(clock) })
 }
 
 /// That a machine does not run any more, and why.

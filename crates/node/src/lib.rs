@@ -742,6 +742,21 @@ impl Node {
         task.await.map_err(|error| Error::Io { what: "baking", source: std::io::Error::other(error) })?
     }
 
+    /// Whether nothing is being prepared, torn down or taken over. Asks nobody: it may be asked often.
+    pub fn is_settled(&self) -> bool {
+        let inner = &self.inner;
+        // One lock at a time.
+        let busy = *lock(&inner.requests) + *lock(&inner.teardowns);
+        let adopting = inner.sandboxes().values().any(|sandbox| sandbox.is_being_adopted());
+        let is_full = lock(&inner.pools).values().all(|pool| pool.is_full());
+        busy == 0
+            && !adopting
+            && is_full
+            && inner.snapshots.is_settled()
+            && inner.is_warm()
+            && inner.keeper.networks.as_ref().is_none_or(|networks| networks.slots.is_full())
+    }
+
     /// What runs here and what is left.
     ///
     /// # Errors
@@ -749,6 +764,8 @@ impl Node {
     pub async fn info(&self) -> Result<NodeInfo, Error> {
         let inner = &self.inner;
         let ledger_entries = inner.keeper.ledger.count().await?;
+        // Before anything is locked.
+        let settled = self.is_settled();
         let (memory_mb, memory_reserved_mb, vcpus, vcpus_reserved) = inner.capacity().figures();
         let pools: Vec<Arc<Pool>> = lock(&inner.pools).values().cloned().collect();
         let (mut adopting, mut silent) = (0, 0);
@@ -756,7 +773,6 @@ impl Node {
             adopting += u32::from(sandbox.is_being_adopted());
             silent += u32::from(sandbox.is_guest_silent());
         }
-        let busy = *lock(&inner.requests) + *lock(&inner.teardowns);
         Ok(NodeInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             vmm: format!("{} {}", inner.driver.kind(), inner.driver.build()),
@@ -769,12 +785,7 @@ impl Node {
             paused: u32::try_from(inner.paused_sandboxes().len()).unwrap_or(u32::MAX),
             adopting,
             silent,
-            settled: busy == 0
-                && adopting == 0
-                && inner.snapshots.is_settled()
-                && pools.iter().all(|pool| pool.is_full())
-                && inner.is_warm()
-                && inner.keeper.networks.as_ref().is_none_or(|networks| networks.slots.is_full()),
+            settled,
             network: inner.keeper.networks.as_ref().map(|networks| {
                 let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
                 let (used, quarantined) = networks.slots.used();
@@ -820,6 +831,11 @@ impl Node {
             });
         }
         Ok(garbage)
+    }
+
+    /// What lifetimes count on.
+    pub fn clock(&self) -> &Clock {
+        &self.inner.clock
     }
 
     /// The data directory.

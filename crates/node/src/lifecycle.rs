@@ -384,6 +384,7 @@ impl Node {
             return in_use(dependents);
         }
         for id in doomed.into_iter().rev() {
+            let known = self.inner.snapshots.get(&id);
             if !self.forget(&id).await {
                 let mut users = self.running_from(&id);
                 if users.is_empty() {
@@ -392,9 +393,17 @@ impl Node {
                 return in_use(users);
             }
             let store = self.inner.store.clone();
-            kelvin_host::blocking::spawn(move || store.delete_snapshot(&id))
+            let removed = kelvin_host::blocking::spawn(move || store.delete_snapshot(&id))
                 .await
-                .map_err(|error| Error::Io { what: "removing", source: std::io::Error::other(error) })??;
+                .map_err(|error| Error::Io { what: "removing", source: std::io::Error::other(error) })
+                .and_then(|removed| Ok(removed?));
+            if let Err(error) = removed {
+                // It keeps its place while its files have theirs: its owner sees it, and tries again.
+                if let Some(snapshot) = known.filter(|snapshot| snapshot.directory.exists()) {
+                    self.inner.snapshots.add(snapshot);
+                }
+                return Err(error);
+            }
         }
         Ok(())
     }

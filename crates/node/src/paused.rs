@@ -34,6 +34,8 @@ pub struct Paused {
     /// What was seen of its console.
     pub console: Console,
     gate: tokio::sync::Mutex<()>,
+    /// Held by who ends it until that is on the disk: whoever wants the same meanwhile finds it done, or not.
+    ending: tokio::sync::Mutex<()>,
     over: AtomicBool,
     /// Whether somebody wants it ended: a resume that is under way gives up.
     killed: watch::Sender<bool>,
@@ -48,6 +50,7 @@ impl Paused {
             _lease: lease,
             console,
             gate: tokio::sync::Mutex::default(),
+            ending: tokio::sync::Mutex::default(),
             over: AtomicBool::new(false),
             killed: watch::Sender::new(false),
         }
@@ -192,7 +195,7 @@ impl Inner {
         Ok((kept, timings))
     }
 
-    /// Ends a sandbox that is paused, also one that is being resumed. Nothing is waited for: whether it ended or was
+    /// Ends a sandbox that is paused, also one that is being resumed. Nothing is waited for but who ends it already: whether it ended or was
     /// resumed is decided by who takes its record out of the ledger. A resume that comes too late finds none, and one that
     /// waits for a silent guest gives up: its machine is released.
     ///
@@ -201,6 +204,7 @@ impl Inner {
     pub async fn end_paused(&self, id: &SandboxId) -> Result<(), Error> {
         let unknown = || Error::Unknown(id.to_string());
         let paused = self.paused(id).ok_or_else(unknown)?;
+        let _ending = paused.ending.lock().await;
         if paused.over.load(Ordering::Acquire) || !self.keeper.ledger.strike_record(&paused.owner).await? {
             // A resume that has taken the record is about to be seen.
             drop(paused.gate.lock().await);

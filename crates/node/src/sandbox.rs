@@ -377,19 +377,31 @@ impl Keeping {
             drop(turn);
             match adopted {
                 Ok(running) => break running,
-                Err(error @ kelvin_vmm::Error::Deadline { .. }) => {
-                    tracing::error!(sandbox = %self.record.sandbox, error = chain(&error), "its VMM does not answer, tried again");
-                    tokio::time::sleep(AGAIN).await;
-                }
-                Err(error) => return Err(error.into()),
+                Err(error) => self.wait_for_vmm(error).await?,
             }
         };
-        self.control = Some(running.control().await?);
+        self.control = loop {
+            match running.control().await {
+                Ok(control) => break Some(control),
+                Err(error) => self.wait_for_vmm(error).await?,
+            }
+        };
         dialer.send_replace(Some(running.dialer()));
         self.running = Some(running);
         tracing::info!(sandbox = %self.record.sandbox, pid = self.key.pid, "adopted");
         // It may have been stopped for a snapshot, and its file system frozen.
         self.awake().await;
+        Ok(())
+    }
+
+    /// Waits before a VMM that did not answer in time is asked again: a busy host is no reason to end a sandbox. Every
+    /// other error is its caller's.
+    async fn wait_for_vmm(&self, error: kelvin_vmm::Error) -> Result<(), Error> {
+        if !matches!(error, kelvin_vmm::Error::Deadline { .. }) {
+            return Err(error.into());
+        }
+        tracing::error!(sandbox = %self.record.sandbox, error = chain(&error), "its VMM does not answer, tried again");
+        tokio::time::sleep(AGAIN).await;
         Ok(())
     }
 

@@ -22,6 +22,7 @@ use kelvin_api::error::chain;
 use kelvin_api::guest::{Activation, Request};
 use kelvin_api::id::{TemplateName, Token};
 use kelvin_api::sandbox::{EnvVars, PoolInfo, SetPool};
+use kelvin_host::clock::Clock;
 use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_host::net::Slot;
 use kelvin_vmm::Paused;
@@ -281,7 +282,7 @@ impl Inner {
                 slot.set_guest_mac(mac).await?;
             }
             let paused = waiting.load(&pool.snapshot.file("state")).await.map_err(|(_, error)| error)?;
-            let asked = control.post(&Request::Activate(nobody(&home, &token, mac)?)).await?;
+            let asked = control.post(&Request::Activate(nobody(&self.clock, &home, &token, mac)?)).await?;
             let running = paused.resume().await.map_err(|(_, error)| error)?;
             control.wait("activation", asked, self.options.activate_deadline).await?;
             running.learn();
@@ -410,7 +411,7 @@ fn nobodys_name(home: &Home) -> String {
     home.spec.vm.to_string()
 }
 
-fn nobody(home: &Home, token: &Token, mac: Option<[u8; 6]>) -> Result<Activation, Error> {
+fn nobody(clock: &Clock, home: &Home, token: &Token, mac: Option<[u8; 6]>) -> Result<Activation, Error> {
     let (machine_id, boot_id, entropy) = (random_bytes()?, random_bytes()?, random_bytes()?);
     Ok(Activation {
         sandbox_id: nobodys_name(home),
@@ -422,7 +423,7 @@ fn nobody(home: &Home, token: &Token, mac: Option<[u8; 6]>) -> Result<Activation
         entropy,
         access_token: token.expose().to_owned(),
         env_vars: EnvVars::new(),
-        wall_clock_ns: wall_clock_ns(),
+        wall_clock_ns: wall_clock_ns(clock),
     })
 }
 

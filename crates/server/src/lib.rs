@@ -45,11 +45,13 @@ impl Server {
     pub async fn open(node: Node, key: ApiKey, domain: Option<&str>) -> Result<Self, Failure> {
         let local = Arc::new(Local(node.clone()));
         let as_node = Arc::clone(&local) as Arc<dyn kelvin_control::Node>;
-        let control = Control::open(node.data_dir(), as_node, key, domain.map(str::to_owned)).await?;
-        let owners = control.clone();
+        let (domain_told, clock) = (domain.map(str::to_owned), node.clock().clone());
+        let control = Control::open(node.data_dir(), as_node, key, domain_told, clock).await?;
+        let owners = control.downgrade();
         node.ask_before_waking(Box::new(move |id| {
             let owners = owners.clone();
             Box::pin(async move {
+                let owners = owners.upgrade().ok_or_else(stopping)?;
                 let permit = owners.may_wake(&id).await?;
                 Ok(Box::new(permit) as Box<dyn std::any::Any + Send>)
             })
@@ -91,6 +93,15 @@ impl Server {
 
 /// A node in this process, as control plane and gateway see one.
 struct Local(Node);
+
+fn stopping() -> Failure {
+    Failure::new(
+        Kind::Unavailable,
+        "node_stopping",
+        "the server is stopping",
+        "try again when the server is back",
+    )
+}
 
 fn no_snapshot(text: &str) -> Failure {
     let shown: String = text.chars().take(80).collect();

@@ -69,7 +69,7 @@ fn clone_of(source: &File, to: &Path) -> io::Result<Cloned> {
 fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
     let length = source.metadata()?.len();
     target.set_len(length)?;
-    let mut buffer = vec![0; 1 << 20];
+    let mut buffer = vec![0; usize::try_from(length.min(1 << 20)).unwrap_or(0)];
     let mut offset = 0;
     while offset < length {
         let start = match seek(source, SeekFrom::Data(offset)) {

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::LazyLock;
 
 use rustix::fs::{SeekFrom, seek};
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,16 @@ use sha2::{Digest, Sha256};
 
 /// Bytes of one chunk.
 pub const CHUNK_BYTES: u64 = 4 << 20;
+
+/// The digest of a chunk of zeros.
+static ZEROS: LazyLock<String> = LazyLock::new(|| {
+    let part = [0; 64 << 10];
+    let mut digest = Sha256::new();
+    for _ in 0..CHUNK_BYTES / part.len() as u64 {
+        digest.update(part);
+    }
+    hex(&digest.finalize())
+});
 
 /// The digest of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,7 +65,6 @@ pub struct Chunks {
     /// Length in bytes when it was opened.
     pub bytes: u64,
     buffer: Vec<u8>,
-    zeros: String,
 }
 
 impl Chunks {
@@ -65,9 +75,9 @@ impl Chunks {
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         let bytes = file.metadata()?.len();
-        let buffer = vec![0; usize::try_from(CHUNK_BYTES).map_err(io::Error::other)?];
-        let zeros = sha256(&buffer);
-        Ok(Self { file, bytes, buffer, zeros })
+        // Most are short: no more is held than one has.
+        let buffer = vec![0; usize::try_from(CHUNK_BYTES.min(bytes)).map_err(io::Error::other)?];
+        Ok(Self { file, bytes, buffer })
     }
 
     /// How many chunks it has.
@@ -98,7 +108,7 @@ impl Chunks {
     /// When it cannot be read whole.
     pub fn digest(&mut self, index: u64) -> io::Result<String> {
         if self.is_hole(index) {
-            return Ok(self.zeros.clone());
+            return Ok(ZEROS.clone());
         }
         let (offset, length) = self.range(index);
         let part = &mut self.buffer[..usize::try_from(length).map_err(io::Error::other)?];

@@ -62,10 +62,10 @@ pub(super) fn note_end(connection: &Connection, ended: &Ended) -> Result<(), rus
 impl Database {
     /// The hash of each key and what it is, oldest first; of one project, or of all.
     pub async fn keys(&self, project: Option<String>) -> Result<Vec<(String, ApiKeyInfo)>, Error> {
-        self.0
+        self.db
             .call(move |connection| {
                 connection
-                    .prepare(
+                    .prepare_cached(
                         "SELECT id, hash, project, name, mask, created_ms, used_ms, max_sandboxes, requests_per_s, \
                          max_creating, max_paused, max_snapshots, max_disk_mib FROM keys WHERE ?1 IS NULL OR project = ?1 ORDER BY created_ms, id",
                     )?
@@ -78,10 +78,10 @@ impl Database {
     /// Remembers a key by its hash.
     pub async fn add_key(&self, hash: String, info: ApiKeyInfo) -> Result<(), Error> {
         let mask = serde_json::to_string(&info.mask).unwrap_or_default();
-        self.0
+        self.db
             .call_durable(move |connection| {
                 connection
-                    .prepare(
+                    .prepare_cached(
                         "INSERT INTO keys (id, hash, project, name, mask, created_ms, max_sandboxes, requests_per_s, \
                          max_creating, max_paused, max_snapshots, max_disk_mib) \
                          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
@@ -107,10 +107,11 @@ impl Database {
 
     /// Gives a key another name; whether there is one of this id.
     pub async fn rename_key(&self, id: String, name: String) -> Result<bool, Error> {
-        self.0
+        self.db
             .call_durable(move |connection| {
-                let changed =
-                    connection.prepare("UPDATE keys SET name = ?2 WHERE id = ?1")?.execute((id, name))?;
+                let changed = connection
+                    .prepare_cached("UPDATE keys SET name = ?2 WHERE id = ?1")?
+                    .execute((id, name))?;
                 Ok(changed > 0)
             })
             .await
@@ -118,26 +119,26 @@ impl Database {
 
     /// Forgets a key; whether there was one of this id.
     pub async fn remove_key(&self, id: String) -> Result<bool, Error> {
-        self.0
+        self.db
             .call_durable(move |connection| {
-                Ok(connection.prepare("DELETE FROM keys WHERE id = ?1")?.execute([id])? > 0)
+                Ok(connection.prepare_cached("DELETE FROM keys WHERE id = ?1")?.execute([id])? > 0)
             })
             .await
     }
 
     /// Writes an entry of the audit log, and returns its number.
     pub async fn note(&self, entry: AuditEntry) -> Result<i64, Error> {
-        self.0.call(move |connection| note(connection, &entry)).await
+        self.db.call(move |connection| note(connection, &entry)).await
     }
 
     /// Writes how a request ended.
     pub async fn note_end(&self, ended: Ended) -> Result<(), Error> {
-        self.0.call(move |connection| note_end(connection, &ended)).await
+        self.db.call(move |connection| note_end(connection, &ended)).await
     }
 
     /// Writes down when keys were used last.
     pub async fn note_used(&self, used: Vec<(String, i64)>) -> Result<(), Error> {
-        self.0
+        self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
                 for (id, ms) in &used {
@@ -153,10 +154,10 @@ impl Database {
     /// The newest entries of the audit log below `before`, newest first.
     pub async fn audit(&self, before: Option<i64>, limit: usize) -> Result<Vec<AuditEntry>, Error> {
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-        self.0
+        self.db
             .call(move |connection| {
                 connection
-                    .prepare(
+                    .prepare_cached(
                         "SELECT id, at_ms, project, key, action, target, status FROM audit \
                          WHERE id < ?1 ORDER BY id DESC LIMIT ?2",
                     )?

@@ -42,8 +42,8 @@ impl Database {
         quota: Quota,
         key: Option<String>,
     ) -> Result<Option<Exceeded>, Error> {
-        let now = jiff::Timestamp::now().as_millisecond();
-        self.0
+        let now = self.clock.wall().as_millisecond();
+        self.db
             .call_durable(move |connection| {
                 let transaction = connection.transaction()?;
                 let more = More { snapshots: 1, disk_mib: snapshot.mib, ..More::default() };
@@ -76,7 +76,7 @@ impl Database {
     /// Notes that a snapshot is there now, and gives it its name. A name is one snapshot's: who had it before keeps its id
     /// alone, so that a name which is deleted means nothing and never an older snapshot.
     pub async fn finish_snapshot(&self, id: String) -> Result<(), Error> {
-        self.0
+        self.db
             .call_durable(move |connection| {
                 let transaction = connection.transaction()?;
                 transaction
@@ -97,10 +97,10 @@ impl Database {
 
     /// Snapshots that are being taken: after a start, those whose end the last server did not live to see.
     pub async fn unfinished_snapshots(&self) -> Result<Vec<String>, Error> {
-        self.0
+        self.db
             .call(move |connection| {
                 connection
-                    .prepare("SELECT id FROM snapshots WHERE state = 'taking'")?
+                    .prepare_cached("SELECT id FROM snapshots WHERE state = 'taking'")?
                     .query_map([], |row| row.get(0))?
                     .collect()
             })
@@ -110,11 +110,11 @@ impl Database {
     /// Gives what has no owner to the default project: once, for a database from before there were projects. Since then
     /// every snapshot has had an owner before it was there, and what has none is nobody's.
     pub async fn adopt_snapshots(&self, there: Vec<(String, Option<String>, i64)>) -> Result<(), Error> {
-        self.0
+        self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
                 let first = transaction
-                    .prepare("INSERT OR IGNORE INTO facts (name) VALUES ('snapshots have owners')")?
+                    .prepare_cached("INSERT OR IGNORE INTO facts (name) VALUES ('snapshots have owners')")?
                     .execute([])?;
                 if first == 1 {
                     for (id, name, created_ms) in there {
@@ -133,7 +133,7 @@ impl Database {
 
     /// Forgets whose a snapshot was, and its name with it: a database of an older build may have others of that name.
     pub async fn forget_snapshot(&self, id: String) -> Result<(), Error> {
-        self.0
+        self.db
             .call_durable(move |connection| {
                 let transaction = connection.transaction()?;
                 transaction
@@ -151,7 +151,7 @@ impl Database {
     /// The snapshot of a project that `text` names: its id, or its name.
     pub async fn snapshot(&self, project: &str, text: &str) -> Result<Option<String>, Error> {
         let (project, text) = (project.to_owned(), text.to_owned());
-        self.0
+        self.db
             .call(move |connection| {
                 let by_id: Option<String> = connection
                     .prepare_cached("SELECT id FROM snapshots WHERE id = ?2 AND project = ?1")?
@@ -173,10 +173,10 @@ impl Database {
 
     /// The owner of each snapshot, and its name.
     pub async fn snapshot_owners(&self) -> Result<HashMap<String, Owner>, Error> {
-        self.0
+        self.db
             .call(move |connection| {
                 connection
-                    .prepare("SELECT id, project, name FROM snapshots")?
+                    .prepare_cached("SELECT id, project, name FROM snapshots")?
                     .query_map([], |row| {
                         Ok((row.get(0)?, Owner { project: row.get(1)?, name: row.get(2)? }))
                     })?
@@ -193,8 +193,8 @@ impl Database {
         build: String,
         tags: Vec<String>,
     ) -> Result<(), Error> {
-        let now = jiff::Timestamp::now().as_millisecond();
-        self.0
+        let now = self.clock.wall().as_millisecond();
+        self.db
             .call_durable(move |connection| {
                 let transaction = connection.transaction()?;
                 for tag in &tags {
@@ -217,7 +217,7 @@ impl Database {
         template: String,
         tags: Vec<String>,
     ) -> Result<Option<String>, Error> {
-        self.0
+        self.db
             .call_durable(move |connection| {
                 let transaction = connection.transaction()?;
                 for tag in tags {
@@ -236,7 +236,7 @@ impl Database {
     /// The tags of a template, newest first.
     pub async fn tags(&self, project: &str, template: &str) -> Result<Vec<TagRow>, Error> {
         let (project, template) = (project.to_owned(), template.to_owned());
-        self.0
+        self.db
             .call(move |connection| {
                 connection
                     .prepare_cached(
@@ -253,10 +253,10 @@ impl Database {
 
     /// How often each template was started, and when last.
     pub async fn spawns(&self) -> Result<HashMap<String, (i64, jiff::Timestamp)>, Error> {
-        self.0
+        self.db
             .call(move |connection| {
                 connection
-                    .prepare("SELECT template, count, last_ms FROM spawns")?
+                    .prepare_cached("SELECT template, count, last_ms FROM spawns")?
                     .query_map([], |row| Ok((row.get(0)?, (row.get(1)?, time(row.get(2)?)?))))?
                     .collect()
             })

@@ -25,8 +25,8 @@ impl Database {
         started: Vec<(Project, u32)>,
         span_s: i64,
     ) -> Result<(), Error> {
-        let now = jiff::Timestamp::now().as_second();
-        self.0
+        let now = self.clock.wall().as_second();
+        self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
                 for (id, metric) in &metrics {
@@ -80,7 +80,7 @@ impl Database {
         most: u32,
     ) -> Result<Vec<SandboxMetric>, Error> {
         let id = id.to_string();
-        self.0
+        self.db
             .call(move |connection| {
                 let mut found: Vec<SandboxMetric> = connection
                     .prepare_cached(
@@ -116,7 +116,7 @@ impl Database {
         end: i64,
     ) -> Result<Vec<ProjectMetric>, Error> {
         let project = project.to_string();
-        self.0
+        self.db
             .call(move |connection| {
                 let mut found: Vec<ProjectMetric> = connection
                     .prepare_cached(

@@ -19,6 +19,7 @@ use kelvin_api::account::{AuditEntry, Project};
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::node::Live;
 use kelvin_api::sandbox::{Lifecycle, Metadata, OnTimeout, PauseMode, SandboxState, StartPath};
+use kelvin_host::clock::Clock;
 use kelvin_host::db::{Db, Error};
 use rusqlite::types::{Type, Value};
 use rusqlite::{Connection, OptionalExtension, Row, params_from_iter};
@@ -177,6 +178,15 @@ const MIGRATIONS: &[&str] = &[
         name TEXT PRIMARY KEY
     ) WITHOUT ROWID;
 ",
+    // Idempotency keys age on boot time, in milliseconds since the one boot in `boot`.
+    "
+    CREATE TABLE boot (
+        id TEXT PRIMARY KEY
+    ) WITHOUT ROWID;
+    ALTER TABLE idempotency ADD COLUMN boot_ms INTEGER;
+    DROP INDEX idempotency_by_age;
+    CREATE INDEX idempotency_by_age ON idempotency (boot_ms);
+",
 ];
 
 /// One sandbox.
@@ -241,7 +251,11 @@ pub struct Filter {
 
 /// A cheap handle.
 #[derive(Clone)]
-pub struct Database(Db);
+pub struct Database {
+    db: Db,
+    /// Of this host: lives are counted on it.
+    pub clock: Clock,
+}
 
 fn time(ms: i64) -> Result<jiff::Timestamp, rusqlite::Error> {
     jiff::Timestamp::from_millisecond(ms).map_err(|error| bad(error.into()))
@@ -332,8 +346,8 @@ fn insert(connection: &Connection, row: &SandboxRow, metadata: &str) -> Result<(
 
 impl Database {
     /// Opens the database at `path`.
-    pub fn open(path: &Path) -> Result<Self, Error> {
-        Ok(Self(Db::open(path, MIGRATIONS)?))
+    pub fn open(path: &Path, clock: Clock) -> Result<Self, Error> {
+        Ok(Self { db: Db::open(path, MIGRATIONS)?, clock })
     }
 
     /// Records the intent to make sandboxes, when `quota` has room for all of them, their idempotency key and the entry of
@@ -349,13 +363,13 @@ impl Database {
             .iter()
             .map(|row| (row.clone(), serde_json::to_string(&row.metadata).unwrap_or_default()))
             .collect();
-        let now = jiff::Timestamp::now().as_millisecond();
+        let now = self.clock.stamp(self.clock.now());
         let more = More {
             creating: u32::try_from(rows.len()).unwrap_or(u32::MAX),
             disk_mib: rows.iter().map(|(row, _)| u64::from(row.disk_mib)).sum(),
             ..More::default()
         };
-        self.0
+        self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
                 if let Some(exceeded) = quota.map_or(Ok(None), |quota| quota.check(&transaction, more))? {
@@ -365,7 +379,7 @@ impl Database {
                     insert(&transaction, row, metadata)?;
                 }
                 if let (Some(key), Some((first, _))) = (key, rows.first()) {
-                    answers::remember(&transaction, &key, first.id.as_str(), now)?;
+                    answers::remember(&transaction, &key, first.id.as_str(), &now)?;
                 }
                 let entry = audit.map(|entry| accounts::note(&transaction, &entry)).transpose()?;
                 transaction.commit().map(|()| Begun::Done(entry))
@@ -381,7 +395,7 @@ impl Database {
         ended: Option<Ended>,
     ) -> Result<(), Error> {
         let live = live.clone();
-        self.0
+        self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
                 transaction
@@ -420,7 +434,7 @@ impl Database {
 
     /// Returns when everything that was written before survives a power failure.
     pub async fn flush(&self) -> Result<(), Error> {
-        self.0.flush().await
+        self.db.flush().await
     }
 
     /// Notes that a sandbox was paused or resumed, unless something newer is known. That it was paused, and whose it is,
@@ -444,7 +458,7 @@ impl Database {
                 ))
                 .map(drop)
         };
-        if outlives_a_boot { self.0.call_durable(job).await } else { self.0.call(job).await }
+        if outlives_a_boot { self.db.call_durable(job).await } else { self.db.call(job).await }
     }
 
     /// Forgets a sandbox that was not made, and its key: a retry starts afresh.
@@ -459,7 +473,7 @@ impl Database {
 
     async fn forget(&self, id: &SandboxId, with_it: &'static str) -> Result<(), Error> {
         let id = id.to_string();
-        self.0
+        self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
                 transaction.prepare_cached(with_it)?.execute([&id])?;
@@ -472,7 +486,7 @@ impl Database {
     /// A sandbox that runs or is paused.
     pub async fn get(&self, id: &SandboxId) -> Result<Option<SandboxRow>, Error> {
         let id = id.to_string();
-        self.0
+        self.db
             .call(move |connection| {
                 connection
                     .prepare_cached(&format!(
@@ -487,7 +501,7 @@ impl Database {
     /// Sets when a sandbox ends.
     pub async fn set_deadline(&self, id: &SandboxId, ends_at: jiff::Timestamp) -> Result<(), Error> {
         let id = id.to_string();
-        self.0
+        self.db
             .call(move |connection| {
                 connection
                     .prepare_cached("UPDATE sandboxes SET ends_ms = ?2 WHERE id = ?1")?
@@ -500,7 +514,7 @@ impl Database {
     /// Notes whether a sandbox may reach the internet.
     pub async fn set_internet(&self, id: &SandboxId, allowed: Option<bool>) -> Result<(), Error> {
         let id = id.to_string();
-        self.0
+        self.db
             .call(move |connection| {
                 connection
                     .prepare_cached("UPDATE sandboxes SET allow_internet = ?2 WHERE id = ?1")?
@@ -512,7 +526,7 @@ impl Database {
 
     /// Sandboxes that run or are paused, by start time.
     pub async fn list(&self, filter: Filter) -> Result<Vec<SandboxRow>, Error> {
-        self.0
+        self.db
             .call(move |connection| {
                 let mut sql = format!("SELECT {COLUMNS} FROM sandboxes WHERE state != 'creating'");
                 let mut values: Vec<Value> = Vec::new();
@@ -545,7 +559,7 @@ impl Database {
                 }
                 sql.push_str(&format!(" ORDER BY started_ms {order}, id {order} LIMIT ?"));
                 values.push(Value::from(i64::try_from(filter.limit).unwrap_or(i64::MAX)));
-                connection.prepare(&sql)?.query_map(params_from_iter(values), sandbox)?.collect()
+                connection.prepare_cached(&sql)?.query_map(params_from_iter(values), sandbox)?.collect()
             })
             .await
     }
@@ -553,7 +567,7 @@ impl Database {
     /// When the first of the sandboxes ends that run with an API key.
     pub async fn first_end(&self, key: &str) -> Result<Option<jiff::Timestamp>, Error> {
         let key = key.to_owned();
-        self.0
+        self.db
             .call(move |connection| {
                 let first: Option<i64> = connection
                     .prepare_cached(
@@ -568,10 +582,10 @@ impl Database {
     /// Ids of the sandboxes that were forked from `parent`.
     pub async fn children(&self, parent: &SandboxId) -> Result<Vec<SandboxId>, Error> {
         let parent = parent.to_string();
-        self.0
+        self.db
             .call(move |connection| {
                 connection
-                    .prepare("SELECT id FROM sandboxes WHERE parent = ?1 AND state != 'creating'")?
+                    .prepare_cached("SELECT id FROM sandboxes WHERE parent = ?1 AND state != 'creating'")?
                     .query_map([parent], |row| {
                         row.get::<_, String>(0)?
                             .parse()
@@ -584,7 +598,7 @@ impl Database {
 
     /// Forgets what was claimed by a server before this one.
     pub async fn forget_claims(&self) -> Result<(), Error> {
-        self.0
+        self.db
             .call(|connection| {
                 connection
                     .execute(
@@ -598,10 +612,10 @@ impl Database {
 
     /// Ids of all rows, with whether they are still being made. For start-up.
     pub async fn all(&self) -> Result<Vec<(SandboxId, bool)>, Error> {
-        self.0
+        self.db
             .call(|connection| {
                 connection
-                    .prepare("SELECT id, state = 'creating' FROM sandboxes")?
+                    .prepare_cached("SELECT id, state = 'creating' FROM sandboxes")?
                     .query_map([], |row| {
                         let id: String = row.get(0)?;
                         let id =

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use kelvin_api::account::NewApiKey;
+use kelvin_host::clock::Clock;
 use kelvin_powercut::{Disk, Loss};
 
 use super::{Database, NewSnapshot};
@@ -36,7 +37,10 @@ impl Ground {
         for loss in LOSSES {
             let then = tempfile::tempdir().unwrap();
             let _disk = self.disk.after_power_failure(loss, then.path()).unwrap().unwrap();
-            let Ok(database) = Database::open(&then.path().join("kelvin.db")) else { return false };
+            let Ok(database) = Database::open(&then.path().join("kelvin.db"), Clock::system().unwrap())
+            else {
+                return false;
+            };
             if !look(&database, then.path()).await {
                 return false;
             }
@@ -59,7 +63,7 @@ async fn replies(lost: &'static str) -> Option<[bool; 4]> {
             ApiKey::open(&root.join("api-key")).is_ok_and(|key| key.matches(secret.trim()))
         })
         .await;
-    let database = Database::open(&ground.path("kelvin.db")).unwrap();
+    let database = Database::open(&ground.path("kelvin.db"), Clock::system().unwrap()).unwrap();
     let accounts = Accounts::open(own, &database).await.unwrap();
     let made = accounts.create(wanted(), &database).await.unwrap();
     let is_known = async |database: &Database, _: &Path| {
@@ -91,7 +95,7 @@ async fn keys_revocations_and_owners_survive_a_power_failure() {
     assert_eq!(replies("kelvin.db-wal").await.unwrap(), [true, false, true, false]);
     assert!(!replies("").await.unwrap()[0]);
     let Some(ground) = ground("nothing") else { return };
-    let database = Database::open(&ground.path("kelvin.db")).unwrap();
+    let database = Database::open(&ground.path("kelvin.db"), Clock::system().unwrap()).unwrap();
     let own = ApiKey::open(&ground.path("api-key")).unwrap();
     let accounts = Accounts::open(own, &database).await.unwrap();
     let made = accounts.create(wanted(), &database).await.unwrap();

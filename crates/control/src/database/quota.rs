@@ -152,7 +152,7 @@ impl Database {
     /// the claims of the server before it.
     pub async fn claim(&self, id: &SandboxId, quota: Option<Quota>) -> Result<Claim, Error> {
         let id = id.to_string();
-        self.0
+        self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
                 let claims: Option<u32> = transaction
@@ -179,7 +179,7 @@ impl Database {
     /// Gives a claim back.
     pub async fn disclaim(&self, id: &SandboxId) -> Result<(), Error> {
         let id = id.to_string();
-        self.0
+        self.db
             .call(move |connection| {
                 connection
                     .prepare_cached("UPDATE sandboxes SET claims = MAX(claims - 1, 0) WHERE id = ?1")?
@@ -199,7 +199,7 @@ impl Database {
     ) -> Result<Option<Exceeded>, Error> {
         let id = id.to_string();
         let more = More { paused: 1, disk_mib: memory_mib.into(), ..More::default() };
-        self.0
+        self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
                 if let Some(exceeded) = quota.check(&transaction, more)? {
@@ -216,7 +216,7 @@ impl Database {
     /// The pause of a sandbox has ended, one way or the other, and its row says so.
     pub async fn end_pause(&self, id: &SandboxId) -> Result<(), Error> {
         let id = id.to_string();
-        self.0
+        self.db
             .call(move |connection| {
                 connection
                     .prepare_cached("UPDATE sandboxes SET pausing = 0 WHERE id = ?1")?
@@ -228,10 +228,10 @@ impl Database {
 
     /// The limits of each project that has some.
     pub async fn project_limits(&self) -> Result<Vec<(Project, Limits)>, Error> {
-        self.0
+        self.db
             .call(|connection| {
                 connection
-                    .prepare("SELECT name, limits FROM projects")?
+                    .prepare_cached("SELECT name, limits FROM projects")?
                     .query_map([], |row| {
                         let (name, limits): (String, String) = (row.get(0)?, row.get(1)?);
                         let name = name.parse().map_err(|error: &str| bad(error.into()))?;
@@ -245,10 +245,10 @@ impl Database {
     /// Sets the limits of a project.
     pub async fn set_project_limits(&self, project: &Project, limits: Limits) -> Result<(), Error> {
         let (name, limits) = (project.to_string(), serde_json::to_string(&limits).unwrap_or_default());
-        self.0
+        self.db
             .call_durable(move |connection| {
                 connection
-                    .prepare("INSERT OR REPLACE INTO projects (name, limits) VALUES (?1, ?2)")?
+                    .prepare_cached("INSERT OR REPLACE INTO projects (name, limits) VALUES (?1, ?2)")?
                     .execute((name, limits))
                     .map(drop)
             })
@@ -257,10 +257,10 @@ impl Database {
 
     /// Every project that has limits, keys, sandboxes or snapshots, with what it uses.
     pub async fn projects(&self) -> Result<Vec<ProjectInfo>, Error> {
-        self.0
+        self.db
             .call(|connection| {
                 let names: Vec<(String, Option<String>)> = connection
-                    .prepare(
+                    .prepare_cached(
                         "SELECT name, (SELECT limits FROM projects WHERE projects.name = all_names.name) FROM \
                          (SELECT name FROM projects UNION SELECT project FROM keys UNION SELECT project FROM sandboxes \
                          UNION SELECT project FROM snapshots) AS all_names ORDER BY name",
