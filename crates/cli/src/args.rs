@@ -94,6 +94,9 @@ pub enum Command {
         /// Settings, JSON.
         #[arg(long)]
         options: String,
+        /// How a server of a former version, which may still run when this is installed, finds its process again.
+        #[arg(long, hide = true)]
+        marker: Option<String>,
     },
     /// Starts a VMM in its jail; used by the server.
     #[command(hide = true)]

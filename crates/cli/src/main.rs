@@ -143,7 +143,7 @@ fn main() -> ExitCode {
     }
     // A reader that goes away (`kelvin ... | head`) ends this program like any other.
     let cli = Cli::parse();
-    if let Command::Egress { options } = &cli.command {
+    if let Command::Egress { options, .. } = &cli.command {
         return egress(options);
     }
     // A client waits for one server: one thread does it, without waking up others for each step.

@@ -145,9 +145,10 @@ impl Inner {
             if let Err(error) = self.database.note_used(self.accounts.used()).await {
                 tracing::error!(error = chain(&error), "when keys were used was not written");
             }
-            let now = self.clock.now();
-            let span = i64::try_from(now.saturating_duration_since(last).as_secs()).unwrap_or(i64::MAX);
-            last = now;
+            let whole = Duration::from_secs(self.clock.now().saturating_duration_since(last).as_secs());
+            let span = i64::try_from(whole.as_secs()).unwrap_or(i64::MAX);
+            // What is left of a second belongs to the next span.
+            last += whole;
             if let Err(error) = self.database.add_metrics(metrics, started, span).await {
                 tracing::error!(error = chain(&error), "measurements were not written");
             }

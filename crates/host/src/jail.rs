@@ -223,6 +223,8 @@ fn step<T>(what: impl std::fmt::Display, result: Result<T, impl Into<io::Error>>
 
 #[allow(unsafe_code)]
 fn launch(jail: &Jail, given: Vec<OwnedFd>) -> io::Result<i32> {
+    // Whatever root's shell or unit masks: what is made here is what the program passes through.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     step("leading a session", rustix::process::setsid())?;
     if let Some(cgroup) = &jail.cgroup {
         step("entering the control group", std::fs::write(cgroup.join("cgroup.procs"), "0"))?;
@@ -252,7 +254,17 @@ fn launch(jail: &Jail, given: Vec<OwnedFd>) -> io::Result<i32> {
             drop(told);
             let mut text = String::new();
             (&failed).take(4096).read_to_string(&mut text)?;
-            if text.is_empty() { Ok(child) } else { Err(io::Error::other(text)) }
+            if text.is_empty() {
+                return Ok(child);
+            }
+            // Nobody else knows of it: left to the daemon it would stay a zombie.
+            if let Some(child) = rustix::process::Pid::from_raw(child) {
+                step(
+                    "reaping",
+                    rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty()),
+                )?;
+            }
+            Err(io::Error::other(text))
         }
     }
 }

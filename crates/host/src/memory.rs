@@ -19,12 +19,17 @@ const READY: usize = 1024 * PAGE as usize;
 
 /// Gives what this process has freed back to the kernel: an allocator keeps it for each thread that was busy once, which after
 /// some captures is more than everything that is used. Takes milliseconds.
-#[allow(unsafe_code)]
-pub fn give_back() {
+pub async fn give_back() {
+    // It is no step of anything there.
     #[cfg(feature = "testing")]
     if crate::testing::is_virtual() {
         return;
     }
+    let _ = tokio::task::spawn_blocking(trim).await;
+}
+
+#[allow(unsafe_code)]
+fn trim() {
     // Others give back by themselves.
     #[cfg(target_env = "gnu")]
     // SAFETY: touches nothing that is allocated. Source: malloc_trim(3).

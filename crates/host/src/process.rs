@@ -199,13 +199,15 @@ impl Process {
             let found = crate::testing::FakeProcess::find(key).ok_or(io::ErrorKind::NotFound)?;
             return Ok(Self::fake(found));
         }
-        let process = Self::open(key.pid).map_err(|error| {
-            if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) {
-                io::ErrorKind::NotFound.into()
-            } else {
-                error
-            }
-        })?;
+        let gone = |error: io::Error| {
+            let is_gone = error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error());
+            if is_gone { io::ErrorKind::NotFound.into() } else { error }
+        };
+        // Looked at before it is ours: a stranger's end is not to be taken from who waits for it.
+        if start_time(key.pid).map_err(gone)? != key.start_time {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let process = Self::open(key.pid).map_err(gone)?;
         // One that is over is reaped as it is dropped.
         if process.key == key && !process.is_over() {
             Ok(process)

@@ -122,10 +122,8 @@ impl Inner {
                 .map_err(Error::from)
         };
         let result = work.await;
-        if let (Err(_), Ok(staged)) = (&result, &staged)
-            && let Err(error) = crate::home::remove_directory(staged)
-        {
-            tracing::error!(%error, path = %staged.display(), "not removed, the next start does");
+        if let (Err(_), Ok(staged)) = (&result, &staged) {
+            self.keeper.remove_staged(staged.clone()).await;
         }
         self.keeper.release_or_log(&home.spec, None).await;
         result

@@ -152,11 +152,7 @@ impl Keeping {
         })??;
         let result = self.capture_to(&staged, id, origin, care, then).await;
         if result.is_err() {
-            let path = staged.clone();
-            let removed = blocking("removing", move || crate::home::remove_directory(&path)).await;
-            if let Err(error) = removed {
-                tracing::error!(error = chain(&error), path = %staged.display(), "not removed, the next start does");
-            }
+            self.inner.keeper.remove_staged(staged).await;
         }
         result
     }

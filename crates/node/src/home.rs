@@ -67,6 +67,8 @@ pub struct Keeper {
     pub groups: Option<Groups>,
     /// Machines that could not be released: quarantined until the reaper succeeds.
     pub unreleased: Arc<Mutex<Vec<Unreleased>>>,
+    /// Directories below `staging/` that could not be removed, for the same.
+    pub unremoved: Arc<Mutex<Vec<PathBuf>>>,
 }
 
 /// Control groups, and who says what is in them.
@@ -290,6 +292,20 @@ impl Keeper {
         for Unreleased { spec, key } in tried {
             self.release_or_log(&spec, key).await;
         }
+        let staged = std::mem::take(&mut *self.unremoved.lock().unwrap_or_else(PoisonError::into_inner));
+        for directory in staged {
+            self.remove_staged(directory).await;
+        }
+    }
+
+    /// Removes what was staged and is not published; when that fails, the reaper tries again.
+    pub async fn remove_staged(&self, directory: PathBuf) {
+        let path = directory.clone();
+        let removed = kelvin_host::blocking::spawn(move || remove_directory(&path)).await;
+        if let Err(error) = removed.unwrap_or_else(|error| Err(io::Error::other(error))) {
+            tracing::error!(%error, path = %directory.display(), "not removed, the reaper tries again");
+            self.unremoved.lock().unwrap_or_else(PoisonError::into_inner).push(directory);
+        }
     }
 }
 
@@ -306,17 +322,20 @@ async fn end(key: ProcessKey) -> Result<(), Error> {
     }
 }
 
-/// Kills whatever was started with `marker`: a launcher may just have started its VMM, so it is looked again.
+/// Kills whatever was started with `marker`: a launcher may just have started its VMM, so it is looked again. One empty look
+/// is not enough: a process shows no environment while it becomes its program.
 async fn end_all(marker: &str) -> Result<(), Error> {
+    let mut was_empty = false;
     for _ in 0..LOOKS {
         let marker = marker.to_owned();
         let found = kelvin_host::blocking::spawn(move || find_by_marker(&marker)).await;
         let found = found
             .unwrap_or_else(|error| Err(io::Error::other(error)))
             .map_err(|source| Error::Io { what: "looking for a VMM", source })?;
-        if found.is_empty() {
+        if found.is_empty() && was_empty {
             return Ok(());
         }
+        was_empty = found.is_empty();
         for key in found {
             end(key).await?;
         }
@@ -368,6 +387,7 @@ mod tests {
             networks: None,
             groups: None,
             unreleased: Arc::default(),
+            unremoved: Arc::default(),
         }
     }
 

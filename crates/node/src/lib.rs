@@ -436,6 +436,7 @@ impl Node {
             networks: networks.clone(),
             groups: groups(&driver, store.root()),
             unreleased: Arc::default(),
+            unremoved: Arc::default(),
         };
         let clock = match options.clock.clone() {
             Some(clock) => clock,
@@ -523,7 +524,7 @@ impl Node {
                 if let Some(networks) = &reaper.keeper.networks {
                     networks.slots.retry().await;
                 }
-                let _ = kelvin_host::blocking::spawn(kelvin_host::memory::give_back).await;
+                kelvin_host::memory::give_back().await;
             }
         });
         Ok(Self { inner })

@@ -159,7 +159,7 @@ impl Inner {
         let copied = kelvin_host::blocking::spawn(move || {
             let manifest = &image.manifest;
             let mode = if manifest.mode.is_full() { mode } else { PauseMode::Filesystem };
-            let staged = store.stage()?;
+            let staged = store.stage().map_err(|error| (None, Error::from(error)))?;
             let cloned = || -> std::io::Result<()> {
                 for name in kelvin_store::snapshot::files(mode) {
                     kelvin_store::disk::clone_file(&image.file(name), &staged.join(name))?;
@@ -179,16 +179,21 @@ impl Inner {
             let kept = cloned()
                 .map_err(|source| Error::Io { what: "cloning a paused sandbox's snapshot", source })
                 .and_then(|()| Ok(store.publish_snapshot(&staged, draft, Care::Durable)?));
-            if kept.is_err() {
-                // What cannot be removed now is removed at the next start.
-                let _ = crate::home::remove_directory(&staged);
-            }
-            kept
+            kept.map_err(|error| (Some(staged), error))
         });
         let kept = copied.await.map_err(|error| Error::Io {
             what: "cloning a paused sandbox's snapshot",
             source: std::io::Error::other(error),
-        })??;
+        })?;
+        let kept = match kept {
+            Ok(kept) => kept,
+            Err((staged, error)) => {
+                if let Some(staged) = staged {
+                    self.keeper.remove_staged(staged).await;
+                }
+                return Err(error);
+            }
+        };
         timings.lap(Phase::Publish, &mut since);
         let kept = Arc::new(kept);
         drop(self.snapshots.add_leased(Arc::clone(&kept)));
