@@ -148,7 +148,7 @@ impl Inner {
             let whole = Duration::from_secs(self.clock.now().saturating_duration_since(last).as_secs());
             let span = i64::try_from(whole.as_secs()).unwrap_or(i64::MAX);
             // What is left of a second belongs to the next span.
-            last += whole;
+            last = last + whole;
             if let Err(error) = self.database.add_metrics(metrics, started, span).await {
                 tracing::error!(error = chain(&error), "measurements were not written");
             }

@@ -163,6 +163,7 @@ impl Ground {
             url: String::new(),
             stopped: false,
             descriptors: None,
+            umask: None,
         }
     }
 
@@ -217,6 +218,8 @@ pub struct Server {
     stopped: bool,
     /// How many descriptors it may have from its next start on, when not as many as this process.
     pub descriptors: Option<u64>,
+    /// What it is started under, when not under the umask of this process: octal digits.
+    pub umask: Option<&'static str>,
 }
 
 impl Server {
@@ -268,17 +271,18 @@ impl Server {
 
     /// What a server would be started with.
     fn serve(&self, args: &[&str]) -> Command {
-        let mut command = match self.descriptors {
-            None => self.command(),
-            // By a shell: this process could lower its own limit and not raise it again.
-            Some(most) => {
-                let plain = self.command();
-                let mut limited = Command::new("sh");
-                limited.args(["-c", "ulimit -n \"$1\" && shift && exec \"$@\"", "sh", &most.to_string()]);
-                limited.arg(plain.get_program()).args(plain.get_args());
-                limited
-            }
-        };
+        let mut before = Vec::new();
+        before.extend(self.descriptors.map(|most| format!("ulimit -n {most}")));
+        before.extend(self.umask.map(|mask| format!("umask {mask}")));
+        let mut command = self.command();
+        if !before.is_empty() {
+            // By a shell: this process could lower its own limit and not raise it again, and its threads share a umask.
+            before.push("exec \"$@\"".to_owned());
+            let mut limited = Command::new("sh");
+            limited.args(["-c", &before.join(" && "), "sh"]);
+            limited.arg(command.get_program()).args(command.get_args());
+            command = limited;
+        }
         command.args(["serve", "--data-dir"]).arg(&self.data_dir).args(defaults(args)).args(args);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command

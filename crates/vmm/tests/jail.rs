@@ -1,0 +1,43 @@
+//! What a jail leaves when its program cannot be started. In a process of its own: every child of it is looked for.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::path::PathBuf;
+
+use kelvin_host::jail::Jail;
+use kelvin_host::process::{Network, Process, adopt_orphans};
+
+/// It is reaped by whoever tried: nobody else was told its id, to wait for it.
+#[tokio::test]
+async fn a_jail_that_fails_leaves_no_zombie() {
+    let launcher = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/release/kelvin");
+    if !launcher.exists() {
+        println!("skipped: kelvin is not built");
+        return;
+    }
+    adopt_orphans().unwrap();
+    let root = tempfile::tempdir().unwrap();
+    let program = root.path().join("no-program");
+    fs::write(&program, "not one").unwrap();
+    let jail = Jail {
+        root: root.path().to_owned(),
+        read_only: false,
+        program,
+        args: Vec::new(),
+        env: Vec::new(),
+        user: None,
+        groups: Vec::new(),
+        binds: Vec::new(),
+        tun: false,
+        kvm: false,
+        cgroup: None,
+        max_file_bytes: 1 << 20,
+        max_descriptors: 64,
+        libraries: false,
+    };
+    let started = Process::spawn_jailed(&launcher, jail, "no-vm".to_owned(), Network::Shared, Vec::new());
+    assert!(started.await.is_err());
+    let children = rustix::process::waitpid(None, rustix::process::WaitOptions::NOHANG);
+    assert!(!matches!(children, Ok(Some(_))), "a child of the launcher is left: {children:?}");
+}
