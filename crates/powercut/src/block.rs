@@ -16,7 +16,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
@@ -24,9 +24,10 @@ use fuser::{
     LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyWrite, Request, TimeOrNow,
     WriteFlags,
 };
-use rustix::mount::UnmountFlags;
 
-const ROOT: u64 = 1;
+use crate::tree::ROOT;
+use crate::{is_there, lock, unmount};
+
 const IMAGE: u64 = 2;
 const NAME: &str = "image";
 /// What is lost or kept as a whole, in bytes.
@@ -112,15 +113,8 @@ impl Drop for Block {
     fn drop(&mut self) {
         // Whoever still waits for it gets an error.
         lock(&self.state).has_failed = true;
-        let flags = UnmountFlags::FORCE | UnmountFlags::DETACH;
-        if let Err(error) = rustix::mount::unmount(&self.directory, flags) {
-            eprintln!("{} stays mounted: {error}", self.directory.display());
-        }
+        unmount(&self.directory);
     }
-}
-
-fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
-    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Block {
@@ -131,7 +125,7 @@ impl Block {
     /// # Errors
     /// As the kernel gives them when it is there and cannot be mounted.
     pub fn mount(directory: &Path, bytes: u64) -> io::Result<Option<Self>> {
-        if File::options().read(true).write(true).open("/dev/fuse").is_err() {
+        if !is_there() {
             return Ok(None);
         }
         let (now, survives) = (directory.with_extension("now"), directory.with_extension("survives"));

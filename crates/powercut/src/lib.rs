@@ -56,17 +56,26 @@ pub struct Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        // By force: threads that are still in a call of this disk (a database that closes) get an error. Without it they
-        // would wait for a server in their own process, which then could not end.
-        let flags = UnmountFlags::FORCE | UnmountFlags::DETACH;
-        if let Err(error) = rustix::mount::unmount(&self.directory, flags) {
-            eprintln!("{} stays mounted: {error}", self.directory.display());
-        }
+        unmount(&self.directory);
     }
 }
 
-fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+/// By force: threads that are still in a call (a database that closes) get an error. Without it they would wait for a server in
+/// their own process, which then could not end.
+fn unmount(directory: &Path) {
+    let flags = UnmountFlags::FORCE | UnmountFlags::DETACH;
+    if let Err(error) = rustix::mount::unmount(directory, flags) {
+        eprintln!("{} stays mounted: {error}", directory.display());
+    }
+}
+
+fn lock<T>(state: &Mutex<T>) -> MutexGuard<'_, T> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether there is FUSE, and the right to use it.
+fn is_there() -> bool {
+    std::fs::File::options().read(true).write(true).open("/dev/fuse").is_ok()
 }
 
 impl Disk {
@@ -79,7 +88,7 @@ impl Disk {
     }
 
     fn mount_tree(directory: &Path, tree: Tree) -> io::Result<Option<Self>> {
-        if std::fs::File::options().read(true).write(true).open("/dev/fuse").is_err() {
+        if !is_there() {
             return Ok(None);
         }
         let state = Arc::new(Mutex::new(State { tree, ..State::default() }));
