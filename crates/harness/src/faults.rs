@@ -242,11 +242,11 @@ impl Faults {
     }
 
     /// What becomes of the next step, at `place`.
-    fn step(&self, place: Place, vm: Option<&VmId>) -> Decision {
+    fn step(&self, place: Place, vm: Option<&VmId>) -> Step {
         let now = self.now();
         let mut state = self.state();
         if !state.armed {
-            return Decision::Go;
+            return Step::Go;
         }
         state.count += 1;
         (place, now.as_millis()).hash(&mut state.trace);
@@ -260,7 +260,7 @@ impl Faults {
         }
         if count != plan.at {
             let jitter = if plan.jitter { state.random.below(4) } else { 0 };
-            return if jitter == 0 { Decision::Go } else { Decision::After(Duration::from_millis(jitter)) };
+            return if jitter == 0 { Step::Go } else { Step::After(Duration::from_millis(jitter)) };
         }
         drop(state);
         let name = vm.and_then(|vm| self.driver()?.name_of(vm));
@@ -271,35 +271,26 @@ impl Faults {
         }
         self.note(|| format!("{:?} here, and the wall clock is set by {} h", plan.what, plan.jump));
         match plan.what {
-            What::Nothing => Decision::Go,
-            What::Fail => Decision::Fail,
-            What::Slow(seconds) => Decision::After(Duration::from_secs(seconds)),
-            What::Crash => Decision::Crash,
-            What::Silence => Decision::Silence,
-            What::PowerOff => Decision::PowerOff,
+            What::Nothing => Step::Go,
+            What::Fail => Step::Fail,
+            What::Slow(seconds) => Step::After(Duration::from_secs(seconds)),
+            What::Crash => Step::Crash,
+            What::Silence => Step::Silence,
+            What::PowerOff => Step::PowerOff,
             What::HangUp => {
                 self.hang_up.notify_one();
-                Decision::After(Duration::from_millis(1))
+                Step::After(Duration::from_millis(1))
             }
             What::Kill => {
                 self.dead.notify_one();
-                Decision::After(NEVER)
+                Step::After(NEVER)
             }
             What::Stop => {
                 self.stop.notify_one();
-                Decision::After(Duration::from_millis(1))
+                Step::After(Duration::from_millis(1))
             }
         }
     }
-}
-
-enum Decision {
-    Go,
-    After(Duration),
-    Fail,
-    Crash,
-    Silence,
-    PowerOff,
 }
 
 /// The faults of a case, as the driver asks for them.
@@ -307,25 +298,18 @@ pub struct Scripted(pub Arc<Faults>);
 
 impl Script for Scripted {
     fn step(&self, call: Call, vm: &VmId) -> Step {
-        match self.0.step(Place::Driver(call), Some(vm)) {
-            Decision::Go => Step::Go,
-            Decision::After(delay) => Step::After(delay),
-            Decision::Fail => Step::Fail,
-            Decision::Crash => Step::Crash,
-            Decision::Silence => Step::Silence,
-            Decision::PowerOff => Step::PowerOff,
-        }
+        self.0.step(Place::Driver(call), Some(vm))
     }
 }
 
 impl Scripted {
     fn host(&self, place: Place) -> HostStep {
         match self.0.step(place, None) {
-            Decision::Go => HostStep::After(Duration::ZERO),
-            Decision::After(delay) => HostStep::After(delay),
+            Step::Go => HostStep::After(Duration::ZERO),
+            Step::After(delay) => HostStep::After(delay),
             // A disk or a database has no VMM and no guest: it fails, or takes its time.
-            Decision::Fail | Decision::Crash => HostStep::Fail,
-            Decision::Silence | Decision::PowerOff => HostStep::After(Duration::from_secs(2)),
+            Step::Fail | Step::Crash => HostStep::Fail,
+            Step::Silence | Step::PowerOff => HostStep::After(Duration::from_secs(2)),
         }
     }
 }
