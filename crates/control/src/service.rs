@@ -508,9 +508,11 @@ impl Inner {
     ) -> Result<SandboxDetail, Failure> {
         let ends_at = deadline(&self.clock, seconds)?;
         let mut row = self.row(id).await?;
-        // By the wall clock as it is now: what is recorded may be from before it was set.
-        let known = self.node.one(id).await?.map_or(row.ends_at, |live| live.ends_at);
-        if may_shorten || ends_at > known {
+        let moves = may_shorten || {
+            // By the wall clock as it is now: what is recorded may be from before it was set.
+            ends_at > self.node.one(id).await?.map_or(row.ends_at, |live| live.ends_at)
+        };
+        if moves {
             self.node.set_deadline(id, ends_at).await?;
             self.database.set_deadline(id, ends_at).await.map_err(database_failed)?;
             row.ends_at = ends_at;

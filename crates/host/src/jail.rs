@@ -259,10 +259,8 @@ fn launch(jail: &Jail, given: Vec<OwnedFd>) -> io::Result<i32> {
             }
             // Nobody else knows of it: left to the daemon it would stay a zombie.
             if let Some(child) = rustix::process::Pid::from_raw(child) {
-                step(
-                    "reaping",
-                    rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty()),
-                )?;
+                // Why it failed is told, whatever becomes of this.
+                let _ = rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty());
             }
             Err(io::Error::other(text))
         }

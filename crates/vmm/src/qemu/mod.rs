@@ -5,8 +5,8 @@
 //! (`xen-save-devices-state` writes no RAM) and loads as an incoming migration into a VMM that was
 //! started with `-incoming defer`. Source: `../shared/vmm-notes.md` and `prototypes/qemu_clone.py`.
 //!
-//! A VMM runs in a jail ([`kelvin_host::jail`]), under QEMU's own seccomp filters, in a control group where the host has
-//! them. The machine's directory is its root:
+//! A VMM runs in a jail ([`kelvin_host::jail`]), under QEMU's own seccomp filters, and in no control group yet (decision
+//! 25). The machine's directory is its root:
 //!
 //! ```text
 //! <machine>/             belongs to root; the VMM has it read-only
@@ -41,7 +41,6 @@ use std::time::Duration;
 use async_trait::async_trait;
 use kelvin_api::units::Shape;
 use kelvin_host::accel::Accelerator;
-use kelvin_host::cgroup::Limits;
 use kelvin_host::file::{open_plain, read_plain};
 use kelvin_host::jail::{Access, Bind, FIRST_GIVEN, Jail, is_dynamic};
 use kelvin_host::process::{Network, Process, ProcessKey};
@@ -500,11 +499,6 @@ impl Driver for Qemu {
 
     fn layout(&self, shape: Shape, network: bool) -> Vec<String> {
         self.machine(shape, MEMORY, true, network)
-    }
-
-    fn limits(&self, _shape: Shape) -> Option<Limits> {
-        // In a control group of its own a QEMU on KVM did not boot: not before it is known why.
-        None
     }
 
     async fn boot(&self, spec: &MachineSpec, disk: Disk) -> Result<Running, Error> {
