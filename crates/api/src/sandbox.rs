@@ -701,6 +701,9 @@ pub struct NodeInfo {
     /// a snapshot. They run on.
     #[serde(default)]
     pub silent: u32,
+    /// Sandboxes whose record this build cannot read. They are kept as they are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unreadable: Vec<UnreadableRecord>,
     /// Whether every pool of waiting VMMs and warm machines is at its target and nothing is being prepared or torn down.
     pub settled: bool,
     #[serde(rename = "memoryMB")]
@@ -721,6 +724,24 @@ pub struct NodeInfo {
     /// Entries in the ledger of host resources.
     #[serde(rename = "ledgerEntries")]
     pub ledger_entries: u32,
+}
+
+/// Kelvin: a record that the node's build cannot read, of a newer release or damaged. What it names runs on, or stays
+/// paused, until it is killed or a build that reads it is started.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct UnreadableRecord {
+    /// The machine that the record is of.
+    pub machine: String,
+    /// Which sandbox it is, when that much can be read.
+    #[serde(rename = "sandboxID", default, skip_serializing_if = "Option::is_none")]
+    pub sandbox_id: Option<String>,
+    /// Of the VMM; none of what is paused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<i32>,
+    /// Why it cannot be read.
+    pub reason: String,
 }
 
 /// Kelvin: the networks of a node.

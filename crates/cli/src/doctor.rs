@@ -392,6 +392,31 @@ async fn server(connection: &Connection) -> Check {
     }
 }
 
+/// Records of sandboxes that another release wrote, or that are damaged.
+fn records(directory: &Path) -> Option<Check> {
+    const NAME: &str = "records";
+    if !directory.join("ledger.db").is_file() {
+        return None;
+    }
+    Some(match kelvin_node::check_records(directory) {
+        Ok((count, unreadable)) if unreadable.is_empty() => {
+            check(NAME, Verdict::Ok, format!("{count} of sandboxes, all of them are understood"), "")
+        }
+        Ok((count, unreadable)) => check(
+            NAME,
+            Verdict::Warning,
+            format!("{} of {count} cannot be read: {}", unreadable.len(), unreadable.join("; ")),
+            "their sandboxes are kept as they are: start the release that wrote them, or kill them",
+        ),
+        Err(error) => check(
+            NAME,
+            Verdict::Failed,
+            kelvin_api::error::chain(&error),
+            "start the release that wrote the ledger, as root",
+        ),
+    })
+}
+
 /// Prints all checks; the exit code is 1 when one has failed.
 pub async fn run(connection: &Connection, output: Output, args: &DoctorArgs) -> Result<ExitCode, Failed> {
     let has_kvm = accel::detect().accelerator == accel::Accelerator::Kvm;
@@ -402,6 +427,7 @@ pub async fn run(connection: &Connection, output: Output, args: &DoctorArgs) -> 
     checks.push(network().await);
     checks.extend(data_directory(&directory));
     checks.extend(snapshots(&directory, named, has_kvm));
+    checks.extend(records(&directory));
     checks.push(server(connection).await);
     print(output, &checks, |checks| {
         let mut table = table(&["check", "verdict", "found", "remedy"]);

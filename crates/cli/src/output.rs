@@ -232,7 +232,11 @@ pub fn pool_table(pools: &Vec<PoolInfo>) -> Table {
 
 /// The node.
 pub fn node_table(node: &NodeInfo) -> Table {
-    pairs(vec![
+    let unreadable = node.unreadable.iter().map(|record| {
+        let sandbox = record.sandbox_id.as_deref().unwrap_or("of a sandbox that it does not say");
+        ("unreadable record", format!("{sandbox}, machine {}: {}", record.machine, record.reason))
+    });
+    let mut rows = vec![
         ("version", node.version.clone()),
         ("vmm", node.vmm.clone()),
         ("accelerator", node.accelerator.clone()),
@@ -248,7 +252,9 @@ pub fn node_table(node: &NodeInfo) -> Table {
         ("network", network_of(node)),
         ("ledger", format!("{} entries", node.ledger_entries)),
         ("settled", if node.settled { "yes" } else { "no" }.to_owned()),
-    ])
+    ];
+    rows.extend(unreadable);
+    pairs(rows)
 }
 
 fn network_of(node: &NodeInfo) -> String {

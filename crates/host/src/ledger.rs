@@ -81,8 +81,17 @@ pub struct Entry {
 pub struct Record {
     /// The machine.
     pub owner: VmId,
-    /// JSON.
-    pub body: String,
+    /// What it says.
+    pub body: Body,
+}
+
+/// What a record says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Body {
+    /// Of its form; 0 is what was written before forms had numbers.
+    pub version: u32,
+    /// It.
+    pub json: String,
 }
 
 const MIGRATIONS: &[&str] = &[
@@ -98,7 +107,14 @@ const MIGRATIONS: &[&str] = &[
     "
     CREATE TABLE boot (id TEXT NOT NULL);
 ",
+    // Also keeps out releases that remove a machine whose record they cannot read.
+    "
+    ALTER TABLE records ADD COLUMN version INTEGER NOT NULL DEFAULT 0;
+",
 ];
+
+/// The schema since which the forms of records have numbers.
+const NUMBERED: i64 = 3;
 
 /// The kernel's name of this boot. Source: random(4), /proc/sys/kernel/random/boot_id.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -109,6 +125,24 @@ pub struct Ledger {
     db: Db,
     /// This boot; none when the kernel does not say.
     boot: Option<Arc<str>>,
+}
+
+/// The records in the ledger at `path`, for whoever only looks at it, also beside a server: nothing is migrated or written.
+///
+/// # Errors
+/// `Version` for a ledger of a newer release; as SQLite gives them.
+pub fn peek(path: &Path) -> Result<Vec<Record>, Error> {
+    let flags = rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY | rusqlite::OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    let known = i64::try_from(MIGRATIONS.len()).unwrap_or(i64::MAX);
+    if version > known {
+        return Err(Error::Version { found: version, known });
+    }
+    let numbered = if version < NUMBERED { "0" } else { "version" };
+    let mut rows = connection.prepare(&format!("SELECT owner, {numbered}, body FROM records"))?;
+    let records = rows.query_map([], record_of)?.collect::<Result<_, _>>()?;
+    Ok(records)
 }
 
 fn encode(resource: &Resource) -> Result<String, Error> {
@@ -199,8 +233,8 @@ impl Ledger {
         let (struck, kept) = (owner.clone(), owner);
         let strike = move |connection: &mut Connection| {
             connection
-                .prepare_cached("DELETE FROM records WHERE owner = ?1 RETURNING body")?
-                .query_row([struck.to_string()], |row| row.get::<_, String>(0))
+                .prepare_cached("DELETE FROM records WHERE owner = ?1 RETURNING version, body")?
+                .query_row([struck.to_string()], |row| body_of(row, 0))
                 .optional()
         };
         let Some(body) = self.db.call(strike).await? else { return Ok(false) };
@@ -216,7 +250,7 @@ impl Ledger {
     ///
     /// # Errors
     /// As the database gives them; then nothing has changed.
-    pub async fn move_record(&self, from: &VmId, to: &VmId, body: String) -> Result<bool, Error> {
+    pub async fn move_record(&self, from: &VmId, to: &VmId, body: Body) -> Result<bool, Error> {
         let (from, to) = (from.to_string(), to.to_string());
         let (there, back) = ((from.clone(), to.clone()), (to, from));
         let before = self.db.call(move |connection| replace_record(connection, &there, &body)).await?;
@@ -231,15 +265,16 @@ impl Ledger {
     ///
     /// # Errors
     /// As the database gives them.
-    pub async fn put_record(&self, owner: &VmId, body: String) -> Result<(), Error> {
+    pub async fn put_record(&self, owner: &VmId, body: Body) -> Result<(), Error> {
         let owner = owner.to_string();
         self.db
             .call(move |connection| {
                 connection
                     .prepare_cached(
-                        "INSERT INTO records VALUES (?1, ?2) ON CONFLICT (owner) DO UPDATE SET body = ?2",
+                        "INSERT INTO records (owner, version, body) VALUES (?1, ?2, ?3)
+                         ON CONFLICT (owner) DO UPDATE SET version = ?2, body = ?3",
                     )?
-                    .execute((owner, body))
+                    .execute((owner, body.version, body.json))
                     .map(drop)
             })
             .await
@@ -249,12 +284,14 @@ impl Ledger {
     ///
     /// # Errors
     /// As the database gives them.
-    pub async fn record(&self, owner: &VmId) -> Result<Option<String>, Error> {
+    pub async fn record(&self, owner: &VmId) -> Result<Option<Body>, Error> {
         let owner = owner.to_string();
         self.db
             .call(move |connection| {
                 connection
-                    .query_row("SELECT body FROM records WHERE owner = ?1", [owner], |row| row.get(0))
+                    .query_row("SELECT version, body FROM records WHERE owner = ?1", [owner], |row| {
+                        body_of(row, 0)
+                    })
                     .optional()
             })
             .await
@@ -285,14 +322,8 @@ impl Ledger {
                     })?
                     .collect::<Result<_, _>>()?;
                 let records = connection
-                    .prepare_cached("SELECT owner, body FROM records")?
-                    .query_map([], |row| {
-                        let owner: String = row.get(0)?;
-                        Ok(Record {
-                            owner: owner.parse().map_err(|error| bad(format!("{error}")))?,
-                            body: row.get(1)?,
-                        })
-                    })?
+                    .prepare_cached("SELECT owner, version, body FROM records")?
+                    .query_map([], record_of)?
                     .collect::<Result<_, _>>()?;
                 Ok((entries, records))
             })
@@ -310,6 +341,16 @@ impl Ledger {
     }
 }
 
+fn record_of(row: &rusqlite::Row<'_>) -> Result<Record, rusqlite::Error> {
+    let owner: String = row.get(0)?;
+    Ok(Record { owner: owner.parse().map_err(|error| bad(format!("{error}")))?, body: body_of(row, 1)? })
+}
+
+/// The body of a record whose columns begin at `first`.
+fn body_of(row: &rusqlite::Row<'_>, first: usize) -> Result<Body, rusqlite::Error> {
+    Ok(Body { version: row.get(first)?, json: row.get(first + 1)? })
+}
+
 fn bad(error: String) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, error.into())
 }
@@ -325,17 +366,17 @@ fn strike_all(connection: &mut Connection, owner: &str) -> Result<(), rusqlite::
 fn replace_record(
     connection: &mut Connection,
     (from, to): &(String, String),
-    body: &str,
-) -> Result<Option<String>, rusqlite::Error> {
+    body: &Body,
+) -> Result<Option<Body>, rusqlite::Error> {
     let transaction = connection.transaction()?;
     let before = transaction
-        .prepare_cached("DELETE FROM records WHERE owner = ?1 RETURNING body")?
-        .query_row([from], |row| row.get(0))
+        .prepare_cached("DELETE FROM records WHERE owner = ?1 RETURNING version, body")?
+        .query_row([from], |row| body_of(row, 0))
         .optional()?;
     if before.is_some() {
         transaction
-            .prepare_cached("INSERT OR REPLACE INTO records (owner, body) VALUES (?1, ?2)")?
-            .execute((to, body))?;
+            .prepare_cached("INSERT OR REPLACE INTO records (owner, version, body) VALUES (?1, ?2, ?3)")?
+            .execute((to, body.version, &body.json))?;
         transaction.commit()?;
     }
     Ok(before)
@@ -382,6 +423,7 @@ mod tests {
         let vm = VmId::random();
         let key = ProcessKey { pid: 1, start_time: 9 };
         let vmm = Resource::Vmm { marker: "m".into(), key: Some(key) };
+        let body = Body { version: 1, json: "{}".into() };
         let keys = |entries: Vec<Entry>| -> Vec<Option<ProcessKey>> {
             let key = |entry: Entry| match entry.resource {
                 Resource::Vmm { key, .. } => key,
@@ -393,7 +435,7 @@ mod tests {
             let ledger = Ledger::open_in_boot(&path, Some(boot)).unwrap();
             if ledger.count().await.unwrap() == 0 {
                 ledger.declare(&vm, std::slice::from_ref(&vmm)).await.unwrap();
-                ledger.put_record(&vm, "{}".into()).await.unwrap();
+                ledger.put_record(&vm, body.clone()).await.unwrap();
             }
             let (entries, records) = ledger.read().await.unwrap();
             assert_eq!(keys(entries), [expected], "{boot}");
@@ -408,6 +450,35 @@ mod tests {
         assert_eq!(keys(new.read().await.unwrap().0), [Some(key)]);
     }
 
+    /// A ledger of before records had numbers is looked at without being changed, and is migrated by whoever opens it; one of
+    /// a release to come is refused by both.
+    #[tokio::test]
+    async fn ledgers_of_other_releases_are_looked_at_and_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.db");
+        let vm = VmId::random();
+        let old = Connection::open(&path).unwrap();
+        for migration in &MIGRATIONS[..2] {
+            old.execute_batch(migration).unwrap();
+        }
+        old.pragma_update(None, "user_version", 2).unwrap();
+        old.execute("INSERT INTO records (owner, body) VALUES (?1, 'of old')", [vm.as_str()]).unwrap();
+        drop(old);
+        let record = Record { owner: vm, body: Body { version: 0, json: "of old".into() } };
+        for _ in 0..2 {
+            assert_eq!(peek(&path).unwrap(), std::slice::from_ref(&record));
+        }
+        let ledger = Ledger::open(&path).unwrap();
+        assert_eq!(ledger.read().await.unwrap().1, std::slice::from_ref(&record));
+        assert_eq!(peek(&path).unwrap(), [record], "beside a server");
+        drop(ledger);
+        let new = Connection::open(&path).unwrap();
+        new.pragma_update(None, "user_version", 99).unwrap();
+        drop(new);
+        assert!(matches!(peek(&path), Err(Error::Version { found: 99, .. })));
+        assert!(matches!(Ledger::open(&path).map(drop), Err(Error::Version { found: 99, .. })));
+    }
+
     #[tokio::test]
     async fn what_was_declared_is_there_after_a_crash() {
         let dir = tempfile::tempdir().unwrap();
@@ -415,19 +486,20 @@ mod tests {
         let vm = VmId::random();
         let directory = Resource::Directory { path: "/x".into() };
         let vmm = Resource::Vmm { marker: "m".into(), key: None };
+        let body = Body { version: 3, json: "{}".into() };
         {
             let ledger = Ledger::open(&path).unwrap();
             let ids = ledger.declare(&vm, &[directory.clone(), vmm]).await.unwrap();
             let key = Some(ProcessKey { pid: 7, start_time: 9 });
             ledger.amend(ids[1], &Resource::Vmm { marker: "m".into(), key }).await.unwrap();
-            ledger.put_record(&vm, "{}".into()).await.unwrap();
+            ledger.put_record(&vm, body.clone()).await.unwrap();
         }
         let ledger = Ledger::open(&path).unwrap();
         let (entries, records) = ledger.read().await.unwrap();
         assert_eq!(entries.len(), 2);
         assert_eq!(entries[0].resource, directory);
         assert!(matches!(entries[1].resource, Resource::Vmm { key: Some(_), .. }));
-        assert_eq!(records, [Record { owner: vm.clone(), body: "{}".into() }]);
+        assert_eq!(records, [Record { owner: vm.clone(), body }]);
         ledger.strike(entries[0].id).await.unwrap();
         ledger.strike(entries[0].id).await.unwrap();
         ledger.strike_all(&vm).await.unwrap();

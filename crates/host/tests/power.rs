@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use kelvin_api::id::VmId;
 use kelvin_host::db::{Db, Error};
-use kelvin_host::ledger::{Ledger, Record};
+use kelvin_host::ledger::{Body, Ledger, Record};
 use kelvin_powercut::{Disk, Loss};
 
 const TABLE: &[&str] = &["CREATE TABLE t (k INTEGER PRIMARY KEY, v BLOB)"];
@@ -97,19 +97,23 @@ async fn a_durable_call_needs_its_syncs() {
     }
 }
 
+fn body(json: &str) -> Body {
+    Body { version: 1, json: json.to_owned() }
+}
+
 #[tokio::test]
 async fn the_record_of_a_paused_sandbox_survives_and_stays_gone() {
     let Some((disk, directory)) = disk() else { return };
     let ledger = Ledger::open(&directory.path().join("ledger.db")).unwrap();
     let (machine, nobody) = (VmId::random(), VmId::random());
-    ledger.put_record(&machine, "runs".into()).await.unwrap();
+    ledger.put_record(&machine, body("runs")).await.unwrap();
     let records = async |loss| {
         let (_after, _directory, path) = fail(&disk, loss, "ledger.db");
         Ledger::open(&path).unwrap().read().await.unwrap().1
     };
-    assert!(ledger.move_record(&machine, &nobody, "paused".into()).await.unwrap());
+    assert!(ledger.move_record(&machine, &nobody, body("paused")).await.unwrap());
     for loss in LOSSES {
-        assert_eq!(records(loss).await, [Record { owner: nobody.clone(), body: "paused".into() }]);
+        assert_eq!(records(loss).await, [Record { owner: nobody.clone(), body: body("paused") }]);
     }
     // Killed while it is paused: nothing brings it back.
     assert!(ledger.strike_record(&nobody).await.unwrap());
@@ -123,11 +127,11 @@ async fn a_move_that_the_disk_does_not_confirm_has_not_happened() {
     let Some((disk, directory)) = disk() else { return };
     let ledger = Ledger::open(&directory.path().join("ledger.db")).unwrap();
     let (machine, nobody) = (VmId::random(), VmId::random());
-    ledger.put_record(&machine, "runs".into()).await.unwrap();
+    ledger.put_record(&machine, body("runs")).await.unwrap();
     disk.fail_syncs(|path| path.ends_with("ledger.db-wal"));
-    let error = ledger.move_record(&machine, &nobody, "paused".into()).await.unwrap_err();
+    let error = ledger.move_record(&machine, &nobody, body("paused")).await.unwrap_err();
     assert!(matches!(error, Error::Sync { .. }), "{error}");
     disk.fail_syncs(|_| false);
     let (_, records) = ledger.read().await.unwrap();
-    assert_eq!(records, [Record { owner: machine, body: "runs".into() }]);
+    assert_eq!(records, [Record { owner: machine, body: body("runs") }]);
 }

@@ -53,6 +53,9 @@ pub enum Error {
     /// The server has started anew, and the sandbox's VMM does not answer it yet.
     #[error("sandbox {0} is being adopted: its VMM does not answer yet")]
     BeingAdopted(String),
+    /// Its record is of another release, or damaged.
+    #[error("sandbox {0} is kept as it is: this release cannot read its record")]
+    Unreadable(String),
     /// The sandbox is paused.
     #[error("sandbox {0} is paused")]
     Paused(String),
@@ -170,7 +173,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The ledger does not answer: without it nothing may be made.
-    #[error("the ledger cannot be written")]
+    #[error("the ledger cannot be used")]
     Ledger(#[from] kelvin_host::db::Error),
     /// The store said no.
     #[error(transparent)]
@@ -220,6 +223,11 @@ impl From<Error> for Failure {
                 Kind::Conflict,
                 "sandbox_paused",
                 "resume it first: `kelvin sandbox resume`, or connect to it",
+            ),
+            Error::Unreadable(_) => with(
+                Kind::Conflict,
+                "record_unreadable",
+                "kill it, or start the release that wrote it; `kelvin node` says why it cannot be read",
             ),
             Error::BeingAdopted(_) => with(
                 Kind::Conflict,

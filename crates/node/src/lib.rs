@@ -33,6 +33,7 @@ mod sandbox;
 mod snapshots;
 mod traffic;
 mod turns;
+mod unreadable;
 mod verify;
 mod warm;
 
@@ -43,7 +44,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use futures::future::BoxFuture;
 use kelvin_api::error::Failure;
-use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
+use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, VmId};
 use kelvin_api::node::{Base, Changes, ConsoleLine, Create, Created, Live};
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{NodeInfo, NodeNetwork, TemplateSnapshot};
@@ -75,6 +76,7 @@ use pool::Pool;
 use sandbox::{Command, Sandbox};
 use snapshots::Snapshots;
 use turns::Turns;
+use unreadable::Unreadable;
 
 /// How many VMMs are taken over at one time: each exchange with one asks for a processor.
 const ADOPTIONS: usize = 16;
@@ -100,6 +102,8 @@ pub(crate) struct Inner {
     capacity: Mutex<Capacity>,
     sandboxes: Mutex<BTreeMap<SandboxId, Arc<Sandbox>>>,
     paused: Mutex<BTreeMap<SandboxId, Arc<Paused>>>,
+    /// By the machine that the ledger has their record for.
+    unreadable: Mutex<BTreeMap<VmId, Unreadable>>,
     snapshots: Snapshots,
     creating: Mutex<BTreeSet<SandboxId>>,
     /// By identity digest.
@@ -182,6 +186,10 @@ impl Inner {
 
     fn paused_sandboxes(&self) -> MutexGuard<'_, BTreeMap<SandboxId, Arc<Paused>>> {
         lock(&self.paused)
+    }
+
+    fn unreadable(&self) -> MutexGuard<'_, BTreeMap<VmId, Unreadable>> {
+        lock(&self.unreadable)
     }
 
     fn creating(&self) -> MutexGuard<'_, BTreeSet<SandboxId>> {
@@ -454,6 +462,7 @@ impl Node {
             keeper,
             sandboxes: Mutex::default(),
             paused: Mutex::default(),
+            unreadable: Mutex::default(),
             snapshots: Snapshots::default(),
             creating: Mutex::default(),
             pools: Mutex::default(),
@@ -515,6 +524,7 @@ impl Node {
             while reaper.stop.run_until_cancelled(tokio::time::sleep(REAP)).await.is_some() {
                 last = reaper.look_at_wall_clock(last);
                 reaper.keeper.reap().await;
+                reaper.reap_unreadable().await;
                 reaper.snapshots.reap(&reaper.store).await;
                 let sandboxes: Vec<_> = reaper.sandboxes().values().cloned().collect();
                 for sandbox in sandboxes {
@@ -555,6 +565,7 @@ impl Node {
         }
         match self.inner.sandboxes().get(id) {
             Some(sandbox) => Ok(Arc::clone(sandbox)),
+            None if self.inner.is_unreadable(id) => Err(Error::Unreadable(id.to_string())),
             None => Err(Error::Unknown(id.to_string())),
         }
     }
@@ -570,6 +581,7 @@ impl Node {
             let killed = match self.find(id) {
                 Ok(sandbox) => sandbox.urge(Urgent::Kill).await,
                 Err(Error::Paused(_)) => self.inner.end_paused(id).await,
+                Err(Error::Unreadable(_)) => self.inner.end_unreadable(id).await,
                 Err(error) => Err(error),
             };
             if !self.looks_again(id, &killed, &mut looks).await? {
@@ -640,6 +652,9 @@ impl Node {
     pub fn one(&self, id: &SandboxId) -> Option<Live> {
         match self.find(id) {
             Ok(sandbox) => Some(sandbox.live()),
+            Err(Error::Unreadable(_)) => {
+                self.inner.unreadable_live().into_iter().find(|live| live.sandbox == *id)
+            }
             Err(_) => self.inner.paused(id).map(|paused| paused.record.live()),
         }
     }
@@ -654,6 +669,7 @@ impl Node {
         let mut all: Vec<Live> =
             self.inner.paused_sandboxes().values().map(|paused| paused.record.live()).collect();
         all.extend(self.inner.sandboxes().values().map(|sandbox| sandbox.live()));
+        all.extend(self.inner.unreadable_live());
         all
     }
 
@@ -786,6 +802,7 @@ impl Node {
             paused: u32::try_from(inner.paused_sandboxes().len()).unwrap_or(u32::MAX),
             adopting,
             silent,
+            unreadable: inner.unreadable_records(),
             settled,
             network: inner.keeper.networks.as_ref().map(|networks| {
                 let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
@@ -877,6 +894,20 @@ impl Node {
             );
         }
     }
+}
+
+/// Why records in the ledger of `data_dir` cannot be read by this build, and of how many; for whoever only looks, also beside a
+/// server.
+///
+/// # Errors
+/// As [`kelvin_host::ledger::peek`].
+pub fn check_records(data_dir: &Path) -> Result<(usize, Vec<String>), Error> {
+    let records = kelvin_host::ledger::peek(&data_dir.join("ledger.db"))?;
+    let unreadable = records.iter().filter_map(|record| {
+        let why = record::SandboxRecord::read(&record.body).err()?;
+        Some(format!("machine {}: {why}", record.owner))
+    });
+    Ok((records.len(), unreadable.collect()))
 }
 
 /// What tells one build of a program from another without reading it.

@@ -165,7 +165,6 @@ mod tests {
     use kelvin_host::clock::Simulated;
 
     use super::*;
-    use crate::record::Record;
     use crate::sandbox::body;
 
     fn record(clock: &Clock, left: Duration) -> SandboxRecord {
@@ -186,8 +185,7 @@ mod tests {
 
     /// A restart between the write and the read: all that the next daemon has is the text.
     fn read_again(record: &SandboxRecord) -> SandboxRecord {
-        let Record::Sandbox(again) = serde_json::from_str(&body(record).unwrap()).unwrap();
-        again
+        SandboxRecord::read(&body(record).unwrap()).unwrap()
     }
 
     #[tokio::test(start_paused = true)]

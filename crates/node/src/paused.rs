@@ -91,6 +91,7 @@ impl Inner {
         let paused = match self.paused(id) {
             Some(paused) => paused,
             None if self.sandboxes().contains_key(id) => return Ok(None),
+            None if self.is_unreadable(id) => return Err(Error::Unreadable(id.to_string())),
             None => return Err(unknown()),
         };
         let _gate = paused.gate.lock().await;

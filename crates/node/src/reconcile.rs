@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use kelvin_api::error::chain;
 use kelvin_api::id::VmId;
-use kelvin_host::ledger::{Entry, Record as LedgerRecord, Resource};
-use kelvin_host::net::Range;
+use kelvin_host::ledger::{Body, Entry, Record as LedgerRecord, Resource};
+use kelvin_host::net::{Range, Slot};
 use kelvin_host::process::{Process, ProcessKey, find_by_marker};
 use kelvin_store::snapshot::Snapshot;
 use kelvin_vmm::MachineSpec;
@@ -21,8 +21,9 @@ use crate::capacity::Amount;
 use crate::console::Console;
 use crate::error::Error;
 use crate::paused::Paused;
-use crate::record::{Record, SandboxRecord, State};
+use crate::record::{SandboxRecord, State};
 use crate::sandbox::Orphan;
+use crate::unreadable::NO_SHAPE;
 
 #[derive(Default)]
 struct Found {
@@ -31,6 +32,8 @@ struct Found {
     record: Option<SandboxRecord>,
     slot: Option<(u16, Range)>,
     cgroup: Option<std::path::PathBuf>,
+    /// A record that cannot be read, and why.
+    unreadable: Option<(Body, String)>,
     /// Whether there is anything beside a slot: a machine.
     is_machine: bool,
 }
@@ -42,7 +45,7 @@ pub struct Reconciled {
     pub adopting: u32,
     /// Machines that were removed.
     pub removed: u32,
-    /// Records that do not parse: of a newer or older version. One of them may be that of a paused sandbox.
+    /// Records that cannot be read; see `unreadable`. What they need is not known.
     pub unreadable: u32,
 }
 
@@ -65,7 +68,7 @@ pub fn check_vmm(
     let theirs: Vec<String> = records
         .iter()
         .filter_map(|record| {
-            let Ok(Record::Sandbox(sandbox)) = serde_json::from_str(&record.body) else { return None };
+            let sandbox = SandboxRecord::read(&record.body).ok()?;
             if sandbox.state != State::Running {
                 return None;
             }
@@ -121,21 +124,22 @@ impl Inner {
             found.is_machine = true;
         }
         for record in records {
-            if let Ok(Record::Sandbox(sandbox)) = serde_json::from_str(&record.body)
-                && sandbox.state == State::Paused
-            {
-                let lease = sandbox.snapshot.as_ref().and_then(|id| self.snapshots.lease(id));
-                let paused = Paused::new(record.owner, sandbox, lease, Console::default());
-                let id = paused.record.sandbox.clone();
-                self.paused_sandboxes().insert(id, Arc::new(paused));
-                continue;
-            }
-            let found = machines.entry(record.owner).or_default();
-            match serde_json::from_str(&record.body) {
-                Ok(Record::Sandbox(sandbox)) => found.record = Some(sandbox),
-                Err(error) => {
-                    tracing::error!(%error, "a record does not parse: a machine is removed, an image is kept");
+            match SandboxRecord::read(&record.body) {
+                Ok(sandbox) if sandbox.state == State::Paused => {
+                    let lease = sandbox.snapshot.as_ref().and_then(|id| self.snapshots.lease(id));
+                    let paused = Paused::new(record.owner, sandbox, lease, Console::default());
+                    let id = paused.record.sandbox.clone();
+                    self.paused_sandboxes().insert(id, Arc::new(paused));
+                }
+                Ok(sandbox) => machines.entry(record.owner).or_default().record = Some(sandbox),
+                Err(why) => {
                     unreadable += 1;
+                    let has_machine = machines.get(&record.owner).is_some_and(|found| found.is_machine);
+                    if has_machine {
+                        machines.entry(record.owner).or_default().unreadable = Some((record.body, why));
+                    } else {
+                        self.keep_unreadable(record.owner, &record.body, why, None);
+                    }
                 }
             }
         }
@@ -147,8 +151,19 @@ impl Inner {
             .filter_map(|(owner, found)| found.slot.map(|(number, range)| (number, (owner, range))))
             .collect();
         let (mut adopting, mut removed) = (0, 0);
-        for (vm, found) in machines {
+        let mut kept = BTreeSet::new();
+        for (vm, mut found) in machines {
             let mut spec = self.spec(vm, &found);
+            if let (Some((body, why)), Some(key)) = (found.unreadable.take(), found.key)
+                && Process::adopt(key).is_ok()
+            {
+                let slot =
+                    found.slot.and_then(|(number, _)| slots.remove(&number).map(|slot| (number, slot)));
+                kept.extend(slot.as_ref().map(|(number, _)| *number));
+                spec.network = self.keep_slot(slot, key);
+                self.keep_unreadable(spec.vm.clone(), &body, why, Some((spec, key)));
+                continue;
+            }
             if let (Some(record), Some(key)) = (&found.record, found.key)
                 && record.state == State::Running
             {
@@ -181,7 +196,10 @@ impl Inner {
                     tracing::error!(number, error = chain(&error), "a network slot is quarantined");
                 }
             }
-            networks.forget(attached).await;
+            // Names of what is kept as it is are answered as before.
+            let attached: Vec<u16> =
+                attached.iter().copied().filter(|number| !kept.contains(number)).collect();
+            networks.forget(&attached).await;
         }
         removed += self.remove_unknown(&known).await?;
         Ok(Reconciled { adopting, removed, unreadable })
@@ -220,17 +238,24 @@ impl Inner {
         Ok(removed)
     }
 
+    /// The slot of a machine that is kept as it is; none when it is not of this server's range, and stays in the ledger.
+    fn keep_slot(&self, slot: Option<(u16, (VmId, Range))>, key: ProcessKey) -> Option<Arc<Slot>> {
+        let networks = self.keeper.networks.as_ref()?;
+        let (number, (owner, range)) = slot?;
+        if range != networks.slots.range() {
+            return None;
+        }
+        let kept = networks.slots.adopt(number, owner, key);
+        kept.inspect_err(|error| tracing::error!(number, error = chain(error), "its network cannot be seen"))
+            .ok()
+    }
+
     fn spec(&self, vm: VmId, found: &Found) -> MachineSpec {
-        let unknown = kelvin_api::units::Shape {
-            vcpus: 0,
-            memory_mib: kelvin_api::units::MemoryMib(0),
-            disk_mib: kelvin_api::units::DiskMib(0),
-        };
         MachineSpec {
             vm,
             data_dir: self.store.root().to_owned(),
             user: found.user,
-            shape: found.record.as_ref().map_or(unknown, |record| record.shape),
+            shape: found.record.as_ref().map_or(NO_SHAPE, |record| record.shape),
             guest: found
                 .record
                 .as_ref()

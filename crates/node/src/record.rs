@@ -17,6 +17,7 @@ use kelvin_api::node::Live;
 use kelvin_api::sandbox::{EnvVars, Lifecycle, SandboxState, StartPath};
 use kelvin_api::units::Shape;
 use kelvin_host::clock::Stamp;
+use kelvin_host::ledger::Body;
 use kelvin_store::identity::Identity;
 use serde::{Deserialize, Serialize};
 
@@ -60,6 +61,10 @@ pub fn next(state: State, event: Event) -> Option<State> {
         | (State::Stopping, Event::End) => None,
     }
 }
+
+/// The form of records that this build writes. What was ever written is in `crates/node/tests/records`, and is read by a test:
+/// whoever changes a field adds a form there, and raises this where the release before could misunderstand it.
+pub const VERSION: u32 = 1;
 
 /// One machine in the ledger.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,6 +129,31 @@ pub struct SandboxRecord {
 }
 
 impl SandboxRecord {
+    /// It as the ledger keeps it.
+    ///
+    /// # Errors
+    /// As the encoder gives them, which cannot be.
+    pub fn body(&self) -> Result<Body, serde_json::Error> {
+        Ok(Body { version: VERSION, json: serde_json::to_string(&Record::Sandbox(self.clone()))? })
+    }
+
+    /// What the ledger keeps, of this release or a former one.
+    ///
+    /// # Errors
+    /// In words, why it cannot be read.
+    pub fn read(body: &Body) -> Result<Self, String> {
+        if body.version > VERSION {
+            return Err(format!(
+                "it has form {} of a newer release, and this one reads up to {VERSION}",
+                body.version
+            ));
+        }
+        match serde_json::from_str(&body.json) {
+            Ok(Record::Sandbox(record)) => Ok(record),
+            Err(error) => Err(format!("it does not parse: {error}")),
+        }
+    }
+
     /// What the control plane is told.
     pub fn live(&self) -> Live {
         let paused = self.state == State::Paused;
@@ -144,6 +174,79 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// What was written before there were pauses says too little to go on with.
+    const TOO_OLD: [&str; 2] = ["0-9d4e3d5", "0-abe75ef"];
+
+    /// Every form, by its name.
+    fn forms() -> Vec<(String, Body)> {
+        let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/records");
+        let files = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+        let forms = files.filter(|path| path.extension().is_some_and(|kind| kind == "json")).map(|path| {
+            let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+            let version = name.split('-').next().unwrap().parse().unwrap();
+            (name, Body { version, json: std::fs::read_to_string(path).unwrap() })
+        });
+        forms.collect()
+    }
+
+    #[test]
+    fn every_form_is_read_or_told_apart() {
+        let forms = forms();
+        assert!(forms.len() >= 7, "{forms:?}");
+        for (name, body) in forms {
+            match SandboxRecord::read(&body) {
+                Ok(record) => {
+                    assert!(!TOO_OLD.contains(&&*name), "{name}");
+                    assert_eq!(SandboxRecord::read(&record.body().unwrap()).unwrap(), record, "{name}");
+                }
+                Err(why) => {
+                    assert!(TOO_OLD.contains(&&*name), "{name}: {why}");
+                    let told = crate::unreadable::read_some(&body, true).expect("which sandbox it is");
+                    assert_eq!(told.sandbox.as_str(), "5qkeyzyj2echyrly4mop");
+                    assert_eq!((told.shape.vcpus, told.shape.memory_mib.0), (1, 256));
+                }
+            }
+        }
+    }
+
+    /// A field that is new, gone or renamed is another form.
+    #[test]
+    fn what_is_written_has_the_newest_form() {
+        fn names(value: &serde_json::Value, path: &str, into: &mut std::collections::BTreeSet<String>) {
+            let serde_json::Value::Object(fields) = value else { return };
+            for (name, value) in fields {
+                let path = format!("{path}.{name}");
+                names(value, &path, into);
+                into.insert(path);
+            }
+        }
+        let newest = VERSION.to_string();
+        let (_, body) =
+            forms().into_iter().find(|(name, _)| *name == newest).expect("a file of the newest form");
+        let written = SandboxRecord::read(&body).unwrap().body().unwrap();
+        let [golden, now] = [&body.json, &written.json].map(|json| {
+            let mut all = std::collections::BTreeSet::new();
+            names(&serde_json::from_str(json).unwrap(), "", &mut all);
+            all
+        });
+        assert_eq!(now, golden);
+    }
+
+    #[test]
+    fn what_is_newer_or_damaged_is_not_guessed_at() {
+        let (_, body) = forms().into_iter().find(|(name, _)| *name == VERSION.to_string()).unwrap();
+        let newer = Body { version: VERSION + 1, ..body.clone() };
+        assert!(SandboxRecord::read(&newer).unwrap_err().contains("a newer release"));
+        let more =
+            Body { json: body.json.replacen("\"state\"", "\"zone\": 1, \"state\"", 1), ..body.clone() };
+        assert!(SandboxRecord::read(&more).unwrap_err().contains("unknown field `zone`"));
+        for json in ["", "{", "null", "{\"sandbox\": 7}", &body.json[..body.json.len() / 2]] {
+            let damaged = Body { json: json.to_owned(), ..body.clone() };
+            SandboxRecord::read(&damaged).unwrap_err();
+            assert!(crate::unreadable::read_some(&damaged, true).is_none());
+        }
+    }
 
     proptest! {
         #[test]

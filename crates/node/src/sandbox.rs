@@ -27,6 +27,7 @@ use kelvin_api::node::{ConsoleLine, Live};
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{OnTimeout, PauseMode};
 use kelvin_host::clock::Clock;
+use kelvin_host::ledger;
 use kelvin_host::process::ProcessKey;
 use kelvin_store::identity::Identity;
 use kelvin_store::snapshot::{Care, Origin};
@@ -42,7 +43,7 @@ use crate::console::Console;
 use crate::error::Error;
 use crate::link::Network;
 use crate::mail::{Decided, Fate, Mail, Shown, TIME_IS_OVER, Urgent, deadline_of, shown};
-use crate::record::{Event, Record, SandboxRecord, next};
+use crate::record::{Event, SandboxRecord, next};
 use crate::snapshots::Lease;
 
 /// Commands that may wait for one sandbox.
@@ -285,9 +286,8 @@ impl Inner {
 }
 
 /// A record as the ledger keeps it.
-pub fn body(record: &SandboxRecord) -> Result<String, Error> {
-    serde_json::to_string(&Record::Sandbox(record.clone()))
-        .map_err(|error| Error::Io { what: "writing a record", source: error.into() })
+pub fn body(record: &SandboxRecord) -> Result<ledger::Body, Error> {
+    record.body().map_err(|error| Error::Io { what: "writing a record", source: error.into() })
 }
 
 /// What the task of a sandbox owns.

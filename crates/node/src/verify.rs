@@ -18,7 +18,7 @@ use kelvin_store::snapshot::{Origin, Snapshot};
 use kelvin_store::verify::{Digesting, FileVerdict, Verdict};
 
 use crate::error::Error;
-use crate::record::Record;
+use crate::record::SandboxRecord;
 use crate::{Inner, Node, lock};
 
 /// Bytes a second that are digested in the background, at the most.
@@ -148,13 +148,11 @@ impl Inner {
         }
         let (_, records) = self.keeper.ledger.read().await?;
         for record in records {
-            let Record::Sandbox(sandbox) = serde_json::from_str(&record.body).map_err(|error| {
-                let why = format!("the record of machine {} does not parse: {error}", record.owner);
-                kelvin_store::Error::Unreadable {
+            let sandbox =
+                SandboxRecord::read(&record.body).map_err(|why| kelvin_store::Error::Unreadable {
                     path: self.store.root().join("ledger.db"),
-                    source: why.into(),
-                }
-            })?;
+                    source: format!("the record of machine {}: {why}", record.owner).into(),
+                })?;
             // A machine that was booted has no snapshot yet, and its pause will run this guest.
             used.guests.insert(sandbox.guest);
             used.images.extend(sandbox.identity.map(|identity| identity.image));

@@ -436,7 +436,7 @@ pub(super) async fn operate(client: &Client, operation: &str, id: &str) -> Resul
 async fn paused_records(server: &Server) -> usize {
     let ledger = Ledger::open(&server.data_dir().join("ledger.db")).expect("a ledger");
     let (_, records) = ledger.read().await.expect("its records");
-    records.iter().filter(|record| record.body.contains(r#""state":"paused""#)).count()
+    records.iter().filter(|record| record.body.json.contains(r#""state":"paused""#)).count()
 }
 
 #[tokio::test]
