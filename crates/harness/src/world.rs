@@ -86,8 +86,6 @@ pub fn live<T: Send + 'static>(
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .start_paused(true)
-        // What is written to a socket is seen before time moves: the reactor looks after each task.
-        .event_interval(1)
         .build()?;
     let _virtual = Virtual::enter(Scripted(Arc::clone(faults)));
     let watched = Arc::clone(faults);
