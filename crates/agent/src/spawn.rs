@@ -373,9 +373,11 @@ unsafe fn become_program(
             libc::write(score, plan.oom_score.as_ptr().cast(), plan.oom_score.count_bytes());
             libc::close(score);
         }
-        check(4, libc::setgroups(plan.groups.len(), plan.groups.as_ptr()));
-        check(4, libc::setgid(plan.gid));
-        check(4, libc::setuid(plan.uid));
+        // The kernel's calls: those of the C library have every thread change, and wait for locks that threads of the agent
+        // may have held when this child was made of it.
+        check(4, libc::syscall(libc::SYS_setgroups, plan.groups.len(), plan.groups.as_ptr()) as libc::c_int);
+        check(4, libc::syscall(libc::SYS_setgid, plan.gid) as libc::c_int);
+        check(4, libc::syscall(libc::SYS_setuid, plan.uid) as libc::c_int);
         check(CWD, libc::chdir(plan.cwd.as_ptr()));
         let mut denied = false;
         for path in &plan.candidates {
@@ -457,6 +459,38 @@ mod tests {
         assert_eq!(ignored.map(|mask| mask & 0x7fff_ffff), Some(0), "{text}");
         assert_eq!(&lines[3..], ["100", "1024", "/usr", "b"], "{text}");
         drop(leaked);
+    }
+
+    /// Threads of the agent come and go: what they hold when a child is made, the child holds for ever.
+    #[tokio::test]
+    async fn a_child_waits_for_no_thread_of_the_agents() {
+        if !rustix::process::geteuid().is_root() {
+            println!("skipped: not root, groups cannot be set");
+            return;
+        }
+        let over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let churning: Vec<_> = (0..4)
+            .map(|_| {
+                let over = std::sync::Arc::clone(&over);
+                std::thread::spawn(move || {
+                    while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                        std::thread::spawn(|| {}).join().unwrap();
+                    }
+                })
+            })
+            .collect();
+        let mut outcome = Ok(());
+        for _ in 0..300 {
+            outcome = run("true", &[], "/").await.map(drop);
+            if outcome.is_err() {
+                break;
+            }
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        for thread in churning {
+            thread.join().unwrap();
+        }
+        outcome.unwrap();
     }
 
     #[tokio::test]

@@ -21,7 +21,7 @@ fuzz_target!(|bytes: &[u8]| {
     block_on(async {
         let (ours, _theirs) = peer_that_said(&[BEGIN, bytes]);
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-        let agent = agent::Agent::over(ours, tasks.clone(), stop.clone());
+        let agent = agent::Agent::over(ours.into(), tasks.clone(), stop.clone());
         let nothing = Empty::new().map_err(|never| match never {}).boxed_unsync();
         let request = Request::get("http://agent/metrics").body(nothing).expect("a request");
         let gone = || std::future::ready(Err("there is one connection".into()));

@@ -15,7 +15,7 @@ use http_body_util::{BodyExt as _, Empty};
 use hyper::body::Incoming;
 use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::net::UnixStream;
+use kelvin_vmm::stream::GuestStream;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -37,7 +37,7 @@ const TRIED: Duration = Duration::from_secs(10);
 
 enum Link {
     /// Connected, not a byte sent.
-    Fresh(UnixStream),
+    Fresh(GuestStream),
     /// Shaken hands.
     Open(SendRequest<Body>),
     /// To be made by the next request; nobody has spoken to this agent since its machine was started.
@@ -61,7 +61,7 @@ impl Agent {
     }
 
     /// An agent over a connection on which nothing was sent yet.
-    pub fn over(stream: UnixStream, tasks: TaskTracker, stop: CancellationToken) -> Self {
+    pub fn over(stream: GuestStream, tasks: TaskTracker, stop: CancellationToken) -> Self {
         Self { link: Mutex::new(Link::Fresh(stream)), tasks, stop }
     }
 
@@ -69,7 +69,7 @@ impl Agent {
     ///
     /// # Errors
     /// When the guest does not answer, or its connection breaks.
-    pub async fn send<C: Future<Output = Result<UnixStream, SendError>>>(
+    pub async fn send<C: Future<Output = Result<GuestStream, SendError>>>(
         &self,
         request: Request<Body>,
         reconnect: impl Fn() -> C,
@@ -99,7 +99,7 @@ impl Agent {
         Ok(sender.send_request(request).await?)
     }
 
-    async fn shake_again<C: Future<Output = Result<UnixStream, SendError>>>(
+    async fn shake_again<C: Future<Output = Result<GuestStream, SendError>>>(
         &self,
         link: &mut Link,
         reconnect: &impl Fn() -> C,
@@ -123,7 +123,7 @@ impl Agent {
         }
     }
 
-    async fn shake(&self, link: &mut Link, stream: UnixStream) -> Result<SendRequest<Body>, SendError> {
+    async fn shake(&self, link: &mut Link, stream: GuestStream) -> Result<SendRequest<Body>, SendError> {
         let (sender, connection) = Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             // All tunnels together, whose visitors do not read, leave a third for everything else.
@@ -187,7 +187,7 @@ mod tests {
     /// An agent whose guest sends its settings and then `first` once and `again` for ever, without reading. What a request to
     /// it comes to, whose reply of at most 1 MiB is read, and how much was taken of it in a second.
     async fn flooded(first: Vec<u8>, again: Vec<u8>) -> (Result<usize, SendError>, usize) {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let (ours, mut theirs) = tokio::net::UnixStream::pair().unwrap();
         let sent = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&sent);
         let flood = tokio::spawn(async move {
@@ -240,7 +240,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_reply_that_nobody_reads_takes_its_window_and_no_more() {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let (ours, mut theirs) = tokio::net::UnixStream::pair().unwrap();
         let before = resident();
         let flood = tokio::spawn(async move {
             let _ = theirs.read(&mut [0; 4096]).await;

@@ -204,7 +204,7 @@ impl connectrpc::client::ClientTransport for Transport {
 
 /// Runs `commands` in the guest, one after the other, and closes the connection.
 pub async fn warm_up(
-    http: tokio::net::UnixStream,
+    http: kelvin_vmm::stream::GuestStream,
     spec: &MachineSpec,
     commands: &[&str],
     token: Option<&Token>,

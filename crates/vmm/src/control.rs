@@ -18,6 +18,7 @@ use tokio::net::UnixStream;
 
 use crate::Error;
 use crate::hostile::{Pace, told};
+use crate::stream::GuestStream;
 
 /// The longest greeting of a VMM, in bytes.
 const MAX_GREETING: usize = 32;
@@ -36,7 +37,7 @@ pub trait Dial: Send + Sync + std::fmt::Debug {
 
     /// Connects to the HTTP port. One connection at a time. May take as long as a hostile guest wants it to, within a
     /// limit.
-    async fn connect(&self) -> Result<UnixStream, Error>;
+    async fn connect(&self) -> Result<GuestStream, Error>;
 
     /// Goes up when connections are of no more use that nobody has told so.
     fn generation(&self) -> u64 {
@@ -48,7 +49,7 @@ pub trait Dial: Send + Sync + std::fmt::Debug {
 #[derive(Debug)]
 pub struct Dialed {
     /// It.
-    pub stream: UnixStream,
+    pub stream: GuestStream,
     /// Whether the VMM says something before the guest does: a line that begins with `OK`.
     pub greets: bool,
 }
@@ -226,7 +227,7 @@ impl Link {
     fn begin(&mut self, frame: &[u8]) -> std::io::Result<()> {
         // In order: the rest of an earlier one goes first.
         self.unsent.extend_from_slice(frame);
-        let taken = take_at_once(&self.dialed.stream, &self.unsent)?;
+        let taken = self.dialed.stream.take_at_once(&self.unsent)?;
         self.unsent.drain(..taken);
         if self.unsent.is_empty() {
             // It may hold a token.
@@ -278,22 +279,6 @@ fn take_frame(heard: &mut Vec<u8>) -> Result<Option<Vec<u8>>, Error> {
     Ok(Some(body))
 }
 
-/// How much of `bytes` a socket takes without waiting. Asked of the kernel: a runtime that has not looked at a new socket
-/// yet says that it takes nothing.
-fn take_at_once(stream: &UnixStream, bytes: &[u8]) -> std::io::Result<usize> {
-    use rustix::net::{SendFlags, send};
-    let mut taken = 0;
-    while taken < bytes.len() {
-        match send(stream, &bytes[taken..], SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
-            Ok(count) => taken += count,
-            Err(rustix::io::Errno::AGAIN) => break,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(taken)
-}
-
 /// How long the line is with which `heard` begins, when that is a VMM's greeting; `None` while it has no end.
 fn greeting_length(heard: &[u8]) -> std::io::Result<Option<usize>> {
     let refused = |text: &str| Err(std::io::Error::other(text.to_owned()));
@@ -335,7 +320,7 @@ mod tests {
             self.0.lock().unwrap().pop().ok_or_else(|| io(std::io::ErrorKind::NotFound.into()))
         }
 
-        async fn connect(&self) -> Result<UnixStream, Error> {
+        async fn connect(&self) -> Result<GuestStream, Error> {
             Err(io(std::io::ErrorKind::Unsupported.into()))
         }
     }
@@ -344,7 +329,7 @@ mod tests {
     fn way(greets: bool) -> (Control, UnixStream) {
         let (stream, guest) = UnixStream::pair().unwrap();
         rustix::net::sockopt::set_socket_send_buffer_size(&stream, 4096).unwrap();
-        (Control::new(Arc::new(Made(Mutex::new(vec![Dialed { stream, greets }])))), guest)
+        (Control::new(Arc::new(Made(Mutex::new(vec![Dialed { stream: stream.into(), greets }])))), guest)
     }
 
     fn large() -> Request {
@@ -464,7 +449,7 @@ mod floods {
             })
         }
 
-        async fn connect(&self) -> Result<UnixStream, Error> {
+        async fn connect(&self) -> Result<GuestStream, Error> {
             Err(io(std::io::ErrorKind::NotFound.into()))
         }
     }

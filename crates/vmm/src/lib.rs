@@ -23,6 +23,7 @@ mod hostile;
 mod pages;
 mod process;
 pub mod qemu;
+pub mod stream;
 #[cfg(feature = "testing")]
 pub mod testing;
 
@@ -39,9 +40,9 @@ use kelvin_host::accel::Accelerator;
 use kelvin_host::cgroup::Limits;
 use kelvin_host::net::Slot;
 use kelvin_host::process::ProcessKey;
-use tokio::net::UnixStream;
 
 use crate::control::{Control, Dial};
+use crate::stream::GuestStream;
 
 /// Why a VMM could not do something.
 #[derive(Debug, thiserror::Error)]
@@ -408,7 +409,7 @@ impl Running {
     ///
     /// # Errors
     /// `Io` when the VMM is gone, or nobody listens in the guest.
-    pub async fn connect(&self) -> Result<UnixStream, Error> {
+    pub async fn connect(&self) -> Result<GuestStream, Error> {
         self.0.dialer().connect().await
     }
 

@@ -57,6 +57,7 @@ use crate::control::{Control, Dial, Dialed};
 use crate::hostile::read_file;
 use crate::pages::{self, Mapping};
 use crate::process::{Sockets, Tail, close_directory, readers};
+use crate::stream::GuestStream;
 use crate::{COMMAND_LINE, Disk, Driver, Error, Handle, MachineSpec, Running, Saved, Waiting, made};
 use api::Api;
 use config::{API_SOCKET, Call, DISK, GUEST, Options, SNAPSHOT, VSOCK};
@@ -502,10 +503,10 @@ struct Guest(Arc<Dialer>);
 #[async_trait]
 impl Dial for Guest {
     async fn dial(&self) -> Result<Dialed, Error> {
-        Ok(Dialed { stream: self.0.ask(CONTROL_VSOCK).await?, greets: true })
+        Ok(Dialed { stream: self.0.ask(CONTROL_VSOCK).await?.into(), greets: true })
     }
 
-    async fn connect(&self) -> Result<UnixStream, Error> {
+    async fn connect(&self) -> Result<GuestStream, Error> {
         let connect = async {
             loop {
                 match conversation::begin(&self.0).await {
@@ -516,7 +517,7 @@ impl Dial for Guest {
             }
         };
         match tokio::time::timeout(CONNECT, connect).await {
-            Ok(result) => result,
+            Ok(result) => result.map(GuestStream::from),
             Err(_) => Err(Error::Deadline {
                 what: "connecting to the guest",
                 after: CONNECT,

@@ -41,6 +41,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use kelvin_api::units::Shape;
 use kelvin_host::accel::Accelerator;
+use kelvin_host::cgroup::Limits;
 use kelvin_host::file::{open_plain, read_plain};
 use kelvin_host::jail::{Access, Bind, FIRST_GIVEN, Jail, is_dynamic};
 use kelvin_host::process::{Network, Process, ProcessKey};
@@ -50,6 +51,7 @@ use tokio::sync::{Mutex, watch};
 
 use crate::control::{Control, Dial, Dialed};
 use crate::process::{Sockets, Tail, close_directory, readers};
+use crate::stream::GuestStream;
 use crate::{
     COMMAND_LINE, Disk, Driver, Error, GuestEnd, Handle, MachineSpec, Running, Saved, Waiting, pages,
 };
@@ -77,6 +79,14 @@ const STATE_SET: u32 = 2;
 const MAX_STATE: u64 = 64 << 20;
 /// The longest name of a snapshot's memory, in bytes.
 const MAX_PARENT: u64 = 4096;
+/// QEMU's translation cache, in MiB; in the layout.
+const TRANSLATIONS: u64 = 64;
+/// Memory of a VMM beside its guest's, in bytes: its own, and page cache of what it reads and writes.
+const OVERHEAD: u64 = 80 << 20;
+/// The same of an emulator: the cache, and what it keeps of each block in it and for each vCPU's memory.
+const EMULATION: u64 = (TRANSLATIONS + 48) << 20;
+/// Threads of a VMM beside one for each vCPU: those that read and write the disk are up to 64.
+const THREADS: u64 = 80;
 /// Descriptors of a VMM.
 const DESCRIPTORS: u64 = 1024;
 /// Stand-ins for paths in a layout.
@@ -184,17 +194,13 @@ impl Qemu {
     }
 
     /// What makes the machine: the same at bake and at every clone, in the same order.
-    fn machine(&self, shape: Shape, memory: &str, private: bool, network: bool) -> Vec<String> {
+    fn machine(&self, shape: Shape, memory: &str, network: bool) -> Vec<String> {
         let (accelerator, cpu) = match self.accelerator {
             Accelerator::Kvm => ("kvm", "host"),
-            Accelerator::Tcg => ("tcg,thread=multi,tb-size=64", "max"),
+            Accelerator::Tcg => (&*format!("tcg,thread=multi,tb-size={TRANSLATIONS}"), "max"),
         };
         let mut ram = format!("memory-backend-file,id=ram,size={}M,mem-path={memory}", shape.memory_mib.0);
-        ram.push_str(match (private, self.read_only_memory) {
-            (false, _) => ",share=on",
-            (true, true) => ",share=off,readonly=on,rom=off",
-            (true, false) => ",share=off",
-        });
+        ram.push_str(if self.read_only_memory { ",share=off,readonly=on,rom=off" } else { ",share=off" });
         let mut machine = [
             "-nodefaults",
             "-no-user-config",
@@ -264,7 +270,7 @@ impl Qemu {
 
     /// The machine's arguments in its jail: those of the layout, with what stands there for files and sockets replaced by
     /// descriptors and names of the jail.
-    fn arguments(&self, shape: Shape, private: bool, network: bool, extra: &[&str]) -> Vec<String> {
+    fn arguments(&self, shape: Shape, network: bool, extra: &[&str]) -> Vec<String> {
         let set = format!("/dev/fdset/{DISK_SET}");
         let [disk, disk_read, control, http, qmp, tap] = [0, 1, 2, 3, 4, 5].map(|place| FIRST_GIVEN + place);
         let mut arguments = Vec::new();
@@ -284,7 +290,7 @@ impl Qemu {
             ("id=net,fd=0".to_owned(), format!("id=net,fd={tap}")),
             (GUEST.to_owned(), GUEST_DIRECTORY.to_owned()),
         ];
-        arguments.extend(self.machine(shape, MEMORY_FILE, private, network).into_iter().map(|argument| {
+        arguments.extend(self.machine(shape, MEMORY_FILE, network).into_iter().map(|argument| {
             told.iter().fold(argument, |argument, (layout, own)| argument.replace(layout.as_str(), own))
         }));
         // A guest that ends leaves its VMM with what its console said. No part of the machine: nothing of it is saved.
@@ -293,20 +299,14 @@ impl Qemu {
         arguments
     }
 
-    /// The memory that a machine maps: the snapshot's `parent`, or a file of its own.
-    fn memory(&self, spec: &MachineSpec, parent: Option<&Path>) -> io::Result<Bind> {
-        let directory = spec.absolute();
-        if let Some(parent) = parent {
-            fs::write(directory.join(PARENT), parent.as_os_str().as_encoded_bytes())?;
-            return Ok(Bind::read(spec.data_dir.join(parent), MEMORY_FILE));
-        }
-        let path = directory.join(MEMORY_FILE);
-        let file = File::options().write(true).create_new(true).mode(0o600).open(&path)?;
+    /// The memory of a machine that boots: a file of nothing but holes, below the data directory. It is mapped private as
+    /// a snapshot's is, so guest memory is the VMM's own and never on its way to the disk.
+    fn empty_memory(&self, spec: &MachineSpec) -> io::Result<PathBuf> {
+        let path = spec.absolute().join(MEMORY_FILE);
+        let file = File::options().write(true).create_new(true).mode(0o440).open(&path)?;
         file.set_len(spec.shape.memory_mib.bytes())?;
-        if spec.user.is_some() {
-            chown(&path, spec.user, spec.user)?;
-        }
-        Ok(Bind { from: path, to: MEMORY_FILE.into(), access: Access::Write })
+        chown(&path, None, spec.user)?;
+        Ok(spec.directory().join(MEMORY_FILE))
     }
 
     /// What a machine is started as, and what it is given; its sockets are made.
@@ -314,11 +314,13 @@ impl Qemu {
         &self,
         spec: &MachineSpec,
         sockets: &Sockets,
-        parent: Option<&Path>,
+        memory: &Path,
         extra: &[&str],
     ) -> io::Result<(Jail, Vec<OwnedFd>)> {
         let directory = spec.absolute();
         close_directory(&directory, spec.user)?;
+        fs::write(directory.join(PARENT), memory.as_os_str().as_encoded_bytes())?;
+        let memory = spec.data_dir.join(memory);
         let disk = directory.join(DISK);
         let mut given = vec![
             OwnedFd::from(open_plain(&disk, File::options().read(true).write(true))?),
@@ -331,14 +333,16 @@ impl Qemu {
             // Opening it anew would take rights that a VMM has not.
             given.push(slot.take_tap().ok_or_else(|| io::Error::other("the slot's tap is in use"))?);
         }
-        let mut binds =
-            vec![self.memory(spec, parent)?, Bind::read(spec.data_dir.join(&spec.guest), GUEST_DIRECTORY)];
+        let mut binds = vec![
+            Bind::read(&memory, MEMORY_FILE),
+            Bind::read(spec.data_dir.join(&spec.guest), GUEST_DIRECTORY),
+        ];
         let mut env = Vec::new();
         if let Some(modules) = &self.modules {
             // QEMU finds them from where it lies itself, which cannot be told in the jail.
             env.push(("QEMU_MODULE_DIR".to_owned(), modules.to_string_lossy().into_owned()));
         }
-        if parent.is_some() && !self.read_only_memory {
+        if !self.read_only_memory {
             let (from, to) = (spec.data_dir.join(SHIM_PATH), SHIM_FILE.into());
             binds.push(Bind { from, to, access: Access::Execute });
             env.push(("LD_PRELOAD".to_owned(), format!("./{SHIM_FILE}")));
@@ -348,16 +352,15 @@ impl Qemu {
             let inside = |path: &PathBuf| path.strip_prefix("/").unwrap_or(path).to_owned();
             binds.extend(self.firmware_directories.iter().map(|path| Bind::read(path, inside(path))));
         }
-        let readers = parent.map(|parent| readers(&spec.data_dir.join(parent))).transpose()?.flatten();
         let longest = spec.shape.memory_mib.bytes().max(u64::from(spec.shape.disk_mib.0) << 20);
         let jail = Jail {
             root: directory,
             read_only: true,
             program: self.program.clone(),
-            args: self.arguments(spec.shape, parent.is_some(), spec.network.is_some(), extra),
+            args: self.arguments(spec.shape, spec.network.is_some(), extra),
             env,
             user: spec.user,
-            groups: readers.into_iter().collect(),
+            groups: readers(&memory)?.into_iter().collect(),
             binds,
             tun: false,
             kvm: self.accelerator == Accelerator::Kvm,
@@ -369,15 +372,10 @@ impl Qemu {
         Ok((jail, given))
     }
 
-    async fn start(
-        &self,
-        spec: &MachineSpec,
-        parent: Option<&Path>,
-        extra: &[&str],
-    ) -> Result<Machine, Error> {
+    async fn start(&self, spec: &MachineSpec, memory: &Path, extra: &[&str]) -> Result<Machine, Error> {
         let io = |source| Error::Io { what: "starting the VMM", source };
         let sockets = Sockets::open(&spec.absolute())?;
-        let (jail, given) = self.jail(spec, &sockets, parent, extra).map_err(io)?;
+        let (jail, given) = self.jail(spec, &sockets, memory, extra).map_err(io)?;
         let network = match &spec.network {
             Some(slot) => Network::Of(slot.namespace().try_clone().map_err(io)?),
             // What has no network should not find the daemon's when it breaks out of its guest.
@@ -400,11 +398,8 @@ impl Qemu {
                 sockets: Arc::new(sockets),
                 tail,
                 directory: spec.absolute(),
-                memory: match parent {
-                    Some(parent) => spec.data_dir.join(parent),
-                    None => spec.absolute().join(MEMORY_FILE),
-                },
-                private: parent.is_some(),
+                memory: spec.data_dir.join(memory),
+                private: true,
                 ahead: StdMutex::default(),
             }),
             Err(error) => {
@@ -498,18 +493,33 @@ impl Driver for Qemu {
     }
 
     fn layout(&self, shape: Shape, network: bool) -> Vec<String> {
-        self.machine(shape, MEMORY, true, network)
+        self.machine(shape, MEMORY, network)
+    }
+
+    fn limits(&self, shape: Shape) -> Option<Limits> {
+        let emulation = if self.accelerator == Accelerator::Tcg { EMULATION } else { 0 };
+        Some(Limits {
+            memory_bytes: shape.memory_mib.bytes() + OVERHEAD + emulation,
+            cpu_millis: u64::from(shape.vcpus) * 1000 + 500,
+            pids: u64::from(shape.vcpus) + THREADS,
+            // Only Firecracker keeps a guest to what the disk's limits are half of.
+            disk_bytes_per_s: None,
+            disk_ops_per_s: None,
+        })
     }
 
     async fn boot(&self, spec: &MachineSpec, disk: Disk) -> Result<Running, Error> {
         // It is opened when the process starts.
         disk.await.map_err(|source| Error::Io { what: "making the machine's disk", source })?;
-        let machine = self.start(spec, None, &[]).await?;
+        let memory = self
+            .empty_memory(spec)
+            .map_err(|source| Error::Io { what: "making the machine's memory", source })?;
+        let machine = self.start(spec, &memory, &[]).await?;
         Ok(Running::new(Box::new(machine)))
     }
 
     async fn prepare(&self, spec: &MachineSpec, memory: &Path) -> Result<Waiting, Error> {
-        let machine = self.start(spec, Some(memory), &["-S", "-incoming", "defer"]).await?;
+        let machine = self.start(spec, memory, &["-S", "-incoming", "defer"]).await?;
         let capability = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         let told = async {
             let mut qmp = machine.qmp.lock().await;
@@ -539,8 +549,9 @@ impl Driver for Qemu {
         let parent = parent_of(&directory).map_err(io)?.map(|parent| spec.data_dir.join(parent));
         let (memory, private) = match parent {
             Some(parent) => (parent, true),
+            // Of a former version, which had what it booted write to its file.
             None if own.symlink_metadata().is_ok() => (own, false),
-            // Of a former version, which noted nothing.
+            // Of one before that, which noted nothing.
             None => (pages::mapped_memory(key.pid, &spec.data_dir).map_err(io)?, true),
         };
         let machine = Machine {
@@ -573,7 +584,7 @@ struct Machine {
     directory: PathBuf,
     /// The file behind guest RAM.
     memory: PathBuf,
-    /// Whether that file is a snapshot's, mapped private.
+    /// Whether that file is mapped private: only a machine that a former version booted writes to it.
     private: bool,
     /// What the save that has begun has copied already.
     ahead: StdMutex<Option<pages::Ahead>>,
@@ -688,11 +699,11 @@ impl Dialer {
 #[async_trait]
 impl Dial for Dialer {
     async fn dial(&self) -> Result<Dialed, Error> {
-        Ok(Dialed { stream: self.port(CONTROL_SOCKET).await?, greets: false })
+        Ok(Dialed { stream: self.port(CONTROL_SOCKET).await?.into(), greets: false })
     }
 
-    async fn connect(&self) -> Result<UnixStream, Error> {
-        self.port(HTTP_SOCKET).await
+    async fn connect(&self) -> Result<GuestStream, Error> {
+        self.port(HTTP_SOCKET).await.map(GuestStream::from)
     }
 }
 

@@ -13,8 +13,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use kelvin_api::guest::{self, Reply, Request};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::net::UnixStream;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf};
 
 use super::Call;
 use super::machine::Machine;
@@ -25,7 +24,7 @@ use crate::Error;
 const ENDED: &[u8] = &[0, 0, 0, 0, 6, 0x0a, 4, 0x1a, 2, 0x10, 1, 2, 0, 0, 0, 2, b'{', b'}'];
 
 /// Answers one control connection until another one is made, or the VMM ends.
-pub(super) async fn serve_control(machine: Arc<Machine>, stream: UnixStream) {
+pub(super) async fn serve_control(machine: Arc<Machine>, stream: DuplexStream) {
     let mut mine = 0;
     machine.state.send_modify(|state| {
         state.control += 1;
@@ -40,7 +39,7 @@ pub(super) async fn serve_control(machine: Arc<Machine>, stream: UnixStream) {
     }
 }
 
-async fn answer_all(machine: &Machine, mut stream: UnixStream) -> Result<(), Error> {
+async fn answer_all(machine: &Machine, mut stream: DuplexStream) -> Result<(), Error> {
     let io = |source| Error::Io { what: "answering the host", source };
     loop {
         let mut length = [0; 4];
@@ -92,7 +91,7 @@ fn clock(request: &Request) -> u64 {
 }
 
 /// Answers one connection to the HTTP port.
-pub(super) async fn serve_http(machine: Arc<Machine>, stream: UnixStream) {
+pub(super) async fn serve_http(machine: Arc<Machine>, stream: DuplexStream) {
     machine.state.send_modify(|state| state.http += 1);
     let answering = Arc::clone(&machine);
     let service = service_fn(move |request: HttpRequest<Incoming>| {
@@ -135,7 +134,7 @@ async fn respond(machine: &Machine, request: &HttpRequest<Incoming>) -> Response
 /// A stream that its end in the guest reads only while the guest does anything.
 struct Awake {
     machine: Arc<Machine>,
-    stream: UnixStream,
+    stream: DuplexStream,
     waiting: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
 }
 

@@ -7,6 +7,7 @@ mod firecracker;
 mod fork;
 mod freeze;
 mod gateway;
+mod groups;
 mod guest;
 mod hostile;
 mod input;

@@ -8,7 +8,8 @@ use kelvin_api::sandbox::{NewSandbox, PoolInfo, Sandbox, SetPool, StartPath};
 use kelvin_client::Error;
 use kelvin_e2e::{Ground, Server, agent_of, new_sandbox, sh};
 
-use super::firecracker::{group_of, is_vmm};
+use super::firecracker::is_vmm;
+use super::groups::group_of;
 
 async fn pool(server: &Server) -> PoolInfo {
     let mut pools = server.client().pools().await.expect("pools");
