@@ -8,6 +8,7 @@ mod distribution;
 mod docs;
 mod emulator;
 mod files;
+mod former;
 mod fuzz;
 mod guest;
 mod kernel;
@@ -42,6 +43,8 @@ const USAGE: &str = "usage: cargo xtask <command>
             run a command in an emulated machine that has KVM: Firecracker works there
   other-release
             of the tests, those with Debian 13's QEMU, kernel and user space
+  former-release [COMMIT...]
+            sandboxes that builds of former commits have left, under this one; each is built once
   fuzz [--hours N] [--seed N] [TARGET...]
             the fuzz targets, for 10 s each
   mutate    whether the harness notices what is taken out of a copy: some minutes
@@ -172,6 +175,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         // What `roots` runs in a root of another release, with what was built here.
         Some("guest") => guest::ensure().map(drop),
         Some("steps") => server::steps(),
+        Some("former-release") => former::check(rest),
         Some("fuzz") => fuzz::run(rest),
         Some("mutate") => mutate::run(),
         Some("soak") => suite::soak(rest),

@@ -181,7 +181,16 @@ pub fn start_at(binary: &Path, data: &Path, listen: &str, log: &Path) -> Result<
 
 /// Ends `server`; its sandboxes keep running.
 pub fn stop(server: &Server) -> Result<()> {
-    packages::signal("TERM", &server.pid)?;
+    end(server, "TERM")
+}
+
+/// The same without a word: as a crash.
+pub fn kill(server: &Server) -> Result<()> {
+    end(server, "KILL")
+}
+
+fn end(server: &Server, signal: &str) -> Result<()> {
+    packages::signal(signal, &server.pid)?;
     let started = Instant::now();
     while !has_ended(&server.pid) {
         if started.elapsed() > START {
