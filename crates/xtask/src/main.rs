@@ -9,6 +9,7 @@ mod docs;
 mod emulator;
 mod files;
 mod fuzz;
+mod ground;
 mod guest;
 mod kernel;
 mod kvm_host;
@@ -22,6 +23,7 @@ mod roots;
 mod sdk;
 mod server;
 mod suite;
+mod times;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
