@@ -166,8 +166,7 @@ async fn firecracker_sandboxes_are_not_lost_to_a_server_of_qemu() {
         return;
     }
     let Some(ground) = Ground::find() else { return };
-    let mut server = ground.server("other-vmm", &["--waiting-vmms", "0"]).await;
-    server.bake(0).await;
+    let mut server = ground.baked("other-vmm", &["--waiting-vmms", "0"], 0).await;
     let sandbox = server.client().create(&new_sandbox(), None).await.expect("a create").sandbox;
     server.kill_9();
     let had = server.vmms();
@@ -269,8 +268,7 @@ async fn firecracker_runs_three_at_once() {
         return;
     }
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("three", &["--waiting-vmms", "4"]).await;
-    server.bake(4).await;
+    let server = ground.baked("three", &["--waiting-vmms", "4"], 4).await;
     promise("three at once ÷ one, p50", 1.7, false, || {
         p50(&bench(&server, &["-n", "51", "--concurrency", "3"]), "create_ms")
             / p50(&bench(&server, &["-n", "50"]), "create_ms")
