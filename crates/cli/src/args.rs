@@ -572,6 +572,16 @@ pub enum TemplateCommand {
         #[arg(long, env = "KELVIN_DATA_DIR")]
         data_dir: Option<PathBuf>,
     },
+    /// Bring the snapshot of a template that is there into a data directory without a server, from the directory of
+    /// another: what it is, is verified.
+    #[command(hide = true)]
+    Adopt {
+        /// Its directory, with `manifest.json`.
+        snapshot: PathBuf,
+        /// Data directory of the server.
+        #[arg(long, env = "KELVIN_DATA_DIR")]
+        data_dir: Option<PathBuf>,
+    },
 }
 
 /// What connections to the server may take, on both listeners.

@@ -50,13 +50,24 @@ pub async fn dispatch(
             })
             .await;
             bar.finish_and_clear();
-            let template = imported.map_err(|error| Failed::other(&error))?.map_err(|error| {
-                let failure = kelvin_api::error::Failure::from(error);
-                let cause = failure.cause.map(|cause| format!(": {cause}")).unwrap_or_default();
-                Failed::new(format!("{}{cause}", failure.message), &failure.remediation)
-            })?;
+            let template = imported.map_err(|error| Failed::other(&error))?.map_err(of_store)?;
             line(&template.image);
+        }
+        TemplateCommand::Adopt { snapshot, data_dir: directory } => {
+            let directory = data_dir(directory.as_ref());
+            let adopted = tokio::task::spawn_blocking(move || {
+                Store::open(&directory, false)?.adopt_snapshot(&snapshot)
+            })
+            .await;
+            let adopted = adopted.map_err(|error| Failed::other(&error))?.map_err(of_store)?;
+            line(&adopted.manifest.id.to_string());
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn of_store(error: kelvin_store::Error) -> Failed {
+    let failure = kelvin_api::error::Failure::from(error);
+    let cause = failure.cause.map(|cause| format!(": {cause}")).unwrap_or_default();
+    Failed::new(format!("{}{cause}", failure.message), &failure.remediation)
 }

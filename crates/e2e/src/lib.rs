@@ -5,6 +5,7 @@
 //! it the tests say `skipped: ...`. A server that is stopped has to have left nothing; one whose test
 //! failed is cleared away. Each test has a network namespace of its own; [`world`] gives it an internet.
 
+pub mod golden;
 pub mod promises;
 pub mod soak;
 pub mod world;
@@ -91,7 +92,7 @@ impl Ground {
         }
     }
 
-    /// Starts a server called `name` with template `base` (256 MiB) imported.
+    /// Starts a server called `name` with template `base` (256 MiB) imported; [`Ground::baked`] one that is baked, too.
     pub async fn server(&self, name: &str, args: &[&str]) -> Server {
         self.server_as(None, name, args).await
     }
@@ -288,9 +289,13 @@ impl Server {
         command
     }
 
+    fn import_base(&self) {
+        self.import("base", &self.guest.join("vmlinuz"), &self.guest.join("initrd"));
+    }
+
     /// With template `base`, for the first time.
     async fn begin(&mut self, args: &[&str]) {
-        self.import("base", &self.guest.join("vmlinuz"), &self.guest.join("initrd"));
+        self.import_base();
         self.start(args).await;
     }
 

@@ -202,7 +202,7 @@ mod tests {
             }
         });
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-        let agent = Agent::over(ours, tasks.clone(), stop.clone());
+        let agent = Agent::over(ours.into(), tasks.clone(), stop.clone());
         let gone = || std::future::ready(Err("there is one connection".into()));
         let ask = async {
             let request = Request::get("http://agent/metrics").body(nothing())?;
@@ -251,7 +251,7 @@ mod tests {
             while theirs.write_all(&tiny).await.is_ok() {}
         });
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-        let agent = Agent::over(ours, tasks.clone(), stop.clone());
+        let agent = Agent::over(ours.into(), tasks.clone(), stop.clone());
         let gone = || std::future::ready(Err("there is one connection".into()));
         let reply =
             agent.send(Request::get("http://agent/files").body(nothing()).unwrap(), gone).await.unwrap();

@@ -15,6 +15,7 @@
 //! All calls block; callers on a reactor use `spawn_blocking`. Absent on purpose: which snapshot to use
 //! (`kelvin-node` decides) and the network.
 
+pub mod adopt;
 pub mod disk;
 pub mod gc;
 pub mod hash;
@@ -70,6 +71,22 @@ pub enum Error {
         /// What differs.
         difference: String,
     },
+    /// A snapshot with that id is there already.
+    #[error("{kind} {name} is there already")]
+    Exists {
+        /// Snapshot.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// A snapshot that was made elsewhere does not belong here.
+    #[error("snapshot {snapshot} cannot be adopted: {reason}")]
+    Unadoptable {
+        /// Its id.
+        snapshot: String,
+        /// What does not fit.
+        reason: String,
+    },
     /// What something needs is not known, so nothing is removed.
     #[error("nothing is removed: {path} cannot be read, and what it needs is not known")]
     Unreadable {
@@ -98,7 +115,8 @@ impl Error {
             Self::Io { .. } => Kind::Internal,
             Self::Manifest { .. } | Self::Seal { .. } | Self::Unreadable { .. } => Kind::Corrupt,
             Self::Missing { .. } => Kind::NotFound,
-            Self::InUse { .. } => Kind::Conflict,
+            Self::InUse { .. } | Self::Exists { .. } => Kind::Conflict,
+            Self::Unadoptable { .. } => Kind::Invalid,
         }
     }
 }
@@ -120,6 +138,10 @@ impl From<Error> for Failure {
                 "metadata_unreadable",
                 "repair what the message names, or remove it if nothing needs it, and try again",
             ),
+            Error::Exists { .. } => ("already_there", "use it, or delete it first"),
+            Error::Unadoptable { .. } => {
+                ("snapshot_unadoptable", "import the template that it is of, or bake one here")
+            }
             Error::InUse { .. } => ("in_use", "remove what depends on it first"),
         };
         Self::new(error.kind(), code, error.to_string(), remediation).with_sources(&error)

@@ -368,12 +368,22 @@ impl Store {
             disk: digest("disk")?,
             arguments: draft.arguments,
         };
-        let group = Readers::new().map_err(io_error("choosing a group for", staged))?;
-        for name in there {
+        self.seal_and_publish(staged, manifest, care)
+    }
+
+    /// Closes the files in `staged`, seals them, and publishes them with `manifest`.
+    pub(crate) fn seal_and_publish(
+        &self,
+        staged: &Path,
+        manifest: Manifest,
+        care: Care,
+    ) -> Result<Snapshot, Error> {
+        let readers = Readers::new().map_err(io_error("choosing a group for", staged))?;
+        for name in files(manifest.mode) {
             let path = staged.join(name);
-            group.close(&path, *name != "disk").map_err(io_error("sealing", &path))?;
+            readers.close(&path, *name != "disk").map_err(io_error("sealing", &path))?;
         }
-        group.close(staged, true).map_err(io_error("closing", staged))?;
+        readers.close(staged, true).map_err(io_error("closing", staged))?;
         let seal = Seal::of(staged, manifest.mode)?;
         write_json(&staged.join("manifest.json"), &manifest)?;
         write_json(&staged.join("seal.json"), &seal)?;

@@ -127,6 +127,36 @@ fn a_published_snapshot_survives_and_needs_every_sync() {
 }
 
 #[test]
+fn an_adopted_snapshot_survives_and_needs_every_sync() {
+    let elsewhere = tempfile::tempdir().unwrap();
+    let source = Store::open(elsewhere.path(), true).unwrap();
+    let id = publish(&source, Care::Hashed);
+    let from = source.snapshot(&id).unwrap().directory;
+    let adopt = |ground: &Ground| {
+        let store = Store::open(&ground.root(), true).unwrap();
+        fs::create_dir(store.guest("g")).unwrap();
+        assert_eq!(store.adopt_snapshot(&from).unwrap().manifest.id, id);
+    };
+    let Some(whole) = ground(|_| false) else { return };
+    adopt(&whole);
+    for result in whole.after(|store| is_whole(&store, &id)) {
+        result.unwrap();
+    }
+    for name in ["memory", "state", "disk", "manifest.json", "seal.json"] {
+        let lost = move |path: &Path| {
+            path.file_name().is_some_and(|found| found.to_string_lossy().starts_with(name))
+        };
+        let Some(ground) = ground(lost) else { return };
+        adopt(&ground);
+        let results = ground.after(|store| is_whole(&store, &id));
+        assert!(
+            results.iter().any(Result::is_err),
+            "without the sync of {name} nothing is lost: is it needed?"
+        );
+    }
+}
+
+#[test]
 fn a_snapshot_that_was_cut_short_is_not_there_and_one_that_passes_is_whole_or_not_there() {
     let Some(ground) = ground(|_| false) else { return };
     let store = Store::open(&ground.root(), true).unwrap();

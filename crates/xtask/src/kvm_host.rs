@@ -198,7 +198,7 @@ fn boot(
     let mut qemu = Command::new("setpriv");
     qemu.args(with_parent);
     if processors == 1 {
-        qemu.args(["taskset", "--cpu-list", &first_core()?]);
+        qemu.args(["taskset", "--cpu-list", &cores()?[0]]);
     }
     let accelerator = "tcg,thread=multi,tb-size=1024";
     // A processor that never comes back from its guest ends the run after two minutes, not at its time limit.
@@ -236,12 +236,21 @@ fn boot(
     }
 }
 
-/// The first of the cores that this process may use.
-fn first_core() -> Result<String> {
+/// The cores that this process may use, at least one.
+pub fn cores() -> Result<Vec<String>> {
     let status = fs::read_to_string("/proc/self/status")?;
     let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
-    let first = allowed.and_then(|list| list.trim().split([',', '-']).next());
-    Ok(first.ok_or("no core is allowed")?.to_owned())
+    let cores = listed(allowed.unwrap_or_default());
+    if cores.is_empty() { Err("no core is allowed".into()) } else { Ok(cores) }
+}
+
+/// The numbers of a list of the kernel's: `0-2,5`.
+fn listed(list: &str) -> Vec<String> {
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        Some(first.parse::<u32>().ok()?..=last.parse().ok()?)
+    };
+    list.trim().split(',').filter_map(range).flatten().map(|core| core.to_string()).collect()
 }
 
 /// Whether this runs inside of such a host.
@@ -252,6 +261,14 @@ pub fn is_inside() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cores_are_read_as_the_kernel_lists_them() {
+        assert_eq!(listed("\t0-1\n"), ["0", "1"]);
+        assert_eq!(listed("3,5-6"), ["3", "5", "6"]);
+        assert!(listed("").is_empty());
+        assert!(!cores().unwrap().is_empty());
+    }
 
     #[test]
     fn words_reach_the_command_as_they_are() {

@@ -10,6 +10,7 @@ mod emulator;
 mod files;
 mod former;
 mod fuzz;
+mod ground;
 mod guest;
 mod kernel;
 mod kvm_host;
@@ -23,6 +24,7 @@ mod roots;
 mod sdk;
 mod server;
 mod suite;
+mod times;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};

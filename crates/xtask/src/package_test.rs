@@ -7,7 +7,8 @@
 //!
 //! QEMU emulates a processor with SVM, so that the machine has KVM and its own machines are not emulated twice. Each
 //! machine writes to a temporary copy of its disk and has one processor, since more of them hang now and then
-//! (`docs/decisions/0016-an-emulated-machine-with-kvm.md`). Two machines run side by side.
+//! (`docs/decisions/0016-an-emulated-machine-with-kvm.md`). Two machines run side by side, each on a core of its own, as
+//! the KVM host does; each tells what it did in one piece, when it has ended.
 //!
 //! Who writes: one run at a time. Everything is made under another name and renamed: what has its name is whole.
 
@@ -17,7 +18,7 @@ use std::process::{Command, Stdio};
 
 use crate::guest::{digest, is_fresh};
 use crate::packages::{self, as_root, debian_sources, feed};
-use crate::{Result, files as fs, package, root, run as run_command, say, shared};
+use crate::{Result, files as fs, kvm_host, package, root, run as run_command, say, shared};
 
 /// The releases, by age: a package is for the one that it was built on and for those after it.
 const SUITES: [&str; 2] = ["bookworm", "trixie"];
@@ -32,6 +33,10 @@ const SECONDS: u64 = 600;
 const OPTIONS: &str =
     "--no-auto-bake --waiting-vmms 0 --warm-max 0 --slots 1 --uplink none --boot-deadline 300";
 
+fn directory() -> PathBuf {
+    shared().join("package")
+}
+
 /// Makes the packages, and tries them in the machines that `wanted` names, or in all that can have them.
 pub fn run(wanted: &[String]) -> Result<()> {
     if let Some(unknown) = wanted.iter().find(|name| !SUITES.contains(&name.as_str())) {
@@ -39,7 +44,7 @@ pub fn run(wanted: &[String]) -> Result<()> {
     }
     let built = package::stage()?;
     packages::ensure_all(&["busybox-static"])?;
-    let directory = shared().join("package");
+    let directory = directory();
     fs::create_dir_all(directory.join("debs"))?;
     let lock = fs::create(directory.join("lock"))?;
     lock.try_lock().map_err(|_| "another test-package of this user runs")?;
@@ -60,14 +65,23 @@ pub fn run(wanted: &[String]) -> Result<()> {
         }
         machines.push(Machine::make(&directory, suite, &first, &second, &template)?);
     }
+    let cores = kvm_host::cores()?;
     std::thread::scope(|scope| {
         let tried: Vec<_> = machines
             .iter()
-            .map(|machine| scope.spawn(|| machine.try_package().map_err(|error| error.to_string())))
+            .zip(cores.iter().cycle())
+            .map(|(machine, core)| {
+                let tried = scope.spawn(|| machine.try_package(core).map_err(|error| error.to_string()));
+                (machine.suite, tried)
+            })
             .collect();
-        // All of them are waited for, also when one has failed.
-        let tried: Vec<_> = tried.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
-        tried.into_iter().try_for_each(|tried| Ok(tried.map_err(|_| "a machine's thread panicked")??))
+        // All of them are waited for, also when one has failed; and each that has failed is named.
+        let failed = tried.into_iter().filter_map(|(suite, tried)| match tried.join() {
+            Ok(tried) => tried.err(),
+            Err(_) => Some(format!("{suite}: its thread panicked")),
+        });
+        let failed: Vec<String> = failed.collect();
+        if failed.is_empty() { Ok(()) } else { Err(failed.join("\n").into()) }
     })
 }
 
@@ -105,9 +119,9 @@ impl Machine {
         Ok(Self { suite, directory, out })
     }
 
-    /// Boots it and reads what it found.
-    fn try_package(&self) -> Result<()> {
-        say(&format!("booting {}", self.suite));
+    /// Boots it on `core` and reads what it found.
+    fn try_package(&self, core: &str) -> Result<()> {
+        say(&format!("booting {} on core {core}", self.suite));
         let file = |name: &str| self.directory.join(name);
         let log = fs::create(file("log"))?;
         let share = format!("local,path={},mount_tag=out,security_model=none", self.out.display());
@@ -115,6 +129,7 @@ impl Machine {
         let with_parent = ["--pdeathsig", "KILL", "--"];
         let mut qemu = Command::new("setpriv");
         qemu.args(with_parent)
+            .args(["taskset", "--cpu-list", core])
             .args(["timeout", &SECONDS.to_string(), "setpriv"])
             .args(with_parent)
             .args(["qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,+svm"])
@@ -136,9 +151,8 @@ impl Machine {
         let result = fs::read_to_string(self.out.join("result")).unwrap_or_default();
         let steps: Vec<&str> =
             said.lines().map(str::trim_end).filter(|line| line.contains(" ms  ")).collect();
-        for line in &steps {
-            eprintln!("{}: {line}", self.suite);
-        }
+        let told: String = steps.iter().map(|line| format!("{}: {line}\n", self.suite)).collect();
+        eprint!("{told}");
         if result.trim() == "ok" {
             return Ok(());
         }

@@ -1,23 +1,40 @@
 //! `cargo xtask test`: everything, in the order in which it is cheap to fail.
 
 use std::ffi::OsStr;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
-use crate::server::{self, Built, kelvin};
+use crate::ground::{Ground, alone};
+use crate::server::{self, Built};
+use crate::times::{self, Times};
 use crate::{Result, cache, cargo, deps, docs, files as fs, kvm_host, run as run_command, say, shared};
 
 /// The version of cargo-deny that the suite runs.
 const DENY: &str = "0.20.2";
 
 fn step(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
-    let started = Instant::now();
+    let (started, before) = (Instant::now(), processors());
     say(&format!("== {name}"));
     work().map_err(|error| format!("{name}: {error}"))?;
-    say(&format!("== {name}: ok, {:.1} s", started.elapsed().as_secs_f64()));
+    // What is not busy is time that another test could have.
+    let busy = before.zip(processors()).map_or_else(String::new, |(before, now)| {
+        let (busy, all) = (now.0.saturating_sub(before.0), now.1.saturating_sub(before.1));
+        format!(", processors {} % busy", 100 * busy / all.max(1))
+    });
+    say(&format!("== {name}: ok, {:.1} s{busy}", started.elapsed().as_secs_f64()));
     Ok(())
+}
+
+/// Ticks in which this machine's processors worked, and all. Source: proc_stat(5).
+fn processors() -> Option<(u64, u64)> {
+    let text = fs::read_to_string("/proc/stat").ok()?;
+    let words = text.lines().next()?.strip_prefix("cpu ")?.split_whitespace();
+    // Up to `steal`; guests are in `user`.
+    let ticks: Vec<u64> = words.take(8).map_while(|word| word.parse().ok()).collect();
+    let idle = ticks.get(3)? + ticks.get(4)?;
+    let all = ticks.iter().sum::<u64>();
+    Some((all - idle, all))
 }
 
 fn cargo_step(arguments: &[&str]) -> Result<()> {
@@ -46,115 +63,6 @@ fn deny() -> Result<()> {
         "licenses",
         "sources",
     ]))
-}
-
-/// A file system that can clone files, with the guest on it, for the servers of the tests.
-struct Ground {
-    binary: PathBuf,
-    directory: PathBuf,
-}
-
-impl Ground {
-    fn make(built: &Built) -> Result<Self> {
-        let directory = cache().join("e2e");
-        let ground = Self { binary: built.binary.clone(), directory };
-        run_command(
-            kelvin(&ground.binary)
-                .args(["setup", "--size-gib", "48", "--data-dir"])
-                .arg(&ground.directory)
-                .stdout(Stdio::null()),
-        )?;
-        // What a run that was killed has left.
-        for left in leftovers(&ground.directory) {
-            if let Some(pid) = left.strip_prefix("process ") {
-                crate::packages::signal("KILL", pid)?;
-            }
-        }
-        // The last mount first: a disk of a test is on another.
-        for mounted in mounts_below(&ground.directory)?.into_iter().rev() {
-            run_command(Command::new("umount").arg(mounted))?;
-        }
-        for path in fs::list(&ground.directory)? {
-            if path.is_dir() {
-                fs::remove_dir_all(&path)?;
-            }
-        }
-        // Once onto the same file system: every server's import is a reflink then.
-        let guest = ground.directory.join("guest");
-        fs::create_dir_all(&guest)?;
-        crate::guest::ensure_interpreter()?;
-        for (name, from) in crate::guest::files() {
-            // What is there already and no older: the emulated KVM host begins with them.
-            run_command(
-                Command::new("cp")
-                    .args(["--update", "--preserve=timestamps", "--sparse=always", "--reflink=auto"])
-                    .arg(from)
-                    .arg(guest.join(name)),
-            )?;
-        }
-        Ok(ground)
-    }
-
-    fn clear(&self) -> Result<()> {
-        let left = leftovers(&self.directory);
-        run_command(
-            kelvin(&self.binary)
-                .args(["setup", "--unmount", "--data-dir"])
-                .arg(&self.directory)
-                .stdout(Stdio::null()),
-        )?;
-        if left.is_empty() {
-            Ok(())
-        } else {
-            Err(format!("the tests have left behind: {}", left.join(", ")).into())
-        }
-    }
-}
-
-/// What is mounted below `directory`, in the order of the mounts.
-fn mounts_below(directory: &Path) -> Result<Vec<PathBuf>> {
-    let mounts = fs::read_to_string("/proc/self/mounts")?;
-    let places = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(PathBuf::from);
-    Ok(places.filter(|place| place.starts_with(directory) && place != directory).collect())
-}
-
-/// Processes that work in `directory`, and directories of servers.
-fn leftovers(directory: &Path) -> Vec<String> {
-    let mut found = Vec::new();
-    let place = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
-    let entries = |path: &Path| fs::list(path).unwrap_or_default().into_iter();
-    let jails: Vec<_> = entries(directory)
-        .flat_map(|server| entries(&server.join("sandboxes")).collect::<Vec<_>>())
-        .filter_map(|machine| place(&machine))
-        .collect();
-    for entry in entries(Path::new("/proc")) {
-        let name = fs::name(&entry).unwrap_or_default();
-        let is_process = name.bytes().all(|byte| byte.is_ascii_digit());
-        // A jailed VMM works in another root: a machine's directory.
-        let is_jailed = || place(&entry.join("root")).is_some_and(|root| jails.contains(&root));
-        let works = || fs::read_link(entry.join("cwd")).is_ok_and(|cwd| cwd.starts_with(directory));
-        if is_process && (works() || is_jailed()) {
-            found.push(format!("process {name}"));
-        }
-    }
-    for path in entries(directory) {
-        if path.is_dir() && !path.ends_with("guest") {
-            found.push(path.display().to_string());
-        }
-    }
-    found
-}
-
-/// One run at a time: it counts what its servers leave behind, and measures. The kernel unlocks it when a run dies.
-fn alone() -> Result<fs::File> {
-    fs::create_dir_all(cache())?;
-    let lock = fs::create(cache().join("e2e.lock"))?;
-    if let Err(error) = lock.try_lock() {
-        let fs::TryLockError::WouldBlock = error else { return Err(error.into()) };
-        say("waiting: another run of the tests is on its way in this tree");
-        lock.lock()?;
-    }
-    Ok(lock)
 }
 
 /// What a Firecracker has to pass beside the conformance suite, by parts of the tests' names: lifecycle, pause and
@@ -201,7 +109,7 @@ fn firecracker() -> std::result::Result<(), &'static str> {
 }
 
 /// `cargo xtask test --driver firecracker [NAME...]`.
-fn run_firecracker(filter: &[String]) -> Result<()> {
+fn run_firecracker(filter: &[String], times: &mut Times) -> Result<()> {
     if let Err(why) = firecracker() {
         println!("skipped: {why}");
         return Ok(());
@@ -209,10 +117,10 @@ fn run_firecracker(filter: &[String]) -> Result<()> {
     let built = if kvm_host::is_inside() { server::built() } else { server::prepare()? };
     let all: Vec<String> = FIRECRACKER.iter().map(|name| (*name).to_owned()).collect();
     if filter.is_empty() {
-        step("driver conformance", || run_tests("firecracker", &[ONE_AT_A_TIME], &[]))?;
+        step("driver conformance", || run_tests("firecracker", &[ONE_AT_A_TIME], &[], times))?;
     }
     let filter = if filter.is_empty() { &all } else { filter };
-    step("end to end", || end_to_end(&built, filter, "firecracker"))
+    step("end to end", || end_to_end(&built, filter, "firecracker", times))
 }
 
 /// What every run of tests is built as, with the features that the server is built with: with others everything would
@@ -238,16 +146,16 @@ const QEMU_ON_KVM: [&str; 2] = ["qemu_runs_on_kvm", "what_breaks_out"];
 
 /// `cargo xtask test --driver qemu [NAME...]` in the emulated KVM host: what the accelerator changes. Outside it is the usual
 /// run.
-fn run_qemu(filter: &[String]) -> Result<()> {
+fn run_qemu(filter: &[String], times: &mut Times) -> Result<()> {
     if !kvm_host::is_inside() {
-        return run(filter);
+        return run_here(filter, times);
     }
     let own = QEMU_ON_KVM.map(str::to_owned);
     if filter.is_empty() {
-        step("driver conformance", || run_tests("qemu", &[ONE_AT_A_TIME], &[]))?;
+        step("driver conformance", || run_tests("qemu", &[ONE_AT_A_TIME], &[], times))?;
     }
     let filter = if filter.is_empty() { &own } else { filter };
-    step("end to end", || end_to_end(&server::built(), filter, "qemu"))
+    step("end to end", || end_to_end(&server::built(), filter, "qemu", times))
 }
 
 /// Where [`build`] leaves what it has built: a line for each program and its tests.
@@ -287,7 +195,12 @@ fn programs(targets: &[&str]) -> Result<Vec<String>> {
 
 /// Runs tests of the program `target`, as its `arguments` say. In the emulated KVM host cargo would look for minutes
 /// whether anything has to be built.
-fn run_tests(target: &str, arguments: &[&str], environment: &[(&str, &OsStr)]) -> Result<()> {
+fn run_tests(
+    target: &str,
+    arguments: &[&str],
+    environment: &[(&str, &OsStr)],
+    times: &mut Times,
+) -> Result<()> {
     let mut tests = if kvm_host::is_inside() {
         let built = fs::read_to_string(built_tests())?;
         let is_it = |program: &&str| {
@@ -300,7 +213,10 @@ fn run_tests(target: &str, arguments: &[&str], environment: &[(&str, &OsStr)]) -
         tests.args(ALL).args(["--test", target, "--"]);
         tests
     };
-    run_command(tests.arg("--nocapture").args(arguments).envs(environment.iter().copied()))
+    tests.arg("--nocapture").args(arguments).envs(environment.iter().copied());
+    let threads =
+        arguments.iter().find_map(|argument| argument.strip_prefix("--test-threads=")?.parse().ok());
+    times.run(&mut tests, threads.unwrap_or_else(times::threads))
 }
 
 /// One test after the other: whatever measures, measures nothing but itself.
@@ -330,24 +246,50 @@ const ALONE: [&str; 13] = [
 
 /// Runs what the end-to-end tests named by `filter` are, all of them when it is empty. The servers use `vmm`, whatever else
 /// could be used here.
-fn end_to_end(built: &Built, filter: &[String], vmm: &str) -> Result<()> {
+fn end_to_end(built: &Built, filter: &[String], vmm: &str, times: &mut Times) -> Result<()> {
+    let before = times.begun;
     on_ground(built, vmm, &[], |environment| {
         let mut arguments = vec![ONE_AT_A_TIME];
         arguments.extend(filter.iter().map(String::as_str));
-        run_tests(END_TO_END, &arguments, environment)
-    })
+        run_tests(END_TO_END, &arguments, environment, times)
+    })?;
+    if times.begun == before { Err(format!("no test ran: {}", filter.join(", ")).into()) } else { Ok(()) }
+}
+
+/// Names of all end-to-end tests, from their sources: `e2e::MODULE::NAME`.
+fn end_to_end_names() -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for file in fs::list(crate::root().join("crates/e2e/tests/suite/e2e"))? {
+        let text = fs::read_to_string(&file)?;
+        let module = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        names.extend(docs::tests(&text).map(|name| format!("e2e::{module}::{name}")));
+    }
+    Ok(names)
+}
+
+/// Whether each word of `filter` is in the name of a test, before anything is built for none.
+fn check_filter(filter: &[String]) -> Result<()> {
+    let names = end_to_end_names()?;
+    match filter.iter().find(|word| !names.iter().any(|name| name.contains(word.as_str()))) {
+        None => Ok(()),
+        Some(word) => Err(format!(
+            "no end-to-end test has {word:?} in its name; {ALL_END_TO_END} are all of them, their names are in \
+             crates/e2e/tests/suite/e2e"
+        )
+        .into()),
+    }
 }
 
 /// All end-to-end tests on QEMU: those that measure alone, the others two at a time.
-fn all_end_to_end(built: &Built) -> Result<()> {
+fn all_end_to_end(built: &Built, times: &mut Times) -> Result<()> {
     on_ground(built, "qemu", &[], |environment| {
         let beside: [(&str, &OsStr); 1] = [("KELVIN_E2E_BESIDE", OsStr::new("1"))];
         let beside = [environment, &beside].concat();
         let mut arguments = vec![TWO_AT_A_TIME];
         arguments.extend(ALONE.iter().flat_map(|name| ["--skip", name]));
-        step("end to end, two at a time", || run_tests(END_TO_END, &arguments, &beside))?;
+        step("end to end, two at a time", || run_tests(END_TO_END, &arguments, &beside, times))?;
         let arguments: Vec<&str> = [ONE_AT_A_TIME].iter().chain(&ALONE).copied().collect();
-        step("end to end, alone", || run_tests(END_TO_END, &arguments, environment))
+        step("end to end, alone", || run_tests(END_TO_END, &arguments, environment, times))
     })
 }
 
@@ -421,20 +363,16 @@ pub fn soak(arguments: &[String]) -> Result<()> {
         [("KELVIN_SOAK_SECONDS", OsStr::new(&seconds)), ("KELVIN_SOAK_SEED", OsStr::new(&seed))];
     step("soak", || {
         on_ground(&built, "qemu", &more, |environment| {
-            run_tests(END_TO_END, &[ONE_AT_A_TIME, SOAK], environment)
+            run_tests(END_TO_END, &[ONE_AT_A_TIME, SOAK], environment, &mut Times::default())
         })
     })
 }
 
-/// What was built here, with the QEMU, kernel and user space of another release.
-fn other_release() -> Result<()> {
-    crate::roots::other_release(&programs(&["qemu"])?)
-}
-
-/// `cargo xtask other-release`: that alone.
+/// `cargo xtask other-release`: what was built here, with the QEMU, kernel and user space of another release.
 pub fn run_other_release() -> Result<()> {
     server::prepare()?;
-    step("another release", other_release)
+    let programs = programs(&["qemu"])?;
+    step("another release", || crate::roots::other_release(&programs))
 }
 
 /// Writes the OpenAPI document that is in the repository, from the routes.
@@ -448,60 +386,87 @@ const ALL_END_TO_END: &str = "end-to-end";
 
 /// Everything; with arguments only the end-to-end tests whose names contain one of them, or [`ALL_END_TO_END`].
 pub fn run(filter: &[String]) -> Result<()> {
-    if let [option, driver, rest @ ..] = filter
-        && option == "--driver"
-    {
-        return match driver.as_str() {
-            "firecracker" => run_firecracker(rest),
-            "qemu" => run_qemu(rest),
+    let mut times = Times::default();
+    let result = match filter {
+        [option, driver, rest @ ..] if option == "--driver" => match driver.as_str() {
+            "firecracker" => check_filter(rest).and_then(|()| run_firecracker(rest, &mut times)),
+            "qemu" => run_qemu(rest, &mut times),
             other => Err(format!("unknown driver {other:?}: qemu or firecracker").into()),
-        };
+        },
+        filter => run_here(filter, &mut times),
+    };
+    // Of a run that failed, what was told until then.
+    let kept = times.keep(filter.is_empty() && result.is_ok());
+    result.and(kept)
+}
+
+fn run_here(filter: &[String], times: &mut Times) -> Result<()> {
+    if filter == [ALL_END_TO_END] {
+        return all_end_to_end(&server::prepare()?, times);
     }
     if !filter.is_empty() {
+        check_filter(filter)?;
         let built = server::prepare()?;
-        if filter == [ALL_END_TO_END] {
-            return all_end_to_end(&built);
-        }
-        return step("end to end", || end_to_end(&built, filter, "qemu"));
+        return step("end to end", || end_to_end(&built, filter, "qemu", times));
     }
     step("format", || cargo_step(&["fmt", "--all", "--check"]))?;
     step("dependencies", deps::check)?;
     step("documents", docs::check)?;
     crate::packages::ensure()?;
-    std::thread::scope(|scope| -> Result<()> {
+    beside(
         // Reads the tree, or installs itself; the compiler is busy with another.
-        let beside = scope.spawn(|| step("licences", deny).map_err(|error| error.to_string()));
-        // Of the profile that everything is built with: build scripts and macros of dependencies are compiled once.
-        step("lints", || {
-            // Apart from the harness, which would have everything looked at with a virtual host in it.
-            let lint = |which: &[&str]| {
-                let arguments = [&["clippy", "--release", "--all-targets"], which, &["--", "-D", "warnings"]];
-                cargo_step(&arguments.concat())
-            };
-            lint(&["--workspace", "--exclude", "kelvin-harness"])?;
-            lint(&["--package", "kelvin-harness"])
-        })?;
-        Ok(beside.join().map_err(|_| "looking at licences panicked")??)
-    })?;
+        || step("licences", deny),
+        || step("lints", lints),
+    )?;
     let built = server::prepare()?;
-    // Waits for what is beside it, also when a step fails: its children would go on without this.
-    std::thread::scope(|scope| -> Result<()> {
+    beside(
         // Downloads more than it computes.
-        let beside = scope.spawn(|| prepare_tests().map_err(|error| error.to_string()));
-        step("unit tests and driver conformance", || {
-            // All programs at once, also those that the end-to-end tests are.
-            run_command(cargo().args(ALL).args(["--", "--skip", "e2e::"]))?;
-            cargo_step(&["test", "--release", "--package", "kelvin-agent"])?;
-            // Says how many cases, of which seeds, and how long.
-            cargo_step(&["test", "--release", "--package", "kelvin-harness"])
-        })?;
-        step("fuzz", || crate::fuzz::run(&[]))?;
-        Ok(beside.join().map_err(|_| "preparing the tests panicked")??)
-    })?;
-    all_end_to_end(&built)?;
-    step("another release", other_release)?;
+        prepare_tests,
+        || step("unit tests and driver conformance", || unit_tests(times)),
+    )?;
+    // Fuzzing takes its seconds whatever runs beside it; the other release's tests run one at a time.
+    let programs = programs(&["qemu"])?;
+    beside(
+        || step("another release", || crate::roots::other_release(&programs)),
+        || step("fuzz", || crate::fuzz::run(&[])),
+    )?;
+    all_end_to_end(&built, times)?;
     step("package", || crate::package_test::run(&[]))?;
-    run_firecracker(&[])
+    run_firecracker(&[], times)
+}
+
+/// Runs both and waits for both, also when one fails: its children would go on without this.
+fn beside(other: impl FnOnce() -> Result<()> + Send, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| other().map_err(|error| error.to_string()));
+        let result = work();
+        match (result, other.join()) {
+            (Ok(()), Ok(other)) => Ok(other?),
+            (Err(error), Ok(Err(other))) => Err(format!("{error}\n{other}").into()),
+            (Err(error), _) => Err(error),
+            (Ok(()), Err(_)) => Err("what ran beside it panicked".into()),
+        }
+    })
+}
+
+/// Of the profile that everything is built with: build scripts and macros of dependencies are compiled once.
+fn lints() -> Result<()> {
+    // Apart from the harness, which would have everything looked at with a virtual host in it.
+    let lint = |which: &[&str]| {
+        let arguments = [&["clippy", "--release", "--all-targets"], which, &["--", "-D", "warnings"]];
+        cargo_step(&arguments.concat())
+    };
+    lint(&["--workspace", "--exclude", "kelvin-harness"])?;
+    lint(&["--package", "kelvin-harness"])
+}
+
+fn unit_tests(times: &mut Times) -> Result<()> {
+    let mut run = |arguments: &[&str]| times.run(cargo().args(arguments), times::threads());
+    // All programs at once, also those that the end-to-end tests are.
+    run(&[&ALL[..], &["--", "--skip", "e2e::"]].concat())?;
+    run(&["test", "--release", "--package", "kelvin-agent"])?;
+    // Says how many cases, of which seeds, and how long.
+    run(&["test", "--release", "--package", "kelvin-harness"])
 }
 
 #[cfg(test)]
@@ -510,22 +475,22 @@ mod tests {
 
     #[test]
     fn every_test_that_is_named_here_is_there() {
-        let directory = crate::root().join("crates/e2e/tests/suite/e2e");
-        let names: Vec<String> = fs::list(directory)
-            .unwrap()
-            .into_iter()
-            .flat_map(|file| {
-                let text = fs::read_to_string(&file).unwrap();
-                let module = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-                let tests = text.split("#[tokio::test]").skip(1);
-                let name = |test: &str| test.split_once("async fn ")?.1.split('(').next().map(str::to_owned);
-                tests.filter_map(name).map(|name| format!("e2e::{module}::{name}")).collect::<Vec<_>>()
-            })
-            .collect();
+        let names = end_to_end_names().unwrap();
         assert!(names.len() > 50, "{names:?}");
         for part in ALONE.iter().chain(&FIRECRACKER).chain(&QEMU_ON_KVM).chain(&[SOAK]) {
             assert!(names.iter().any(|name| name.contains(part)), "no test has {part} in its name");
         }
+    }
+
+    #[test]
+    fn a_filter_that_matches_nothing_is_refused() {
+        let filter = |words: &[&str]| {
+            let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
+            check_filter(&words).map_err(|error| error.to_string())
+        };
+        assert_eq!(filter(&[]), Ok(()));
+        assert_eq!(filter(&["soak", "e2e::speed"]), Ok(()));
+        assert!(filter(&["soak", "nonsense"]).is_err_and(|error| error.contains("\"nonsense\"")));
     }
 
     #[test]

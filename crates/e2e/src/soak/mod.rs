@@ -147,8 +147,7 @@ impl Shared {
 pub async fn run(ground: &Ground, options: Options) {
     let Options { duration, seed } = options;
     println!("soak: {} s, seed {seed}", duration.as_secs());
-    let mut server = ground.server("soak", &ARGS).await;
-    server.bake(4).await;
+    let mut server = ground.baked("soak", &ARGS, 4).await;
     // As after a while of work: what is opened once is open.
     for _ in 0..4 {
         let sandbox = server.client().create(&new_sandbox(), None).await.expect("a create").sandbox;

@@ -60,8 +60,7 @@ fn method(text: &str) -> Method {
 #[tokio::test]
 async fn what_is_anothers_is_not_there() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("authorisation", &[]).await;
-    server.bake(1).await;
+    let server = ground.baked("authorisation", &[], 1).await;
     let owner = server.client();
     let (blue, red) = (
         owner.create_key(&wanted("blue", "blue")).await.expect("a key"),
@@ -161,8 +160,7 @@ async fn what_is_anothers_is_not_there() {
 #[tokio::test]
 async fn tokens_and_signatures_open_one_door_each() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("tokens", &[]).await;
-    server.bake(2).await;
+    let server = ground.baked("tokens", &[], 2).await;
     let client = server.client();
     let mine = client.create(&new_sandbox(), None).await.expect("a sandbox").sandbox;
     let other = client.create(&new_sandbox(), None).await.expect("a sandbox").sandbox;
@@ -260,8 +258,7 @@ async fn tokens_and_signatures_open_one_door_each() {
 #[tokio::test]
 async fn a_key_has_its_limits() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("limits", &[]).await;
-    server.bake(1).await;
+    let server = ground.baked("limits", &[], 1).await;
     let owner = server.client();
     let slow = NewApiKey { requests_per_second: Some(2), ..wanted("slow", "limits") };
     let slow = owner.create_key(&slow).await.expect("a key");

@@ -14,8 +14,7 @@ const CLEAR: Duration = Duration::from_secs(10);
 #[tokio::test]
 async fn a_create_that_dies_in_any_phase_leaves_no_orphan_and_no_double() {
     let Some(ground) = Ground::find() else { return };
-    let mut server = ground.server("crash-create", &["--waiting-vmms", "1"]).await;
-    server.bake(1).await;
+    let mut server = ground.baked("crash-create", &["--waiting-vmms", "1"], 1).await;
     server.terminate().await;
     let clone = [
         Phase::Reserve,
@@ -96,8 +95,7 @@ async fn a_server_that_is_told_to_stop_while_it_starts_leaves_nothing() {
 #[tokio::test]
 async fn sandboxes_outlive_the_server_and_are_adopted() {
     let Some(ground) = Ground::find() else { return };
-    let mut server = ground.server("crash-adopt", &["--waiting-vmms", "2"]).await;
-    server.bake(2).await;
+    let mut server = ground.baked("crash-adopt", &["--waiting-vmms", "2"], 2).await;
     let client = server.client();
     let mut sandboxes = Vec::new();
     for path in [StartPath::Clone, StartPath::Clone, StartPath::Cold] {

@@ -15,8 +15,7 @@ fn resident_kib(pid: u32) -> u64 {
 #[tokio::test]
 async fn a_hundred_mebibytes_arrive_whole_in_flat_memory() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("exec-large", &["--waiting-vmms", "1"]).await;
-    server.bake(1).await;
+    let server = ground.baked("exec-large", &["--waiting-vmms", "1"], 1).await;
     let client = server.client();
     let sandbox = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
     let agent = agent_of(&client, &sandbox);
@@ -61,8 +60,7 @@ async fn a_hundred_mebibytes_arrive_whole_in_flat_memory() {
 #[tokio::test]
 async fn deadlines_end_what_does_not_listen_and_clients_come_and_go() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("exec", &["--waiting-vmms", "1"]).await;
-    server.bake(1).await;
+    let server = ground.baked("exec", &["--waiting-vmms", "1"], 1).await;
     let client = server.client();
     let mut body = new_sandbox();
     body.env_vars = Some([("FROM_CREATE".into(), "yes".into())].into());

@@ -22,8 +22,7 @@ fn children(count: u32) -> ForkSandbox {
 #[tokio::test]
 async fn eight_children_go_on_from_one_instant_and_share_its_memory() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("fork", &["--waiting-vmms", "0"]).await;
-    server.bake(0).await;
+    let server = ground.baked("fork", &["--waiting-vmms", "0"], 0).await;
     let client = server.client();
     // What eight machines cost that share nothing.
     let cold = NewSandbox { start_path: Some(StartPath::Cold), ..new_sandbox() };

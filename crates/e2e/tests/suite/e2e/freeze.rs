@@ -58,8 +58,7 @@ fn blocks_mib(directory: &Path) -> u64 {
 #[tokio::test]
 async fn fifty_pauses_keep_memory_files_processes_and_time() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("freeze", &["--waiting-vmms", "2"]).await;
-    server.bake(2).await;
+    let server = ground.baked("freeze", &["--waiting-vmms", "2"], 2).await;
     let client = server.client();
     let sandbox = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
     let (id, agent) = (sandbox.sandbox_id.as_str(), agent_of(&client, &sandbox));
@@ -141,8 +140,7 @@ async fn fifty_pauses_keep_memory_files_processes_and_time() {
 #[tokio::test]
 async fn at_its_deadline_it_is_paused_and_traffic_resumes_it_once() {
     let Some(ground) = Ground::with_networks().await else { return };
-    let mut server = ground.server("auto", &["--waiting-vmms", "1"]).await;
-    server.bake(1).await;
+    let mut server = ground.baked("auto", &["--waiting-vmms", "1"], 1).await;
     let client = server.client();
     let body = NewSandbox {
         auto_pause: Some(true),
@@ -223,8 +221,7 @@ async fn at_its_deadline_it_is_paused_and_traffic_resumes_it_once() {
 async fn what_cannot_be_paused_is_not_ended_and_a_silent_guest_can_be_paused() {
     let Some(ground) = Ground::find() else { return };
     let usual = ["--waiting-vmms", "0"];
-    let mut server = ground.server("stubborn", &usual).await;
-    server.bake(0).await;
+    let mut server = ground.baked("stubborn", &usual, 0).await;
     let body = NewSandbox { auto_pause: Some(true), timeout: Some(600), ..new_sandbox() };
     let sandbox = server.client().create(&body, None).await.expect("a create").sandbox;
     let id = sandbox.sandbox_id.as_str();
@@ -273,8 +270,7 @@ async fn sh_fails(agent: &Agent) -> String {
 #[tokio::test]
 async fn snapshots_have_names_children_and_only_their_own_disks() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("kept", &["--waiting-vmms", "1"]).await;
-    server.bake(1).await;
+    let server = ground.baked("kept", &["--waiting-vmms", "1"], 1).await;
     let client = server.client();
     let sandbox = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
     let (id, agent) = (sandbox.sandbox_id.as_str(), agent_of(&client, &sandbox));
@@ -443,8 +439,7 @@ async fn paused_records(server: &Server) -> usize {
 async fn a_daemon_that_dies_while_it_saves_loses_nothing_and_leaves_nothing() {
     let Some(ground) = Ground::find() else { return };
     let usual = ["--waiting-vmms", "0"];
-    let mut server = ground.server("freeze-crash", &usual).await;
-    server.bake(0).await;
+    let mut server = ground.baked("freeze-crash", &usual, 0).await;
     let sandbox = server.client().create(&new_sandbox(), None).await.expect("a create").sandbox;
     let agent = agent_of(&server.client(), &sandbox);
     start_counter(&agent).await;

@@ -112,8 +112,7 @@ async fn get(address: &str, path: &str, headers: &[(&str, &str)]) -> (StatusCode
 #[tokio::test]
 async fn ports_are_reached_by_host_by_header_and_by_path() {
     let Some(ground) = Ground::with_networks().await else { return };
-    let server = ground.server("gateway", &["--waiting-vmms", "2"]).await;
-    server.bake(2).await;
+    let server = ground.baked("gateway", &["--waiting-vmms", "2"], 2).await;
     let (client, sandbox, agent) = sandbox(&server, NetworkConfig::default()).await;
     let (at, id) = (address(&server), sandbox.sandbox_id.as_str());
     let host = format!("8000-{id}.localhost");
@@ -237,8 +236,7 @@ async fn private_ports_tls_and_raw_streams() {
     let tls = ["--tls-listen", "127.0.0.1:8443", "--tls-cert", &chain_file, "--tls-key", &key_file];
     let args: Vec<&str> =
         ["--waiting-vmms", "1", "--domain", "sandboxes.test:8443"].into_iter().chain(tls).collect();
-    let server = ground.server("tls", &args).await;
-    server.bake(1).await;
+    let server = ground.baked("tls", &args, 1).await;
     let config = NetworkConfig {
         allow_public_traffic: Some(false),
         mask_request_host: Some("app.internal:${PORT}".to_owned()),
@@ -417,8 +415,7 @@ async fn over_tls(chain: &str, protocol: &str, host: &str, token: &str) -> (Stat
 async fn connections_into_a_sandbox_are_limited() {
     let Some(ground) = Ground::with_networks().await else { return };
     kelvin_host::descriptors::raise().expect("the hard limit");
-    let server = ground.server("inbound", &["--waiting-vmms", "1"]).await;
-    server.bake(1).await;
+    let server = ground.baked("inbound", &["--waiting-vmms", "1"], 1).await;
     let (client, sandbox, agent) = sandbox(&server, NetworkConfig::default()).await;
     let detail = client.sandbox(sandbox.sandbox_id.as_str()).await.expect("it runs");
     let mut held = Vec::new();
@@ -449,8 +446,7 @@ async fn connections_into_a_sandbox_are_limited() {
 #[tokio::test]
 async fn an_agent_that_crashed_lets_no_stranger_in() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("agent-crash", &["--waiting-vmms", "1"]).await;
-    server.bake(1).await;
+    let server = ground.baked("agent-crash", &["--waiting-vmms", "1"], 1).await;
     let client = server.client();
     let sandbox = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
     let token = sandbox.envd_access_token.clone();

@@ -67,8 +67,7 @@ async fn what_breaks_out_of_its_machine_is_kept_to_its_limits() {
         return;
     }
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("limits", &["--waiting-vmms", "0"]).await;
-    server.bake(0).await;
+    let server = ground.baked("limits", &["--waiting-vmms", "0"], 0).await;
     let client = server.client();
     let before = server.vmms();
     let hostile = client.create(&new_sandbox(), None).await.expect("a create").sandbox;

@@ -42,8 +42,7 @@ async fn within<T>(limit: Duration, what: &str, work: impl Future<Output = T>) -
 }
 
 async fn baked(ground: &Ground, name: &str, args: &[&str]) -> Server {
-    let server = ground.server(name, args).await;
-    server.bake(1).await;
+    let server = ground.baked(name, args, 1).await;
     server
 }
 

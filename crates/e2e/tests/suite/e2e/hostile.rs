@@ -75,8 +75,7 @@ fn envelope(length: u32, body: &str) -> Vec<u8> {
 #[tokio::test]
 async fn malformed_requests_get_typed_errors_and_the_agent_stays_up() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("hostile", &[]).await;
-    server.bake(1).await;
+    let server = ground.baked("hostile", &[], 1).await;
     let client = server.client();
     let sandbox = client.create(&new_sandbox(), None).await.expect("a sandbox").sandbox;
     let agent = agent_of(&client, &sandbox);
@@ -239,8 +238,7 @@ async fn malformed_requests_get_typed_errors_and_the_agent_stays_up() {
 #[tokio::test]
 async fn ten_thousand_watchers_are_too_many() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("watchers", &[]).await;
-    server.bake(1).await;
+    let server = ground.baked("watchers", &[], 1).await;
     let client = server.client();
     let sandbox = client.create(&new_sandbox(), None).await.expect("a sandbox").sandbox;
     let agent = agent_of(&client, &sandbox);
@@ -292,8 +290,7 @@ async fn ten_thousand_watchers_are_too_many() {
 #[tokio::test]
 async fn ten_gibibytes_go_through_in_flat_memory() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("large", &[]).await;
-    server.bake(1).await;
+    let server = ground.baked("large", &[], 1).await;
     let client = server.client();
     let sandbox = client.create(&new_sandbox(), None).await.expect("a sandbox").sandbox;
     let agent = agent_of(&client, &sandbox);
@@ -358,8 +355,7 @@ async fn health(server: &Server) -> (TcpStream, String) {
 async fn connections_that_run_out_are_refused_by_name() {
     let Some(ground) = Ground::find() else { return };
     let args = ["--no-network", "--warm-max", "0", "--waiting-vmms", "0"];
-    let mut server = ground.server("few", &args).await;
-    server.bake(0).await;
+    let mut server = ground.baked("few", &args, 0).await;
     server.terminate().await;
     server.descriptors = Some(FEW);
     server.start(&args).await;

@@ -18,8 +18,7 @@ struct Seen {
 #[tokio::test]
 async fn two_hundred_machines_share_nothing_and_leave_nothing() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("isolation", &[]).await;
-    server.bake(AT_ONCE as u32).await;
+    let server = ground.baked("isolation", &[], AT_ONCE as u32).await;
     let mounts = || std::fs::read_to_string("/proc/self/mountinfo").expect("mounts").lines().count();
     let loops = || {
         std::fs::read_dir("/sys/block")

@@ -135,8 +135,7 @@ async fn a_vmm_that_was_taken_over_replaces_nothing() {
         println!("skipped: not root, VMMs have the server's own rights");
         return;
     }
-    let mut server = ground.server("taken-over", &["--waiting-vmms", "1"]).await;
-    server.bake(1).await;
+    let mut server = ground.baked("taken-over", &["--waiting-vmms", "1"], 1).await;
     let client = server.client();
     let sandbox = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
     server.settle().await;

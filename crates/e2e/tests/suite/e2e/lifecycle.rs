@@ -8,8 +8,7 @@ use kelvin_e2e::{Ground, agent_of, new_sandbox, sh};
 #[tokio::test]
 async fn sandboxes_end_on_time_and_lists_have_pages() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("lifecycle", &["--waiting-vmms", "4"]).await;
-    server.bake(4).await;
+    let server = ground.baked("lifecycle", &["--waiting-vmms", "4"], 4).await;
     let client = server.client();
 
     // The node ends it, nobody has to ask.

@@ -96,8 +96,7 @@ async fn by_default_the_internet_is_open_and_everything_else_is_refused_at_once(
     let world = World::make();
     // On every address of the host, so that only a rule keeps a guest away.
     let args: Vec<&str> = ARGS.into_iter().chain(["--listen", "0.0.0.0:0"]).collect();
-    let server = ground.server("egress", &args).await;
-    server.bake(2).await;
+    let server = ground.baked("egress", &args, 2).await;
     let client = server.client();
     let api: u16 = server.url().rsplit(':').next().expect("a port").parse().expect("a port");
     let (neighbour, neighbours_agent) = create(&client, None).await;
@@ -174,8 +173,7 @@ async fn domains_hold_where_names_are_resolved_and_where_connections_are_made() 
     let world = World::make();
     // A server of the host's own, on the address that a name will lead to.
     let host = std::net::TcpListener::bind("198.51.100.2:80").expect("a free port");
-    let server = ground.server("domains", &ARGS).await;
-    server.bake(2).await;
+    let server = ground.baked("domains", &ARGS, 2).await;
     let client = server.client();
     let (sandbox, agent) = create(
         &client,
@@ -286,8 +284,7 @@ async fn domains_hold_where_names_are_resolved_and_where_connections_are_made() 
 async fn limits_of_a_sandbox_hold() {
     let Some(ground) = Ground::with_networks().await else { return };
     let _world = World::make();
-    let server = ground.server("limits", &ARGS).await;
-    server.bake(1).await;
+    let server = ground.baked("limits", &ARGS, 1).await;
     let client = server.client();
     let config =
         NetworkConfig { max_connections: Some(5), bandwidth_mbit: Some(2), ..NetworkConfig::default() };
@@ -336,8 +333,7 @@ c, _ = l.accept(); c.sendall(bytes(1_500_000)); c.close()' >/dev/null 2>&1 &)",
 async fn traffic_outlives_the_server_and_its_slots_are_adopted() {
     let Some(ground) = Ground::with_networks().await else { return };
     let world = World::make();
-    let mut server = ground.server("adopt-network", &ARGS).await;
-    server.bake(2).await;
+    let mut server = ground.baked("adopt-network", &ARGS, 2).await;
     let client = server.client();
     let (open, open_agent) = create(&client, None).await;
     let (named, named_agent) = create(&client, rules(&["public.test"], &["0.0.0.0/0"])).await;
@@ -459,8 +455,7 @@ async fn a_slot_that_is_used_again_knows_nothing_of_its_last_machine() {
     let Some(ground) = Ground::with_networks().await else { return };
     let world = World::make();
     let args: Vec<&str> = ARGS[..4].iter().copied().chain(["--waiting-vmms", "0", "--slots", "1"]).collect();
-    let server = ground.server("reuse", &args).await;
-    server.bake(0).await;
+    let server = ground.baked("reuse", &args, 0).await;
     let client = server.client();
     let mut numbers = std::collections::BTreeMap::<String, u32>::new();
     let mut slowest = Duration::ZERO;

@@ -21,8 +21,7 @@ fn run(command: &mut Command) -> Output {
 #[tokio::test]
 async fn exit_codes_copies_and_filters_are_what_people_expect() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("people", &["--waiting-vmms", "1"]).await;
-    server.bake(1).await;
+    let server = ground.baked("people", &["--waiting-vmms", "1"], 1).await;
     let client = server.client();
     let sandbox = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
     let agent = agent_of(&client, &sandbox);
@@ -212,8 +211,7 @@ fn envs(server: &kelvin_e2e::Server) -> Vec<(std::ffi::OsString, std::ffi::OsStr
 #[tokio::test]
 async fn what_is_paused_can_be_copied_and_visitors_wait() {
     let Some(ground) = Ground::with_networks().await else { return };
-    let server = ground.server("people-paused", &["--waiting-vmms", "1", "--slots", "8"]).await;
-    server.bake(1).await;
+    let server = ground.baked("people-paused", &["--waiting-vmms", "1", "--slots", "8"], 1).await;
     let client = server.client();
     let sandbox = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
     let id = sandbox.sandbox_id.as_str();

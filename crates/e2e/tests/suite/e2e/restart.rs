@@ -47,8 +47,7 @@ async fn is_running(server: &Server, sandbox: &Sandbox) -> bool {
 #[tokio::test]
 async fn a_restart_keeps_resumed_forked_and_silent_guests() {
     let Some(ground) = Ground::find() else { return };
-    let mut server = ground.server("restart", &["--waiting-vmms", "1"]).await;
-    server.bake(1).await;
+    let mut server = ground.baked("restart", &["--waiting-vmms", "1"], 1).await;
     let client = server.client();
     let resumed = create(&client, &new_sandbox()).await;
     sh(&agent_of(&client, &resumed), "echo kept > /dev/shm/note").await;
@@ -131,8 +130,7 @@ async fn clones(client: &Client, count: usize) -> Vec<f64> {
 #[tokio::test]
 async fn silent_guests_delay_no_end_and_no_other_project() {
     let Some(ground) = Ground::find() else { return };
-    let mut server = ground.server("silent", &["--waiting-vmms", "4"]).await;
-    server.bake(4).await;
+    let mut server = ground.baked("silent", &["--waiting-vmms", "4"], 4).await;
     let client = server.client();
     let source = create(&client, &new_sandbox()).await;
     stop_agent(&client, &source).await;

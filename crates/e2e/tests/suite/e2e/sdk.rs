@@ -52,8 +52,7 @@ fn pytest(python: &PathBuf, files: &[&str]) -> Command {
 }
 
 async fn baked(ground: &Ground, name: &str) -> Server {
-    let server = ground.server(name, &[]).await;
-    server.bake(2).await;
+    let server = ground.baked(name, &[], 2).await;
     server
 }
 
@@ -113,7 +112,7 @@ async fn the_code_interpreter_runs_cells() {
     let Some(ground) = Ground::with_networks().await else { return };
     let Some(python) = tool("KELVIN_E2E_PYTHON") else { return };
     // Jupyter starts in some 30 s; twice that was seen on a machine that others use too.
-    let server = ground.server("interpreter", &["--boot-deadline", "300"]).await;
+    let server = ground.baked("interpreter", &["--boot-deadline", "300"], 0).await;
     server.import_interpreter();
     let request = BakeTemplate::default();
     server.client().bake("code-interpreter", &request).await.expect("it can be baked");
@@ -156,8 +155,7 @@ async fn the_python_sdk_finds_everything_by_name_and_over_tls() {
     let resolver = file("resolv.conf", "nameserver 127.0.0.1\n");
     let tls = ["--tls-listen", "127.0.0.1:8444", "--tls-cert", &chain, "--tls-key", &key];
     let args: Vec<&str> = ["--domain", "sandboxes.test:8444"].into_iter().chain(tls).collect();
-    let server = ground.server("by-name", &args).await;
-    server.bake(1).await;
+    let server = ground.baked("by-name", &args, 1).await;
     world::everything_is_here();
     // A resolver for this program alone.
     let mut command = Command::new("unshare");

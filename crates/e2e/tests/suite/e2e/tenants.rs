@@ -67,8 +67,7 @@ async fn settled_audit(server: &Server, project: &str, count: usize) -> Vec<Audi
 #[tokio::test]
 async fn what_a_client_leaves_behind_has_an_owner_and_an_entry() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("tenants-leave", &[]).await;
-    server.bake(2).await;
+    let server = ground.baked("tenants-leave", &[], 2).await;
     let secret = key(&server, "blue", Limits::default()).await;
     let blue = client_of(&server, &secret);
     let sandbox = blue.create(&new_sandbox(), None).await.expect("a create").sandbox;
@@ -102,8 +101,7 @@ async fn what_a_client_leaves_behind_has_an_owner_and_an_entry() {
 #[tokio::test]
 async fn limits_hold_for_requests_that_come_at_once() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("tenants-limits", &[]).await;
-    server.bake(3).await;
+    let server = ground.baked("tenants-limits", &[], 3).await;
     let one = Limits { max_sandboxes: Some(1), ..Limits::default() };
     let red = client_of(&server, &key(&server, "red", one).await);
     let mut paused: Vec<Sandbox> = Vec::new();
@@ -173,8 +171,7 @@ async fn with_key(
 #[tokio::test]
 async fn a_request_that_is_repeated_gets_the_first_answer() {
     let Some(ground) = Ground::find() else { return };
-    let mut server = ground.server("tenants-again", &[]).await;
-    server.bake(2).await;
+    let mut server = ground.baked("tenants-again", &[], 2).await;
     let client = server.client();
     let made = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
     let id = made.sandbox_id.as_str();
@@ -215,8 +212,7 @@ async fn a_request_that_is_repeated_gets_the_first_answer() {
 #[tokio::test]
 async fn a_kill_wins_and_everything_else_takes_its_turn() {
     let Some(ground) = Ground::find() else { return };
-    let server = ground.server("tenants-turns", &[]).await;
-    server.bake(2).await;
+    let server = ground.baked("tenants-turns", &[], 2).await;
     let client = server.client();
     let idle = server.settle().await.memory_reserved_mb;
     // A kill beside a resume, at several instants of it: it has ended, whoever was first.

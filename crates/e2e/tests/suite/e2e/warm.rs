@@ -47,8 +47,7 @@ async fn fifty_claims_at_once_get_fifty_machines() {
     let Some(ground) = Ground::find() else { return };
     // More than the emulated KVM host has, for machines that share most of theirs.
     let options = ["--waiting-vmms", "0", "--memory-mib", "18432", "--warm-memory-mib", "4096"];
-    let server = ground.server("warm", &options).await;
-    server.bake(0).await;
+    let server = ground.baked("warm", &options, 0).await;
     fixed(&server, 8).await;
     let parked = server.vmms();
     assert_eq!(parked.len(), 8);
@@ -107,8 +106,7 @@ fn get(server: &Server, route: &str) -> String {
 #[tokio::test]
 async fn a_claim_is_exact_and_carries_everything() {
     let Some(ground) = Ground::with_networks().await else { return };
-    let mut server = ground.server("warm-exact", &["--waiting-vmms", "1", "--no-auto-bake"]).await;
-    server.bake(1).await;
+    let mut server = ground.baked("warm-exact", &["--waiting-vmms", "1", "--no-auto-bake"], 1).await;
     fixed(&server, 1).await;
     let client = server.client();
     let policy =
@@ -208,8 +206,7 @@ async fn demand_fills_a_pool_and_requests_take_its_room() {
     // Room for four machines of 256 MiB.
     let args =
         ["--waiting-vmms", "0", "--warm-max", "2", "--memory-mib", "1216", "--warm-memory-mib", "1216"];
-    let mut server = ground.server("warm-demand", &args).await;
-    server.bake(0).await;
+    let mut server = ground.baked("warm-demand", &args, 0).await;
     assert_eq!(pool(&server).await.ready, 0, "nobody has asked yet");
     let client = server.client();
     let first = client.create(&new_sandbox(), None).await.expect("a create").sandbox;
