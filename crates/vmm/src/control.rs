@@ -444,7 +444,7 @@ mod floods {
         async fn dial(&self) -> Result<Dialed, Error> {
             let stream = self.0.lock().unwrap().take();
             Ok(Dialed {
-                stream: stream.ok_or_else(|| io(std::io::ErrorKind::NotFound.into()))?,
+                stream: stream.ok_or_else(|| io(std::io::ErrorKind::NotFound.into()))?.into(),
                 greets: false,
             })
         }
