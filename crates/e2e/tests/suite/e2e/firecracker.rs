@@ -128,7 +128,7 @@ fn is_as_fast(server: &Server, path: &str, limit: f64) {
     let prototype = prototype(server);
     let mut measured = Vec::new();
     promise(&format!("{path} ÷ bare restore, p50"), AtMost(limit), || {
-        let report = bench(server, &["-n", "8", "--path", path, "--baseline"]);
+        let report = bench(server, &["-n", "9", "--path", path, "--baseline"]);
         println!("{report}");
         measured.push(p50(&report, "create_ms"));
         ratio(&report)
@@ -168,7 +168,7 @@ async fn firecracker_runs_three_at_once() {
     let server = ground.baked("three", &["--waiting-vmms", "4"], 4).await;
     promise("three at once ÷ one, p50", AtMost(1.7), || {
         p50(&bench(&server, &["-n", "9", "--concurrency", "3"]), "create_ms")
-            / p50(&bench(&server, &["-n", "8"]), "create_ms")
+            / p50(&bench(&server, &["-n", "9"]), "create_ms")
     });
     server.stop().await;
 }
