@@ -8,6 +8,8 @@
 //! kernel/key          what it was made of
 //! ```
 //!
+//! Made once for all checkouts: `kernels/DIGEST-OF-KEY/` of the shared cache is a copy.
+//!
 //! Distributions differ in where modules are (`lib/modules`, `usr/lib/modules`), in which package (Ubuntu's kernel has
 //! them in another one) and in how they are packed. All are unpacked here: the agent's init loads plain modules, and
 //! under emulation a guest would unpack for longer than it loads.
@@ -19,7 +21,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::guest::{EPOCH, digest};
 use crate::packages::{ensure_all, with_lists};
-use crate::{Result, files as fs, output, run, say};
+use crate::{Result, files as fs, output, run, say, shared};
 
 /// What is wanted of a kernel: lists of modules, a line each. `?name` is taken where the kernel has it; text after `#` is
 /// for people. What the kernel has built in is there.
@@ -67,9 +69,17 @@ pub fn ensure(directory: &Path, wanted: Wanted<'_>) -> Result<PathBuf> {
     if old == key {
         return Ok(done);
     }
-    say(&format!("fetching {}", wanted.package));
     let work = directory.join("kernel.new");
     let _ = fs::remove_dir_all(&work);
+    // Of another checkout: the key is over everything that goes in.
+    let kept = shared().join("kernels").join(digest(&[key.as_bytes()]));
+    if fs::read_to_string(kept.join("key")).is_ok_and(|found| found == key) && copy(&kept, &work).is_ok() {
+        let _ = fs::remove_dir_all(&done);
+        fs::rename(&work, &done)?;
+        return Ok(done);
+    }
+    let _ = fs::remove_dir_all(&work);
+    say(&format!("fetching {}", wanted.package));
     fs::create_dir_all(&work)?;
     // apt drops its privileges for a download; the directory has to let it in.
     fs::set_permissions(&work, fs::Permissions::from_mode(0o777))?;
@@ -85,7 +95,27 @@ pub fn ensure(directory: &Path, wanted: Wanted<'_>) -> Result<PathBuf> {
     fs::write(work.join("key"), key)?;
     let _ = fs::remove_dir_all(&done);
     fs::rename(&work, &done)?;
+    if let Err(error) = share(&done, &kept) {
+        say(&format!("the kernel is not kept for other checkouts: {error}"));
+    }
     Ok(done)
+}
+
+/// Keeps the kernel `done` as `kept`, under another name until it is whole: two checkouts may make the same.
+fn share(done: &Path, kept: &Path) -> Result<()> {
+    let fresh = kept.with_extension(format!("{}.new", std::process::id()));
+    fs::create_dir_all(kept.parent().unwrap_or(kept))?;
+    copy(done, &fresh)?;
+    let _ = fs::remove_dir_all(kept);
+    match fs::rename(&fresh, kept) {
+        // Another was quicker with the same.
+        Err(_) if kept.is_dir() => Ok(fs::remove_dir_all(&fresh)?),
+        renamed => Ok(renamed?),
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    output(Command::new("cp").args(["-a", "--reflink=auto"]).arg(from).arg(to)).map(drop)
 }
 
 /// The packages that the kernel of `meta` consists of: their names; their files, which name the version, with digests.

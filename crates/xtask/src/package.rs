@@ -122,14 +122,16 @@ fn field(name: &str) -> Result<String> {
 }
 
 fn cargo_deb() -> Result<PathBuf> {
-    let binary = shared().join("tools/bin/cargo-deb");
+    // By its version: another checkout may have another.
+    let tools = shared().join(format!("tools/cargo-deb-{CARGO_DEB}"));
+    let binary = tools.join("bin/cargo-deb");
     if !binary.exists() {
         say("installing cargo-deb (once)");
         let mut install = cargo();
         install
             .args(["install", "cargo-deb", "--locked", "--debug", "--version", CARGO_DEB, "--root"])
             .env("CARGO_PROFILE_DEV_DEBUG", "0")
-            .arg(shared().join("tools"));
+            .arg(&tools);
         run(&mut install)?;
     }
     Ok(binary)

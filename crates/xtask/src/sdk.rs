@@ -1,9 +1,12 @@
-//! The official SDKs from the registries, for the tests, and wheels for images: each version in a place of its own under `.cache/tools`.
+//! The official SDKs from the registries, for the tests, and wheels for images: each in a place
+//! of its own below `tools/` of the shared cache, whose name has a digest of all that it is made of: checkouts that want
+//! different versions leave each other's alone. A file `installed` in it says that it is whole.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::{Result, files as fs, run, say, shared};
+use crate::guest::digest;
+use crate::{Result, files as fs, output, run, say, shared};
 
 /// The newest Python SDK, the code interpreter's client over it, and what runs the tests.
 const PYTHON: &[&str] = &[
@@ -55,9 +58,10 @@ pub fn ensure() -> Result<Sdks> {
 
 /// A directory whose `node_modules` has `package`.
 fn modules(name: &str, package: &str, node: &Path) -> Result<PathBuf> {
-    let directory = shared().join("tools").join(name);
+    let key = format!("{package} {}", NODE.join(" "));
+    let directory = place(name, &key);
     let stamp = directory.join("installed");
-    if fs::read_to_string(&stamp).is_ok_and(|text| text == package) {
+    if fs::read_to_string(&stamp).is_ok_and(|text| text == key) {
         return Ok(directory);
     }
     say(&format!("installing {package}"));
@@ -69,19 +73,31 @@ fn modules(name: &str, package: &str, node: &Path) -> Result<PathBuf> {
     install.env("PATH", format!("{own}:{path}")).current_dir(&directory);
     install.args(["install", "--silent", "--no-audit", "--no-fund", "--prefix", ".", package]);
     run(install.stdout(Stdio::null()))?;
-    fs::write(stamp, package)?;
+    fs::write(stamp, key)?;
     Ok(directory)
+}
+
+/// Where what is called `name` and made of `key` is.
+fn place(name: &str, key: &str) -> PathBuf {
+    shared().join("tools").join(format!("{name}-{}", digest(&[key.as_bytes()])))
+}
+
+/// This machine's Python, by name and version.
+fn interpreter() -> Result<String> {
+    Ok(output(Command::new("python3").arg("--version"))?.trim().to_owned())
 }
 
 /// A virtual environment with `packages`, or with pip alone; its Python.
 fn environment(name: &str, packages: &[&str]) -> Result<PathBuf> {
-    let directory = shared().join("tools").join(name);
+    let names = packages.join(" ");
+    // An environment is of the Python that made it.
+    let key = format!("{} {names}", interpreter()?);
+    let directory = place(name, &key);
     let (python, stamp) = (directory.join("bin/python"), directory.join("installed"));
-    let key = packages.join(" ");
     if fs::read_to_string(&stamp).is_ok_and(|text| text == key) {
         return Ok(python);
     }
-    say(&format!("installing {}", if packages.is_empty() { "pip" } else { key.as_str() }));
+    say(&format!("installing {}", if packages.is_empty() { "pip" } else { names.as_str() }));
     let _ = fs::remove_dir_all(&directory);
     run(Command::new("python3").args(["-m", "venv"]).arg(&directory))?;
     if packages.is_empty() {
@@ -104,12 +120,15 @@ fn environment(name: &str, packages: &[&str]) -> Result<PathBuf> {
 /// When the virtual environment cannot be made or pip cannot get a wheel.
 pub fn wheels(image: &str, list: &Path) -> Result<PathBuf> {
     let python = environment("pip", &[])?;
-    let directory = shared().join("tools").join(format!("wheels-{image}"));
-    let (stamp, key) = (directory.join("installed"), fs::read_to_string(list)?);
+    let names = fs::read_to_string(list)?;
+    // pip takes what fits its own Python.
+    let key = format!("{}\n{names}", interpreter()?);
+    let directory = place(&format!("wheels-{image}"), &key);
+    let stamp = directory.join("installed");
     if fs::read_to_string(&stamp).is_ok_and(|text| text == key) {
         return Ok(directory);
     }
-    say(&format!("fetching {}", key.split_whitespace().collect::<Vec<_>>().join(" ")));
+    say(&format!("fetching {}", names.split_whitespace().collect::<Vec<_>>().join(" ")));
     let _ = fs::remove_dir_all(&directory);
     let mut install = Command::new(&python);
     install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]);

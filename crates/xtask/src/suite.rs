@@ -44,7 +44,9 @@ fn cargo_step(arguments: &[&str]) -> Result<()> {
 /// Licences and sources. The advisory database is on a host that this project does not reach: said, not
 /// passed over.
 fn deny() -> Result<()> {
-    let binary = shared().join("tools/bin/cargo-deny");
+    // By its version: another checkout may have another.
+    let tools = shared().join(format!("tools/cargo-deny-{DENY}"));
+    let binary = tools.join("bin/cargo-deny");
     if !binary.exists() {
         say("installing cargo-deny (once)");
         let mut install = cargo();
@@ -52,7 +54,7 @@ fn deny() -> Result<()> {
             // It looks at a few hundred packages: to optimise it takes longer than to run it ever will.
             .args(["install", "cargo-deny", "--locked", "--debug", "--version", DENY, "--root"])
             .env("CARGO_PROFILE_DEV_DEBUG", "0")
-            .arg(shared().join("tools"));
+            .arg(&tools);
         run_command(&mut install)?;
     }
     println!("skipped: cargo deny advisories (the advisory database is in no package registry)");
