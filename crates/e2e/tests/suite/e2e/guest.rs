@@ -42,8 +42,7 @@ async fn within<T>(limit: Duration, what: &str, work: impl Future<Output = T>) -
 }
 
 async fn baked(ground: &Ground, name: &str, args: &[&str]) -> Server {
-    let server = ground.baked(name, args, 1).await;
-    server
+    ground.baked(name, args, 1).await
 }
 
 /// A command that takes all memory, a service that does, shared memory that is full, a fork bomb: what is guilty ends,

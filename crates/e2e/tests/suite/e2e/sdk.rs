@@ -52,8 +52,7 @@ fn pytest(python: &PathBuf, files: &[&str]) -> Command {
 }
 
 async fn baked(ground: &Ground, name: &str) -> Server {
-    let server = ground.baked(name, &[], 2).await;
-    server
+    ground.baked(name, &[], 2).await
 }
 
 #[tokio::test]
