@@ -60,6 +60,18 @@ impl Release {
     }
 }
 
+impl Release {
+    /// Imports its guest as the template of a data directory.
+    fn import(&self, data: &Path) -> Result<()> {
+        let mut import = server::kelvin(&self.binary);
+        import.args(["template", "import", "base", "--memory-mib", "256", "--data-dir"]).arg(data);
+        import.arg("--rootfs").arg(self.guest.join("base.ext4"));
+        import.arg("--kernel").arg(self.guest.join("kernel/vmlinuz"));
+        import.arg("--initrd").arg(self.guest.join("initrd"));
+        run(import.stdout(Stdio::null()))
+    }
+}
+
 /// A server of one of the builds, on the data directory of this run.
 struct Life<'a> {
     binary: &'a Path,
@@ -198,20 +210,16 @@ pub fn check(commits: &[String]) -> Result<()> {
         if commits.is_empty() { FORMER.to_vec() } else { commits.iter().map(String::as_str).collect() };
     for commit in commits {
         let Some(former) = Release::of(commit)? else { continue };
-        // One that was killed may have left a server's sandboxes: nothing of it is wanted.
-        run(crate::packages::as_root("rm").arg("-f").arg(data.with_extension("xfs")))?;
-        server::mount(&ours.binary, &data)?;
-        let mut import = server::kelvin(&former.binary);
-        import.args(["template", "import", "base", "--memory-mib", "256", "--data-dir"]).arg(&data);
-        import.arg("--rootfs").arg(former.guest.join("base.ext4"));
-        import.arg("--kernel").arg(former.guest.join("kernel/vmlinuz"));
-        import.arg("--initrd").arg(former.guest.join("initrd"));
-        run(import.stdout(Stdio::null()))?;
         for with in ["TERM", "KILL"] {
+            // Each begins anew: the former build cannot use what this one has touched, nor what a run that was killed left.
+            server::unmount(&ours.binary, &data)?;
+            run(crate::packages::as_root("rm").arg("-f").arg(data.with_extension("xfs")))?;
+            server::mount(&ours.binary, &data)?;
+            former.import(&data)?;
             one(&former, &ours, &data, with)?;
+            server::unmount(&ours.binary, &data)?;
             say(&format!("{commit}, ended by SIG{with}: its sandboxes go on under this build"));
         }
-        server::unmount(&ours.binary, &data)?;
     }
     Ok(())
 }
