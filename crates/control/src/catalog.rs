@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use axum::extract::{Request, State};
 use axum::response::IntoResponse;
 use http::{Method, StatusCode};
-use kelvin_api::error::{Failure, Kind};
+use kelvin_api::error::{ErrorCode, Failure, Kind};
 use kelvin_api::id::TemplateName;
 use kelvin_api::node::{Base, Source};
 use kelvin_api::sandbox::{SnapshotInfo, SnapshotVerification, Template};
@@ -174,7 +174,7 @@ fn split_tag(text: &str) -> (&str, Option<&str>) {
 
 fn parse_tag(text: &str) -> Result<TemplateName, Failure> {
     text.parse().map_err(|error: kelvin_api::id::ParseIdError| {
-        invalid("invalid_tag", error.to_string(), "use 1 to 64 of a-z, 0-9, '.', '_' and '-'")
+        invalid(ErrorCode::InvalidTag, error.to_string(), "use 1 to 64 of a-z, 0-9, '.', '_' and '-'")
     })
 }
 
@@ -201,8 +201,7 @@ impl Inner {
             let now = self.template(name).await?.build_id;
             if known.build != now {
                 return Err(Failure::new(
-                    Kind::Conflict,
-                    "tag_outdated",
+                    ErrorCode::TagOutdated,
                     format!("{name} was imported anew since it was tagged {tag:?}"),
                     "assign the tag again, or leave it out",
                 ));
@@ -328,7 +327,7 @@ async fn snapshots(
 fn no_snapshot(name: &str) -> Failure {
     let shown: String = name.chars().take(80).collect();
     let text = format!("no snapshot {shown:?}");
-    Failure::new(Kind::NotFound, "snapshot_not_found", text, "`kelvin snapshot list` shows what there is")
+    Failure::new(ErrorCode::SnapshotNotFound, text, "`kelvin snapshot list` shows what there is")
 }
 
 async fn verify_snapshot(
@@ -451,7 +450,11 @@ struct RemoveTags {
 
 fn parse_tags(tags: Vec<String>) -> Result<Vec<String>, Failure> {
     if tags.is_empty() || tags.len() > MAX_TAGS {
-        return Err(invalid("invalid_tags", format!("name 1 to {MAX_TAGS} tags"), "split the request"));
+        return Err(invalid(
+            ErrorCode::InvalidTags,
+            format!("name 1 to {MAX_TAGS} tags"),
+            "split the request",
+        ));
     }
     tags.iter().map(|tag| parse_tag(tag).map(|tag| tag.to_string())).collect()
 }
@@ -461,7 +464,12 @@ async fn add_tags(State(control): State<Control>, Who(caller): Who, request: Req
     let tags = parse_tags(body.tags)?;
     let (name, tag) = split_tag(&body.target);
     if name.is_empty() || tag == Some("") {
-        return Err(invalid("invalid_target", "the target is no name:tag", "for example base:default").into());
+        return Err(invalid(
+            ErrorCode::InvalidTarget,
+            "the target is no name:tag",
+            "for example base:default",
+        )
+        .into());
     }
     // The tag that it is to be found by has to be there.
     control.inner.base(&caller, &body.target).await?;
@@ -477,7 +485,7 @@ async fn remove_tags(State(control): State<Control>, Who(caller): Who, request: 
     let tags = parse_tags(body.tags)?;
     if tags.iter().any(|tag| tag == DEFAULT_TAG) {
         let text = "the tag \"default\" cannot be taken away";
-        return Err(invalid("invalid_tags", text, "leave it out").into());
+        return Err(invalid(ErrorCode::InvalidTags, text, "leave it out").into());
     }
     control.inner.template(&body.name).await?;
     let removed = control.inner.database.remove_tags(caller.project.to_string(), body.name.clone(), tags);
@@ -485,7 +493,7 @@ async fn remove_tags(State(control): State<Control>, Who(caller): Who, request: 
         None => Ok(StatusCode::NO_CONTENT.into_response()),
         Some(tag) => {
             let text = format!("{} has no tag {tag:?}", body.name);
-            Err(Failure::new(Kind::NotFound, "tag_not_found", text, "list its tags").into())
+            Err(Failure::new(ErrorCode::TagNotFound, text, "list its tags").into())
         }
     }
 }

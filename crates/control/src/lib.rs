@@ -41,7 +41,7 @@ use kelvin_api::sandbox::{
 };
 
 pub use auth::ApiKey;
-pub use reply::{reply, status};
+pub use reply::reply;
 pub use service::{Control, Permit, WeakControl, unknown_template};
 
 /// What the control plane asks of a node.

@@ -9,7 +9,7 @@ use base64::Engine as _;
 use http::StatusCode;
 use kelvin_api::ENVD_VERSION;
 use kelvin_api::account::Project;
-use kelvin_api::error::{Failure, Kind, chain};
+use kelvin_api::error::{ErrorCode, Failure, chain};
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::network::{NetworkState, NetworkUpdate};
 use kelvin_api::node::{ConsoleLine, Create, Created, Live, Source};
@@ -75,27 +75,27 @@ pub(crate) fn exceeded(Exceeded { what, of_project, limit, used }: Exceeded) -> 
     let whose = if of_project { "this project" } else { "this API key" };
     let (code, text, remedy) = match what {
         Limited::Sandboxes => (
-            "too_many_sandboxes",
+            ErrorCode::TooManySandboxes,
             format!("{used} of the {limit} sandboxes that {whose} may have run already"),
             "end or pause one",
         ),
         Limited::Creating => (
-            "too_many_creates",
+            ErrorCode::TooManyCreates,
             format!("{used} of the {limit} sandboxes that {whose} may make at one time are being made"),
             "wait until one is there",
         ),
         Limited::Paused => (
-            "too_many_paused",
+            ErrorCode::TooManyPaused,
             format!("{used} of the {limit} sandboxes that {whose} may pause are paused"),
             "end or resume one",
         ),
         Limited::Snapshots => (
-            "too_many_snapshots",
+            ErrorCode::TooManySnapshots,
             format!("{used} of the {limit} snapshots that {whose} may keep are kept"),
             "delete one",
         ),
         Limited::Disk => (
-            "too_much_disk",
+            ErrorCode::TooMuchDisk,
             format!("{used} MiB of the {limit} MiB of disk that {whose} may take are in use"),
             "delete snapshots, or end sandboxes",
         ),
@@ -103,7 +103,7 @@ pub(crate) fn exceeded(Exceeded { what, of_project, limit, used }: Exceeded) -> 
     let remedy = format!(
         "{remedy}, or ask the operator for another limit (`kelvin key create`, `kelvin project limit`)"
     );
-    Failure::new(Kind::Busy, code, text, remedy)
+    Failure::new(code, text, remedy)
 }
 
 /// A paused sandbox that counts as one that runs while it is being resumed; it is given back when this is dropped.
@@ -142,34 +142,27 @@ pub(crate) struct Page {
 pub(crate) fn database_failed(error: db::Error) -> Failure {
     if error.is_full() {
         return Failure::new(
-            Kind::Exhausted,
-            "disk_full",
+            ErrorCode::DiskFull,
             "the database cannot be written: the disk is full",
             "free space on the data directory's file system, `kelvin gc` removes what nothing needs",
         );
     }
-    Failure::new(
-        Kind::Internal,
-        "database",
-        "the database cannot be used",
-        "check the disk of the data directory",
-    )
-    .with_cause(&error)
+    Failure::new(ErrorCode::Database, "the database cannot be used", "check the disk of the data directory")
+        .with_cause(&error)
 }
 
 pub(crate) fn invalid(
-    code: &'static str,
+    code: ErrorCode,
     message: impl Into<String>,
     remediation: impl Into<String>,
 ) -> Failure {
-    Failure::new(Kind::Invalid, code, message, remediation)
+    Failure::new(code, message, remediation)
 }
 
 fn not_found(id: &str) -> Failure {
     // The same words whether it never existed, has ended, or is no id at all.
     Failure::new(
-        Kind::NotFound,
-        "sandbox_not_found",
+        ErrorCode::SandboxNotFound,
         format!("sandbox {} was not found", id.chars().take(80).collect::<String>()),
         "`kelvin sandbox list` shows what runs",
     )
@@ -363,8 +356,7 @@ impl Inner {
         match reply {
             Some(sandbox) => Ok(Reply { sandbox, timings: Timings::default() }),
             None => Err(Failure::new(
-                Kind::Conflict,
-                "idempotency_key_in_use",
+                ErrorCode::IdempotencyKeyInUse,
                 "a request with this idempotency key is under way",
                 "try again",
             )),
@@ -537,7 +529,7 @@ impl Inner {
         self.row(id).await?;
         let console = match self.node.console(id).await {
             // It has said nothing since it was paused.
-            Err(failure) if failure.error_code == "sandbox_paused" => Vec::new(),
+            Err(failure) if failure.error_code == ErrorCode::SandboxPaused => Vec::new(),
             other => other?,
         };
         let mut found = SandboxLogs::default();
@@ -604,7 +596,7 @@ pub(crate) fn parse_page_token(token: &str) -> Result<(i64, String), Failure> {
         .and_then(|(ms, id)| Some((ms.parse().ok()?, id)))
         .ok_or_else(|| {
             invalid(
-                "invalid_token",
+                ErrorCode::InvalidToken,
                 "nextToken is not one of ours",
                 "use the value of X-Next-Token as it came",
             )
@@ -615,7 +607,7 @@ pub(crate) fn parse_page_token(token: &str) -> Result<(i64, String), Failure> {
 pub(crate) fn deadline(clock: &Clock, seconds: u64) -> Result<jiff::Timestamp, Failure> {
     if seconds > MAX_TIMEOUT_S {
         return Err(invalid(
-            "invalid_timeout",
+            ErrorCode::InvalidTimeout,
             format!("a timeout of {seconds} s is longer than {MAX_TIMEOUT_S} s"),
             "ask for at most 24 hours and extend it later",
         ));
@@ -624,7 +616,7 @@ pub(crate) fn deadline(clock: &Clock, seconds: u64) -> Result<jiff::Timestamp, F
     clock
         .wall()
         .checked_add(jiff::SignedDuration::from_secs(seconds))
-        .map_err(|error| invalid("invalid_timeout", error.to_string(), "ask for at most 24 hours"))
+        .map_err(|error| invalid(ErrorCode::InvalidTimeout, error.to_string(), "ask for at most 24 hours"))
 }
 
 /// Checks a request and makes its row and what the node is asked. Every field is honoured or refused.
@@ -641,7 +633,7 @@ fn prepare(
     ];
     if let Some((field, _)) = unsupported.iter().find(|(_, used)| *used) {
         return Err(invalid(
-            "unsupported_field",
+            ErrorCode::UnsupportedField,
             format!("{field} is not supported by this version"),
             "leave the field out",
         ));
@@ -655,7 +647,11 @@ fn prepare(
         None => None,
         Some(Ok(memory)) => Some(MemoryMib(memory)),
         Some(Err(_)) => {
-            return Err(invalid("invalid_shape", "memoryMB is outside every range", "ask for less memory"));
+            return Err(invalid(
+                ErrorCode::InvalidShape,
+                "memoryMB is outside every range",
+                "ask for less memory",
+            ));
         }
     };
     let network = network::wanted(body.network, body.allow_internet_access)?;
@@ -668,7 +664,7 @@ fn prepare(
     };
     if lifecycle.auto_resume && !lifecycle.pause_mode.is_full() {
         return Err(invalid(
-            "invalid_lifecycle",
+            ErrorCode::InvalidLifecycle,
             "autoResume cannot be combined with autoPauseMemory: false",
             "a sandbox without memory boots again: resume it with an explicit request",
         ));
@@ -717,8 +713,7 @@ fn prepare(
 pub fn unknown_template(name: &str) -> Failure {
     let shown: String = name.chars().take(80).collect();
     Failure::new(
-        Kind::NotFound,
-        "template_not_found",
+        ErrorCode::TemplateNotFound,
         format!("no template {shown:?}"),
         "`kelvin template list` and `kelvin snapshot list` show what there is",
     )
@@ -734,7 +729,7 @@ pub(crate) fn check_map(field: &'static str, map: &Metadata, limit: usize) -> Re
         return Ok(());
     }
     Err(invalid(
-        "too_large",
+        ErrorCode::TooLarge,
         format!("{field} has {bytes} bytes, {limit} are allowed"),
         "keep large values in a file inside the sandbox",
     ))
@@ -747,7 +742,7 @@ pub(crate) fn check_env(env_vars: &EnvVars) -> Result<(), Failure> {
     match env_vars.iter().find(|(key, value)| bad(key, value)) {
         None => Ok(()),
         Some((key, _)) => Err(invalid(
-            "invalid_env_var",
+            ErrorCode::InvalidEnvVar,
             format!("{:?} cannot be an environment variable", key.chars().take(80).collect::<String>()),
             "names are not empty and have no '='; neither names nor values have a NUL byte",
         )),

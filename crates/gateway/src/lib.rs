@@ -34,7 +34,7 @@ use http_body_util::combinators::UnsyncBoxBody;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use kelvin_api::error::{Failure, Kind, chain};
+use kelvin_api::error::{ErrorCode, Failure, Kind, chain};
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::node::{Cut, Route};
 use kelvin_api::signature::Signature;
@@ -186,8 +186,7 @@ impl tower::Service<Uri> for Dialer {
     fn call(&mut self, uri: Uri) -> Self::Future {
         let sandboxes = Arc::clone(&self.0);
         Box::pin(async move {
-            let wrong =
-                || Failure::new(Kind::Internal, "no_target", "the request has no target", "report this");
+            let wrong = || Failure::new(ErrorCode::NoTarget, "the request has no target", "report this");
             let sandbox: SandboxId = uri.host().and_then(|host| host.parse().ok()).ok_or_else(wrong)?;
             let port = uri.port_u16().ok_or_else(wrong)?;
             Ok(Dialled(TokioIo::new(sandboxes.dial(&sandbox, port).await?)))
@@ -338,7 +337,7 @@ impl Gateway {
         let again = is_repeatable(&parts, &body).then(|| parts.clone());
         let request = Request::from_parts(parts, body.map_err(io::Error::other).boxed_unsync());
         let mut answer = self.sandboxes.send(sandbox, request).await;
-        let broke = answer.as_ref().is_err_and(|failure| failure.error_code == "agent_unreachable");
+        let broke = answer.as_ref().is_err_and(|failure| failure.error_code == ErrorCode::AgentUnreachable);
         if broke && let Some(parts) = again {
             // Paused under the request, or its agent has just been started again.
             let nothing = Body::empty().map_err(io::Error::other).boxed_unsync();
@@ -417,13 +416,7 @@ impl Gateway {
         let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         if switched && client_upgrade.is_none() {
             let text = format!("port {port} of sandbox {sandbox} switched protocols unasked");
-            return Err(Failure::new(
-                Kind::Unavailable,
-                "port_broken",
-                text,
-                "look at the server in the sandbox",
-            )
-            .into());
+            return Err(Failure::new(ErrorCode::PortBroken, text, "look at the server in the sandbox").into());
         }
         let server_upgrade = switched.then(|| hyper::upgrade::on(&mut response));
         let (mut parts, body) = response.into_parts();
@@ -463,13 +456,12 @@ impl Gateway {
             {
                 let text = format!("port {port} of sandbox {sandbox} fell silent");
                 let remedy = "the sandbox may be busy: look at its processes, try again";
-                return Failure::new(Kind::Timeout, "port_silent", text, remedy);
+                return Failure::new(ErrorCode::PortSilent, text, remedy);
             }
             source = error.source();
         }
         let text = format!("port {port} of sandbox {sandbox} closed the connection without an answer");
-        Failure::new(Kind::Unavailable, "port_broken", text, "look at the server in the sandbox")
-            .with_cause(error)
+        Failure::new(ErrorCode::PortBroken, text, "look at the server in the sandbox").with_cause(error)
     }
 
     async fn raw(
@@ -507,7 +499,7 @@ impl Gateway {
         };
         let bad = StatusCode::BAD_GATEWAY;
         let (status, page_status, message, advice) = match (failure.kind, failure.error_code) {
-            (_, "sandbox_paused") => (
+            (_, ErrorCode::SandboxPaused) => (
                 bad,
                 StatusCode::SERVICE_UNAVAILABLE,
                 "The sandbox was not found".to_owned(),
@@ -530,7 +522,7 @@ impl Gateway {
                     "Check its id: `kelvin sandbox list` shows what runs.".to_owned(),
                 ),
             },
-            (_, "port_closed") => (
+            (_, ErrorCode::PortClosed) => (
                 bad,
                 bad,
                 "The sandbox is running but port is not open".to_owned(),
@@ -551,7 +543,7 @@ impl Gateway {
                 failure.message.clone(),
                 failure.remediation.clone(),
             ),
-            (_, "agent_unreachable") => (
+            (_, ErrorCode::AgentUnreachable) => (
                 bad,
                 bad,
                 "The sandbox is running but its agent does not answer".to_owned(),
@@ -574,7 +566,7 @@ impl Gateway {
 
 /// Whether there is no machine to reach.
 fn is_gone(failure: &Failure) -> bool {
-    failure.kind == Kind::NotFound || failure.error_code == "sandbox_paused"
+    failure.kind == Kind::NotFound || failure.error_code == ErrorCode::SandboxPaused
 }
 
 /// Why a request was not forwarded.
@@ -592,12 +584,12 @@ impl From<Failure> for Refusal {
 }
 
 fn not_found(text: &str) -> Failure {
-    Failure::new(Kind::NotFound, "sandbox_not_found", text, "`kelvin sandbox list` shows what runs")
+    Failure::new(ErrorCode::SandboxNotFound, text, "`kelvin sandbox list` shows what runs")
 }
 
 fn uri(authority: &str, path: &str) -> Result<Uri, Failure> {
     Uri::builder().scheme("http").authority(authority).path_and_query(path).build().map_err(|error| {
-        Failure::new(Kind::Invalid, "invalid_path", "the path is not one", "check the URL").with_cause(&error)
+        Failure::new(ErrorCode::InvalidPath, "the path is not one", "check the URL").with_cause(&error)
     })
 }
 

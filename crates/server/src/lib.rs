@@ -12,7 +12,7 @@ use axum::response::Response;
 use http::Request;
 use http_body_util::BodyExt;
 use kelvin_api::ENVD_VERSION;
-use kelvin_api::error::{Failure, Kind};
+use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::node::{Changes, Child, ConsoleLine, Create, Created, Forked, Live, Route, Source};
@@ -95,19 +95,13 @@ impl Server {
 struct Local(Node);
 
 fn stopping() -> Failure {
-    Failure::new(
-        Kind::Unavailable,
-        "node_stopping",
-        "the server is stopping",
-        "try again when the server is back",
-    )
+    Failure::new(ErrorCode::NodeStopping, "the server is stopping", "try again when the server is back")
 }
 
 fn no_snapshot(text: &str) -> Failure {
     let shown: String = text.chars().take(80).collect();
     Failure::new(
-        Kind::NotFound,
-        "snapshot_not_found",
+        ErrorCode::SnapshotNotFound,
         format!("no snapshot {shown:?}"),
         "`kelvin snapshot list` shows what there is",
     )
@@ -245,8 +239,7 @@ impl kelvin_control::Node for Local {
             Some(Ok(memory)) => Some(MemoryMib(memory)),
             Some(Err(_)) => {
                 return Err(Failure::new(
-                    Kind::Invalid,
-                    "invalid_shape",
+                    ErrorCode::InvalidShape,
                     "memoryMB is outside every range",
                     "ask for less memory",
                 ));
@@ -263,7 +256,7 @@ impl kelvin_control::Node for Local {
     async fn collect(&self, dry_run: bool) -> Result<serde_json::Value, Failure> {
         let garbage = self.0.collect(dry_run).await?;
         serde_json::to_value(garbage).map_err(|error| {
-            Failure::new(Kind::Internal, "encoding", "the result cannot be written", "report this")
+            Failure::new(ErrorCode::Encoding, "the result cannot be written", "report this")
                 .with_cause(&error)
         })
     }
