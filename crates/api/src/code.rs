@@ -166,6 +166,8 @@ codes! {
     SandboxRunning = "sandbox_running", Conflict;
     /// It has to run for that.
     SandboxPaused = "sandbox_paused", Conflict;
+    /// The same of one that resumes by traffic: who shows what a running one would ask for may have it woken up.
+    SandboxAsleep = "sandbox_asleep", Conflict;
     /// Others change it all the time, or for too long.
     SandboxChanging = "sandbox_changing", Conflict;
     /// The server has started anew, and the sandbox"s VMM does not answer it yet.
@@ -193,6 +195,10 @@ codes! {
     TooManyConnections = "too_many_connections", Busy;
     /// One address has as many as it may have.
     TooManyConnectionsOfAddress = "too_many_connections_of_address", Busy;
+    /// As many requests as may wait for paused sandboxes do.
+    TooManyWaiting = "too_many_waiting", Busy;
+    /// A paused sandbox was not resumed while its visitor waited.
+    WakeTooSlow = "wake_too_slow", Timeout;
     /// The gateway has lost whom a request is for.
     NoTarget = "no_target", Internal;
     // The host.
@@ -242,7 +248,13 @@ codes! {
     NoEntropy = "no_entropy", Internal;
     /// The task of the request ended without an answer.
     Aborted = "aborted", Internal;
-    // Of another build.
+    // Between the parts.
+    /// The node did not answer: what it was asked for may have been done.
+    NodeUnreachable = "node_unreachable", Unavailable;
+    /// A message between the parts lacks something, or has what is not known here.
+    UnreadableMessage = "unreadable_message", Internal;
+    /// A part was asked in a version that it does not know.
+    UnknownVersion = "unknown_version", Conflict;
     /// A part of another build failed with a code that this one does not know. Made when a failure is read, nowhere else:
     /// kind, message and advice are the other's, and its code is in the cause.
     CodeOfAnotherVersion = "code_of_another_version", Internal;

@@ -5,11 +5,11 @@
 
 pub mod account;
 mod code;
+pub mod digest;
 pub mod error;
 pub mod guest;
 pub mod id;
 pub mod network;
-pub mod node;
 pub mod phase;
 pub mod sandbox;
 pub mod signal;

@@ -66,7 +66,7 @@ pub struct Accounts {
 }
 
 fn hash(key: &str) -> String {
-    kelvin_store::hash::sha256(key.as_bytes())
+    kelvin_api::digest::sha256(key.as_bytes())
 }
 
 fn limiter(requests_per_second: Option<u32>) -> Option<DefaultDirectRateLimiter> {

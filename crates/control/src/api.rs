@@ -23,6 +23,7 @@ use kelvin_api::sandbox::{
     NewSandbox, NodeInfo, PauseMode, PauseSandbox, PoolInfo, ResumeSandbox, Sandbox, SandboxDetail, SetPool,
     SetTimeout, SnapshotInfo, SnapshotSandbox,
 };
+use kelvin_node_api::{Bake, Paused, Taken};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -32,7 +33,7 @@ use crate::database::NewKey;
 use crate::once::{self, Again, Key};
 use crate::openapi::{Api, Operation, op};
 use crate::reply::reply;
-use crate::service::{Control, DEFAULT_TIMEOUT_S, Inner, invalid, sandbox_of, unknown_template};
+use crate::service::{Control, DEFAULT_TIMEOUT_S, Inner, invalid, memory_of, sandbox_of, unknown_template};
 use crate::{catalog, list, logs, meter, metrics, people};
 
 /// The largest body of a request.
@@ -479,7 +480,7 @@ async fn create(
     let body: NewSandbox = parse_required(&bytes)?;
     let key = key.map(|key| NewKey {
         key: format!("{}:{key}", caller.project),
-        fingerprint: kelvin_store::hash::sha256(&bytes),
+        fingerprint: kelvin_api::digest::sha256(&bytes),
         subjects: Vec::new(),
     });
     let created = control.inner.create_once(&caller, body, key, &audit).await?;
@@ -567,7 +568,7 @@ async fn pause(
 ) -> Outcome {
     let body: PauseSandbox = parse(&read(request).await?)?;
     let (mode, healthy) = (PauseMode::of(body.memory), body.require_healthy_guest == Some(true));
-    let (capture, timings) = match control.inner.pause(&id, mode, healthy).await {
+    let Paused { capture, timings } = match control.inner.pause(&id, mode, healthy).await {
         // It was done before the server died.
         Err(failure) if failure.error_code == ErrorCode::SandboxPaused && again.is_some() => {
             return Ok(StatusCode::NO_CONTENT.into_response());
@@ -635,7 +636,8 @@ async fn snapshot(
         return Ok(json(StatusCode::CREATED, &info));
     }
     let body: SnapshotSandbox = parse(&read(request).await?)?;
-    let (info, capture, timings) = control.inner.snapshot(&caller, &id, body, key.map(|key| key.0.0)).await?;
+    let taken = control.inner.snapshot(&caller, &id, body, key.map(|key| key.0.0)).await?;
+    let Taken { snapshot: info, capture, timings } = taken;
     Ok(captured(timed(json(StatusCode::CREATED, &info), &timings, since.elapsed()), &capture))
 }
 
@@ -652,8 +654,15 @@ async fn set_network(State(control): State<Control>, Own { id, .. }: Own, reques
 async fn bake(State(control): State<Control>, Path(name): Path<String>, request: Request) -> Outcome {
     let body: BakeTemplate = parse(&read(request).await?)?;
     let template = name.parse().map_err(|_| unknown_template(&name))?;
-    let snapshot = control.inner.node.bake(&template, body).await?;
-    Ok(json(StatusCode::OK, &Baked { snapshot_id: snapshot }))
+    let request = Bake {
+        template,
+        vcpus: body.cpu_count,
+        memory_mib: memory_of(body.memory_mb)?,
+        waiting_vmms: body.waiting_vmms,
+        network: body.network,
+    };
+    let snapshot_id = control.inner.node.bake(request).await?.to_string();
+    Ok(json(StatusCode::OK, &Baked { snapshot_id }))
 }
 
 async fn pools(State(control): State<Control>) -> Outcome {

@@ -9,9 +9,9 @@ use axum::extract::{Request, State};
 use axum::response::IntoResponse;
 use http::{Method, StatusCode};
 use kelvin_api::error::{ErrorCode, Failure, Kind};
-use kelvin_api::id::TemplateName;
-use kelvin_api::node::{Base, Source};
+use kelvin_api::id::{SnapshotId, TemplateName};
 use kelvin_api::sandbox::{SnapshotInfo, SnapshotVerification, Template};
+use kelvin_node_api::{Base, Source};
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Account;
@@ -185,15 +185,16 @@ impl Inner {
         let tag = tag.filter(|tag| *tag != DEFAULT_TAG);
         // A template first: nothing is asked of the database for it, and no snapshot can take its name.
         let template = match self.node.source(name).await {
-            Ok(source) if matches!(source.base, Base::Template(_)) => Some(source),
+            Ok(source) => source.filter(|source| matches!(source.base, Base::Template(_))),
             Err(failure) if failure.kind != Kind::NotFound => return Err(failure),
-            _ => None,
+            Err(_) => None,
         };
         let Some(source) = template else {
-            return match self.snapshot_of(caller, name).await? {
-                Some(id) if tag.is_none() => self.node.source(&id).await,
-                _ => Err(unknown_template(text)),
+            let kept = match self.snapshot_of(caller, name).await? {
+                Some(id) if tag.is_none() => self.node.source(id.as_str()).await?,
+                _ => None,
             };
+            return kept.ok_or_else(|| unknown_template(text));
         };
         if let Some(tag) = tag {
             let tags = self.database.tags(caller.project.as_str(), name).await.map_err(database_failed)?;
@@ -211,8 +212,9 @@ impl Inner {
     }
 
     /// The id of the snapshot that a caller calls `name`, when it has such a one. What has no owner is nobody's.
-    async fn snapshot_of(&self, caller: &Account, name: &str) -> Result<Option<String>, Failure> {
-        self.database.snapshot(caller.project.as_str(), name).await.map_err(database_failed)
+    async fn snapshot_of(&self, caller: &Account, name: &str) -> Result<Option<SnapshotId>, Failure> {
+        let found = self.database.snapshot(caller.project.as_str(), name).await.map_err(database_failed)?;
+        Ok(found.and_then(|id| id.parse().ok()))
     }
 
     /// After a start: gives what was there before there were projects to the default one, once, and brings to an end what

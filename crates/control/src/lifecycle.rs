@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use kelvin_api::error::{ErrorCode, Failure, Kind, chain};
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, Token};
-use kelvin_api::node::{Child, Created, Live};
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{
     Capture, ForkResult, ForkSandbox, PauseMode, Sandbox, SandboxDetail, SandboxState, SnapshotInfo,
     SnapshotSandbox,
 };
+use kelvin_node_api::{Child, Created, Live, Paused, Taken};
 
 use crate::accounts::Account;
 use crate::database::{NewSnapshot, SandboxRow};
@@ -36,7 +36,7 @@ impl Inner {
         id: &SandboxId,
         mode: PauseMode,
         healthy: bool,
-    ) -> Result<(Capture, Timings), Failure> {
+    ) -> Result<Paused, Failure> {
         let _change = self.changes.begin(id, "pause").await?;
         let row = self.row(id).await?;
         if row.state == SandboxState::Paused {
@@ -142,7 +142,7 @@ impl Inner {
         id: &SandboxId,
         body: SnapshotSandbox,
         key: Option<String>,
-    ) -> Result<(SnapshotInfo, Capture, Timings), Failure> {
+    ) -> Result<Taken, Failure> {
         let name = match body.name {
             None => None,
             Some(text) => {
@@ -182,7 +182,7 @@ impl Inner {
             }
         };
         if let Err(error) = self.database.finish_snapshot(snapshot.to_string()).await {
-            let _ = self.node.remove_snapshot(snapshot.as_str(), false).await;
+            let _ = self.node.remove_snapshot(&snapshot, false).await;
             self.forget_snapshot(&snapshot).await;
             return Err(database_failed(error));
         }

@@ -88,7 +88,7 @@ impl Inner {
         };
         let target =
             format!("{} {}\n", parts.method, parts.uri.path_and_query().map_or("", |path| path.as_str()));
-        let fingerprint = kelvin_store::hash::sha256(&[target.as_bytes(), &bytes].concat());
+        let fingerprint = kelvin_api::digest::sha256(&[target.as_bytes(), &bytes].concat());
         // Each project has its own.
         let key = format!("{}:{key}", caller.project);
         self.alone_with_key(&key, async {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -12,7 +12,7 @@ use kelvin_api::account::Project;
 use kelvin_api::error::{ErrorCode, Failure, chain};
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::network::{NetworkState, NetworkUpdate};
-use kelvin_api::node::{ConsoleLine, Create, Created, Live, Source};
+
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{
     EnvVars, Lifecycle, LogLevel, MAX_TIMEOUT_S, Metadata, NewSandbox, OnTimeout, PauseMode, Sandbox,
@@ -21,6 +21,7 @@ use kelvin_api::sandbox::{
 use kelvin_api::units::MemoryMib;
 use kelvin_host::clock::Clock;
 use kelvin_host::db;
+use kelvin_node_api::{ConsoleLine, Create, Created, Live, NodeService, Source};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -28,7 +29,8 @@ use crate::accounts::{Account, Accounts};
 use crate::audit::Audit;
 use crate::changes::Changes;
 use crate::database::{Begun, Claim, Database, Exceeded, Filter, Limited, NewKey, Quota, SandboxRow};
-use crate::{ApiKey, Node, network, once};
+use crate::wake::Wakes;
+use crate::{ApiKey, network, once};
 
 /// The time to live of requests that name none, in seconds. Source: E2B's OpenAPI, `NewSandbox.timeout`.
 pub(crate) const DEFAULT_TIMEOUT_S: u64 = 15;
@@ -43,21 +45,10 @@ pub struct Control {
     pub(crate) inner: Arc<Inner>,
 }
 
-/// A control plane for whoever it holds itself: it ends when nobody else has it.
-#[derive(Clone)]
-pub struct WeakControl(Weak<Inner>);
-
-impl WeakControl {
-    /// The control plane, while there is one.
-    pub fn upgrade(&self) -> Option<Control> {
-        Some(Control { inner: self.0.upgrade()? })
-    }
-}
-
 pub(crate) struct Inner {
     pub(crate) clock: Clock,
     pub(crate) database: Database,
-    pub(crate) node: Arc<dyn Node>,
+    pub(crate) node: Arc<dyn NodeService>,
     pub(crate) accounts: Accounts,
     /// Sandboxes that were started since the last measurement, by project.
     pub(crate) started: Mutex<HashMap<Project, u32>>,
@@ -66,6 +57,7 @@ pub(crate) struct Inner {
     keys: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// Changes of sandboxes that are under way.
     pub(crate) changes: Arc<Changes>,
+    pub(crate) wakes: Wakes,
     pub(crate) tasks: TaskTracker,
     pub(crate) stop: CancellationToken,
 }
@@ -107,7 +99,7 @@ pub(crate) fn exceeded(Exceeded { what, of_project, limit, used }: Exceeded) -> 
 }
 
 /// A paused sandbox that counts as one that runs while it is being resumed; it is given back when this is dropped.
-pub struct Permit {
+pub(crate) struct Permit {
     inner: Arc<Inner>,
     id: SandboxId,
 }
@@ -182,7 +174,7 @@ impl Control {
     /// `domain` is told to clients, which reach ports as its hosts. `clock` is the node's.
     pub async fn open(
         data_dir: &Path,
-        node: Arc<dyn Node>,
+        node: Arc<dyn NodeService>,
         key: ApiKey,
         domain: Option<String>,
         clock: Clock,
@@ -200,6 +192,7 @@ impl Control {
             domain,
             keys: Mutex::default(),
             changes: Arc::default(),
+            wakes: Wakes::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
@@ -217,26 +210,11 @@ impl Control {
         Ok(Self { inner })
     }
 
-    /// The same for the node that it holds.
-    pub fn downgrade(&self) -> WeakControl {
-        WeakControl(Arc::downgrade(&self.inner))
-    }
-
     /// Ends what runs in the background; creates that are under way end first.
     pub async fn stop(&self) {
         self.inner.stop.cancel();
         self.inner.tasks.close();
         self.inner.tasks.wait().await;
-    }
-
-    /// Whether the owner of a paused sandbox has room for it to run: its traffic wants it. It counts as one that runs for
-    /// as long as the permit lives. None for one that is not paused any more.
-    ///
-    /// # Errors
-    /// `NotFound`; `Busy` when its API key or its project has as much as it may have.
-    pub async fn may_wake(&self, id: &SandboxId) -> Result<Option<Permit>, Failure> {
-        let row = self.inner.row(id).await?;
-        self.inner.claim(id, self.inner.accounts.quota_of(&row.key, &row.project)).await
     }
 }
 
@@ -619,6 +597,13 @@ pub(crate) fn deadline(clock: &Clock, seconds: u64) -> Result<jiff::Timestamp, F
         .map_err(|error| invalid(ErrorCode::InvalidTimeout, error.to_string(), "ask for at most 24 hours"))
 }
 
+/// What a request says of memory, in MiB.
+pub(crate) fn memory_of(wanted: Option<u64>) -> Result<Option<MemoryMib>, Failure> {
+    let outside =
+        |_| invalid(ErrorCode::InvalidShape, "memoryMB is outside every range", "ask for less memory");
+    wanted.map(|memory| u32::try_from(memory).map(MemoryMib)).transpose().map_err(outside)
+}
+
 /// Checks a request and makes its row and what the node is asked. Every field is honoured or refused.
 fn prepare(
     clock: &Clock,
@@ -643,17 +628,7 @@ fn prepare(
     let env_vars = body.env_vars.unwrap_or_default();
     check_map("envVars", &env_vars, ENV_BYTES)?;
     check_env(&env_vars)?;
-    let memory_mib = match body.memory_mb.map(u32::try_from) {
-        None => None,
-        Some(Ok(memory)) => Some(MemoryMib(memory)),
-        Some(Err(_)) => {
-            return Err(invalid(
-                ErrorCode::InvalidShape,
-                "memoryMB is outside every range",
-                "ask for less memory",
-            ));
-        }
-    };
+    let memory_mib = memory_of(body.memory_mb)?;
     let network = network::wanted(body.network, body.allow_internet_access)?;
     let timeout = body.timeout.unwrap_or(DEFAULT_TIMEOUT_S);
     let ends_at = deadline(clock, timeout)?;
@@ -710,7 +685,7 @@ fn prepare(
 }
 
 /// What is said of a `templateID` that names nothing.
-pub fn unknown_template(name: &str) -> Failure {
+pub(crate) fn unknown_template(name: &str) -> Failure {
     let shown: String = name.chars().take(80).collect();
     Failure::new(
         ErrorCode::TemplateNotFound,

@@ -47,15 +47,15 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
-    /// Whoever is asked before says no.
-    #[error("{0}")]
-    Refused(Failure),
     /// The server has started anew, and the sandbox's VMM does not answer it yet.
     #[error("sandbox {0} is being adopted: its VMM does not answer yet")]
     BeingAdopted(String),
     /// The sandbox is paused.
     #[error("sandbox {0} is paused")]
     Paused(String),
+    /// The sandbox is paused, and resumes for who comes.
+    #[error("sandbox {0} is paused, and resumes by traffic")]
+    Asleep(String),
     /// The guest's agent did not flush and freeze its file system.
     #[error("the agent of sandbox {0} does not answer, and a healthy guest was asked for")]
     Unhealthy(String),
@@ -200,7 +200,6 @@ impl From<Error> for Failure {
         let text = error.to_string();
         let with = |code, remediation: &str| Self::new(code, text.clone(), remediation).with_sources(&error);
         match error {
-            Error::Refused(failure) => failure,
             Error::Shape { .. } => with(ErrorCode::InvalidShape, "ask for a value inside the range"),
             Error::Exhausted { .. } => with(
                 ErrorCode::CapacityExhausted,
@@ -210,6 +209,9 @@ impl From<Error> for Failure {
             Error::Exists(_) => with(ErrorCode::SandboxExists, "use another id"),
             Error::Changing(_) => with(ErrorCode::SandboxChanging, "try again"),
             Error::Unknown(_) => with(ErrorCode::SandboxNotFound, "`kelvin sandbox list` shows what runs"),
+            Error::Asleep(_) => {
+                with(ErrorCode::SandboxAsleep, "resume it first: `kelvin sandbox resume`, or connect to it")
+            }
             Error::Paused(_) => {
                 with(ErrorCode::SandboxPaused, "resume it first: `kelvin sandbox resume`, or connect to it")
             }
