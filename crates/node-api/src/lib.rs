@@ -12,8 +12,12 @@
 //! Nothing here has a state, so a crash leaves nothing.
 
 mod service;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod traffic;
 mod types;
+#[cfg(feature = "wire")]
+pub mod wire;
 
 pub use service::NodeService;
 pub use traffic::{Cut, Inbound, Io, Outbound, Route, SandboxTraffic, Unanswered, Wake};
