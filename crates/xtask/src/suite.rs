@@ -478,7 +478,7 @@ pub fn run(filter: &[String]) -> Result<()> {
                 cargo_step(&arguments.concat())
             };
             lint(&["--workspace", "--exclude", "kelvin-harness"])?;
-            lint(&["--package", "kelvin-harness"])
+            lint(&["--package", "kelvin-harness", "--package", "kelvin-node-api"])
         })?;
         Ok(beside.join().map_err(|_| "looking at licences panicked")??)
     })?;
@@ -491,8 +491,8 @@ pub fn run(filter: &[String]) -> Result<()> {
             // All programs at once, also those that the end-to-end tests are.
             run_command(cargo().args(ALL).args(["--", "--skip", "e2e::"]))?;
             cargo_step(&["test", "--release", "--package", "kelvin-agent"])?;
-            // Says how many cases, of which seeds, and how long.
-            cargo_step(&["test", "--release", "--package", "kelvin-harness"])
+            // Says how many cases, of which seeds, and how long. With what it asks of the seam to the node: the wire.
+            cargo_step(&["test", "--release", "--package", "kelvin-harness", "--package", "kelvin-node-api"])
         })?;
         step("fuzz", || crate::fuzz::run(&[]))?;
         Ok(beside.join().map_err(|_| "preparing the tests panicked")??)
