@@ -1,15 +1,15 @@
 //! Wire types, ids, units and error codes that every part of Kelvin shares. No I/O.
 //!
-//! Nothing here is written to disk and nothing here can crash half-way. What is deliberately
-//! absent: how an error becomes an HTTP status (only a server knows that) and anything a driver
-//! needs.
+//! Nothing here is written to disk and nothing here can crash half-way. What is deliberately absent:
+//! anything a driver needs.
 
 pub mod account;
+mod code;
+pub mod digest;
 pub mod error;
 pub mod guest;
 pub mod id;
 pub mod network;
-pub mod node;
 pub mod phase;
 pub mod sandbox;
 pub mod signal;

@@ -363,7 +363,8 @@ pub struct Attachment {
 }
 
 /// What a create wants.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Wanted {
     /// No network.
     None,

@@ -16,7 +16,7 @@ use governor::clock::Clock as _;
 use governor::{DefaultDirectRateLimiter, RateLimiter};
 use http::HeaderMap;
 use kelvin_api::account::{ApiKeyInfo, CreatedApiKey, Limits, Mask, NewApiKey, Project, ProjectInfo};
-use kelvin_api::error::{Failure, Kind};
+use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_host::clock::Clock;
 
 use crate::ApiKey;
@@ -66,7 +66,7 @@ pub struct Accounts {
 }
 
 fn hash(key: &str) -> String {
-    kelvin_store::hash::sha256(key.as_bytes())
+    kelvin_api::digest::sha256(key.as_bytes())
 }
 
 fn limiter(requests_per_second: Option<u32>) -> Option<DefaultDirectRateLimiter> {
@@ -121,16 +121,15 @@ impl Accounts {
         let remedy = "send the key in the header X-API-KEY; the server keeps its own in <data-dir>/api-key";
         let Some(shown) = shown(headers) else {
             let text = "the request has no API key";
-            return Err(Failure::new(Kind::Unauthenticated, "no_api_key", text, remedy));
+            return Err(Failure::new(ErrorCode::NoApiKey, text, remedy));
         };
         let caller = if self.own.matches(shown) {
             Some(Arc::clone(&self.owner))
         } else {
             self.known().get(&hash(shown)).cloned()
         };
-        let caller = caller.ok_or_else(|| {
-            Failure::new(Kind::Unauthenticated, "wrong_api_key", "the API key is not known", remedy)
-        })?;
+        let caller =
+            caller.ok_or_else(|| Failure::new(ErrorCode::WrongApiKey, "the API key is not known", remedy))?;
         caller.last_used.store(self.clock.wall().as_millisecond(), Ordering::Relaxed);
         Ok(caller)
     }
@@ -282,14 +281,18 @@ pub fn shown(headers: &HeaderMap) -> Option<&str> {
 }
 
 fn no_limit() -> Failure {
-    invalid("invalid_limit", "a limit of 0 allows nothing", "leave it out for no limit, or revoke the key")
+    invalid(
+        ErrorCode::InvalidLimit,
+        "a limit of 0 allows nothing",
+        "leave it out for no limit, or revoke the key",
+    )
 }
 
 fn check_name(name: &str) -> Result<String, Failure> {
     let name = name.trim();
     if name.is_empty() || name.chars().count() > NAME || name.chars().any(char::is_control) {
         let text = format!("the name of a key is 1 to {NAME} characters without control characters");
-        return Err(invalid("invalid_name", text, "choose another name"));
+        return Err(invalid(ErrorCode::InvalidName, text, "choose another name"));
     }
     Ok(name.to_owned())
 }
@@ -308,7 +311,7 @@ fn account(info: &ApiKeyInfo) -> Account {
 fn random<const N: usize>() -> Result<[u8; N], Failure> {
     let mut random = [0; N];
     getrandom::fill(&mut random).map_err(|error| {
-        Failure::new(Kind::Internal, "no_entropy", "the kernel gives no random bytes", "look at the host")
+        Failure::new(ErrorCode::NoEntropy, "the kernel gives no random bytes", "look at the host")
             .with_cause(&std::io::Error::other(error.to_string()))
     })?;
     Ok(random)
@@ -382,10 +385,13 @@ mod tests {
         }
         assert!(accounts.revoke(&made.info.id, &database).await.unwrap());
         assert!(!accounts.revoke(&made.info.id, &database).await.unwrap());
-        assert_eq!(ask(&accounts, &made.key).unwrap_err().error_code, "wrong_api_key");
+        assert_eq!(ask(&accounts, &made.key).unwrap_err().error_code, ErrorCode::WrongApiKey);
         for (name, rate) in [("", None), ("a\nb", None), ("a", Some(0))] {
             let bad = NewApiKey { name: name.into(), requests_per_second: rate, ..wanted.clone() };
-            assert_eq!(accounts.create(bad, &database).await.unwrap_err().kind, Kind::Invalid);
+            assert_eq!(
+                accounts.create(bad, &database).await.unwrap_err().kind,
+                kelvin_api::error::Kind::Invalid
+            );
         }
     }
 

@@ -14,7 +14,7 @@ use axum::{Extension, Router};
 use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use kelvin_api::error::{Failure, Kind};
+use kelvin_api::error::{ErrorCode, Failure, Kind};
 use kelvin_api::id::SandboxId;
 use kelvin_api::network::{NetworkState, NetworkUpdate};
 use kelvin_api::phase::Timings;
@@ -23,6 +23,7 @@ use kelvin_api::sandbox::{
     NewSandbox, NodeInfo, PauseMode, PauseSandbox, PoolInfo, ResumeSandbox, Sandbox, SandboxDetail, SetPool,
     SetTimeout, SnapshotInfo, SnapshotSandbox,
 };
+use kelvin_node_api::{Bake, Paused, Taken};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -32,7 +33,7 @@ use crate::database::NewKey;
 use crate::once::{self, Again, Key};
 use crate::openapi::{Api, Operation, op};
 use crate::reply::reply;
-use crate::service::{Control, DEFAULT_TIMEOUT_S, Inner, invalid, sandbox_of, unknown_template};
+use crate::service::{Control, DEFAULT_TIMEOUT_S, Inner, invalid, memory_of, sandbox_of, unknown_template};
 use crate::{catalog, list, logs, meter, metrics, people};
 
 /// The largest body of a request.
@@ -65,7 +66,7 @@ pub(crate) fn json(status: StatusCode, body: &impl Serialize) -> Response {
             (status, [(header::CONTENT_TYPE, "application/json")], Body::from(bytes)).into_response()
         }
         Err(error) => reply(
-            &Failure::new(Kind::Internal, "encoding", "the reply cannot be written", "report this")
+            &Failure::new(ErrorCode::Encoding, "the reply cannot be written", "report this")
                 .with_cause(&error),
         ),
     }
@@ -262,10 +263,12 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failed> {
         match axum::extract::Query::from_request_parts(parts, state).await {
             Ok(axum::extract::Query(query)) => Ok(Self(query)),
-            Err(problem) => {
-                Err(invalid("invalid_query", problem.body_text(), "GET /openapi.json lists the parameters")
-                    .into())
-            }
+            Err(problem) => Err(invalid(
+                ErrorCode::InvalidQuery,
+                problem.body_text(),
+                "GET /openapi.json lists the parameters",
+            )
+            .into()),
         }
     }
 }
@@ -279,7 +282,9 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T>
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failed> {
         match axum::extract::Path::from_request_parts(parts, state).await {
             Ok(axum::extract::Path(path)) => Ok(Self(path)),
-            Err(problem) => Err(invalid("invalid_path", problem.body_text(), "names are UTF-8").into()),
+            Err(problem) => {
+                Err(invalid(ErrorCode::InvalidPath, problem.body_text(), "names are UTF-8").into())
+            }
         }
     }
 }
@@ -291,7 +296,7 @@ impl<S: Sync> FromRequestParts<S> for Who {
     type Rejection = Failed;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Failed> {
-        let none = || Failure::new(Kind::Internal, "no_account", "the request has no account", "report this");
+        let none = || Failure::new(ErrorCode::NoAccount, "the request has no account", "report this");
         Ok(Self(parts.extensions.get::<Caller>().cloned().ok_or_else(none)?))
     }
 }
@@ -340,8 +345,7 @@ async fn authenticate(State(control): State<Control>, mut request: Request, next
     };
     if let Err(wait) = caller.count() {
         let text = "this API key asks too often";
-        let failure =
-            Failure::new(Kind::Busy, "too_many_requests", text, "ask again after Retry-After seconds");
+        let failure = Failure::new(ErrorCode::TooManyRequests, text, "ask again after Retry-After seconds");
         return retry_after(reply(&failure), wait);
     }
     request.extensions_mut().insert(Arc::clone(&caller));
@@ -352,7 +356,7 @@ async fn authenticate(State(control): State<Control>, mut request: Request, next
     let changing = control.inner.tasks.spawn(async move { change(&inner, caller, request, next).await });
     changing.await.unwrap_or_else(|error| {
         let text = "the request was aborted";
-        reply(&Failure::new(Kind::Internal, "aborted", text, "look at the server's log").with_cause(&error))
+        reply(&Failure::new(ErrorCode::Aborted, text, "look at the server's log").with_cause(&error))
     })
 }
 
@@ -377,7 +381,7 @@ async fn change(inner: &Inner, caller: Caller, mut request: Request, next: Next)
     let response = match key.filter(|_| !is_create) {
         Some(_) if SECRETS.contains(&path.as_str()) => {
             let text = "what tells a secret takes no idempotency key: its answer would have to be kept";
-            reply(&Failure::new(Kind::Invalid, "unsupported_header", text, "leave the header out"))
+            reply(&Failure::new(ErrorCode::UnsupportedHeader, text, "leave the header out"))
         }
         Some(key) => inner.once(&caller, &key, request, |request| next.run(request)).await,
         None => next.run(request).await,
@@ -416,24 +420,23 @@ async fn for_admins(Who(caller): Who, request: Request, next: Next) -> Response 
 pub(crate) fn not_an_admin() -> Failure {
     let text = "this is for the server's own key";
     let remedy = "the key is in <data-dir>/api-key of the server";
-    Failure::new(Kind::Forbidden, "not_an_admin", text, remedy)
+    Failure::new(ErrorCode::NotAnAdmin, text, remedy)
 }
 
 async fn nowhere(request: Request) -> Response {
     let text = format!("there is no {} {}", request.method(), request.uri().path());
-    reply(&Failure::new(Kind::NotFound, "no_route", text, "SPEC.md lists the routes"))
+    reply(&Failure::new(ErrorCode::NoRoute, text, "SPEC.md lists the routes"))
 }
 
 async fn wrong_method(request: Request) -> Response {
     let text = format!("{} is not allowed on {}", request.method(), request.uri().path());
-    reply(&Failure::new(Kind::NotAllowed, "method_not_allowed", text, "SPEC.md lists the routes"))
+    reply(&Failure::new(ErrorCode::MethodNotAllowed, text, "SPEC.md lists the routes"))
 }
 
 pub(crate) async fn read(request: Request) -> Result<Bytes, Failure> {
     let too_large = || {
         Failure::new(
-            Kind::TooLarge,
-            "body_too_large",
+            ErrorCode::BodyTooLarge,
             format!("the body is larger than {MAX_BODY} bytes"),
             "send files through the sandbox's /files",
         )
@@ -441,8 +444,9 @@ pub(crate) async fn read(request: Request) -> Result<Bytes, Failure> {
     match Limited::new(request.into_body(), MAX_BODY).collect().await {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) if error.is::<LengthLimitError>() => Err(too_large()),
-        Err(error) => Err(Failure::new(Kind::Invalid, "body_cut", "the body ended early", "send it again")
-            .with_cause(&*error)),
+        Err(error) => {
+            Err(Failure::new(ErrorCode::BodyCut, "the body ended early", "send it again").with_cause(&*error))
+        }
     }
 }
 
@@ -455,9 +459,8 @@ pub(crate) fn parse<T: DeserializeOwned + Default>(bytes: &Bytes) -> Result<T, F
 
 pub(crate) fn parse_required<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Failure> {
     serde_json::from_slice(bytes).map_err(|error| {
-        let code = if error.is_data() { "invalid_request" } else { "malformed_json" };
+        let code = if error.is_data() { ErrorCode::InvalidRequest } else { ErrorCode::MalformedJson };
         Failure::new(
-            Kind::Invalid,
             code,
             format!("the body is not what is expected here: {error}"),
             "SPEC.md lists the fields of each route",
@@ -477,7 +480,7 @@ async fn create(
     let body: NewSandbox = parse_required(&bytes)?;
     let key = key.map(|key| NewKey {
         key: format!("{}:{key}", caller.project),
-        fingerprint: kelvin_store::hash::sha256(&bytes),
+        fingerprint: kelvin_api::digest::sha256(&bytes),
         subjects: Vec::new(),
     });
     let created = control.inner.create_once(&caller, body, key, &audit).await?;
@@ -565,9 +568,9 @@ async fn pause(
 ) -> Outcome {
     let body: PauseSandbox = parse(&read(request).await?)?;
     let (mode, healthy) = (PauseMode::of(body.memory), body.require_healthy_guest == Some(true));
-    let (capture, timings) = match control.inner.pause(&id, mode, healthy).await {
+    let Paused { capture, timings } = match control.inner.pause(&id, mode, healthy).await {
         // It was done before the server died.
-        Err(failure) if failure.error_code == "sandbox_paused" && again.is_some() => {
+        Err(failure) if failure.error_code == ErrorCode::SandboxPaused && again.is_some() => {
             return Ok(StatusCode::NO_CONTENT.into_response());
         }
         other => other?,
@@ -585,11 +588,11 @@ async fn resume(
     let body: ResumeSandbox = parse(&read(request).await?)?;
     if body.auto_pause.is_some() {
         let text = "autoPause is set when a sandbox is created, not when it is resumed";
-        return Err(Failure::new(Kind::Invalid, "unsupported_field", text, "leave the field out").into());
+        return Err(Failure::new(ErrorCode::UnsupportedField, text, "leave the field out").into());
     }
     let (timeout, mode) = (body.timeout.unwrap_or(DEFAULT_TIMEOUT_S), PauseMode::of(body.memory));
     let resumed = match control.inner.resume(&caller, &id, timeout, mode).await {
-        Err(failure) if failure.error_code == "sandbox_running" && again.is_some() => {
+        Err(failure) if failure.error_code == ErrorCode::SandboxRunning && again.is_some() => {
             return Ok(json(StatusCode::CREATED, &sandbox_of(&control.inner.get(&id).await?)));
         }
         other => other?,
@@ -633,7 +636,8 @@ async fn snapshot(
         return Ok(json(StatusCode::CREATED, &info));
     }
     let body: SnapshotSandbox = parse(&read(request).await?)?;
-    let (info, capture, timings) = control.inner.snapshot(&caller, &id, body, key.map(|key| key.0.0)).await?;
+    let taken = control.inner.snapshot(&caller, &id, body, key.map(|key| key.0.0)).await?;
+    let Taken { snapshot: info, capture, timings } = taken;
     Ok(captured(timed(json(StatusCode::CREATED, &info), &timings, since.elapsed()), &capture))
 }
 
@@ -650,8 +654,15 @@ async fn set_network(State(control): State<Control>, Own { id, .. }: Own, reques
 async fn bake(State(control): State<Control>, Path(name): Path<String>, request: Request) -> Outcome {
     let body: BakeTemplate = parse(&read(request).await?)?;
     let template = name.parse().map_err(|_| unknown_template(&name))?;
-    let snapshot = control.inner.node.bake(&template, body).await?;
-    Ok(json(StatusCode::OK, &Baked { snapshot_id: snapshot }))
+    let request = Bake {
+        template,
+        vcpus: body.cpu_count,
+        memory_mib: memory_of(body.memory_mb)?,
+        waiting_vmms: body.waiting_vmms,
+        network: body.network,
+    };
+    let snapshot_id = control.inner.node.bake(request).await?.to_string();
+    Ok(json(StatusCode::OK, &Baked { snapshot_id }))
 }
 
 async fn pools(State(control): State<Control>) -> Outcome {

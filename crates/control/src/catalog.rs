@@ -8,10 +8,10 @@ use std::collections::{HashMap, HashSet};
 use axum::extract::{Request, State};
 use axum::response::IntoResponse;
 use http::{Method, StatusCode};
-use kelvin_api::error::{Failure, Kind};
-use kelvin_api::id::TemplateName;
-use kelvin_api::node::{Base, Source};
+use kelvin_api::error::{ErrorCode, Failure, Kind};
+use kelvin_api::id::{SnapshotId, TemplateName};
 use kelvin_api::sandbox::{SnapshotInfo, SnapshotVerification, Template};
+use kelvin_node_api::{Base, Source};
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Account;
@@ -174,7 +174,7 @@ fn split_tag(text: &str) -> (&str, Option<&str>) {
 
 fn parse_tag(text: &str) -> Result<TemplateName, Failure> {
     text.parse().map_err(|error: kelvin_api::id::ParseIdError| {
-        invalid("invalid_tag", error.to_string(), "use 1 to 64 of a-z, 0-9, '.', '_' and '-'")
+        invalid(ErrorCode::InvalidTag, error.to_string(), "use 1 to 64 of a-z, 0-9, '.', '_' and '-'")
     })
 }
 
@@ -185,15 +185,16 @@ impl Inner {
         let tag = tag.filter(|tag| *tag != DEFAULT_TAG);
         // A template first: nothing is asked of the database for it, and no snapshot can take its name.
         let template = match self.node.source(name).await {
-            Ok(source) if matches!(source.base, Base::Template(_)) => Some(source),
+            Ok(source) => source.filter(|source| matches!(source.base, Base::Template(_))),
             Err(failure) if failure.kind != Kind::NotFound => return Err(failure),
-            _ => None,
+            Err(_) => None,
         };
         let Some(source) = template else {
-            return match self.snapshot_of(caller, name).await? {
-                Some(id) if tag.is_none() => self.node.source(&id).await,
-                _ => Err(unknown_template(text)),
+            let kept = match self.snapshot_of(caller, name).await? {
+                Some(id) if tag.is_none() => self.node.source(id.as_str()).await?,
+                _ => None,
             };
+            return kept.ok_or_else(|| unknown_template(text));
         };
         if let Some(tag) = tag {
             let tags = self.database.tags(caller.project.as_str(), name).await.map_err(database_failed)?;
@@ -201,8 +202,7 @@ impl Inner {
             let now = self.template(name).await?.build_id;
             if known.build != now {
                 return Err(Failure::new(
-                    Kind::Conflict,
-                    "tag_outdated",
+                    ErrorCode::TagOutdated,
                     format!("{name} was imported anew since it was tagged {tag:?}"),
                     "assign the tag again, or leave it out",
                 ));
@@ -212,8 +212,9 @@ impl Inner {
     }
 
     /// The id of the snapshot that a caller calls `name`, when it has such a one. What has no owner is nobody's.
-    async fn snapshot_of(&self, caller: &Account, name: &str) -> Result<Option<String>, Failure> {
-        self.database.snapshot(caller.project.as_str(), name).await.map_err(database_failed)
+    async fn snapshot_of(&self, caller: &Account, name: &str) -> Result<Option<SnapshotId>, Failure> {
+        let found = self.database.snapshot(caller.project.as_str(), name).await.map_err(database_failed)?;
+        Ok(found.and_then(|id| id.parse().ok()))
     }
 
     /// After a start: gives what was there before there were projects to the default one, once, and brings to an end what
@@ -328,7 +329,7 @@ async fn snapshots(
 fn no_snapshot(name: &str) -> Failure {
     let shown: String = name.chars().take(80).collect();
     let text = format!("no snapshot {shown:?}");
-    Failure::new(Kind::NotFound, "snapshot_not_found", text, "`kelvin snapshot list` shows what there is")
+    Failure::new(ErrorCode::SnapshotNotFound, text, "`kelvin snapshot list` shows what there is")
 }
 
 async fn verify_snapshot(
@@ -451,7 +452,11 @@ struct RemoveTags {
 
 fn parse_tags(tags: Vec<String>) -> Result<Vec<String>, Failure> {
     if tags.is_empty() || tags.len() > MAX_TAGS {
-        return Err(invalid("invalid_tags", format!("name 1 to {MAX_TAGS} tags"), "split the request"));
+        return Err(invalid(
+            ErrorCode::InvalidTags,
+            format!("name 1 to {MAX_TAGS} tags"),
+            "split the request",
+        ));
     }
     tags.iter().map(|tag| parse_tag(tag).map(|tag| tag.to_string())).collect()
 }
@@ -461,7 +466,12 @@ async fn add_tags(State(control): State<Control>, Who(caller): Who, request: Req
     let tags = parse_tags(body.tags)?;
     let (name, tag) = split_tag(&body.target);
     if name.is_empty() || tag == Some("") {
-        return Err(invalid("invalid_target", "the target is no name:tag", "for example base:default").into());
+        return Err(invalid(
+            ErrorCode::InvalidTarget,
+            "the target is no name:tag",
+            "for example base:default",
+        )
+        .into());
     }
     // The tag that it is to be found by has to be there.
     control.inner.base(&caller, &body.target).await?;
@@ -477,7 +487,7 @@ async fn remove_tags(State(control): State<Control>, Who(caller): Who, request: 
     let tags = parse_tags(body.tags)?;
     if tags.iter().any(|tag| tag == DEFAULT_TAG) {
         let text = "the tag \"default\" cannot be taken away";
-        return Err(invalid("invalid_tags", text, "leave it out").into());
+        return Err(invalid(ErrorCode::InvalidTags, text, "leave it out").into());
     }
     control.inner.template(&body.name).await?;
     let removed = control.inner.database.remove_tags(caller.project.to_string(), body.name.clone(), tags);
@@ -485,7 +495,7 @@ async fn remove_tags(State(control): State<Control>, Who(caller): Who, request: 
         None => Ok(StatusCode::NO_CONTENT.into_response()),
         Some(tag) => {
             let text = format!("{} has no tag {tag:?}", body.name);
-            Err(Failure::new(Kind::NotFound, "tag_not_found", text, "list its tags").into())
+            Err(Failure::new(ErrorCode::TagNotFound, text, "list its tags").into())
         }
     }
 }

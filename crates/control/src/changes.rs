@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use kelvin_api::error::{Failure, Kind};
+use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::SandboxId;
 use tokio::sync::OwnedMutexGuard;
 
@@ -59,8 +59,7 @@ impl Changes {
         let Ok(turn) = tokio::time::timeout(patience, Arc::clone(&gate.turn).lock_owned()).await else {
             let other = *gate.what.lock().unwrap_or_else(PoisonError::into_inner);
             return Err(Failure::new(
-                Kind::Conflict,
-                "sandbox_changing",
+                ErrorCode::SandboxChanging,
                 format!("sandbox {id} cannot be changed now: a {other} is under way"),
                 "try again when it is done; a kill is done at once",
             ));
@@ -101,7 +100,7 @@ mod tests {
         drop(changes.begin(&other, "pause").await.unwrap());
         let short = Duration::from_millis(20);
         let late = changes.begin_within(&one, "pause", short).await.unwrap_err();
-        assert_eq!(late.error_code, "sandbox_changing");
+        assert_eq!(late.error_code, ErrorCode::SandboxChanging);
         assert!(late.message.contains("a fork is under way"), "{}", late.message);
         let waiting = tokio::spawn({
             let (changes, one) = (Arc::clone(&changes), one.clone());

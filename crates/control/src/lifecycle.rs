@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kelvin_api::error::{Failure, Kind, chain};
+use kelvin_api::error::{ErrorCode, Failure, Kind, chain};
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, Token};
-use kelvin_api::node::{Child, Created, Live};
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{
     Capture, ForkResult, ForkSandbox, PauseMode, Sandbox, SandboxDetail, SandboxState, SnapshotInfo,
     SnapshotSandbox,
 };
+use kelvin_node_api::{Child, Created, Live, Paused, Taken};
 
 use crate::accounts::Account;
 use crate::database::{NewSnapshot, SandboxRow};
@@ -30,17 +30,13 @@ pub(crate) struct Forked {
     pub timings: Timings,
 }
 
-fn is(failure: &Failure, code: &str) -> bool {
-    failure.error_code == code
-}
-
 impl Inner {
     pub(crate) async fn pause(
         &self,
         id: &SandboxId,
         mode: PauseMode,
         healthy: bool,
-    ) -> Result<(Capture, Timings), Failure> {
+    ) -> Result<Paused, Failure> {
         let _change = self.changes.begin(id, "pause").await?;
         let row = self.row(id).await?;
         if row.state == SandboxState::Paused {
@@ -120,19 +116,20 @@ impl Inner {
             if self.row(id).await?.state == SandboxState::Paused {
                 match self.resume_now(caller, id, timeout_s, mode).await {
                     Ok(reply) => return Ok((self.get(id).await?, Some(reply))),
-                    Err(failure) if is(&failure, "sandbox_running") => self.refresh(id).await?,
+                    Err(failure) if failure.error_code == ErrorCode::SandboxRunning => {
+                        self.refresh(id).await?
+                    }
                     Err(failure) => return Err(failure),
                 }
             }
             match self.set_timeout_now(id, timeout_s, false).await {
                 Ok(detail) => return Ok((detail, None)),
-                Err(failure) if is(&failure, "sandbox_paused") => self.refresh(id).await?,
+                Err(failure) if failure.error_code == ErrorCode::SandboxPaused => self.refresh(id).await?,
                 Err(failure) => return Err(failure),
             }
         }
         Err(Failure::new(
-            Kind::Conflict,
-            "sandbox_changing",
+            ErrorCode::SandboxChanging,
             format!("sandbox {id} is paused and resumed by others all the time"),
             "try again",
         ))
@@ -145,13 +142,13 @@ impl Inner {
         id: &SandboxId,
         body: SnapshotSandbox,
         key: Option<String>,
-    ) -> Result<(SnapshotInfo, Capture, Timings), Failure> {
+    ) -> Result<Taken, Failure> {
         let name = match body.name {
             None => None,
             Some(text) => {
                 let name: TemplateName = text.parse().map_err(|error: kelvin_api::id::ParseIdError| {
                     invalid(
-                        "invalid_name",
+                        ErrorCode::InvalidName,
                         error.to_string(),
                         "use 1 to 64 of a-z, 0-9, '.', '_' and '-'; no tags",
                     )
@@ -185,7 +182,7 @@ impl Inner {
             }
         };
         if let Err(error) = self.database.finish_snapshot(snapshot.to_string()).await {
-            let _ = self.node.remove_snapshot(snapshot.as_str(), false).await;
+            let _ = self.node.remove_snapshot(&snapshot, false).await;
             self.forget_snapshot(&snapshot).await;
             return Err(database_failed(error));
         }
@@ -237,7 +234,7 @@ impl Inner {
         let count = body.count.unwrap_or(1);
         if !(1..=MAX_CHILDREN).contains(&count) {
             let text = format!("a fork has 1 to {MAX_CHILDREN} children, not {count}");
-            return Err(invalid("invalid_count", text, "fork again for more"));
+            return Err(invalid(ErrorCode::InvalidCount, text, "fork again for more"));
         }
         let timeout_s = body.timeout.unwrap_or(DEFAULT_TIMEOUT_S);
         let env_vars = body.env_vars.unwrap_or_default();
@@ -351,8 +348,7 @@ impl Inner {
         let row = self.row(id).await?;
         let Some(parent) = row.parent else {
             return Err(Failure::new(
-                Kind::Conflict,
-                "not_forked",
+                ErrorCode::NotForked,
                 format!("sandbox {id} was not forked from another"),
                 "`kelvin sandbox tree` shows which were",
             ));

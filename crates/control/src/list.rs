@@ -4,7 +4,7 @@ use axum::extract::State;
 use axum::response::Response;
 use http::{HeaderValue, Method, StatusCode};
 use kelvin_api::account::Project;
-use kelvin_api::error::Failure;
+use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::sandbox::{Metadata, SandboxDetail, SandboxState};
 use serde::Deserialize;
 
@@ -55,7 +55,7 @@ pub(crate) fn routes() -> Api {
 
 fn not_allowed(field: &str, text: &str, remedy: &str) -> Failure {
     let shown: String = text.chars().take(80).collect();
-    invalid("invalid_query", format!("{field}={shown:?} is not allowed"), remedy)
+    invalid(ErrorCode::InvalidQuery, format!("{field}={shown:?} is not allowed"), remedy)
 }
 
 /// How many rows a page has.
@@ -107,7 +107,7 @@ fn metadata_filter(text: &str) -> Result<Metadata, Failure> {
         .collect();
     if pairs.len() > MAX_PAIRS {
         let text = format!("metadata names {} pairs", pairs.len());
-        return Err(invalid("invalid_query", text, format!("ask for at most {MAX_PAIRS}")));
+        return Err(invalid(ErrorCode::InvalidQuery, text, format!("ask for at most {MAX_PAIRS}")));
     }
     Ok(pairs)
 }

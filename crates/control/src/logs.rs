@@ -2,6 +2,7 @@
 
 use axum::extract::State;
 use http::{Method, StatusCode};
+use kelvin_api::error::ErrorCode;
 use kelvin_api::sandbox::{LogLevel, SandboxLogEntry, SandboxLogs};
 use serde::{Deserialize, Serialize};
 
@@ -86,7 +87,9 @@ async fn log_entries(
         None | Some("forward") => false,
         Some("backward") => true,
         Some(_) => {
-            return Err(invalid("invalid_query", "direction is not allowed", "forward or backward").into());
+            return Err(
+                invalid(ErrorCode::InvalidQuery, "direction is not allowed", "forward or backward").into()
+            );
         }
     };
     let mut entries = control.inner.logs(&id).await?.log_entries;

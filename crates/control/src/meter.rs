@@ -8,7 +8,7 @@ use axum::extract::State;
 use futures::StreamExt;
 use http::{Method, StatusCode};
 use kelvin_api::account::Project;
-use kelvin_api::error::{Failure, Kind, chain};
+use kelvin_api::error::{ErrorCode, Failure, Kind, chain};
 use kelvin_api::id::SandboxId;
 use kelvin_api::sandbox::{GuestMetrics, ProjectMetric, SandboxMetric, SandboxState};
 use serde::{Deserialize, Serialize};
@@ -183,7 +183,7 @@ impl Interval {
         let (start, end) = (self.start.unwrap_or(0), self.end.unwrap_or(i64::MAX));
         if start < 0 || end < start {
             let remedy = "seconds since 1970, start before end";
-            return Err(invalid("invalid_interval", "the interval is none", remedy));
+            return Err(invalid(ErrorCode::InvalidInterval, "the interval is none", remedy));
         }
         Ok((start, end))
     }
@@ -212,7 +212,7 @@ async fn of_many(
         .unwrap_or_default();
     if ids.is_empty() || ids.len() > MAX_IDS {
         let text = format!("sandbox_ids names {} sandboxes", ids.len());
-        return Err(invalid("invalid_query", text, format!("name 1 to {MAX_IDS}")).into());
+        return Err(invalid(ErrorCode::InvalidQuery, text, format!("name 1 to {MAX_IDS}")).into());
     }
     let mut found = BTreeMap::new();
     for id in ids {
@@ -232,7 +232,7 @@ async fn of_many(
 fn project_of(caller: &Account, id: &str) -> Result<Project, Failure> {
     let none = || {
         let shown: String = id.chars().take(80).collect();
-        Failure::new(Kind::NotFound, "team_not_found", format!("no team {shown:?}"), "GET /teams has yours")
+        Failure::new(ErrorCode::TeamNotFound, format!("no team {shown:?}"), "GET /teams has yours")
     };
     let project: Project = id.parse().map_err(|_| none())?;
     if project == caller.project || caller.is_admin { Ok(project) } else { Err(none()) }
@@ -270,7 +270,7 @@ async fn most_of_project(
         Some("sandbox_start_rate") => |metric: &ProjectMetric| metric.sandbox_start_rate,
         _ => {
             let remedy = "concurrent_sandboxes or sandbox_start_rate";
-            return Err(invalid("invalid_query", "metric is not allowed", remedy).into());
+            return Err(invalid(ErrorCode::InvalidQuery, "metric is not allowed", remedy).into());
         }
     };
     let most = found.iter().max_by(|one, other| value(one).total_cmp(&value(other)));

@@ -1,6 +1,6 @@
 //! `network` of a create and of an update: every field honoured or refused by name.
 
-use kelvin_api::error::{Failure, Kind};
+use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::Token;
 use kelvin_api::network::{
     Attachment, NetworkConfig, NetworkUpdate, NewNetwork, Policy, PolicyError, Wanted, Word,
@@ -20,13 +20,12 @@ fn refused(error: &PolicyError) -> Failure {
             "use addresses (1.2.3.4), blocks (1.2.3.0/24) and, in allowOut, domains (example.com, *.example.com)"
         }
     };
-    Failure::new(Kind::Invalid, "invalid_network", error.to_string(), remedy)
+    Failure::new(ErrorCode::InvalidNetwork, error.to_string(), remedy)
 }
 
 fn unsupported(field: &str) -> Failure {
     Failure::new(
-        Kind::Invalid,
-        "unsupported_field",
+        ErrorCode::UnsupportedField,
         format!("network.{field} is not supported by this version"),
         "leave the field out",
     )
@@ -81,8 +80,7 @@ pub fn wanted(network: Option<NewNetwork>, internet: Option<bool>) -> Result<Wan
             || mask.contains(['/', ' ']))
     {
         return Err(Failure::new(
-            Kind::Invalid,
-            "invalid_network",
+            ErrorCode::InvalidNetwork,
             "network.maskRequestHost is no host",
             "use a name with an optional port, for example localhost:${PORT}",
         ));
@@ -123,12 +121,12 @@ mod tests {
         let private = read(r#"{"allowPublicTraffic": false}"#).unwrap();
         assert!(traffic_token(&private).is_some());
         for (json, code) in [
-            (r#"{"egressProxy": {"address": "x:1"}}"#, "unsupported_field"),
-            (r#"{"rules": {"a.com": []}}"#, "unsupported_field"),
-            (r#"{"maskRequestHost": "a b"}"#, "invalid_network"),
-            (r#"{"allowOut": ["a.com"]}"#, "invalid_network"),
-            (r#"{"allowOut": ["169.254.169.254"]}"#, "invalid_network"),
-            (r#"{"maxConnections": 0}"#, "invalid_network"),
+            (r#"{"egressProxy": {"address": "x:1"}}"#, ErrorCode::UnsupportedField),
+            (r#"{"rules": {"a.com": []}}"#, ErrorCode::UnsupportedField),
+            (r#"{"maskRequestHost": "a b"}"#, ErrorCode::InvalidNetwork),
+            (r#"{"allowOut": ["a.com"]}"#, ErrorCode::InvalidNetwork),
+            (r#"{"allowOut": ["169.254.169.254"]}"#, ErrorCode::InvalidNetwork),
+            (r#"{"maxConnections": 0}"#, ErrorCode::InvalidNetwork),
         ] {
             assert_eq!(read(json).unwrap_err().error_code, code, "{json}");
         }

@@ -15,7 +15,7 @@ use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use http_body_util::BodyExt;
-use kelvin_api::error::{Failure, Kind, chain};
+use kelvin_api::error::{ErrorCode, Failure, chain};
 use kelvin_api::sandbox::CAPTURE_HEADER;
 use serde::{Deserialize, Serialize};
 
@@ -56,8 +56,7 @@ pub(crate) fn key_of(headers: &HeaderMap) -> Result<Option<String>, Failure> {
     match value.to_str() {
         Ok(key) if !key.is_empty() && key.len() <= 255 => Ok(Some(key.to_owned())),
         _ => Err(Failure::new(
-            Kind::Invalid,
-            "invalid_idempotency_key",
+            ErrorCode::InvalidIdempotencyKey,
             "the idempotency key is empty, longer than 255 characters or not ASCII",
             "use a random UUID",
         )),
@@ -67,8 +66,7 @@ pub(crate) fn key_of(headers: &HeaderMap) -> Result<Option<String>, Failure> {
 /// That a key was used for another request.
 pub(crate) fn reused() -> Failure {
     Failure::new(
-        Kind::Conflict,
-        "idempotency_key_reused",
+        ErrorCode::IdempotencyKeyReused,
         "the idempotency key was used for another request",
         "use a new key for each request; the same one only to repeat it",
     )
@@ -90,7 +88,7 @@ impl Inner {
         };
         let target =
             format!("{} {}\n", parts.method, parts.uri.path_and_query().map_or("", |path| path.as_str()));
-        let fingerprint = kelvin_store::hash::sha256(&[target.as_bytes(), &bytes].concat());
+        let fingerprint = kelvin_api::digest::sha256(&[target.as_bytes(), &bytes].concat());
         // Each project has its own.
         let key = format!("{}:{key}", caller.project);
         self.alone_with_key(&key, async {
@@ -122,7 +120,7 @@ impl Inner {
     async fn keep(&self, key: String, response: Response) -> Response {
         let (parts, body) = response.into_parts();
         let Ok(body) = body.collect().await else {
-            return reply(&Failure::new(Kind::Internal, "encoding", "the reply was cut", "report this"));
+            return reply(&Failure::new(ErrorCode::Encoding, "the reply was cut", "report this"));
         };
         let body: Bytes = body.to_bytes();
         let text = String::from_utf8(body.to_vec());

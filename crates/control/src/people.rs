@@ -6,7 +6,7 @@ use http::{Method, StatusCode};
 use kelvin_api::account::{
     ApiKeyInfo, AuditEntry, CreatedApiKey, DEFAULT_PROJECT, Limits, NewApiKey, Project, ProjectInfo,
 };
-use kelvin_api::error::{Failure, Kind};
+use kelvin_api::error::{ErrorCode, Failure};
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::shown;
@@ -120,7 +120,7 @@ async fn create_key(State(control): State<Control>, request: Request) -> Outcome
 fn no_key(id: &str) -> Failure {
     let shown: String = id.chars().take(80).collect();
     let remedy = "`kelvin key list` shows which there are";
-    Failure::new(Kind::NotFound, "key_not_found", format!("no API key {shown:?}"), remedy)
+    Failure::new(ErrorCode::KeyNotFound, format!("no API key {shown:?}"), remedy)
 }
 
 #[derive(Debug, Deserialize, schemars::JsonSchema)]
@@ -153,8 +153,9 @@ async fn limit_project(
     Path(name): Path<String>,
     request: Request,
 ) -> Outcome {
-    let project: Project =
-        name.parse().map_err(|error: &str| invalid("invalid_project", error, "for example team-1"))?;
+    let project: Project = name
+        .parse()
+        .map_err(|error: &str| invalid(ErrorCode::InvalidProject, error, "for example team-1"))?;
     let limits: Limits = parse_required(&read(request).await?)?;
     let inner = &control.inner;
     Ok(json(StatusCode::OK, &inner.accounts.limit_project(&project, limits, &inner.database).await?))

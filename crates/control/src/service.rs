@@ -2,17 +2,17 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use http::StatusCode;
 use kelvin_api::ENVD_VERSION;
 use kelvin_api::account::Project;
-use kelvin_api::error::{Failure, Kind, chain};
+use kelvin_api::error::{ErrorCode, Failure, chain};
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::network::{NetworkState, NetworkUpdate};
-use kelvin_api::node::{ConsoleLine, Create, Created, Live, Source};
+
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{
     EnvVars, Lifecycle, LogLevel, MAX_TIMEOUT_S, Metadata, NewSandbox, OnTimeout, PauseMode, Sandbox,
@@ -21,6 +21,7 @@ use kelvin_api::sandbox::{
 use kelvin_api::units::MemoryMib;
 use kelvin_host::clock::Clock;
 use kelvin_host::db;
+use kelvin_node_api::{ConsoleLine, Create, Created, Live, NodeService, Source};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -28,7 +29,8 @@ use crate::accounts::{Account, Accounts};
 use crate::audit::Audit;
 use crate::changes::Changes;
 use crate::database::{Begun, Claim, Database, Exceeded, Filter, Limited, NewKey, Quota, SandboxRow};
-use crate::{ApiKey, Node, network, once};
+use crate::wake::Wakes;
+use crate::{ApiKey, network, once};
 
 /// The time to live of requests that name none, in seconds. Source: E2B's OpenAPI, `NewSandbox.timeout`.
 pub(crate) const DEFAULT_TIMEOUT_S: u64 = 15;
@@ -43,21 +45,10 @@ pub struct Control {
     pub(crate) inner: Arc<Inner>,
 }
 
-/// A control plane for whoever it holds itself: it ends when nobody else has it.
-#[derive(Clone)]
-pub struct WeakControl(Weak<Inner>);
-
-impl WeakControl {
-    /// The control plane, while there is one.
-    pub fn upgrade(&self) -> Option<Control> {
-        Some(Control { inner: self.0.upgrade()? })
-    }
-}
-
 pub(crate) struct Inner {
     pub(crate) clock: Clock,
     pub(crate) database: Database,
-    pub(crate) node: Arc<dyn Node>,
+    pub(crate) node: Arc<dyn NodeService>,
     pub(crate) accounts: Accounts,
     /// Sandboxes that were started since the last measurement, by project.
     pub(crate) started: Mutex<HashMap<Project, u32>>,
@@ -66,6 +57,7 @@ pub(crate) struct Inner {
     keys: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// Changes of sandboxes that are under way.
     pub(crate) changes: Arc<Changes>,
+    pub(crate) wakes: Wakes,
     pub(crate) tasks: TaskTracker,
     pub(crate) stop: CancellationToken,
 }
@@ -75,27 +67,27 @@ pub(crate) fn exceeded(Exceeded { what, of_project, limit, used }: Exceeded) -> 
     let whose = if of_project { "this project" } else { "this API key" };
     let (code, text, remedy) = match what {
         Limited::Sandboxes => (
-            "too_many_sandboxes",
+            ErrorCode::TooManySandboxes,
             format!("{used} of the {limit} sandboxes that {whose} may have run already"),
             "end or pause one",
         ),
         Limited::Creating => (
-            "too_many_creates",
+            ErrorCode::TooManyCreates,
             format!("{used} of the {limit} sandboxes that {whose} may make at one time are being made"),
             "wait until one is there",
         ),
         Limited::Paused => (
-            "too_many_paused",
+            ErrorCode::TooManyPaused,
             format!("{used} of the {limit} sandboxes that {whose} may pause are paused"),
             "end or resume one",
         ),
         Limited::Snapshots => (
-            "too_many_snapshots",
+            ErrorCode::TooManySnapshots,
             format!("{used} of the {limit} snapshots that {whose} may keep are kept"),
             "delete one",
         ),
         Limited::Disk => (
-            "too_much_disk",
+            ErrorCode::TooMuchDisk,
             format!("{used} MiB of the {limit} MiB of disk that {whose} may take are in use"),
             "delete snapshots, or end sandboxes",
         ),
@@ -103,11 +95,11 @@ pub(crate) fn exceeded(Exceeded { what, of_project, limit, used }: Exceeded) -> 
     let remedy = format!(
         "{remedy}, or ask the operator for another limit (`kelvin key create`, `kelvin project limit`)"
     );
-    Failure::new(Kind::Busy, code, text, remedy)
+    Failure::new(code, text, remedy)
 }
 
 /// A paused sandbox that counts as one that runs while it is being resumed; it is given back when this is dropped.
-pub struct Permit {
+pub(crate) struct Permit {
     inner: Arc<Inner>,
     id: SandboxId,
 }
@@ -142,34 +134,27 @@ pub(crate) struct Page {
 pub(crate) fn database_failed(error: db::Error) -> Failure {
     if error.is_full() {
         return Failure::new(
-            Kind::Exhausted,
-            "disk_full",
+            ErrorCode::DiskFull,
             "the database cannot be written: the disk is full",
             "free space on the data directory's file system, `kelvin gc` removes what nothing needs",
         );
     }
-    Failure::new(
-        Kind::Internal,
-        "database",
-        "the database cannot be used",
-        "check the disk of the data directory",
-    )
-    .with_cause(&error)
+    Failure::new(ErrorCode::Database, "the database cannot be used", "check the disk of the data directory")
+        .with_cause(&error)
 }
 
 pub(crate) fn invalid(
-    code: &'static str,
+    code: ErrorCode,
     message: impl Into<String>,
     remediation: impl Into<String>,
 ) -> Failure {
-    Failure::new(Kind::Invalid, code, message, remediation)
+    Failure::new(code, message, remediation)
 }
 
 fn not_found(id: &str) -> Failure {
     // The same words whether it never existed, has ended, or is no id at all.
     Failure::new(
-        Kind::NotFound,
-        "sandbox_not_found",
+        ErrorCode::SandboxNotFound,
         format!("sandbox {} was not found", id.chars().take(80).collect::<String>()),
         "`kelvin sandbox list` shows what runs",
     )
@@ -189,7 +174,7 @@ impl Control {
     /// `domain` is told to clients, which reach ports as its hosts. `clock` is the node's.
     pub async fn open(
         data_dir: &Path,
-        node: Arc<dyn Node>,
+        node: Arc<dyn NodeService>,
         key: ApiKey,
         domain: Option<String>,
         clock: Clock,
@@ -207,6 +192,7 @@ impl Control {
             domain,
             keys: Mutex::default(),
             changes: Arc::default(),
+            wakes: Wakes::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
@@ -224,26 +210,11 @@ impl Control {
         Ok(Self { inner })
     }
 
-    /// The same for the node that it holds.
-    pub fn downgrade(&self) -> WeakControl {
-        WeakControl(Arc::downgrade(&self.inner))
-    }
-
     /// Ends what runs in the background; creates that are under way end first.
     pub async fn stop(&self) {
         self.inner.stop.cancel();
         self.inner.tasks.close();
         self.inner.tasks.wait().await;
-    }
-
-    /// Whether the owner of a paused sandbox has room for it to run: its traffic wants it. It counts as one that runs for
-    /// as long as the permit lives. None for one that is not paused any more.
-    ///
-    /// # Errors
-    /// `NotFound`; `Busy` when its API key or its project has as much as it may have.
-    pub async fn may_wake(&self, id: &SandboxId) -> Result<Option<Permit>, Failure> {
-        let row = self.inner.row(id).await?;
-        self.inner.claim(id, self.inner.accounts.quota_of(&row.key, &row.project)).await
     }
 }
 
@@ -363,8 +334,7 @@ impl Inner {
         match reply {
             Some(sandbox) => Ok(Reply { sandbox, timings: Timings::default() }),
             None => Err(Failure::new(
-                Kind::Conflict,
-                "idempotency_key_in_use",
+                ErrorCode::IdempotencyKeyInUse,
                 "a request with this idempotency key is under way",
                 "try again",
             )),
@@ -537,7 +507,7 @@ impl Inner {
         self.row(id).await?;
         let console = match self.node.console(id).await {
             // It has said nothing since it was paused.
-            Err(failure) if failure.error_code == "sandbox_paused" => Vec::new(),
+            Err(failure) if failure.error_code == ErrorCode::SandboxPaused => Vec::new(),
             other => other?,
         };
         let mut found = SandboxLogs::default();
@@ -604,7 +574,7 @@ pub(crate) fn parse_page_token(token: &str) -> Result<(i64, String), Failure> {
         .and_then(|(ms, id)| Some((ms.parse().ok()?, id)))
         .ok_or_else(|| {
             invalid(
-                "invalid_token",
+                ErrorCode::InvalidToken,
                 "nextToken is not one of ours",
                 "use the value of X-Next-Token as it came",
             )
@@ -615,7 +585,7 @@ pub(crate) fn parse_page_token(token: &str) -> Result<(i64, String), Failure> {
 pub(crate) fn deadline(clock: &Clock, seconds: u64) -> Result<jiff::Timestamp, Failure> {
     if seconds > MAX_TIMEOUT_S {
         return Err(invalid(
-            "invalid_timeout",
+            ErrorCode::InvalidTimeout,
             format!("a timeout of {seconds} s is longer than {MAX_TIMEOUT_S} s"),
             "ask for at most 24 hours and extend it later",
         ));
@@ -624,7 +594,14 @@ pub(crate) fn deadline(clock: &Clock, seconds: u64) -> Result<jiff::Timestamp, F
     clock
         .wall()
         .checked_add(jiff::SignedDuration::from_secs(seconds))
-        .map_err(|error| invalid("invalid_timeout", error.to_string(), "ask for at most 24 hours"))
+        .map_err(|error| invalid(ErrorCode::InvalidTimeout, error.to_string(), "ask for at most 24 hours"))
+}
+
+/// What a request says of memory, in MiB.
+pub(crate) fn memory_of(wanted: Option<u64>) -> Result<Option<MemoryMib>, Failure> {
+    let outside =
+        |_| invalid(ErrorCode::InvalidShape, "memoryMB is outside every range", "ask for less memory");
+    wanted.map(|memory| u32::try_from(memory).map(MemoryMib)).transpose().map_err(outside)
 }
 
 /// Checks a request and makes its row and what the node is asked. Every field is honoured or refused.
@@ -641,7 +618,7 @@ fn prepare(
     ];
     if let Some((field, _)) = unsupported.iter().find(|(_, used)| *used) {
         return Err(invalid(
-            "unsupported_field",
+            ErrorCode::UnsupportedField,
             format!("{field} is not supported by this version"),
             "leave the field out",
         ));
@@ -651,13 +628,7 @@ fn prepare(
     let env_vars = body.env_vars.unwrap_or_default();
     check_map("envVars", &env_vars, ENV_BYTES)?;
     check_env(&env_vars)?;
-    let memory_mib = match body.memory_mb.map(u32::try_from) {
-        None => None,
-        Some(Ok(memory)) => Some(MemoryMib(memory)),
-        Some(Err(_)) => {
-            return Err(invalid("invalid_shape", "memoryMB is outside every range", "ask for less memory"));
-        }
-    };
+    let memory_mib = memory_of(body.memory_mb)?;
     let network = network::wanted(body.network, body.allow_internet_access)?;
     let timeout = body.timeout.unwrap_or(DEFAULT_TIMEOUT_S);
     let ends_at = deadline(clock, timeout)?;
@@ -668,7 +639,7 @@ fn prepare(
     };
     if lifecycle.auto_resume && !lifecycle.pause_mode.is_full() {
         return Err(invalid(
-            "invalid_lifecycle",
+            ErrorCode::InvalidLifecycle,
             "autoResume cannot be combined with autoPauseMemory: false",
             "a sandbox without memory boots again: resume it with an explicit request",
         ));
@@ -714,11 +685,10 @@ fn prepare(
 }
 
 /// What is said of a `templateID` that names nothing.
-pub fn unknown_template(name: &str) -> Failure {
+pub(crate) fn unknown_template(name: &str) -> Failure {
     let shown: String = name.chars().take(80).collect();
     Failure::new(
-        Kind::NotFound,
-        "template_not_found",
+        ErrorCode::TemplateNotFound,
         format!("no template {shown:?}"),
         "`kelvin template list` and `kelvin snapshot list` show what there is",
     )
@@ -734,7 +704,7 @@ pub(crate) fn check_map(field: &'static str, map: &Metadata, limit: usize) -> Re
         return Ok(());
     }
     Err(invalid(
-        "too_large",
+        ErrorCode::TooLarge,
         format!("{field} has {bytes} bytes, {limit} are allowed"),
         "keep large values in a file inside the sandbox",
     ))
@@ -747,7 +717,7 @@ pub(crate) fn check_env(env_vars: &EnvVars) -> Result<(), Failure> {
     match env_vars.iter().find(|(key, value)| bad(key, value)) {
         None => Ok(()),
         Some((key, _)) => Err(invalid(
-            "invalid_env_var",
+            ErrorCode::InvalidEnvVar,
             format!("{:?} cannot be an environment variable", key.chars().take(80).collect::<String>()),
             "names are not empty and have no '='; neither names nor values have a NUL byte",
         )),

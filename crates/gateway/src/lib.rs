@@ -7,93 +7,46 @@
 //! ```
 //!
 //! Streams both ways without buffering: a body is forwarded frame by frame under flow control, and a
-//! connection that breaks on one side is broken on the other, never ended cleanly. Idle connections are kept
+//! connection that breaks on one side is broken on the other, never ended cleanly. What comes to a sandbox that sleeps waits
+//! until it was woken up (`hold`). Idle connections are kept
 //! for the next request to the same port of the same sandbox; the node cuts them all when the sandbox ends.
 //! The agent checks the access token; private ports are checked here; what belongs to the platform alone is
 //! refused here. Writes nothing; a crash cuts streams, processes go on.
 
+mod hold;
 pub mod listen;
 mod page;
+mod reach;
 mod target;
 pub mod tls;
 
 use std::future::Future;
 use std::io;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use async_trait::async_trait;
 use axum::body::Body;
 use axum::response::Response;
-use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri, Version, header};
 use http_body_util::BodyExt;
-use http_body_util::combinators::UnsyncBoxBody;
 use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::{Connected, Connection};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use kelvin_api::error::{Failure, Kind, chain};
+use kelvin_api::error::{ErrorCode, Failure, Kind, chain};
 use kelvin_api::id::{SandboxId, Token};
-use kelvin_api::node::{Cut, Route};
 use kelvin_api::signature::Signature;
 use kelvin_api::{AGENT_PORT, PORT_HEADER, SANDBOX_HEADER};
-use tokio::io::{AsyncRead, AsyncWrite};
+use kelvin_node_api::{Cut, Route, SandboxTraffic, Wake};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use hold::Hold;
 use page::Problem;
+use reach::{Awake, Dialer};
 use target::{Target, Way};
-
-/// A request's body on its way in.
-pub type Inbound = UnsyncBoxBody<Bytes, io::Error>;
-/// A reply's body on its way out.
-pub type Outbound = UnsyncBoxBody<Bytes, io::Error>;
 
 /// Marks, as an extension, a request that came over TLS.
 #[derive(Debug, Clone, Copy)]
 pub struct Secure;
-
-/// A stream of bytes.
-pub trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
-
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
-
-/// Who can reach sandboxes.
-#[async_trait]
-pub trait Sandboxes: Send + Sync + 'static {
-    /// Sends `request` to the agent of `sandbox` and returns when its headers are back.
-    ///
-    /// # Errors
-    /// Of kind `NotFound` when it does not run, `Unavailable` when its agent does not answer.
-    async fn send(
-        &self,
-        sandbox: &SandboxId,
-        request: Request<Inbound>,
-    ) -> Result<Response<Outbound>, Failure>;
-
-    /// What to check and to rewrite.
-    ///
-    /// # Errors
-    /// Of kind `NotFound` when it does not run.
-    async fn route(&self, sandbox: &SandboxId) -> Result<Route, Failure>;
-
-    /// Connects to a port. The connection breaks when the sandbox ends.
-    ///
-    /// # Errors
-    /// `NotFound`, `Unavailable` when nobody listens, `Timeout`, `Busy`, `Conflict` without a network.
-    async fn dial(&self, sandbox: &SandboxId, port: u16) -> Result<Box<dyn Io>, Failure>;
-
-    /// Whose token signed a URL that names no sandbox.
-    async fn signer(&self, signature: &Signature) -> Option<SandboxId>;
-
-    /// Whose access token this is.
-    async fn holder(&self, token: &str) -> Option<SandboxId>;
-
-    /// Why a sandbox ended, when that is known.
-    async fn ended(&self, sandbox: &SandboxId) -> Option<String>;
-}
 
 /// Paths of the agent that only the platform may call. Source: `x-internal` in envd's OpenAPI.
 const INTERNAL: [&str; 6] = ["/init", "/freeze", "/unfreeze", "/collapse", "/fsfreeze", "/fsthaw"];
@@ -126,78 +79,35 @@ const IDLE_CONNECTIONS: usize = 16;
 /// A cheap handle.
 #[derive(Clone)]
 pub struct Gateway {
-    sandboxes: Arc<dyn Sandboxes>,
+    way: Awake,
     client: Client<Dialer, Body>,
     domain: Arc<str>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
 
-/// Connects to `http://<sandbox>:<port>`: the pool of connections is by both, so none is ever used for another
-/// sandbox.
-#[derive(Clone)]
-struct Dialer(Arc<dyn Sandboxes>);
-
-struct Dialled(TokioIo<Box<dyn Io>>);
-
-impl Connection for Dialled {
-    fn connected(&self) -> Connected {
-        Connected::new()
-    }
+/// What a request shows that may say whom it is for when nothing else does.
+struct Secrets {
+    path: String,
+    /// Clients that have looked a sandbox up send no more. Source: E2B's Python SDK 2.20, `Sandbox.connect`.
+    token: Option<Token>,
+    /// With one address for everybody, nothing else in a signed URL says so.
+    signature: Option<Signature>,
 }
 
-impl hyper::rt::Read for Dialled {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: hyper::rt::ReadBufCursor<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(context, buffer)
-    }
-}
-
-impl hyper::rt::Write for Dialled {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(context)
-    }
-}
-
-impl tower::Service<Uri> for Dialer {
-    type Response = Dialled;
-    type Error = Failure;
-    type Future = Pin<Box<dyn Future<Output = Result<Dialled, Failure>> + Send>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Failure>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, uri: Uri) -> Self::Future {
-        let sandboxes = Arc::clone(&self.0);
-        Box::pin(async move {
-            let wrong =
-                || Failure::new(Kind::Internal, "no_target", "the request has no target", "report this");
-            let sandbox: SandboxId = uri.host().and_then(|host| host.parse().ok()).ok_or_else(wrong)?;
-            let port = uri.port_u16().ok_or_else(wrong)?;
-            Ok(Dialled(TokioIo::new(sandboxes.dial(&sandbox, port).await?)))
-        })
+impl Secrets {
+    fn of(request: &Request<Body>) -> Self {
+        let path = request.uri().path_and_query().map_or("/", |path| path.as_str()).to_owned();
+        let signature = Signature::of(request.method(), request.uri());
+        Self { token: token_alone(request, &path), signature, path }
     }
 }
 
 impl Gateway {
-    /// A gateway to `sandboxes`, whose ports are also hosts of `domain` (which may have a port).
-    pub fn new(sandboxes: Arc<dyn Sandboxes>, domain: &str) -> Self {
+    /// A gateway to `sandboxes`, whose ports are also hosts of `domain` (which may have a port); those that sleep it has
+    /// woken up by `waker`.
+    pub fn new(sandboxes: Arc<dyn SandboxTraffic>, waker: Arc<dyn Wake>, domain: &str) -> Self {
+        let way = Awake { sandboxes, hold: Hold::new(waker) };
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
@@ -205,9 +115,9 @@ impl Gateway {
             .set_host(false)
             // As the proxies of others write them: servers by hand look for `Host:`, and HTTP/2 has no capitals.
             .http1_title_case_headers(true)
-            .build(Dialer(Arc::clone(&sandboxes)));
+            .build(Dialer(way.clone()));
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-        Self { sandboxes, client, domain: domain.into(), tasks, stop }
+        Self { way, client, domain: domain.into(), tasks, stop }
     }
 
     /// Ends upgraded connections; the listener ends all others.
@@ -222,22 +132,17 @@ impl Gateway {
     /// # Errors
     /// The request, when it is not for a sandbox.
     pub async fn forward(&self, request: Request<Body>) -> Result<Response, Request<Body>> {
-        let target = match target::target(&request, &self.domain) {
-            Some(target) => target,
-            None => {
-                let path = request.uri().path_and_query().map_or("/", |path| path.as_str()).to_owned();
-                let by_token = match token_alone(&request, &path) {
-                    Some(token) => self.held(&token, path.clone()).await,
-                    None => None,
-                };
-                let found = match by_token {
-                    Some(target) => Some(target),
-                    None => self.signed(Signature::of(request.method(), request.uri()), path).await,
-                };
-                match found {
-                    Some(target) => target,
-                    None => return Err(request),
-                }
+        let found = match target::target(&request, &self.domain) {
+            Some(target) => Ok(Some(target)),
+            None => self.by_secret(Secrets::of(&request)).await,
+        };
+        let target = match found {
+            Ok(Some(target)) => target,
+            Ok(None) => return Err(request),
+            Err(failure) => {
+                let nobody =
+                    Target { shown: String::new(), port: None, way: Way::Header, path: String::new() };
+                return Ok(self.explain(&nobody, &failure).await.reply(&HeaderMap::new()));
             }
         };
         // What a page needs to know is kept: the request goes away.
@@ -253,17 +158,24 @@ impl Gateway {
         })
     }
 
-    /// The agent that a signed URL is for: with one address for everybody, nothing else in it says so.
-    async fn signed(&self, signature: Option<Signature>, path: String) -> Option<Target> {
-        let sandbox = self.sandboxes.signer(&signature?).await?;
-        Some(Target { shown: sandbox.to_string(), port: Some(AGENT_PORT), way: Way::Header, path })
-    }
-
-    /// The agent that a request with nothing but its token is for: clients that have looked a sandbox up send no more.
-    /// Source: E2B's Python SDK 2.20, `Sandbox.connect`.
-    async fn held(&self, token: &str, path: String) -> Option<Target> {
-        let sandbox = self.sandboxes.holder(token).await?;
-        Some(Target { shown: sandbox.to_string(), port: Some(AGENT_PORT), way: Way::Header, path })
+    /// The agent that a request is for which names no sandbox; none for the control API.
+    async fn by_secret(&self, shown: Secrets) -> Result<Option<Target>, Failure> {
+        let sandboxes = &self.way.sandboxes;
+        let mut found = match &shown.token {
+            Some(token) => sandboxes.holder(token).await?,
+            None => None,
+        };
+        if found.is_none()
+            && let Some(signature) = &shown.signature
+        {
+            found = sandboxes.signer(signature).await?;
+        }
+        Ok(found.map(|sandbox| Target {
+            shown: sandbox.to_string(),
+            port: Some(AGENT_PORT),
+            way: Way::Header,
+            path: shown.path,
+        }))
     }
 
     async fn to(&self, target: &Target, request: Request<Body>) -> Result<Response, Refusal> {
@@ -299,7 +211,7 @@ impl Gateway {
             }
             return self.to_agent(&sandbox, target, request).await;
         }
-        let route = self.sandboxes.route(&sandbox).await?;
+        let route = self.way.sandboxes.route(&sandbox).await?;
         if !shows(request.headers(), TRAFFIC_TOKEN, route.traffic_token.as_ref()) {
             return Err(problem(
                 StatusCode::FORBIDDEN,
@@ -337,12 +249,12 @@ impl Gateway {
         parts.extensions.clear();
         let again = is_repeatable(&parts, &body).then(|| parts.clone());
         let request = Request::from_parts(parts, body.map_err(io::Error::other).boxed_unsync());
-        let mut answer = self.sandboxes.send(sandbox, request).await;
-        let broke = answer.as_ref().is_err_and(|failure| failure.error_code == "agent_unreachable");
+        let mut answer = self.way.send(sandbox, request).await;
+        let broke = answer.as_ref().is_err_and(|failure| failure.error_code == ErrorCode::AgentUnreachable);
         if broke && let Some(parts) = again {
             // Paused under the request, or its agent has just been started again.
             let nothing = Body::empty().map_err(io::Error::other).boxed_unsync();
-            answer = self.sandboxes.send(sandbox, Request::from_parts(parts, nothing)).await;
+            answer = self.way.send(sandbox, Request::from_parts(parts, nothing)).await;
         }
         let (mut parts, body) = answer?.into_parts();
         parts.version = Version::HTTP_11;
@@ -417,13 +329,7 @@ impl Gateway {
         let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         if switched && client_upgrade.is_none() {
             let text = format!("port {port} of sandbox {sandbox} switched protocols unasked");
-            return Err(Failure::new(
-                Kind::Unavailable,
-                "port_broken",
-                text,
-                "look at the server in the sandbox",
-            )
-            .into());
+            return Err(Failure::new(ErrorCode::PortBroken, text, "look at the server in the sandbox").into());
         }
         let server_upgrade = switched.then(|| hyper::upgrade::on(&mut response));
         let (mut parts, body) = response.into_parts();
@@ -463,13 +369,12 @@ impl Gateway {
             {
                 let text = format!("port {port} of sandbox {sandbox} fell silent");
                 let remedy = "the sandbox may be busy: look at its processes, try again";
-                return Failure::new(Kind::Timeout, "port_silent", text, remedy);
+                return Failure::new(ErrorCode::PortSilent, text, remedy);
             }
             source = error.source();
         }
         let text = format!("port {port} of sandbox {sandbox} closed the connection without an answer");
-        Failure::new(Kind::Unavailable, "port_broken", text, "look at the server in the sandbox")
-            .with_cause(error)
+        Failure::new(ErrorCode::PortBroken, text, "look at the server in the sandbox").with_cause(error)
     }
 
     async fn raw(
@@ -478,7 +383,7 @@ impl Gateway {
         port: u16,
         mut request: Request<Body>,
     ) -> Result<Response, Refusal> {
-        let mut stream = self.sandboxes.dial(sandbox, port).await?;
+        let mut stream = self.way.dial(sandbox, port).await?;
         let client = hyper::upgrade::on(&mut request);
         self.splice(async move {
             let mut client = TokioIo::new(client.await.map_err(io::Error::other)?);
@@ -502,12 +407,15 @@ impl Gateway {
 
     async fn explain(&self, target: &Target, failure: &Failure) -> Problem {
         let ended = match target.sandbox() {
-            Some(sandbox) if failure.kind == Kind::NotFound => self.sandboxes.ended(&sandbox).await,
+            Some(sandbox) if failure.kind == Kind::NotFound => {
+                // What cannot be asked is not known: the page says less.
+                self.way.sandboxes.ended(&sandbox).await.ok().flatten()
+            }
             _ => None,
         };
         let bad = StatusCode::BAD_GATEWAY;
         let (status, page_status, message, advice) = match (failure.kind, failure.error_code) {
-            (_, "sandbox_paused") => (
+            (_, ErrorCode::SandboxPaused | ErrorCode::SandboxAsleep) => (
                 bad,
                 StatusCode::SERVICE_UNAVAILABLE,
                 "The sandbox was not found".to_owned(),
@@ -530,7 +438,7 @@ impl Gateway {
                     "Check its id: `kelvin sandbox list` shows what runs.".to_owned(),
                 ),
             },
-            (_, "port_closed") => (
+            (_, ErrorCode::PortClosed) => (
                 bad,
                 bad,
                 "The sandbox is running but port is not open".to_owned(),
@@ -551,7 +459,7 @@ impl Gateway {
                 failure.message.clone(),
                 failure.remediation.clone(),
             ),
-            (_, "agent_unreachable") => (
+            (_, ErrorCode::AgentUnreachable) => (
                 bad,
                 bad,
                 "The sandbox is running but its agent does not answer".to_owned(),
@@ -574,7 +482,8 @@ impl Gateway {
 
 /// Whether there is no machine to reach.
 fn is_gone(failure: &Failure) -> bool {
-    failure.kind == Kind::NotFound || failure.error_code == "sandbox_paused"
+    failure.kind == Kind::NotFound
+        || matches!(failure.error_code, ErrorCode::SandboxPaused | ErrorCode::SandboxAsleep)
 }
 
 /// Why a request was not forwarded.
@@ -592,12 +501,12 @@ impl From<Failure> for Refusal {
 }
 
 fn not_found(text: &str) -> Failure {
-    Failure::new(Kind::NotFound, "sandbox_not_found", text, "`kelvin sandbox list` shows what runs")
+    Failure::new(ErrorCode::SandboxNotFound, text, "`kelvin sandbox list` shows what runs")
 }
 
 fn uri(authority: &str, path: &str) -> Result<Uri, Failure> {
     Uri::builder().scheme("http").authority(authority).path_and_query(path).build().map_err(|error| {
-        Failure::new(Kind::Invalid, "invalid_path", "the path is not one", "check the URL").with_cause(&error)
+        Failure::new(ErrorCode::InvalidPath, "the path is not one", "check the URL").with_cause(&error)
     })
 }
 
@@ -636,10 +545,11 @@ fn upgrade_of(request: &Request<Body>) -> Option<HeaderValue> {
 }
 
 /// The access token of a request for an agent that names no sandbox.
-fn token_alone(request: &Request<Body>, path: &str) -> Option<String> {
+fn token_alone(request: &Request<Body>, path: &str) -> Option<Token> {
     let headers = request.headers();
     let is_it = target::is_agents(path) && !headers.contains_key("x-api-key");
-    headers.get(ACCESS_TOKEN).filter(|_| is_it)?.to_str().ok().map(str::to_owned)
+    let shown = headers.get(ACCESS_TOKEN).filter(|_| is_it)?.to_str().ok()?;
+    Some(Token::from_secret(shown.to_owned()))
 }
 
 /// Whether a request may be sent twice: it changes nothing, and all of it is at hand. Source: RFC 9110, 9.2.

@@ -31,7 +31,7 @@ use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
-use kelvin_api::error::{ApiError, Failure, Kind};
+use kelvin_api::error::{ErrorCode, Failure, Kind};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
@@ -184,18 +184,17 @@ impl Door {
             let mut open = self.open();
             if open.all >= most {
                 return Err(Failure::new(
-                    Kind::Exhausted,
-                    "too_many_connections",
+                    ErrorCode::TooManyConnections,
                     format!("the server has {most} connections, as many as it may have"),
                     "close connections that are not used, or try again later; --max-connections sets the limit",
-                ));
+                )
+                .of_kind(Kind::Exhausted));
             }
             if let Some(address) = address {
                 let count = open.by_address.entry(address).or_default();
                 if *count >= most_each {
                     return Err(Failure::new(
-                        Kind::Busy,
-                        "too_many_connections_of_address",
+                        ErrorCode::TooManyConnectionsOfAddress,
                         format!("{peer} has {most_each} connections, as many as one address may have"),
                         "use connections again; --max-connections-per-address sets the limit, for proxies too",
                     ));
@@ -216,7 +215,7 @@ impl Door {
         if open.logged.is_none_or(|logged| logged.elapsed() >= LOG_EVERY) {
             open.logged = Some(Instant::now());
             let count = std::mem::take(&mut open.refused);
-            tracing::warn!(%peer, count, code = failure.error_code, "a connection was refused: {failure}");
+            tracing::warn!(%peer, count, code = %failure.error_code, "a connection was refused: {failure}");
         }
     }
 
@@ -346,18 +345,8 @@ impl Door {
 /// `failure` as the last reply of a connection of `version`; with another status than its kind's where HTTP has a better
 /// one.
 fn reply(failure: &Failure, status: Option<StatusCode>, version: Version) -> Response {
-    let status = status.unwrap_or(match failure.kind {
-        Kind::Busy => StatusCode::TOO_MANY_REQUESTS,
-        _ => StatusCode::SERVICE_UNAVAILABLE,
-    });
-    let body = ApiError {
-        code: status.as_u16(),
-        message: failure.message.clone(),
-        error_code: Some(failure.error_code.to_owned()),
-        cause: failure.cause.clone(),
-        remediation: Some(failure.remediation.clone()),
-    };
-    let mut reply = Response::new(Body::from(serde_json::to_vec(&body).unwrap_or_default()));
+    let status = status.unwrap_or_else(|| failure.kind.status());
+    let mut reply = Response::new(Body::from(serde_json::to_vec(&failure.body(status)).unwrap_or_default()));
     *reply.status_mut() = status;
     let headers = reply.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -389,7 +378,7 @@ where
         () = exchange.timing.stalled.notified() => {
             let limit = exchange.activity.limits.body.as_secs_f32();
             let text = format!("the body stopped, or came too slowly: nothing for {limit} s, or under {BODY_RATE} bytes a second");
-            let failure = Failure::new(Kind::Timeout, "request_timeout", text, "send it again; --body-timeout sets the limit");
+            let failure = Failure::new(ErrorCode::RequestTimeout, text, "send it again; --body-timeout sets the limit");
             reply(&failure, Some(StatusCode::REQUEST_TIMEOUT), version)
         }
     };

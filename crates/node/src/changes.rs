@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kelvin_api::id::SandboxId;
-use kelvin_api::node::{Changes, Live};
+use kelvin_node_api::{Changes, Live};
 use tokio::sync::Notify;
 
 /// Entries that are kept; who is further behind compares with what lives.

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use kelvin_api::node::ConsoleLine;
+use kelvin_node_api::ConsoleLine;
 
 /// Lines that are kept, bytes of all of them, and bytes of one: a guest may print without an end of line.
 const LINES: usize = 2000;

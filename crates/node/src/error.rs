@@ -1,6 +1,6 @@
 //! Why the node could not do something.
 
-use kelvin_api::error::{Failure, Kind};
+use kelvin_api::error::{ErrorCode, Failure};
 
 /// An error of the node.
 #[derive(Debug, thiserror::Error)]
@@ -47,9 +47,6 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
-    /// Whoever is asked before says no.
-    #[error("{0}")]
-    Refused(Failure),
     /// The server has started anew, and the sandbox's VMM does not answer it yet.
     #[error("sandbox {0} is being adopted: its VMM does not answer yet")]
     BeingAdopted(String),
@@ -59,6 +56,9 @@ pub enum Error {
     /// The sandbox is paused.
     #[error("sandbox {0} is paused")]
     Paused(String),
+    /// The sandbox is paused, and resumes for who comes.
+    #[error("sandbox {0} is paused, and resumes by traffic")]
+    Asleep(String),
     /// The guest's agent did not flush and freeze its file system.
     #[error("the agent of sandbox {0} does not answer, and a healthy guest was asked for")]
     Unhealthy(String),
@@ -186,8 +186,7 @@ pub enum Error {
 /// The refusal of whatever would need descriptors that are not there.
 pub fn no_descriptors(exhausted: &kelvin_host::descriptors::Exhausted) -> Failure {
     Failure::new(
-        Kind::Exhausted,
-        "descriptors_exhausted",
+        ErrorCode::DescriptorsExhausted,
         exhausted.to_string(),
         "try again later; the operator raises the limit of the server (LimitNOFILE= of its unit, or ulimit -Hn)",
     )
@@ -202,101 +201,82 @@ impl From<kelvin_host::descriptors::Exhausted> for Error {
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let text = error.to_string();
-        let with = |kind, code, remediation: &str| {
-            Self::new(kind, code, text.clone(), remediation).with_sources(&error)
-        };
+        let with = |code, remediation: &str| Self::new(code, text.clone(), remediation).with_sources(&error);
         match error {
-            Error::Refused(failure) => failure,
-            Error::Shape { .. } => with(Kind::Invalid, "invalid_shape", "ask for a value inside the range"),
+            Error::Shape { .. } => with(ErrorCode::InvalidShape, "ask for a value inside the range"),
             Error::Exhausted { .. } => with(
-                Kind::Exhausted,
-                "capacity_exhausted",
+                ErrorCode::CapacityExhausted,
                 "kill sandboxes that are not needed, ask for less, or try again later",
             ),
             Error::Descriptors(ref exhausted) => no_descriptors(exhausted),
-            Error::Exists(_) => with(Kind::Conflict, "sandbox_exists", "use another id"),
-            Error::Changing(_) => with(Kind::Conflict, "sandbox_changing", "try again"),
-            Error::Unknown(_) => {
-                with(Kind::NotFound, "sandbox_not_found", "`kelvin sandbox list` shows what runs")
+            Error::Exists(_) => with(ErrorCode::SandboxExists, "use another id"),
+            Error::Changing(_) => with(ErrorCode::SandboxChanging, "try again"),
+            Error::Unknown(_) => with(ErrorCode::SandboxNotFound, "`kelvin sandbox list` shows what runs"),
+            Error::Asleep(_) => {
+                with(ErrorCode::SandboxAsleep, "resume it first: `kelvin sandbox resume`, or connect to it")
             }
-            Error::Paused(_) => with(
-                Kind::Conflict,
-                "sandbox_paused",
-                "resume it first: `kelvin sandbox resume`, or connect to it",
-            ),
+            Error::Paused(_) => {
+                with(ErrorCode::SandboxPaused, "resume it first: `kelvin sandbox resume`, or connect to it")
+            }
             Error::Unreadable(_) => with(
-                Kind::Conflict,
-                "record_unreadable",
+                ErrorCode::RecordUnreadable,
                 "kill it, or start the release that wrote it; `kelvin node` says why it cannot be read",
             ),
             Error::BeingAdopted(_) => with(
-                Kind::Conflict,
-                "sandbox_being_adopted",
+                ErrorCode::SandboxBeingAdopted,
                 "try again; a sandbox whose VMM never answers can be killed",
             ),
             Error::Unhealthy(_) => {
-                with(Kind::Conflict, "guest_unhealthy", "leave out requireHealthyGuest to pause it as it is")
+                with(ErrorCode::GuestUnhealthy, "leave out requireHealthyGuest to pause it as it is")
             }
-            Error::Running(_) => with(Kind::Conflict, "sandbox_running", "pause it first"),
+            Error::Running(_) => with(ErrorCode::SandboxRunning, "pause it first"),
             Error::Incompatible { .. } => with(
-                Kind::Conflict,
-                "snapshot_incompatible",
+                ErrorCode::SnapshotIncompatible,
                 "restore it where VMM, host and guest are those it was taken on",
             ),
-            Error::Fixed { .. } => with(Kind::Invalid, "snapshot_fixed", "leave the field out"),
-            Error::Rule { .. } => with(Kind::Invalid, "invalid_pool", "max 0 turns warm machines off"),
-            Error::NameTaken(_) => with(Kind::Conflict, "name_taken", "choose another name"),
+            Error::Fixed { .. } => with(ErrorCode::SnapshotFixed, "leave the field out"),
+            Error::Rule { .. } => with(ErrorCode::InvalidPool, "max 0 turns warm machines off"),
+            Error::NameTaken(_) => with(ErrorCode::NameTaken, "choose another name"),
             Error::Path { .. } => with(
-                Kind::Conflict,
-                "start_path_impossible",
+                ErrorCode::StartPathImpossible,
                 "leave out startPath, or bake the template: `kelvin template bake`",
             ),
-            Error::Agent { .. } => with(
-                Kind::Unavailable,
-                "agent_unreachable",
-                "kill the sandbox; `kelvin sandbox logs` shows its console",
-            ),
+            Error::Agent { .. } => {
+                with(ErrorCode::AgentUnreachable, "kill the sandbox; `kelvin sandbox logs` shows its console")
+            }
             Error::NoNetwork { .. } => with(
-                Kind::Conflict,
-                "no_network",
+                ErrorCode::NoNetwork,
                 "`kelvin doctor` says what a network needs; create the sandbox without network rules to have none",
             ),
-            Error::Busy { .. } => with(Kind::Busy, "too_many_connections", "close some, or try again later"),
+            Error::Busy { .. } => with(ErrorCode::TooManyConnections, "close some, or try again later"),
             Error::QueueFull { .. } => {
-                with(Kind::Busy, "too_many_creates", "wait for some to end, or ask for fewer at one time")
+                with(ErrorCode::TooManyCreates, "wait for some to end, or ask for fewer at one time")
             }
-            Error::PortClosed { .. } => with(
-                Kind::Unavailable,
-                "port_closed",
-                "start a server that listens on that port in the sandbox",
-            ),
-            Error::PortSilent { .. } => with(
-                Kind::Timeout,
-                "port_silent",
-                "the sandbox may be busy: look at its processes, try again",
-            ),
+            Error::PortClosed { .. } => {
+                with(ErrorCode::PortClosed, "start a server that listens on that port in the sandbox")
+            }
+            Error::PortSilent { .. } => {
+                with(ErrorCode::PortSilent, "the sandbox may be busy: look at its processes, try again")
+            }
             Error::Network(kelvin_host::net::Error::Full) => {
-                with(Kind::Exhausted, "capacity_exhausted", "kill sandboxes that are not needed")
+                with(ErrorCode::CapacityExhausted, "kill sandboxes that are not needed")
             }
-            Error::Network(_) => with(Kind::Internal, "network", "`kelvin doctor` checks the network"),
+            Error::Network(_) => with(ErrorCode::Network, "`kelvin doctor` checks the network"),
             Error::OtherVmm { ref theirs, .. } => with(
-                Kind::Conflict,
-                "other_vmm",
+                ErrorCode::OtherVmm,
                 &format!("serve with --vmm {theirs} until they have ended, or pause them there first"),
             ),
-            Error::Stopping => with(Kind::Unavailable, "node_stopping", "try again when the server is back"),
+            Error::Stopping => with(ErrorCode::NodeStopping, "try again when the server is back"),
             Error::Io { ref source, .. } if source.kind() == std::io::ErrorKind::StorageFull => with(
-                Kind::Exhausted,
-                "disk_full",
+                ErrorCode::DiskFull,
                 "free space on the data directory's file system, `kelvin gc` removes what nothing needs",
             ),
-            Error::Io { .. } => with(Kind::Internal, "node_io", "the server's log has the details"),
+            Error::Io { .. } => with(ErrorCode::NodeIo, "the server's log has the details"),
             Error::Ledger(ref error) if error.is_full() => with(
-                Kind::Exhausted,
-                "disk_full",
+                ErrorCode::DiskFull,
                 "free space on the data directory's file system, `kelvin gc` removes what nothing needs",
             ),
-            Error::Ledger(_) => with(Kind::Internal, "ledger", "check the disk of the data directory"),
+            Error::Ledger(_) => with(ErrorCode::Ledger, "check the disk of the data directory"),
             Error::Store(error) => error.into(),
             Error::Vmm(error) => error.into(),
         }

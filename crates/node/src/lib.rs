@@ -2,7 +2,8 @@
 //!
 //! Read in this order: [`Node`] (the handle), `create` (the path of a create, with `turns`, `clock` and `probe`), `pool` (what is ready
 //! ahead of it), `home` (the resources of a machine), `sandbox` (a machine that runs, with `mail`), `lifecycle` (pause, resume,
-//! snapshot, fork) with `capture`, `paused`, `snapshots` and `verify`, `warm` (machines that wait), `traffic`, `bake`, `reconcile` (after a crash).
+//! snapshot, fork) with `capture`, `paused`, `snapshots` and `verify`, `warm` (machines that wait), `traffic`, `bake`, `reconcile` (after a crash);
+//! `service` is all of it as control plane and gateway see it.
 //!
 //! Who writes: the ledger, `sandboxes/` and, through `kelvin-store`, snapshots. A crash leaves machines
 //! that the ledger names; the next start adopts those that ran and removes the rest. Time limits are
@@ -30,6 +31,7 @@ mod probe;
 mod reconcile;
 mod record;
 mod sandbox;
+mod service;
 mod snapshots;
 mod traffic;
 mod turns;
@@ -37,21 +39,18 @@ mod unreadable;
 mod verify;
 mod warm;
 
-use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use futures::future::BoxFuture;
-use kelvin_api::error::Failure;
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, VmId};
-use kelvin_api::node::{Base, Changes, ConsoleLine, Create, Created, Live};
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{NodeInfo, NodeNetwork, TemplateSnapshot};
 use kelvin_api::units::{MemoryMib, Shape};
 use kelvin_host::cgroup::Cgroups;
 use kelvin_host::clock::{BootInstant, Clock};
 use kelvin_host::ledger::{Entry, Ledger};
+use kelvin_node_api::{Base, Changes, ConsoleLine, Create, Created, Live};
 use kelvin_store::Store;
 use kelvin_store::gc::Garbage;
 use kelvin_store::identity::{Identity, SNAPSHOT_FORMAT};
@@ -89,10 +88,6 @@ pub(crate) const LOOKS: u32 = 16;
 /// How often a release that failed is tried again.
 const REAP: std::time::Duration = std::time::Duration::from_secs(30);
 
-/// Asked before traffic wakes a sandbox: its owner may have as many that run as it may have. What it gives is kept until
-/// the sandbox runs, or does not.
-pub type Warden = dyn Fn(SandboxId) -> BoxFuture<'static, Result<Box<dyn Any + Send>, Failure>> + Send + Sync;
-
 /// The shared state of a node. Locks are held for a few instructions, never across a wait.
 pub(crate) struct Inner {
     options: Options,
@@ -116,8 +111,6 @@ pub(crate) struct Inner {
     warm_wanted: Notify,
     /// With what the file system said of the file when it was read.
     templates: Mutex<BTreeMap<TemplateName, (TemplateStamp, Arc<Template>)>>,
-    /// Set by whoever knows what owners may have.
-    warden: OnceLock<Box<Warden>>,
     /// What lifetimes count on.
     clock: Clock,
     turns: Turns,
@@ -469,7 +462,6 @@ impl Node {
             rules: Mutex::new(rules),
             writing_rules: tokio::sync::Mutex::default(),
             warm_wanted: Notify::new(),
-            warden: OnceLock::new(),
             templates: Mutex::default(),
             bakes: tokio::sync::Mutex::default(),
             verifying: tokio::sync::Mutex::default(),

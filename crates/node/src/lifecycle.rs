@@ -10,9 +10,9 @@ use std::time::Duration;
 use kelvin_api::error::Failure;
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
 use kelvin_api::network::Wanted;
-use kelvin_api::node::{Base, Child, Create, Created, Forked, Source};
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{Capture, PauseMode, SnapshotInfo, StartPath};
+use kelvin_node_api::{Base, Child, Create, Created, Forked, Source};
 use kelvin_store::snapshot::{Care, Origin, Snapshot};
 
 use crate::capture::Captured;
@@ -150,28 +150,18 @@ impl Node {
         }
     }
 
-    /// Has `warden` asked before traffic wakes a sandbox; once, before there is traffic.
-    pub fn ask_before_waking(&self, warden: Box<crate::Warden>) {
-        let _ = self.inner.warden.set(warden);
-    }
-
-    /// The sandbox called `id` for traffic: one that is paused is resumed when its owner wants that and it goes on from
-    /// there; one that would boot again is not woken by strangers. Whoever comes meanwhile waits for the same resume.
-    pub(crate) async fn awake(&self, id: &SandboxId) -> Result<Arc<Sandbox>, Error> {
+    /// The sandbox called `id` for traffic. One that would boot again is not woken by strangers.
+    ///
+    /// # Errors
+    /// `Unknown`; `Asleep` when it is paused, its owner wants it to resume by traffic and it goes on from there; else `Paused`.
+    pub(crate) fn awake(&self, id: &SandboxId) -> Result<Arc<Sandbox>, Error> {
         match self.find(id) {
             Err(Error::Paused(_))
                 if self.inner.paused(id).is_some_and(|paused| {
                     paused.record.lifecycle.auto_resume && self.inner.has_memory(&paused)
                 }) =>
             {
-                let _permit = match self.inner.warden.get() {
-                    Some(warden) => Some(warden(id.clone()).await.map_err(Error::Refused)?),
-                    None => None,
-                };
-                match self.resume(id, None, PauseMode::Full).await {
-                    Ok(_) | Err(Error::Running(_)) => self.find(id),
-                    Err(error) => Err(error),
-                }
+                Err(Error::Asleep(id.to_string()))
             }
             other => other,
         }

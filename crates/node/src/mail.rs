@@ -5,9 +5,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kelvin_api::id::SandboxId;
-use kelvin_api::node::Live;
 use kelvin_host::clock::{BootInstant, Clock};
 use kelvin_host::process::{Process, ProcessKey};
+use kelvin_node_api::Live;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::Inner;

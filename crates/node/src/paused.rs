@@ -10,9 +10,9 @@ use std::time::Instant;
 
 use kelvin_api::id::{SandboxId, SnapshotId, VmId};
 use kelvin_api::network::Wanted;
-use kelvin_api::node::{Base, Create, Created};
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::PauseMode;
+use kelvin_node_api::{Base, Create, Created};
 use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
 use tokio::sync::watch;
 

@@ -13,11 +13,11 @@
 use kelvin_api::account::Project;
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, Token};
 use kelvin_api::network::Attachment;
-use kelvin_api::node::Live;
 use kelvin_api::sandbox::{EnvVars, Lifecycle, SandboxState, StartPath};
 use kelvin_api::units::Shape;
 use kelvin_host::clock::Stamp;
 use kelvin_host::ledger::Body;
+use kelvin_node_api::Live;
 use kelvin_store::identity::Identity;
 use serde::{Deserialize, Serialize};
 

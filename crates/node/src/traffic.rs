@@ -1,20 +1,20 @@
 //! Traffic into sandboxes, and what they may reach themselves.
 //!
-//! Who comes to a paused sandbox resumes it, where its owner wants that, once it has shown what a running one would ask
-//! for.
+//! Who comes to a paused sandbox is told that it sleeps, where its owner wants it to resume by traffic, once it has shown
+//! what a running one would ask for: the gateway then has it woken up, and comes again.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{Method, Request, Response, StatusCode};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::network::{NetworkState, Policy};
-use kelvin_api::node::Route;
 use kelvin_api::sandbox::GuestMetrics;
 use kelvin_api::signature::Signature;
+use kelvin_node_api::Route;
 
 use crate::Node;
 use crate::agent::{Body, SendError};
@@ -62,26 +62,44 @@ async fn tunnel(id: &SandboxId, sandbox: &Sandbox, port: u16) -> Result<Tunnel, 
 }
 
 impl Node {
-    /// Sends an HTTP request to a sandbox's agent.
+    /// The sandbox that a request with this head is for, when it runs.
     ///
     /// # Errors
-    /// `Unknown` when it does not run, `Agent` when its guest does not answer.
-    pub async fn send(&self, id: &SandboxId, request: Request<Body>) -> Result<Response<Incoming>, Error> {
+    /// `Unknown`; `Paused` when it is and would refuse the request, or does not resume by traffic; else `Asleep`.
+    pub(crate) fn admit(
+        &self,
+        id: &SandboxId,
+        method: &Method,
+        uri: &Uri,
+        headers: &HeaderMap,
+    ) -> Result<Arc<Sandbox>, Error> {
         if let Some(paused) = self.inner.paused(id)
             && let Some(token) = &paused.record.access_token
         {
             // Its agent would refuse: a stranger must not wake it up to hear that.
-            let shown = request.headers().get("x-access-token").and_then(|value| value.to_str().ok());
+            let shown = headers.get("x-access-token").and_then(|value| value.to_str().ok());
             let admitted = match shown {
                 Some(shown) => token.matches(shown),
-                None => Signature::of(request.method(), request.uri())
+                None => Signature::of(method, uri)
                     .is_some_and(|signature| signature.signed().check(token.expose()).is_ok()),
             };
             if !admitted {
                 return Err(Error::Paused(id.to_string()));
             }
         }
-        let sandbox = self.awake(id).await?;
+        self.awake(id)
+    }
+
+    /// Sends an HTTP request to the agent of `sandbox`, which is called `id`.
+    ///
+    /// # Errors
+    /// `Agent` when its guest does not answer.
+    pub(crate) async fn send_to(
+        &self,
+        id: &SandboxId,
+        sandbox: &Sandbox,
+        request: Request<Body>,
+    ) -> Result<Response<Incoming>, Error> {
         let sent = sandbox.request(request).await;
         if sent.is_err() {
             sandbox.is_silent();
@@ -156,17 +174,17 @@ impl Node {
     /// sandbox ends.
     ///
     /// # Errors
-    /// `Unknown`, `NoNetwork`, `Busy`, `PortClosed`, `PortSilent`.
+    /// `Unknown`, `Paused`, `Asleep`, `NoNetwork`, `Busy`, `PortClosed`, `PortSilent`.
     pub async fn dial(&self, id: &SandboxId, port: u16) -> Result<Stream, Error> {
         match self.dial_once(id, port).await {
-            // It was being paused: who wants it back gets it back.
+            // It was being paused: who wants it back hears that it sleeps.
             Err(Error::Unknown(_)) => self.dial_once(id, port).await,
             other => other,
         }
     }
 
     async fn dial_once(&self, id: &SandboxId, port: u16) -> Result<Stream, Error> {
-        let sandbox = self.awake(id).await?;
+        let sandbox = self.awake(id)?;
         let no_network = || Error::NoNetwork { what: format!("sandbox {id}"), reason: None };
         let network = sandbox.network.as_ref().ok_or_else(no_network)?;
         match network.dial(id.as_str(), port).await {

@@ -8,11 +8,11 @@
 use std::sync::Arc;
 
 use kelvin_api::id::{SandboxId, VmId};
-use kelvin_api::node::Live;
 use kelvin_api::sandbox::{SandboxState, StartPath, UnreadableRecord};
 use kelvin_api::units::{DiskMib, MemoryMib, Shape};
 use kelvin_host::ledger::Body;
 use kelvin_host::process::{Process, ProcessKey};
+use kelvin_node_api::Live;
 use kelvin_vmm::MachineSpec;
 use serde::de::DeserializeOwned;
 use serde_json::Value;

@@ -292,7 +292,7 @@ mod tests {
             matches!(&error, Error::Exists { name, .. } if *name == first.manifest.id.to_string()),
             "{error}"
         );
-        assert_eq!(error.kind(), kelvin_api::error::Kind::Conflict);
+        assert_eq!(kelvin_api::error::Failure::from(error).kind, kelvin_api::error::Kind::Conflict);
         first.check_seal().unwrap();
         assert_eq!(ground.store.snapshots().unwrap().len(), 1);
         ground.is_staging_empty();

@@ -3,13 +3,14 @@
 //! Chunks are what is fetched, verified and shared later; a hole is a chunk of zeros whose digest is
 //! computed once, so that hashing costs what a file holds and not how long it is.
 
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::LazyLock;
 
+use kelvin_api::digest::hex;
+pub use kelvin_api::digest::sha256;
 use rustix::fs::{SeekFrom, seek};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -37,18 +38,6 @@ pub struct FileDigest {
     pub digest: String,
     /// Of each chunk, in hexadecimal.
     pub chunks: Vec<String>,
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-/// SHA-256 of `bytes` in hexadecimal.
-pub fn sha256(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
 }
 
 impl FileDigest {

@@ -28,7 +28,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use kelvin_api::error::{Failure, Kind};
+use kelvin_api::error::{ErrorCode, Failure};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -107,44 +107,35 @@ pub enum Error {
     },
 }
 
-impl Error {
-    /// What kind of failure it is, for a server.
-    pub fn kind(&self) -> Kind {
-        match self {
-            Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => Kind::Exhausted,
-            Self::Io { .. } => Kind::Internal,
-            Self::Manifest { .. } | Self::Seal { .. } | Self::Unreadable { .. } => Kind::Corrupt,
-            Self::Missing { .. } => Kind::NotFound,
-            Self::InUse { .. } | Self::Exists { .. } => Kind::Conflict,
-            Self::Unadoptable { .. } => Kind::Invalid,
-        }
-    }
-}
-
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let (code, remediation) = match &error {
             Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => (
-                "disk_full",
+                ErrorCode::DiskFull,
                 "free space on the data directory's file system, `kelvin gc` removes what nothing needs",
             ),
-            Error::Io { .. } => ("store_io", "see the cause; `kelvin doctor` checks the data directory"),
-            Error::Manifest { .. } => {
-                ("manifest_invalid", "remove the directory that the message names and import or bake again")
+            Error::Io { .. } => {
+                (ErrorCode::StoreIo, "see the cause; `kelvin doctor` checks the data directory")
             }
-            Error::Missing { .. } => ("not_found", "`kelvin template list` shows what there is"),
-            Error::Seal { .. } => ("snapshot_corrupt", "bake the template again: `kelvin template bake`"),
+            Error::Manifest { .. } => (
+                ErrorCode::ManifestInvalid,
+                "remove the directory that the message names and import or bake again",
+            ),
+            Error::Missing { .. } => (ErrorCode::NotFound, "`kelvin template list` shows what there is"),
+            Error::Seal { .. } => {
+                (ErrorCode::SnapshotCorrupt, "bake the template again: `kelvin template bake`")
+            }
             Error::Unreadable { .. } => (
-                "metadata_unreadable",
+                ErrorCode::MetadataUnreadable,
                 "repair what the message names, or remove it if nothing needs it, and try again",
             ),
-            Error::Exists { .. } => ("already_there", "use it, or delete it first"),
+            Error::Exists { .. } => (ErrorCode::AlreadyThere, "use it, or delete it first"),
             Error::Unadoptable { .. } => {
-                ("snapshot_unadoptable", "import the template that it is of, or bake one here")
+                (ErrorCode::SnapshotUnadoptable, "import the template that it is of, or bake one here")
             }
-            Error::InUse { .. } => ("in_use", "remove what depends on it first"),
+            Error::InUse { .. } => (ErrorCode::InUse, "remove what depends on it first"),
         };
-        Self::new(error.kind(), code, error.to_string(), remediation).with_sources(&error)
+        Self::new(code, error.to_string(), remediation).with_sources(&error)
     }
 }
 

@@ -33,7 +33,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use kelvin_api::error::{Failure, Kind};
+use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::VmId;
 use kelvin_api::units::Shape;
 use kelvin_host::accel::Accelerator;
@@ -102,36 +102,21 @@ pub enum Error {
     Malformed(#[from] kelvin_api::guest::Error),
 }
 
-impl Error {
-    /// What kind of failure it is, for a server.
-    pub fn kind(&self) -> Kind {
-        match self {
-            Self::Deadline { .. } => Kind::Timeout,
-            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => Kind::Exhausted,
-            Self::Unusable { .. } => Kind::Unavailable,
-            _ => Kind::Internal,
-        }
-    }
-}
-
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let code = match &error {
-            Error::Unusable { .. } => "vmm_unusable",
-            Error::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => "disk_full",
-            Error::Io { .. } => "vmm_io",
-            Error::Refused { .. } => "vmm_refused",
-            Error::Ended { .. } => "vmm_ended",
-            Error::Deadline { .. } => "vmm_deadline",
-            Error::Agent { .. } | Error::Malformed(_) => "agent_failed",
+            Error::Unusable { .. } => ErrorCode::VmmUnusable,
+            Error::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+                ErrorCode::DiskFull
+            }
+            Error::Io { .. } => ErrorCode::VmmIo,
+            Error::Refused { .. } => ErrorCode::VmmRefused,
+            Error::Ended { .. } => ErrorCode::VmmEnded,
+            Error::Deadline { .. } => ErrorCode::VmmDeadline,
+            Error::Agent { .. } | Error::Malformed(_) => ErrorCode::AgentFailed,
         };
-        Self::new(
-            error.kind(),
-            code,
-            error.to_string(),
-            "`kelvin doctor` checks the VMM; the server's log has the details",
-        )
-        .with_sources(&error)
+        Self::new(code, error.to_string(), "`kelvin doctor` checks the VMM; the server's log has the details")
+            .with_sources(&error)
     }
 }
 

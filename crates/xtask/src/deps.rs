@@ -12,14 +12,15 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("vmm", &["host", "api"]),
     ("agent", &["api"]),
     ("egress", &["api"]),
-    ("node", &["egress", "vmm", "store", "host", "api"]),
-    // `host` for its one SQLite thread; never `node`.
-    ("control", &["store", "host", "api"]),
-    ("fuzz", &["api", "egress", "host", "store", "vmm"]),
-    ("gateway", &["api"]),
+    ("node-api", &["api"]),
+    ("node", &["node-api", "egress", "vmm", "store", "host", "api"]),
+    // `host` for its one SQLite thread and its clock; never `node`.
+    ("control", &["node-api", "host", "api"]),
+    ("fuzz", &["api", "egress", "host", "node-api", "store", "vmm"]),
+    ("gateway", &["node-api", "api"]),
     ("server", &["gateway", "control", "node", "api"]),
     // Of tests alone: nothing depends on it.
-    ("harness", &["server", "control", "node", "vmm", "store", "host", "api"]),
+    ("harness", &["server", "control", "node", "node-api", "vmm", "store", "host", "api"]),
     ("client", &["api"]),
     ("bench", &["client", "host", "api"]),
     // `host` for namespaces: the tests bring their own internet; `powercut` for a disk whose power fails.

@@ -99,6 +99,13 @@ pub fn copy(from: impl AsRef<Path>, to: impl AsRef<Path>) -> io::Result<u64> {
 }
 
 /// As in `std`.
+pub fn hard_link(from: impl AsRef<Path>, to: impl AsRef<Path>) -> io::Result<()> {
+    let (from, to) = (from.as_ref(), to.as_ref());
+    std::fs::hard_link(from, to)
+        .context(|| format!("making {} another name of {}", to.display(), from.display()))
+}
+
+/// As in `std`.
 pub fn rename(from: impl AsRef<Path>, to: impl AsRef<Path>) -> io::Result<()> {
     let (from, to) = (from.as_ref(), to.as_ref());
     std::fs::rename(from, to).context(|| format!("renaming {} to {}", from.display(), to.display()))

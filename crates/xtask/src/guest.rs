@@ -293,7 +293,7 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     let fresh = to.with_extension(format!("{}.new", std::process::id()));
     let _ = fs::remove_file(&fresh);
     // Not on one file system: said by nobody, it is the usual thing in a container.
-    if std::fs::hard_link(from, &fresh).is_err() {
+    if fs::hard_link(from, &fresh).is_err() {
         output(
             Command::new("cp")
                 .args(["--sparse=always", "--reflink=auto", "--preserve=timestamps"])

@@ -459,7 +459,7 @@ fn lints() -> Result<()> {
         cargo_step(&arguments.concat())
     };
     lint(&["--workspace", "--exclude", "kelvin-harness"])?;
-    lint(&["--package", "kelvin-harness"])
+    lint(&["--package", "kelvin-harness", "--package", "kelvin-node-api"])
 }
 
 fn unit_tests(times: &mut Times) -> Result<()> {
@@ -467,8 +467,8 @@ fn unit_tests(times: &mut Times) -> Result<()> {
     // All programs at once, also those that the end-to-end tests are.
     run(&[&ALL[..], &["--", "--skip", "e2e::"]].concat())?;
     run(&["test", "--release", "--package", "kelvin-agent"])?;
-    // Says how many cases, of which seeds, and how long.
-    run(&["test", "--release", "--package", "kelvin-harness"])
+    // Says how many cases, of which seeds, and how long. With what it asks of the seam to the node: the wire.
+    run(&["test", "--release", "--package", "kelvin-harness", "--package", "kelvin-node-api"])
 }
 
 #[cfg(test)]

@@ -17,10 +17,10 @@ use std::path::Path;
 
 use kelvin_api::account::{AuditEntry, Project};
 use kelvin_api::id::{SandboxId, Token};
-use kelvin_api::node::Live;
 use kelvin_api::sandbox::{Lifecycle, Metadata, OnTimeout, PauseMode, SandboxState, StartPath};
 use kelvin_host::clock::Clock;
 use kelvin_host::db::{Db, Error};
+use kelvin_node_api::Live;
 use rusqlite::types::{Type, Value};
 use rusqlite::{Connection, OptionalExtension, Row, params_from_iter};
 

@@ -348,7 +348,7 @@ async fn without_descriptors_a_connection_is_told_so_and_others_go_on() {
     let left = Arc::new(AtomicUsize::new(1));
     let descriptors: Descriptors = Arc::new(move || {
         let taken = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
-        taken.map(drop).map_err(|_| Failure::new(Kind::Exhausted, "descriptors_exhausted", "none", "wait"))
+        taken.map(drop).map_err(|_| Failure::new(ErrorCode::DescriptorsExhausted, "none", "wait"))
     });
     let door = Door::new(limits(), descriptors);
     let address = server(&door).await;

@@ -1,23 +1,19 @@
-//! What the control plane asks of a node, and what it gets back.
-//!
-//! One process calls these directly; between processes they become a protobuf service with the same
-//! names (see `docs/decisions/0003-one-process-and-its-seams.md`).
+//! What goes over the seam. Resources of the public API are those of `kelvin-api`.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use kelvin_api::account::Project;
+use kelvin_api::error::Failure;
+use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, Token};
+use kelvin_api::network::Wanted;
+use kelvin_api::phase::Timings;
+use kelvin_api::sandbox::{Capture, EnvVars, Lifecycle, SandboxState, SnapshotInfo, StartPath};
+use kelvin_api::units::{MemoryMib, Shape};
 use serde::{Deserialize, Serialize};
 
-use crate::account::Project;
-use crate::error::Failure;
-use crate::id::{SandboxId, SnapshotId, TemplateName, Token};
-use crate::network::Wanted;
-use crate::phase::Timings;
-use crate::sandbox::{Capture, EnvVars, Lifecycle, SandboxState, StartPath};
-use crate::units::{MemoryMib, Shape};
-
 /// Make one sandbox. The id is the idempotency key between control and node.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Create {
     /// Chosen by the control plane and recorded there before.
     pub sandbox: SandboxId,
@@ -38,7 +34,7 @@ pub struct Create {
     pub ends_at: jiff::Timestamp,
     /// Insist on a path.
     pub start_path: Option<StartPath>,
-    /// Measure [`crate::phase::Phase::Tcp`] too.
+    /// Measure [`kelvin_api::phase::Phase::Tcp`] too.
     pub probe_tcp: bool,
     /// Its network.
     pub network: Wanted,
@@ -49,7 +45,8 @@ pub struct Create {
 }
 
 /// What a sandbox starts as.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Base {
     /// A machine of a template.
     Template(TemplateName),
@@ -58,7 +55,7 @@ pub enum Base {
 }
 
 /// What a create starts from, and what it would take.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Source {
     /// What it is.
     pub base: Base,
@@ -67,7 +64,7 @@ pub struct Source {
 }
 
 /// One child of a fork.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Child {
     /// Chosen by the control plane and recorded there before.
     pub sandbox: SandboxId,
@@ -86,7 +83,7 @@ pub struct Child {
 }
 
 /// How a fork went.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Forked {
     /// For the source.
     pub capture: Capture,
@@ -94,17 +91,6 @@ pub struct Forked {
     pub timings: Timings,
     /// For each child.
     pub children: Vec<Result<Created, Failure>>,
-}
-
-/// What a gateway has to know of a sandbox.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Route {
-    /// What callers of its agent, and of its ports as raw streams, must show.
-    pub access_token: Option<Token>,
-    /// What callers of its ports must show.
-    pub traffic_token: Option<Token>,
-    /// The `Host` that its servers see.
-    pub mask_request_host: Option<String>,
 }
 
 /// A line of a sandbox's console.
@@ -116,13 +102,8 @@ pub struct ConsoleLine {
     pub text: String,
 }
 
-/// Inside the I/O error of a connection that was cut because its sandbox went away: it was paused, or it ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the sandbox was paused or has ended")]
-pub struct Cut;
-
 /// A sandbox that is ready: its agent answered after activation.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Created {
     /// Which path it took.
     pub start_path: StartPath,
@@ -163,7 +144,7 @@ impl Live {
 }
 
 /// What happened on the node since a generation.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Changes {
     /// To ask with the next time.
     pub generation: u64,
@@ -173,4 +154,81 @@ pub struct Changes {
     pub changed: BTreeMap<SandboxId, Live>,
     /// The generation was too old: compare with [`Live`] instead.
     pub resync: bool,
+}
+
+/// A sandbox that was paused.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Paused {
+    /// What it cost.
+    pub capture: Capture,
+    /// How long each phase lasted.
+    pub timings: Timings,
+}
+
+/// A snapshot that was taken of a sandbox.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Taken {
+    /// What it is.
+    pub snapshot: SnapshotInfo,
+    /// What it cost the sandbox.
+    pub capture: Capture,
+    /// How long each phase lasted.
+    pub timings: Timings,
+}
+
+/// Make sure that a snapshot of a template exists in a shape.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bake {
+    /// Which template.
+    pub template: TemplateName,
+    /// Instead of the template's.
+    pub vcpus: Option<u32>,
+    /// Instead of the template's.
+    pub memory_mib: Option<MemoryMib>,
+    /// VMMs to keep waiting for this shape, instead of the node's default.
+    pub waiting_vmms: Option<u32>,
+    /// Whether the machine has a network; true where the node has one.
+    pub network: Option<bool>,
+}
+
+/// What a collection removed, or would remove.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Garbage {
+    /// By id. As texts: what has no id that means something is garbage too.
+    pub snapshots: Vec<String>,
+    /// By digest.
+    pub images: Vec<String>,
+    /// By digest.
+    pub guests: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_node_is_asked_comes_back_whole() {
+        let create = Create {
+            sandbox: SandboxId::random(),
+            project: Project::default(),
+            base: Base::Template("base".parse().unwrap()),
+            vcpus: None,
+            memory_mib: Some(MemoryMib(128)),
+            env_vars: EnvVars::from([("A".to_owned(), "1".to_owned())]),
+            access_token: Some(Token::random()),
+            ends_at: jiff::Timestamp::UNIX_EPOCH,
+            start_path: Some(StartPath::Clone),
+            probe_tcp: false,
+            network: Wanted::Usual(kelvin_api::network::Attachment::default()),
+            lifecycle: Lifecycle::default(),
+            timeout: Duration::from_millis(1500),
+        };
+        let text = serde_json::to_string(&create).unwrap();
+        assert_eq!(serde_json::from_str::<Create>(&text).unwrap(), create);
+        let failure = Failure::new(kelvin_api::error::ErrorCode::CapacityExhausted, "full", "wait");
+        let forked =
+            Forked { capture: Capture::default(), timings: Timings::default(), children: vec![Err(failure)] };
+        let text = serde_json::to_string(&forked).unwrap();
+        assert_eq!(serde_json::from_str::<Forked>(&text).unwrap(), forked);
+    }
 }
