@@ -10,7 +10,7 @@ const TOPS: [&str; 8] = ["crates/", "docs/", "proto/", "guest/", "packaging/", "
 
 fn documents() -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
-    for name in ["README.md", "ARCHITECTURE.md", "SPEC.md"] {
+    for name in ["README.md", "ARCHITECTURE.md", "SPEC.md", "CONTRIBUTING.md"] {
         found.push(root().join(name));
     }
     for directory in ["docs", "docs/decisions"] {
