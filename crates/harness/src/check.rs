@@ -402,6 +402,11 @@ async fn owners(life: &Life, facts: &Facts) -> BTreeMap<String, String> {
     kept
 }
 
+/// Whether a request resumes what is paused without saying so.
+fn also_resumes(action: &str) -> bool {
+    ["POST /sandboxes/{id}/connect", "GET /metrics"].contains(&action)
+}
+
 /// How many effects can be seen that only requests like `sent`, which were not answered, can have had.
 fn effects(facts: &Facts, sent: &Sent, shown: &Shown, kept: &BTreeMap<String, String>) -> usize {
     let made = facts.made();
@@ -437,7 +442,9 @@ fn effects(facts: &Facts, sent: &Sent, shown: &Shown, kept: &BTreeMap<String, St
         "POST /sandboxes/{id}/resume" => usize::from(
             state == Some("running")
                 && done("POST /sandboxes/{id}/pause") > 0
-                && done(&sent.action) + done("POST /sandboxes/{id}/connect") == 0,
+                && done(&sent.action) == 0
+                // Answered or not: a connect or a visitor may have done it.
+                && !all.iter().any(|other| other.target == sent.target && also_resumes(&other.action)),
         ),
         "DELETE /sandboxes/{id}" => usize::from(
             state.is_none()
