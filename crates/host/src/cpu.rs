@@ -63,7 +63,8 @@ pub fn tsc_khz(file: &Path) -> std::io::Result<u32> {
             measured = measure_tsc_khz();
         }
     }
-    std::fs::write(file, format!("{measured}\n"))?;
+    // Before anything is baked with it: lost in a power failure, it would be measured a little otherwise.
+    crate::file::write_durably(file, format!("{measured}\n").as_bytes())?;
     Ok(measured)
 }
 

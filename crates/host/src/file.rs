@@ -1,7 +1,8 @@
 //! Opening files in directories that a virtual machine monitor can, or once could, write.
 //!
 //! A VMM may have been taken over by its guest. In such a directory a name can be a link to any file of the host, another
-//! name of one, a pipe that nobody writes, or a device: nothing of that is opened. Nothing is written by this module.
+//! name of one, a pipe that nobody writes, or a device: nothing of that is opened. And writing a small file that a power failure
+//! must not take.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -36,6 +37,23 @@ pub fn open_plain(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
 /// As [`open_plain`].
 pub fn read_plain(path: &Path) -> io::Result<File> {
     open_plain(path, File::options().read(true))
+}
+
+/// Writes `bytes` so that `path` has the old content or the new one, whatever happens; the new one is on the disk when this
+/// returns. One writer at a time, in a directory that nobody else can write.
+///
+/// # Errors
+/// As the file system gives them; then `path` is as it was.
+pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let fresh = path.with_extension("new");
+    let mut file = File::create(&fresh)?;
+    io::Write::write_all(&mut file, bytes)?;
+    file.sync_all()?;
+    std::fs::rename(&fresh, path)?;
+    match path.parent() {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
 }
 
 #[cfg(test)]

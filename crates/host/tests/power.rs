@@ -122,6 +122,17 @@ async fn the_record_of_a_paused_sandbox_survives_and_stays_gone() {
     }
 }
 
+/// It is part of every snapshot's identity: one that is measured anew makes all of them useless.
+#[test]
+fn the_rate_of_the_counter_survives() {
+    let Some((disk, directory)) = disk() else { return };
+    let rate = kelvin_host::cpu::tsc_khz(&directory.path().join("tsc_khz")).unwrap();
+    for loss in LOSSES {
+        let (_after, _directory, path) = fail(&disk, loss, "tsc_khz");
+        assert_eq!(std::fs::read_to_string(path).unwrap().trim(), rate.to_string());
+    }
+}
+
 #[tokio::test]
 async fn a_move_that_the_disk_does_not_confirm_has_not_happened() {
     let Some((disk, directory)) = disk() else { return };

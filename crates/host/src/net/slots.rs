@@ -115,7 +115,8 @@ impl Slots {
             link::forward_from(name).map_err(failed("letting the uplink forward"))?;
         }
         let (range, lock) = take_range(&options).await?;
-        std::fs::write(&options.range_file, range.to_string()).map_err(failed("remembering the range"))?;
+        crate::file::write_durably(&options.range_file, range.to_string().as_bytes())
+            .map_err(failed("remembering the range"))?;
         let user = rustix::process::geteuid().as_raw();
         let rules = rules::host(range, options.uplink.as_deref(), user);
         ns::on_thread(move || nft::run(&rules)).await.map_err(failed("making the host's rules"))?;

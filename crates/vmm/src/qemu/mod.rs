@@ -304,6 +304,8 @@ impl Qemu {
     fn empty_memory(&self, spec: &MachineSpec) -> io::Result<PathBuf> {
         let path = spec.absolute().join(MEMORY_FILE);
         let file = File::options().write(true).create_new(true).mode(0o440).open(&path)?;
+        // Whatever the server's umask is: its VMM reads it as one of its group.
+        file.set_permissions(fs::Permissions::from_mode(0o440))?;
         file.set_len(spec.shape.memory_mib.bytes())?;
         chown(&path, None, spec.user)?;
         Ok(spec.directory().join(MEMORY_FILE))
