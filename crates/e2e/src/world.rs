@@ -217,9 +217,11 @@ pub fn certificate(names: &[&str]) -> (String, String) {
 
 /// An authority, and a certificate for `names` that it has signed: the authority, the chain and the key, PEM.
 pub fn authority(names: &[&str]) -> (String, String, String) {
-    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    // Python 3.13 insists on it.
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params.distinguished_name.push(DnType::CommonName, "an authority of our own");
     let (own_key, key) = (KeyPair::generate().expect("a key"), KeyPair::generate().expect("a key"));
     let own = params.self_signed(&own_key).expect("an authority");
