@@ -1,15 +1,17 @@
 //! Requests that are held until their sandbox is awake: so many at one time, each for so long.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::SandboxId;
 use kelvin_node_api::Wake;
-use tokio::sync::Semaphore;
 
 /// Requests that wait at one time; each holds its connection and what was read of its body.
 const PLACES: usize = 4096;
+/// Of those for one sandbox: its visitors leave places for those of others.
+const OF_ONE: usize = 256;
 /// How long one waits: longer than a resume may take whose machine boots.
 const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -17,13 +19,63 @@ const PATIENCE: Duration = Duration::from_secs(180);
 #[derive(Clone)]
 pub(crate) struct Hold {
     waker: Arc<dyn Wake>,
-    places: Arc<Semaphore>,
+    waiting: Arc<Mutex<Waiting>>,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    all: usize,
+    by: HashMap<SandboxId, usize>,
+}
+
+/// One that waits; given back when this is dropped.
+struct Place {
+    waiting: Arc<Mutex<Waiting>>,
+    sandbox: SandboxId,
+}
+
+fn lock(waiting: &Mutex<Waiting>) -> MutexGuard<'_, Waiting> {
+    waiting.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut waiting = lock(&self.waiting);
+        waiting.all -= 1;
+        if let Some(count) = waiting.by.get_mut(&self.sandbox) {
+            *count -= 1;
+            if *count == 0 {
+                waiting.by.remove(&self.sandbox);
+            }
+        }
+    }
 }
 
 impl Hold {
     /// An empty one.
     pub(crate) fn new(waker: Arc<dyn Wake>) -> Self {
-        Self { waker, places: Arc::new(Semaphore::new(PLACES)) }
+        Self { waker, waiting: Arc::default() }
+    }
+
+    fn place(&self, sandbox: &SandboxId) -> Result<Place, Failure> {
+        let full = |limit: usize, whom: &str| {
+            Failure::new(
+                ErrorCode::TooManyWaiting,
+                format!("{limit} requests wait for {whom} already"),
+                "try again later",
+            )
+        };
+        let mut waiting = lock(&self.waiting);
+        if waiting.all >= PLACES {
+            return Err(full(PLACES, "paused sandboxes"));
+        }
+        let own = waiting.by.entry(sandbox.clone()).or_default();
+        if *own >= OF_ONE {
+            return Err(full(OF_ONE, &format!("sandbox {sandbox}")));
+        }
+        *own += 1;
+        waiting.all += 1;
+        Ok(Place { waiting: Arc::clone(&self.waiting), sandbox: sandbox.clone() })
     }
 
     /// Waits until `sandbox`, which sleeps, runs.
@@ -31,13 +83,7 @@ impl Hold {
     /// # Errors
     /// What [`Wake::wake`] says; `TooManyWaiting` at once, `WakeTooSlow` after a time.
     pub(crate) async fn wake(&self, sandbox: &SandboxId) -> Result<(), Failure> {
-        let _place = self.places.try_acquire().map_err(|_| {
-            Failure::new(
-                ErrorCode::TooManyWaiting,
-                format!("{PLACES} requests wait for paused sandboxes already"),
-                "try again later",
-            )
-        })?;
+        let _place = self.place(sandbox)?;
         let slow = |_| {
             Err(Failure::new(
                 ErrorCode::WakeTooSlow,
@@ -67,21 +113,28 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn so_many_wait_and_each_for_so_long() {
-        let (hold, sandbox) = (Hold::new(Arc::new(Never)), SandboxId::random());
-        let waiting: Vec<_> = (0..PLACES)
-            .map(|_| {
+        let hold = Hold::new(Arc::new(Never));
+        let mut waiting = Vec::new();
+        for full in 1..=PLACES / OF_ONE {
+            let sandbox = SandboxId::random();
+            for _ in 0..OF_ONE {
                 let (hold, sandbox) = (hold.clone(), sandbox.clone());
-                tokio::spawn(async move { hold.wake(&sandbox).await })
-            })
-            .collect();
-        while hold.places.available_permits() > 0 {
-            tokio::task::yield_now().await;
+                waiting.push(tokio::spawn(async move { hold.wake(&sandbox).await }));
+            }
+            while lock(&hold.waiting).all < full * OF_ONE {
+                tokio::task::yield_now().await;
+            }
+            // One has its own, and no more: the next sandbox's visitors find places.
+            let refused = hold.wake(&sandbox).await.unwrap_err();
+            assert_eq!(refused.error_code, ErrorCode::TooManyWaiting);
         }
-        let refused = hold.wake(&sandbox).await.unwrap_err();
+        let refused = hold.wake(&SandboxId::random()).await.unwrap_err();
         assert_eq!(refused.error_code, ErrorCode::TooManyWaiting);
+        assert!(refused.message.contains(&PLACES.to_string()), "{refused}");
         for one in waiting {
             assert_eq!(one.await.unwrap().unwrap_err().error_code, ErrorCode::WakeTooSlow);
         }
-        assert_eq!(hold.places.available_permits(), PLACES, "places are given back");
+        let left = lock(&hold.waiting);
+        assert!(left.all == 0 && left.by.is_empty(), "places are given back: {left:?}");
     }
 }

@@ -402,10 +402,11 @@ async fn owners(life: &Life, facts: &Facts) -> BTreeMap<String, String> {
     kept
 }
 
-/// Whether a request resumes what is paused without saying so.
-fn also_resumes(action: &str) -> bool {
-    ["POST /sandboxes/{id}/connect", "GET /metrics"].contains(&action)
-}
+const RESUME: &str = "POST /sandboxes/{id}/resume";
+/// Resumes what is paused too.
+const CONNECT: &str = "POST /sandboxes/{id}/connect";
+/// The same for traffic, which is not written down.
+const VISIT: &str = "GET /metrics";
 
 /// How many effects can be seen that only requests like `sent`, which were not answered, can have had.
 fn effects(facts: &Facts, sent: &Sent, shown: &Shown, kept: &BTreeMap<String, String>) -> usize {
@@ -439,12 +440,12 @@ fn effects(facts: &Facts, sent: &Sent, shown: &Shown, kept: &BTreeMap<String, St
                 && done(&sent.action) == 0
                 && facts.case.scenario != Scenario::PauseAtDeadline,
         ),
-        "POST /sandboxes/{id}/resume" => usize::from(
+        // Of a resume and a connect that were not answered one has done it: which, nobody can tell.
+        RESUME | CONNECT => usize::from(
             state == Some("running")
                 && done("POST /sandboxes/{id}/pause") > 0
-                && done(&sent.action) == 0
-                // Answered or not: a connect or a visitor may have done it.
-                && !all.iter().any(|other| other.target == sent.target && also_resumes(&other.action)),
+                && done(RESUME) + done(CONNECT) == 0
+                && !all.iter().any(|other| other.target == sent.target && other.action == VISIT),
         ),
         "DELETE /sandboxes/{id}" => usize::from(
             state.is_none()
@@ -485,9 +486,29 @@ async fn audit(life: &Life, facts: &Facts, shown: &Shown, kept: &BTreeMap<String
             }
         }
     }
-    for (count, sent) in open.into_values() {
-        let seen = count.min(effects(facts, &sent, shown, kept));
+    let mut resumed_by_either: BTreeMap<Who, usize> = BTreeMap::new();
+    for (count, sent) in open.values() {
+        let seen = (*count).min(effects(facts, sent, shown, kept));
+        let beside = |action: &str| open.contains_key(&(sent.who, action.to_owned(), sent.target.clone()));
+        if [RESUME, CONNECT].contains(&&*sent.action) && beside(RESUME) && beside(CONNECT) {
+            // Seen from both.
+            if sent.action == RESUME {
+                *resumed_by_either.entry(sent.who).or_default() += seen;
+            }
+            continue;
+        }
         *wanted.entry((sent.who.project().to_owned(), sent.action.clone())).or_default() += seen;
+    }
+    let total = |counts: &BTreeMap<(String, String), usize>, who: Who| -> usize {
+        let of = |action: &str| counts.get(&(who.project().to_owned(), action.to_owned())).copied();
+        of(RESUME).unwrap_or_default() + of(CONNECT).unwrap_or_default()
+    };
+    for (who, seen) in resumed_by_either {
+        let (count, there) =
+            (seen + total(&wanted, who), total(&written, who) + usize::from(facts.is_hosts()));
+        facts.expect(there >= count, "audit", || {
+            format!("{count} resumes and connects of {who:?} were done and {there} written down")
+        });
     }
     for ((project, action), count) in wanted {
         let action = action.replace("/templates/{id}", "/templates/{name}");

@@ -202,7 +202,9 @@ mod tests {
                 }
                 Err(why) => {
                     assert!(TOO_OLD.contains(&&*name), "{name}: {why}");
-                    let told = crate::unreadable::read_some(&body, true).expect("which sandbox it is");
+                    let (told, snapshot) =
+                        crate::unreadable::read_some(&body, true).expect("which sandbox it is");
+                    assert_eq!(snapshot.expect("its snapshot").as_str(), "wg5fw3gs3abzrxfseo4v");
                     assert_eq!(told.sandbox.as_str(), "5qkeyzyj2echyrly4mop");
                     assert_eq!((told.shape.vcpus, told.shape.memory_mib.0), (1, 256));
                 }

@@ -5,9 +5,10 @@
 //! until a build that reads the record is started. One that was paused keeps its snapshot. Written: nothing but the end of
 //! one, as of any other machine; a crash leaves the record, which the next start finds.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use kelvin_api::id::{SandboxId, VmId};
+use kelvin_api::id::{SandboxId, SnapshotId, VmId};
 use kelvin_api::sandbox::{SandboxState, StartPath, UnreadableRecord};
 use kelvin_api::units::{DiskMib, MemoryMib, Shape};
 use kelvin_host::ledger::Body;
@@ -20,6 +21,7 @@ use serde_json::Value;
 use crate::Inner;
 use crate::capacity::Amount;
 use crate::error::Error;
+use crate::snapshots::Lease;
 
 /// What is known of a shape that cannot be read.
 pub const NO_SHAPE: Shape = Shape { vcpus: 0, memory_mib: MemoryMib(0), disk_mib: DiskMib(0) };
@@ -33,6 +35,8 @@ pub struct Unreadable {
     /// What can be told of it, when its record says which sandbox it is.
     live: Option<Live>,
     why: String,
+    /// Keeps what it runs from or is frozen in, when its record says so much.
+    lease: Option<Lease>,
 }
 
 /// A field of a record, when it is there and is what it is now.
@@ -40,11 +44,11 @@ fn field<T: DeserializeOwned>(record: &Value, name: &str) -> Option<T> {
     serde_json::from_value(record.get(name)?.clone()).ok()
 }
 
-/// What can be read of `body`, which as a whole cannot.
-pub fn read_some(body: &Body, runs: bool) -> Option<Live> {
+/// What can be read of `body`, which as a whole cannot: what it is, and its snapshot.
+pub fn read_some(body: &Body, runs: bool) -> Option<(Live, Option<SnapshotId>)> {
     let whole: Value = serde_json::from_str(&body.json).ok()?;
     let record = whole.get("sandbox")?;
-    Some(Live {
+    let live = Live {
         sandbox: field(record, "sandbox")?,
         ends_at: field(record, "ends_at").unwrap_or(jiff::Timestamp::MAX),
         shape: field(record, "shape").unwrap_or(NO_SHAPE),
@@ -52,7 +56,8 @@ pub fn read_some(body: &Body, runs: bool) -> Option<Live> {
         started_at: field(record, "started_at").unwrap_or(jiff::Timestamp::UNIX_EPOCH),
         state: if runs { SandboxState::Running } else { SandboxState::Paused },
         generation: field(record, "generation").unwrap_or(0),
-    })
+    };
+    Some((live, field(record, "snapshot")))
 }
 
 impl Unreadable {
@@ -75,10 +80,11 @@ impl Inner {
         why: String,
         machine: Option<(MachineSpec, ProcessKey)>,
     ) {
-        let live = read_some(body, machine.is_some());
+        let (live, snapshot) = read_some(body, machine.is_some()).unzip();
+        let lease = snapshot.flatten().and_then(|id| self.snapshots.lease(&id));
         let sandbox = live.as_ref().map(|live| live.sandbox.to_string()).unwrap_or_default();
         tracing::error!(machine = %owner, sandbox, why, "a record cannot be read: what it names is kept as it is");
-        let unreadable = Unreadable { owner: owner.clone(), machine, live, why };
+        let unreadable = Unreadable { owner: owner.clone(), machine, live, why, lease };
         if let Some(amount) = unreadable.amount() {
             self.capacity().take(amount);
         }
@@ -125,18 +131,15 @@ impl Inner {
         let is_gone = |key: ProcessKey| {
             Process::adopt(key).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
         };
-        let mut gone = Vec::new();
-        self.unreadable().retain(|_, unreadable| {
-            match unreadable.machine.take_if(|(_, key)| is_gone(*key)) {
-                Some(machine) => {
-                    gone.push((unreadable.owner.clone(), machine, unreadable.live.take()));
-                    false
-                }
-                None => true,
-            }
-        });
-        for (owner, machine, live) in gone {
-            let taken = Unreadable { owner, machine: Some(machine), live, why: String::new() };
+        let gone = {
+            let mut all = self.unreadable();
+            let has_ended = |one: &Unreadable| one.machine.as_ref().is_some_and(|(_, key)| is_gone(*key));
+            let (gone, rest): (BTreeMap<_, _>, _) =
+                std::mem::take(&mut *all).into_iter().partition(|(_, one)| has_ended(one));
+            *all = rest;
+            gone
+        };
+        for taken in gone.into_values() {
             // Only what is paused can fail.
             let _ = self.end_taken(taken, "its VMM ended").await;
         }
@@ -158,9 +161,11 @@ impl Inner {
         let amount = taken.amount();
         if let Some((spec, key)) = taken.machine {
             self.begin_teardown();
-            let inner = Arc::clone(self);
+            let (inner, lease) = (Arc::clone(self), taken.lease);
             self.tasks.spawn(async move {
                 inner.keeper.release_or_log(&spec, Some(key)).await;
+                // Its machine has mapped it until now.
+                drop(lease);
                 if let Some(amount) = amount {
                     inner.capacity().release(amount);
                 }

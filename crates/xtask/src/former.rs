@@ -2,13 +2,13 @@
 //!
 //! ```text
 //! <shared>/former/COMMIT/{kelvin,guest/}   a build of that commit, made once
-//! .cache/former                            the data directory, mounted for as long as it runs
+//! .cache/former                            mounted for as long as it runs; `data` is the data directory
 //! ```
 //!
 //! The former server leaves sandboxes that run, were forked, were resumed and are paused, and a snapshot; it ends by SIGTERM, and
 //! once more by SIGKILL. This build's takes all of them over: what ran runs, with its memory, disk and processes, and can be
 //! paused, resumed, forked and killed. The former one then refuses what this one has left, and ends nothing. Who writes: one
-//! run at a time; one that is killed leaves what the next removes.
+//! run at a time; what one leaves that fails or is killed, its servers and machines too, the next removes.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -81,7 +81,7 @@ struct Life<'a> {
 
 impl<'a> Life<'a> {
     fn begin(binary: &'a Path, data: &'a Path) -> Result<Self> {
-        let server = start_at(binary, data, "127.0.0.1:0", &data.with_extension("log"))?;
+        let server = start_at(binary, data, "127.0.0.1:0", &cache().join("former.log"))?;
         Ok(Self { binary, data, server })
     }
 
@@ -205,19 +205,22 @@ fn one(former: &Release, ours: &Built, data: &Path, with: &str) -> Result<()> {
 /// `cargo xtask former-release [COMMIT...]`.
 pub fn check(commits: &[String]) -> Result<()> {
     let ours = server::prepare()?;
-    let data = cache().join("former");
+    let ground = cache().join("former");
+    let data = ground.join("data");
     let commits: Vec<&str> =
         if commits.is_empty() { FORMER.to_vec() } else { commits.iter().map(String::as_str).collect() };
     for commit in commits {
         let Some(former) = Release::of(commit)? else { continue };
         for with in ["TERM", "KILL"] {
-            // Each begins anew: the former build cannot use what this one has touched, nor what a run that was killed left.
-            server::unmount(&ours.binary, &data)?;
-            run(crate::packages::as_root("rm").arg("-f").arg(data.with_extension("xfs")))?;
-            server::mount(&ours.binary, &data)?;
+            // Each begins anew: the former build cannot use what this one has touched, nor what an earlier run left.
+            crate::ground::kill_leftovers(&ground)?;
+            server::unmount(&ours.binary, &ground)?;
+            run(crate::packages::as_root("rm").arg("-f").arg(ground.with_extension("xfs")))?;
+            server::mount(&ours.binary, &ground)?;
+            fs::create_dir_all(data.join("run"))?;
             former.import(&data)?;
             one(&former, &ours, &data, with)?;
-            server::unmount(&ours.binary, &data)?;
+            server::unmount(&ours.binary, &ground)?;
             say(&format!("{commit}, ended by SIG{with}: its sandboxes go on under this build"));
         }
     }

@@ -38,12 +38,7 @@ impl Ground {
                 .arg(&ground.directory)
                 .stdout(Stdio::null()),
         )?;
-        // What a run that was killed has left.
-        for left in leftovers(&ground.directory) {
-            if let Some(pid) = left.strip_prefix("process ") {
-                crate::packages::signal("KILL", pid)?;
-            }
-        }
+        kill_leftovers(&ground.directory)?;
         // The last mount first: a disk of a test is on another.
         for mounted in mounts_below(&ground.directory)?.into_iter().rev() {
             run_command(Command::new("umount").arg(mounted))?;
@@ -87,6 +82,16 @@ impl Ground {
             Err(format!("the tests have left behind: {}", left.join(", ")).into())
         }
     }
+}
+
+/// Ends what a run that was killed has left running: servers, and machines of theirs.
+pub fn kill_leftovers(directory: &Path) -> Result<()> {
+    for left in leftovers(directory) {
+        if let Some(pid) = left.strip_prefix("process ") {
+            crate::packages::signal("KILL", pid)?;
+        }
+    }
+    Ok(())
 }
 
 /// What is mounted below `directory`, in the order of the mounts.

@@ -149,6 +149,23 @@ macro_rules! calls {
     };
 }
 
+/// The same for what changes something: on a task of its own, so that it comes to its end when its caller goes away.
+macro_rules! changes {
+    ($($name:ident($node:ident, $request:pat, $In:ident) -> $Out:ident $body:block)*) => {
+        calls! {
+            $($name(node, request, $In) -> $Out {
+                let ($node, $request) = (Arc::clone(node), request);
+                let changing: tokio::task::JoinHandle<Result<pb::$Out, Failure>> =
+                    tokio::spawn(async move { $body });
+                changing.await.unwrap_or_else(|error| {
+                    let text = "what was asked for was given up";
+                    Err(Failure::new(ErrorCode::Aborted, text, "look at the node's log").with_cause(&error))
+                })
+            })*
+        }
+    };
+}
+
 fn done() -> Result<pb::Done, Failure> {
     Ok(pb::Done::default())
 }
@@ -167,7 +184,7 @@ fn found(text: Option<String>) -> pb::Found {
 
 #[allow(refining_impl_trait)] // a service names its reply types
 impl pb::NodeService for Node {
-    calls! {
+    changes! {
         create(node, request, CreateRequest) -> Created {
             Ok(convert::created(&node.create(convert::to_create(request)?).await?))
         }
@@ -182,12 +199,6 @@ impl pb::NodeService for Node {
         set_policy(node, request, SandboxResource) -> Done {
             node.set_policy(&text(&request.sandbox)?, read(&request.json)?).await?;
             done()
-        }
-        network(node, request, Sandbox) -> Resource { resource(&node.network(&text(&request.id)?).await?) }
-        metrics(node, request, Sandbox) -> Resource { resource(&node.metrics(&text(&request.id)?).await?) }
-        console(node, request, Sandbox) -> Resource { resource(&node.console(&text(&request.id)?).await?) }
-        source(node, request, SourceRequest) -> SourceResponse {
-            Ok(convert::source(node.source(&request.text).await?))
         }
         pause(node, request, PauseRequest) -> Resource {
             let mode = mode(request.filesystem_only);
@@ -208,19 +219,29 @@ impl pb::NodeService for Node {
             let children = request.children.into_iter().map(convert::to_child).collect::<Result<_, _>>()?;
             convert::forked(node.fork(&text(&request.source)?, children).await?)
         }
-        snapshots(node, _, Nothing) -> Resource { resource(&node.snapshots().await?) }
         remove_snapshot(node, request, RemoveSnapshotRequest) -> Done {
             node.remove_snapshot(&text(&request.id)?, request.cascade).await?;
             done()
         }
-        verify_snapshot(node, request, KeptSnapshot) -> Resource {
-            resource(&node.verify_snapshot(&text(&request.id)?).await?)
-        }
-        pools(node, _, Nothing) -> Resource { resource(&node.pools().await?) }
         set_pool(node, request, SetPoolRequest) -> Done {
             node.set_pool(&text(&request.template)?, read(&request.json)?).await?;
             done()
         }
+        bake(node, request, Resource) -> KeptSnapshot { Ok(kept(&node.bake(read(&request.json)?).await?)) }
+        collect(node, request, CollectRequest) -> Resource { resource(&node.collect(request.dry_run).await?) }
+    }
+    calls! {
+        network(node, request, Sandbox) -> Resource { resource(&node.network(&text(&request.id)?).await?) }
+        metrics(node, request, Sandbox) -> Resource { resource(&node.metrics(&text(&request.id)?).await?) }
+        console(node, request, Sandbox) -> Resource { resource(&node.console(&text(&request.id)?).await?) }
+        source(node, request, SourceRequest) -> SourceResponse {
+            Ok(convert::source(node.source(&request.text).await?))
+        }
+        snapshots(node, _, Nothing) -> Resource { resource(&node.snapshots().await?) }
+        verify_snapshot(node, request, KeptSnapshot) -> Resource {
+            resource(&node.verify_snapshot(&text(&request.id)?).await?)
+        }
+        pools(node, _, Nothing) -> Resource { resource(&node.pools().await?) }
         one(node, request, Sandbox) -> LiveResponse {
             let found = node.one(&text(&request.id)?).await?;
             Ok(pb::LiveResponse { sandboxes: found.iter().map(convert::live).collect(), ..Default::default() })
@@ -233,9 +254,7 @@ impl pb::NodeService for Node {
             Ok(convert::changes(node.changes(request.generation).await?))
         }
         templates(node, _, Nothing) -> Resource { resource(&node.templates().await?) }
-        bake(node, request, Resource) -> KeptSnapshot { Ok(kept(&node.bake(read(&request.json)?).await?)) }
         info(node, _, Nothing) -> Resource { resource(&node.info().await?) }
-        collect(node, request, CollectRequest) -> Resource { resource(&node.collect(request.dry_run).await?) }
     }
 }
 

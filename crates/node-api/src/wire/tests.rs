@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -18,7 +19,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Mutex, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::{Remote, serve};
+use super::{Remote, STREAM_WINDOW, serve};
 use crate::{Inbound, Io, NodeService, Outbound, Route, SandboxTraffic, Unanswered};
 
 /// Longer than anything here takes.
@@ -238,13 +239,25 @@ async fn a_reader_that_sleeps_stops_its_own_stream_alone() {
     for _ in 0..8 {
         let ours = soon(world.remote.dial(&id, 80)).await.unwrap();
         let mut theirs = soon(world.dialled.recv()).await.unwrap();
-        let writing = tokio::spawn(async move { while theirs.write_all(&[0; 64 << 10]).await.is_ok() {} });
-        sleepers.push((ours, writing));
+        let written = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&written);
+        let writing = tokio::spawn(async move {
+            while theirs.write_all(&[0; 4 << 10]).await.is_ok() {
+                count.fetch_add(4 << 10, Ordering::Relaxed);
+            }
+        });
+        sleepers.push((ours, writing, written));
     }
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    // Until each has filled its window.
+    soon(async {
+        while sleepers.iter().any(|(_, _, written)| written.load(Ordering::Relaxed) < STREAM_WINDOW) {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
     let answer = soon(world.remote.send(&id, request("/echo", whole("x")))).await.unwrap();
     assert_eq!(soon(answer.into_body().collect()).await.unwrap().to_bytes(), "x");
-    for (ours, writing) in sleepers {
+    for (ours, writing, _) in sleepers {
         assert!(!writing.is_finished(), "somebody read what nobody asked for");
         drop(ours);
         soon(writing).await.unwrap();

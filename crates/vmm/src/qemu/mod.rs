@@ -5,8 +5,8 @@
 //! (`xen-save-devices-state` writes no RAM) and loads as an incoming migration into a VMM that was
 //! started with `-incoming defer`. Source: `../shared/vmm-notes.md` and `prototypes/qemu_clone.py`.
 //!
-//! A VMM runs in a jail ([`kelvin_host::jail`]), under QEMU's own seccomp filters, and in no control group yet (decision
-//! 25). The machine's directory is its root:
+//! A VMM runs in a jail ([`kelvin_host::jail`]), under QEMU's own seccomp filters, in a control group where the host has
+//! them. The machine's directory is its root:
 //!
 //! ```text
 //! <machine>/             belongs to root; the VMM has it read-only
