@@ -1,8 +1,9 @@
-//! Dependencies between the crates point down only: an edge that is not in this table fails the build.
+//! Dependencies between the crates point down only: an edge that is not in this table fails the build. Inside a crate, files
+//! that import each other in a circle are told (`circles`).
 
 use std::collections::BTreeSet;
 
-use crate::{Result, files as fs, root, say};
+use crate::{Result, circles, files as fs, root, say};
 
 /// Who may use whom. The picture is in ARCHITECTURE.md; tests may use more.
 const ALLOWED: &[(&str, &[&str])] = &[
@@ -51,7 +52,7 @@ fn edges(manifest: &str) -> BTreeSet<String> {
 /// Checks every crate.
 pub fn check() -> Result<()> {
     let mut wrong = Vec::new();
-    let mut crates = 0;
+    let (mut crates, mut round) = (0, Vec::new());
     for path in fs::list(root().join("crates"))? {
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
             continue;
@@ -62,6 +63,7 @@ pub fn check() -> Result<()> {
             continue;
         };
         crates += 1;
+        round.extend(circles::of_crate(&path)?);
         // What is shipped would have a virtual host in it.
         if name != "harness"
             && manifest.lines().any(|line| line.starts_with("kelvin-") && line.contains("\"testing\""))
@@ -73,6 +75,9 @@ pub fn check() -> Result<()> {
                 wrong.push(format!("{name} must not depend on {used}"));
             }
         }
+    }
+    for circle in &round {
+        say(circle);
     }
     if wrong.is_empty() {
         say(&format!("{crates} crates, every dependency points down"));

@@ -3,6 +3,7 @@
 //! Only the standard library: this is compiled before anything else. What it installs comes from the
 //! package managers of the machine; what is expensive is cached under `.cache/`.
 
+mod circles;
 mod deps;
 mod distribution;
 mod docs;
