@@ -9,35 +9,22 @@
 //! that the ledger names; the next start adopts those that ran and removes the rest. Time limits are
 //! enforced here, with or without a control plane.
 
-mod agent;
-mod bake;
 mod capacity;
-mod capture;
 mod changes;
-mod clock;
-mod console;
-mod create;
 mod error;
-mod home;
 mod lifecycle;
 mod link;
-mod mail;
+mod machine;
 mod networks;
 pub mod options;
-mod paused;
-mod policy;
 mod pool;
-mod probe;
-mod reconcile;
-mod record;
+mod recovery;
 mod sandbox;
 mod service;
 mod snapshots;
+mod start;
 mod traffic;
-mod turns;
-mod unreadable;
 mod verify;
-mod warm;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -61,21 +48,21 @@ use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use agent::{Body, SendError};
 use capacity::Capacity;
-use create::Seed;
 pub use error::{Error, no_descriptors};
-use home::{Groups, Keeper};
 pub use link::Stream;
-use mail::Urgent;
+pub use machine::agent::{Body, SendError};
+use machine::resources::{Groups, MachineAllocator};
 use networks::{EgressOptions, Networks};
 use options::{Options, Rule};
-use paused::Paused;
 use pool::Pool;
-use sandbox::{Command, Sandbox};
+use sandbox::actor::{Command, Sandbox};
+use sandbox::mail::Urgent;
+use sandbox::paused::Paused;
+use sandbox::unreadable::Unreadable;
 use snapshots::Snapshots;
-use turns::Turns;
-use unreadable::Unreadable;
+use start::StartSource;
+use start::turns::Turns;
 
 /// How many VMMs are taken over at one time: each exchange with one asks for a processor.
 const ADOPTIONS: usize = 16;
@@ -93,7 +80,7 @@ pub(crate) struct Inner {
     options: Options,
     store: Store,
     driver: Arc<dyn Driver>,
-    keeper: Keeper,
+    allocator: MachineAllocator,
     capacity: Mutex<Capacity>,
     sandboxes: Mutex<BTreeMap<SandboxId, Arc<Sandbox>>>,
     paused: Mutex<BTreeMap<SandboxId, Arc<Paused>>>,
@@ -236,7 +223,7 @@ impl Inner {
     /// Tells the control plane anew when sandboxes end, when the wall clock was set since `last`: they end when they would
     /// have, which is another time for people. The same moment on both clocks, for the next look.
     fn look_at_wall_clock(&self, last: (BootInstant, jiff::Timestamp)) -> (BootInstant, jiff::Timestamp) {
-        if self.clock.shown(last.0).duration_since(last.1).abs() > mail::SET {
+        if self.clock.shown(last.0).duration_since(last.1).abs() > sandbox::mail::SET {
             tracing::warn!(wall = %self.clock.wall(), "the wall clock was set; lifetimes go on");
             let live: Vec<_> = self.sandboxes().values().map(|sandbox| sandbox.live()).collect();
             for live in live {
@@ -377,7 +364,7 @@ impl Inner {
             disk_mib: kelvin_api::units::DiskMib(identity.disk_mib),
         };
         let network = self.has_network(identity);
-        if network && self.keeper.networks.is_none() {
+        if network && self.allocator.networks.is_none() {
             return false;
         }
         lock(&self.templates)
@@ -426,10 +413,10 @@ impl Node {
         let devices = [false, true]
             .map(|network| kelvin_store::hash::sha256(driver.layout(same, network).join("\0").as_bytes()));
         let (entries, records) = ledger.read().await?;
-        reconcile::check_vmm(driver.kind(), &entries, &records, &snapshots)?;
-        let rules = warm::read_rules(store.root())?;
+        recovery::check_vmm(driver.kind(), &entries, &records, &snapshots)?;
+        let rules = pool::warm::read_rules(store.root())?;
         let (networks, attached, no_network) = open_networks(&options, &ledger, &entries).await?;
-        let keeper = Keeper {
+        let allocator = MachineAllocator {
             ledger,
             store: store.clone(),
             users: Arc::default(),
@@ -452,7 +439,7 @@ impl Node {
             options,
             store,
             driver,
-            keeper,
+            allocator,
             sandboxes: Mutex::default(),
             paused: Mutex::default(),
             unreadable: Mutex::default(),
@@ -515,7 +502,7 @@ impl Node {
             let mut last = (reaper.clock.now(), reaper.clock.wall());
             while reaper.stop.run_until_cancelled(tokio::time::sleep(REAP)).await.is_some() {
                 last = reaper.look_at_wall_clock(last);
-                reaper.keeper.reap().await;
+                reaper.allocator.reap().await;
                 reaper.reap_unreadable().await;
                 reaper.snapshots.reap(&reaper.store).await;
                 let sandboxes: Vec<_> = reaper.sandboxes().values().cloned().collect();
@@ -523,7 +510,7 @@ impl Node {
                     // Not waited for: one VMM that does not answer is nobody else's business.
                     sandbox.go_on();
                 }
-                if let Some(networks) = &reaper.keeper.networks {
+                if let Some(networks) = &reaper.allocator.networks {
                     networks.slots.retry().await;
                 }
                 kelvin_host::memory::give_back().await;
@@ -539,11 +526,11 @@ impl Node {
     pub async fn create(&self, request: Create) -> Result<Created, Error> {
         let inner = Arc::clone(&self.inner);
         // A caller that goes away must not leave a machine half-made.
-        let seed = match &request.base {
-            Base::Template(name) => Seed::Template(inner.template(name).await?),
-            Base::Snapshot(id) => Seed::Snapshot(inner.find_snapshot(id)?, None),
+        let start = match &request.base {
+            Base::Template(name) => StartSource::Template(inner.template(name).await?),
+            Base::Snapshot(id) => StartSource::Snapshot(inner.find_snapshot(id)?, None),
         };
-        let task = self.inner.tasks.spawn(async move { inner.create(request, seed).await });
+        let task = self.inner.tasks.spawn(async move { inner.create(request, start).await });
         task.await.map_err(|error| Error::Io { what: "creating", source: std::io::Error::other(error) })?
     }
 
@@ -727,7 +714,7 @@ impl Node {
         waiting_vmms: Option<u32>,
         network: Option<bool>,
     ) -> Result<SnapshotId, Error> {
-        let network = match (network, &self.inner.keeper.networks) {
+        let network = match (network, &self.inner.allocator.networks) {
             (Some(true), None) => {
                 let reason = self.inner.no_network.clone();
                 return Err(Error::NoNetwork { what: "the node".to_owned(), reason });
@@ -763,7 +750,7 @@ impl Node {
             && is_full
             && inner.snapshots.is_settled()
             && inner.is_warm()
-            && inner.keeper.networks.as_ref().is_none_or(|networks| networks.slots.is_full())
+            && inner.allocator.networks.as_ref().is_none_or(|networks| networks.slots.is_full())
     }
 
     /// What runs here and what is left.
@@ -772,7 +759,7 @@ impl Node {
     /// `Ledger` when it does not answer.
     pub async fn info(&self) -> Result<NodeInfo, Error> {
         let inner = &self.inner;
-        let ledger_entries = inner.keeper.ledger.count().await?;
+        let ledger_entries = inner.allocator.ledger.count().await?;
         // Before anything is locked.
         let settled = self.is_settled();
         let (memory_mb, memory_reserved_mb, vcpus, vcpus_reserved) = inner.capacity().figures();
@@ -796,7 +783,7 @@ impl Node {
             silent,
             unreadable: inner.unreadable_records(),
             settled,
-            network: inner.keeper.networks.as_ref().map(|networks| {
+            network: inner.allocator.networks.as_ref().map(|networks| {
                 let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
                 let (used, quarantined) = networks.slots.used();
                 NodeNetwork {
@@ -877,7 +864,7 @@ impl Node {
                 self.inner.discard_parked(parked).await;
             }
         }
-        if let Some(networks) = &self.inner.keeper.networks
+        if let Some(networks) = &self.inner.allocator.networks
             && let Err(error) = networks.close().await
         {
             tracing::error!(
@@ -896,7 +883,7 @@ impl Node {
 pub fn check_records(data_dir: &Path) -> Result<(usize, Vec<String>), Error> {
     let records = kelvin_host::ledger::peek(&data_dir.join("ledger.db"))?;
     let unreadable = records.iter().filter_map(|record| {
-        let why = record::SandboxRecord::read(&record.body).err()?;
+        let why = sandbox::record::SandboxRecord::read(&record.body).err()?;
         Some(format!("machine {}: {why}", record.owner))
     });
     Ok((records.len(), unreadable.collect()))

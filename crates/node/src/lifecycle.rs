@@ -13,15 +13,15 @@ use kelvin_api::network::Wanted;
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{Capture, PauseMode, SnapshotInfo, StartPath};
 use kelvin_node_api::{Base, Child, Create, Created, Forked, Source};
-use kelvin_store::snapshot::{Care, Origin, Snapshot};
+use kelvin_store::snapshot::{Durability, Origin, Snapshot};
 
-use crate::capture::Captured;
-use crate::create::Seed;
 use crate::error::Error;
-use crate::paused::Paused;
+use crate::machine::capture::Captured;
 use crate::pool::manifest_shape;
-use crate::record::SandboxRecord;
-use crate::sandbox::{Command, Sandbox};
+use crate::sandbox::actor::{Command, Sandbox};
+use crate::sandbox::paused::Paused;
+use crate::sandbox::record::SandboxRecord;
+use crate::start::StartSource;
 use crate::{Inner, LOOKS, Node};
 
 /// How long a machine that is ending may hold up the removal of what it ran from.
@@ -154,7 +154,7 @@ impl Node {
     ///
     /// # Errors
     /// `Unknown`; `Asleep` when it is paused, its owner wants it to resume by traffic and it goes on from there; else `Paused`.
-    pub(crate) fn awake(&self, id: &SandboxId) -> Result<Arc<Sandbox>, Error> {
+    pub(crate) fn ensure_running(&self, id: &SandboxId) -> Result<Arc<Sandbox>, Error> {
         match self.find(id) {
             Err(Error::Paused(_))
                 if self.inner.paused(id).is_some_and(|paused| {
@@ -177,7 +177,7 @@ impl Node {
     ) -> Result<(SnapshotInfo, Capture, Timings), Error> {
         let (taken, capture, timings) = match self.find_any(id)? {
             Found::Running(sandbox) => {
-                let ask = |done| Command::Snapshot(snapshot, origin, mode, Care::Durable, done);
+                let ask = |done| Command::Snapshot(snapshot, origin, mode, Durability::Durable, done);
                 let (captured, _) = sandbox.ask(ask).await??;
                 (captured.snapshot, captured.capture, captured.timings)
             }
@@ -196,7 +196,13 @@ impl Node {
             Found::Running(sandbox) => {
                 let origin = Origin::Fork { sandbox: source.clone() };
                 let ask = |done| {
-                    Command::Snapshot(SnapshotId::random(), origin, PauseMode::Full, Care::Passing, done)
+                    Command::Snapshot(
+                        SnapshotId::random(),
+                        origin,
+                        PauseMode::Full,
+                        Durability::Ephemeral,
+                        done,
+                    )
                 };
                 sandbox.ask(ask).await?
             }
@@ -280,9 +286,9 @@ impl Node {
                     // Of the disk alone: its children boot.
                     request.start_path = None;
                 }
-                let seed = Seed::Snapshot(Arc::clone(&snapshot), Some(source.clone()));
+                let start = StartSource::Snapshot(Arc::clone(&snapshot), Some(source.clone()));
                 let inner = Arc::clone(inner);
-                starting.push(inner.tasks.clone().spawn(async move { inner.create(request, seed).await }));
+                starting.push(inner.tasks.clone().spawn(async move { inner.create(request, start).await }));
             }
             let mut children = Vec::new();
             for child in starting {

@@ -199,7 +199,7 @@ mod tests {
     use kelvin_api::id::SandboxId;
     use kelvin_api::sandbox::PauseMode;
     use kelvin_store::identity::{Identity, SNAPSHOT_FORMAT};
-    use kelvin_store::snapshot::{Care, Draft};
+    use kelvin_store::snapshot::{Draft, Durability};
 
     use super::*;
 
@@ -233,7 +233,7 @@ mod tests {
             identity,
             arguments: Vec::new(),
         };
-        Arc::new(store.publish_snapshot(&staged, draft, Care::Passing).unwrap())
+        Arc::new(store.publish_snapshot(&staged, draft, Durability::Ephemeral).unwrap())
     }
 
     #[tokio::test]

@@ -17,10 +17,10 @@ use kelvin_api::signature::Signature;
 use kelvin_node_api::Route;
 
 use crate::Node;
-use crate::agent::{Body, SendError};
 use crate::error::Error;
 use crate::link::{Stream, Tunnel};
-use crate::sandbox::{Command, Sandbox};
+use crate::machine::agent::{Body, SendError};
+use crate::sandbox::actor::{Command, Sandbox};
 
 /// How long it may take to say what it uses: less than its caller waits.
 const METRICS: Duration = Duration::from_secs(4);
@@ -87,7 +87,7 @@ impl Node {
                 return Err(Error::Paused(id.to_string()));
             }
         }
-        self.awake(id)
+        self.ensure_running(id)
     }
 
     /// Sends an HTTP request to the agent of `sandbox`, which is called `id`.
@@ -184,7 +184,7 @@ impl Node {
     }
 
     async fn dial_once(&self, id: &SandboxId, port: u16) -> Result<Stream, Error> {
-        let sandbox = self.awake(id)?;
+        let sandbox = self.ensure_running(id)?;
         let no_network = || Error::NoNetwork { what: format!("sandbox {id}"), reason: None };
         let network = sandbox.network.as_ref().ok_or_else(no_network)?;
         match network.dial(id.as_str(), port).await {
@@ -238,7 +238,7 @@ impl Node {
     /// `Unknown`, `Network`.
     pub async fn network(&self, id: &SandboxId) -> Result<NetworkState, Error> {
         let sandbox = self.find(id)?;
-        let (Some(network), Some(networks)) = (&sandbox.network, &self.inner.keeper.networks) else {
+        let (Some(network), Some(networks)) = (&sandbox.network, &self.inner.allocator.networks) else {
             return Ok(NetworkState::default());
         };
         let counters = network.slot.counters().await?;

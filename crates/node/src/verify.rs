@@ -18,7 +18,7 @@ use kelvin_store::snapshot::{Origin, Snapshot};
 use kelvin_store::verify::{Digesting, FileVerdict, Verdict};
 
 use crate::error::Error;
-use crate::record::SandboxRecord;
+use crate::sandbox::record::SandboxRecord;
 use crate::{Inner, Node, lock};
 
 /// Bytes a second that are digested in the background, at the most.
@@ -146,7 +146,7 @@ impl Inner {
             used.images.insert(template.image.clone());
             used.guests.insert(template.guest.clone());
         }
-        let (_, records) = self.keeper.ledger.read().await?;
+        let (_, records) = self.allocator.ledger.read().await?;
         for record in records {
             let sandbox =
                 SandboxRecord::read(&record.body).map_err(|why| kelvin_store::Error::Unreadable {

@@ -38,13 +38,13 @@ struct Mutation {
 const MUTATIONS: &[Mutation] = &[
     Mutation {
         name: "the release of what a failed create held",
-        file: "crates/node/src/create.rs",
+        file: "crates/node/src/start/mod.rs",
         from: "                self.capacity().release(amount);\n                Err(error)\n",
         to: "                if !OFF {\n                    self.capacity().release(amount);\n                }\n                Err(error)\n",
     },
     Mutation {
         name: "the ledger's row of a machine's directory",
-        file: "crates/node/src/home.rs",
+        file: "crates/node/src/machine/resources.rs",
         from: "        resources.push(Resource::Directory { path: spec.absolute() });\n",
         to: "        if !OFF {\n            resources.push(Resource::Directory { path: spec.absolute() });\n        }\n",
     },

@@ -144,7 +144,7 @@ impl Inner {
 
     async fn end_taken(self: &Arc<Self>, taken: Unreadable, reason: &str) -> Result<(), Error> {
         if taken.machine.is_none() {
-            match self.keeper.ledger.strike_record(&taken.owner).await {
+            match self.allocator.ledger.strike_record(&taken.owner).await {
                 Ok(_) => {}
                 Err(error) => {
                     self.unreadable().insert(taken.owner.clone(), taken);
@@ -160,7 +160,7 @@ impl Inner {
             self.begin_teardown();
             let inner = Arc::clone(self);
             self.tasks.spawn(async move {
-                inner.keeper.release_or_log(&spec, Some(key)).await;
+                inner.allocator.release_or_log(&spec, Some(key)).await;
                 if let Some(amount) = amount {
                     inner.capacity().release(amount);
                 }

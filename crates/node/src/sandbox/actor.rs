@@ -30,20 +30,20 @@ use kelvin_host::ledger;
 use kelvin_host::process::ProcessKey;
 use kelvin_node_api::{ConsoleLine, Live};
 use kelvin_store::identity::Identity;
-use kelvin_store::snapshot::{Care, Origin};
+use kelvin_store::snapshot::{Durability, Origin};
 use kelvin_vmm::control::{Asked, Control, Dial};
 use kelvin_vmm::{MachineEnd, MachineSpec, Paused, Running};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::Inner;
-use crate::agent::{Agent, Body, SendError};
 use crate::capacity::Amount;
-use crate::capture::{Captured, Then};
-use crate::console::Console;
 use crate::error::Error;
 use crate::link::Network;
-use crate::mail::{Decided, Fate, Mail, Shown, TIME_IS_OVER, Urgent, deadline_of, shown};
-use crate::record::{Event, SandboxRecord, next};
+use crate::machine::agent::{Agent, Body, SendError};
+use crate::machine::capture::{CaptureOptions, Captured};
+use crate::machine::console::Console;
+use crate::sandbox::mail::{Decided, Fate, Mail, Shown, TIME_IS_OVER, Urgent, deadline_of, shown};
+use crate::sandbox::record::{Event, SandboxRecord, next};
 use crate::snapshots::Lease;
 
 /// Commands that may wait for one sandbox.
@@ -57,7 +57,13 @@ pub enum Command {
     /// its disk.
     Pause(PauseMode, bool, oneshot::Sender<Result<Captured, Error>>),
     /// Take a snapshot; it goes on. With what is known of it, for its children.
-    Snapshot(SnapshotId, Origin, PauseMode, Care, oneshot::Sender<Result<(Captured, SandboxRecord), Error>>),
+    Snapshot(
+        SnapshotId,
+        Origin,
+        PauseMode,
+        Durability,
+        oneshot::Sender<Result<(Captured, SandboxRecord), Error>>,
+    ),
     /// Let its vCPUs go on when the VMM stopped them, for want of disk space.
     GoOn,
     /// Its agent does not answer: end it when its guest never will.
@@ -192,24 +198,24 @@ pub struct Orphan {
 }
 
 /// What a task begins with.
-type Begun = (Keeping, Mail, watch::Sender<Option<Arc<dyn Dial>>>);
+type Begun = (SandboxActor, Mail, watch::Sender<Option<Arc<dyn Dial>>>);
 
 impl Inner {
     /// Makes `machine` a sandbox: visible, owned by a task. Its capacity is held already.
     pub fn own(self: &Arc<Self>, machine: Machine) {
         let Machine { spec, running, control, record, identity, lease, console } = machine;
         let (key, dialer) = (running.key(), running.dialer());
-        let (mut keeping, mail, _) = self.begin(Orphan { spec, key, record, identity, lease }, Some(dialer));
-        keeping.running = Some(running);
-        keeping.control = Some(control);
-        keeping.console = console;
-        self.tasks.spawn(keeping.run(mail));
+        let (mut actor, mail, _) = self.begin(Orphan { spec, key, record, identity, lease }, Some(dialer));
+        actor.running = Some(running);
+        actor.control = Some(control);
+        actor.console = console;
+        self.tasks.spawn(actor.run(mail));
     }
 
     /// The same for a machine that may take its time to answer: it is visible and can be ended at once.
     pub fn adopt(self: &Arc<Self>, orphan: Orphan) {
-        let (keeping, mail, dialer) = self.begin(orphan, None);
-        self.tasks.spawn(keeping.adopt(mail, dialer));
+        let (actor, mail, dialer) = self.begin(orphan, None);
+        self.tasks.spawn(actor.adopt(mail, dialer));
     }
 
     fn begin(self: &Arc<Self>, orphan: Orphan, dialer: Option<Arc<dyn Dial>>) -> Begun {
@@ -260,7 +266,7 @@ impl Inner {
             key,
             fate: Arc::clone(&fate),
         };
-        let keeping = Keeping {
+        let actor = SandboxActor {
             inner: Arc::clone(self),
             spec,
             key,
@@ -276,12 +282,12 @@ impl Inner {
             fate,
             is_silent,
         };
-        (keeping, mail, made)
+        (actor, mail, made)
     }
 
     /// Writes a sandbox's record.
     pub async fn remember(&self, spec: &MachineSpec, record: &SandboxRecord) -> Result<(), Error> {
-        Ok(self.keeper.ledger.put_record(&spec.vm, body(record)?).await?)
+        Ok(self.allocator.ledger.put_record(&spec.vm, body(record)?).await?)
     }
 }
 
@@ -291,7 +297,7 @@ pub fn body(record: &SandboxRecord) -> Result<ledger::Body, Error> {
 }
 
 /// What the task of a sandbox owns.
-pub struct Keeping {
+pub struct SandboxActor {
     pub inner: Arc<Inner>,
     pub spec: MachineSpec,
     key: ProcessKey,
@@ -334,7 +340,7 @@ async fn why(running: &Running, end: MachineEnd) -> String {
 }
 
 /// Why the task goes no further.
-enum Over {
+enum ExitReason {
     /// The sandbox ends, for this reason unless it has ended already.
     End(String),
     /// The sandbox is paused: its machine ends.
@@ -349,7 +355,7 @@ enum Step {
     Do(Command),
 }
 
-impl Keeping {
+impl SandboxActor {
     /// Takes over a machine of a former daemon, and owns it.
     async fn adopt(mut self, mut mail: Mail, dialer: watch::Sender<Option<Arc<dyn Dial>>>) {
         let stop = self.inner.stop.clone();
@@ -390,7 +396,7 @@ impl Keeping {
         self.running = Some(running);
         tracing::info!(sandbox = %self.record.sandbox, pid = self.key.pid, "adopted");
         // It may have been stopped for a snapshot, and its file system frozen.
-        self.awake().await;
+        self.await_wake_ack().await;
         Ok(())
     }
 
@@ -409,7 +415,7 @@ impl Keeping {
         let (stop, clock) = (self.inner.stop.clone(), self.inner.clock.clone());
         let over = loop {
             if mail.ended {
-                break Over::End(String::new());
+                break ExitReason::End(String::new());
             }
             if let Some(done) = mail.killed.take() {
                 mail.hear(Urgent::Kill(done));
@@ -417,7 +423,7 @@ impl Keeping {
             }
             self.record_deadline(&mut mail).await;
             let Some(running) = &self.running else {
-                break Over::End("its VMM did not go on".to_owned());
+                break ExitReason::End("its VMM did not go on".to_owned());
             };
             let step = tokio::select! {
                 // What has ended is not asked or paused any more.
@@ -430,13 +436,15 @@ impl Keeping {
                 command = mail.commands.recv() => command.map(Step::Do),
             };
             let over = match step {
-                None => Some(Over::End("nobody holds it any more".to_owned())),
+                None => Some(ExitReason::End("nobody holds it any more".to_owned())),
                 Some(Step::Hear(urgent)) => {
                     mail.hear(urgent);
                     None
                 }
-                Some(Step::Ended(end)) => Some(Over::End(mail.beside(why(running, end)).await)),
-                Some(Step::TimeIsOver) if mail.ends_at_deadline => Some(Over::End(TIME_IS_OVER.to_owned())),
+                Some(Step::Ended(end)) => Some(ExitReason::End(mail.beside(why(running, end)).await)),
+                Some(Step::TimeIsOver) if mail.ends_at_deadline => {
+                    Some(ExitReason::End(TIME_IS_OVER.to_owned()))
+                }
                 Some(Step::TimeIsOver) => self.pause_at_deadline(&mut mail).await,
                 Some(Step::Do(command)) => {
                     let work = Box::pin(self.perform(command));
@@ -448,13 +456,13 @@ impl Keeping {
             }
         };
         match over {
-            Over::End(reason) => {
+            ExitReason::End(reason) => {
                 mail.end(&reason);
                 // Who asks for something now is told that it is gone; the rest is not their business.
                 drop(mail);
                 self.end().await;
             }
-            Over::Paused => {
+            ExitReason::Paused => {
                 drop(mail);
                 self.release().await;
             }
@@ -462,17 +470,19 @@ impl Keeping {
     }
 
     /// Does what was asked.
-    async fn perform(&mut self, command: Command) -> Option<Over> {
+    async fn perform(&mut self, command: Command) -> Option<ExitReason> {
         match command {
             Command::SetPolicy(policy, done) => drop(done.send(self.set_policy(policy).await)),
             Command::Pause(mode, healthy, done) => {
                 let paused = self.pause(mode, healthy).await.map_err(|error| self.unless_ended(error));
                 let over = paused.is_ok();
                 let _ = done.send(paused);
-                return over.then_some(Over::Paused);
+                return over.then_some(ExitReason::Paused);
             }
-            Command::Snapshot(id, origin, mode, care, done) => {
-                let taken = self.capture(id, origin, care, Then { mode, ..Then::default() }).await;
+            Command::Snapshot(id, origin, mode, durability, done) => {
+                let taken = self
+                    .capture(id, origin, durability, CaptureOptions { mode, ..CaptureOptions::default() })
+                    .await;
                 let taken = taken.map_err(|error| self.unless_ended(error));
                 let _ = done.send(taken.map(|captured| (captured, self.record.clone())));
             }
@@ -484,7 +494,7 @@ impl Keeping {
             Command::IsSilent => {
                 let console = read_console(self.running.as_ref()?).await;
                 if kelvin_vmm::guest_end::is_halted(&console) {
-                    return Some(Over::End("the guest halted".to_owned()));
+                    return Some(ExitReason::End("the guest halted".to_owned()));
                 }
             }
             Command::GoOn => {
@@ -518,10 +528,10 @@ impl Keeping {
     }
 
     /// What cannot be paused is not ended instead: it is tried again.
-    async fn pause_at_deadline(&mut self, mail: &mut Mail) -> Option<Over> {
+    async fn pause_at_deadline(&mut self, mail: &mut Mail) -> Option<ExitReason> {
         let work = Box::pin(self.pause(self.record.lifecycle.pause_mode, false));
         match mail.beside(work).await {
-            Ok(_) => Some(Over::Paused),
+            Ok(_) => Some(ExitReason::Paused),
             Err(_) if mail.ended => None,
             Err(error) => {
                 tracing::error!(sandbox = %self.record.sandbox, error = chain(&error), "not paused at its deadline, tried again");
@@ -540,7 +550,7 @@ impl Keeping {
     async fn pause(&mut self, mode: PauseMode, healthy: bool) -> Result<Captured, Error> {
         let (sandbox, generation) = (self.record.sandbox.clone(), self.record.generation + 1);
         let origin = Origin::Pause { sandbox: sandbox.clone(), generation };
-        let then = Then { stay: true, healthy, mode };
+        let then = CaptureOptions { stay: true, healthy, mode };
         // Asked before the machine stands still: nothing but the ledger can fail after it.
         let Some(state) = next(self.record.state, Event::Pause) else {
             return Err(Error::Unknown(sandbox.to_string()));
@@ -551,7 +561,7 @@ impl Keeping {
             // Its VMM takes the console along.
             self.console.read(text, self.inner.clock.wall());
         }
-        let captured = self.capture(SnapshotId::random(), origin, Care::Durable, then).await?;
+        let captured = self.capture(SnapshotId::random(), origin, Durability::Durable, then).await?;
         let snapshot = Some(captured.snapshot.manifest.id.clone());
         let record = SandboxRecord { state, generation, snapshot, deadline: None, ..self.record.clone() };
         let owner = VmId::random();
@@ -561,7 +571,7 @@ impl Keeping {
             return Err(Error::Unknown(sandbox.to_string()));
         }
         let moved = match body(&record) {
-            Ok(body) => match self.inner.keeper.ledger.move_record(&self.spec.vm, &owner, body).await {
+            Ok(body) => match self.inner.allocator.ledger.move_record(&self.spec.vm, &owner, body).await {
                 Ok(true) => Ok(()),
                 Ok(false) => Err(Error::Unknown(sandbox.to_string())),
                 Err(error) => Err(error.into()),
@@ -571,7 +581,7 @@ impl Keeping {
         if let Err(error) = moved {
             self.fate.turn(Decided::Pausing, Decided::Open);
             self.go_on().await?;
-            self.awake().await;
+            self.await_wake_ack().await;
             return Err(error);
         }
         let lease = self.inner.snapshots.lease(&captured.snapshot.manifest.id);
@@ -579,9 +589,10 @@ impl Keeping {
         let live = record.live();
         self.inner.begin_teardown();
         // Visible as paused before it is invisible as running: it is never unknown.
-        self.inner
-            .paused_sandboxes()
-            .insert(sandbox.clone(), Arc::new(crate::paused::Paused::new(owner, record, lease, console)));
+        self.inner.paused_sandboxes().insert(
+            sandbox.clone(),
+            Arc::new(crate::sandbox::paused::Paused::new(owner, record, lease, console)),
+        );
         self.inner.sandboxes().remove(&sandbox);
         self.fate.turn(Decided::Pausing, Decided::Over);
         self.inner.changes.is(live);
@@ -590,7 +601,7 @@ impl Keeping {
     }
 
     async fn set_policy(&mut self, policy: Policy) -> Result<(), Error> {
-        let (Some(network), Some(networks)) = (&self.network, &self.inner.keeper.networks) else {
+        let (Some(network), Some(networks)) = (&self.network, &self.inner.allocator.networks) else {
             return Err(Error::NoNetwork { what: format!("sandbox {}", self.record.sandbox), reason: None });
         };
         // Recorded first: whatever happens next, a restart comes to the policy that was asked for last.
@@ -619,7 +630,7 @@ impl Keeping {
         if let Some(network) = self.network.take() {
             network.close().await;
         }
-        self.inner.keeper.release_or_log(&self.spec, Some(self.key)).await;
+        self.inner.allocator.release_or_log(&self.spec, Some(self.key)).await;
         self.inner.capacity().release(Amount::machine(self.record.shape));
         // Its memory is mapped by nobody any more.
         drop(self.lease.take());

@@ -11,8 +11,8 @@ use kelvin_node_api::Live;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::Inner;
-use crate::record::SandboxRecord;
-use crate::sandbox::Command;
+use crate::sandbox::actor::Command;
+use crate::sandbox::record::SandboxRecord;
 
 /// Why a sandbox ends at its deadline, for its owner.
 pub const TIME_IS_OVER: &str = "its time to live was over";
@@ -165,7 +165,7 @@ mod tests {
     use kelvin_host::clock::Simulated;
 
     use super::*;
-    use crate::sandbox::body;
+    use crate::sandbox::actor::body;
 
     fn record(clock: &Clock, left: Duration) -> SandboxRecord {
         let deadline = clock.now() + left;

@@ -1,5 +1,5 @@
 //! The create path: reserve, then claim a warm machine, or a waiting VMM and load (clone), or boot (cold), activate,
-//! commit. Resumes and the children of forks take the same path, from another [`Seed`].
+//! commit. Resumes and the children of forks take the same path, from another [`StartSource`].
 //!
 //! ```text
 //! reserve ──────────> vmm ────────> resume ─> activate ─> commit        warm
@@ -9,6 +9,10 @@
 //!
 //! Whatever fails after `reserve` is released in reverse order before the error is returned. A crash at
 //! any point leaves a record that is not `running`, and the next start reaps its machine.
+
+pub mod bake;
+pub mod probe;
+pub mod turns;
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -33,17 +37,17 @@ use kelvin_vmm::{MachineEnd, MachineSpec, Running};
 use tracing::Instrument;
 
 use crate::capacity::Amount;
-use crate::clock::right_clock;
-use crate::console::Console;
 use crate::error::Error;
-use crate::paused::Paused;
+use crate::machine::clock::sync_clock;
+use crate::machine::console::Console;
+use crate::pool::warm::Parked;
 use crate::pool::{Pool, Ready, manifest_shape};
-use crate::probe::Probe;
-use crate::record::{Event, SandboxRecord, State, next};
-use crate::sandbox::{Machine, body};
+use crate::sandbox::actor::{Machine, body};
+use crate::sandbox::paused::Paused;
+use crate::sandbox::record::{Event, SandboxRecord, State, next};
 use crate::snapshots::Lease;
-use crate::turns::TURN;
-use crate::warm::Parked;
+use crate::start::probe::Probe;
+use crate::start::turns::TURN;
 use crate::{Inner, Working};
 
 /// How long a claim of a warm machine may take before the next way is tried.
@@ -53,7 +57,7 @@ const BOOTING: Duration = Duration::from_secs(5);
 
 /// What a machine is made of.
 #[derive(Clone)]
-pub enum Seed {
+pub enum StartSource {
     /// A template: a pool's snapshot, or its kernel.
     Template(Arc<Template>),
     /// What a sandbox was; it becomes another. With the sandbox it is forked from.
@@ -76,7 +80,7 @@ struct Started {
 struct Attempt<'a> {
     inner: &'a Arc<Inner>,
     request: &'a Create,
-    seed: &'a Seed,
+    source: &'a StartSource,
     /// What is restored, when it is no template's.
     snapshot: Option<Arc<Snapshot>>,
     template: TemplateName,
@@ -96,25 +100,25 @@ impl Inner {
     /// Creates a sandbox. When it returns, the agent has answered its activation.
     ///
     /// Not cancel-safe: callers run it on a task of its own.
-    pub async fn create(self: &Arc<Self>, request: Create, seed: Seed) -> Result<Created, Error> {
+    pub async fn create(self: &Arc<Self>, request: Create, source: StartSource) -> Result<Created, Error> {
         let _request = self.enter();
         let (since, deadline) = (Instant::now(), self.clock.stamp(self.clock.at(request.ends_at)));
         self.crash_point(Phase::Reserve);
         let mut network = self.attachment(&request.network)?;
-        let snapshot = match &seed {
-            Seed::Template(_) => None,
-            Seed::Snapshot(snapshot, _) => Some(Arc::clone(snapshot)),
-            Seed::Resume(paused, _) => {
+        let snapshot = match &source {
+            StartSource::Template(_) => None,
+            StartSource::Snapshot(snapshot, _) => Some(Arc::clone(snapshot)),
+            StartSource::Resume(paused, _) => {
                 let image = paused.record.snapshot.clone();
                 let image = image.ok_or_else(|| Error::Unknown(request.sandbox.to_string()))?;
                 Some(self.find_snapshot(&image)?)
             }
         };
-        let (template, guest, shape) = match (&seed, &snapshot) {
+        let (template, guest, shape) = match (&source, &snapshot) {
             (_, Some(snapshot)) => {
                 let manifest = &snapshot.manifest;
                 let mut shape = manifest_shape(manifest);
-                if boots(&seed, snapshot) {
+                if boots(&source, snapshot) {
                     // A disk fits any machine.
                     shape.vcpus = request.vcpus.unwrap_or(shape.vcpus);
                     shape.memory_mib = request.memory_mib.unwrap_or(shape.memory_mib);
@@ -123,7 +127,7 @@ impl Inner {
                 }
                 (manifest.template.clone(), manifest.guest.clone(), shape)
             }
-            (Seed::Template(template), None) => {
+            (StartSource::Template(template), None) => {
                 let shape = Shape {
                     vcpus: request.vcpus.unwrap_or(template.shape.vcpus),
                     memory_mib: request.memory_mib.unwrap_or(template.shape.memory_mib),
@@ -133,9 +137,9 @@ impl Inner {
             }
             _ => return Err(Error::Unknown(request.sandbox.to_string())),
         };
-        let machine_id = match &seed {
-            Seed::Resume(paused, _) => paused.record.machine_id,
-            Seed::Template(_) | Seed::Snapshot(..) => None,
+        let machine_id = match &source {
+            StartSource::Resume(paused, _) => paused.record.machine_id,
+            StartSource::Template(_) | StartSource::Snapshot(..) => None,
         };
         let machine_id = machine_id.map_or_else(random_bytes, Ok)?;
         let amount = Amount::machine(shape);
@@ -144,7 +148,7 @@ impl Inner {
         let mut attempt = Attempt {
             inner: self,
             request: &request,
-            seed: &seed,
+            source: &source,
             snapshot,
             template,
             guest,
@@ -182,7 +186,7 @@ impl Inner {
 
     /// What a create's wish for a network comes to on this node.
     fn attachment(&self, wanted: &Wanted) -> Result<Option<Attachment>, Error> {
-        match (wanted, &self.keeper.networks) {
+        match (wanted, &self.allocator.networks) {
             (Wanted::None, _) | (Wanted::Usual(_), None) => Ok(None),
             (Wanted::Usual(attachment) | Wanted::Required(attachment), Some(_)) => {
                 Ok(Some(attachment.clone()))
@@ -278,30 +282,30 @@ impl Attempt<'_> {
 
     async fn start(&mut self) -> Result<(Started, String), Error> {
         let insisted = self.request.start_path;
-        let template = match (self.seed, self.snapshot.clone()) {
-            (Seed::Template(template), _) => template,
-            (seed, Some(snapshot)) if boots(seed, &snapshot) => {
+        let template = match (self.source, self.snapshot.clone()) {
+            (StartSource::Template(template), _) => template,
+            (source, Some(snapshot)) if boots(source, &snapshot) => {
                 if let Some(path @ (StartPath::Clone | StartPath::Warm)) = insisted {
                     let reason = "a snapshot without memory is booted from its disk".to_owned();
                     return Err(Error::Path { path: path.name(), reason });
                 }
-                let reason = match seed {
-                    Seed::Resume(paused, _) => {
+                let reason = match source {
+                    StartSource::Resume(paused, _) => {
                         format!("cold: resumed from its disk, generation {}", paused.record.generation)
                     }
                     _ => format!("cold: the disk of snapshot {}", snapshot.manifest.id),
                 };
                 return Ok((self.boot_disk(&snapshot).await?, reason));
             }
-            (seed, Some(snapshot)) => {
+            (source, Some(snapshot)) => {
                 if let Some(path @ (StartPath::Cold | StartPath::Warm)) = insisted {
                     let reason = "a snapshot of a sandbox is restored into a fresh VMM".to_owned();
                     return Err(Error::Path { path: path.name(), reason });
                 }
                 let pool = Arc::new(Pool::new(Arc::clone(&snapshot), 0));
                 let (started, _) = self.clone(&pool).await?;
-                let reason = match seed {
-                    Seed::Resume(paused, _) => {
+                let reason = match source {
+                    StartSource::Resume(paused, _) => {
                         format!("clone: resumed, generation {}", paused.record.generation)
                     }
                     _ => format!("clone: snapshot {}", snapshot.manifest.id),
@@ -386,7 +390,7 @@ impl Attempt<'_> {
             self.rule(&home.spec, true).await?;
             let span = self.begin(Phase::Resume);
             let resumed = async {
-                let asked = control.post(&self.greeting(&record)?).await?;
+                let asked = control.post(&self.activation_request(&record)?).await?;
                 let running = paused.resume().await.map_err(|(_, error)| error)?;
                 Ok::<_, Error>((asked, running))
             };
@@ -409,7 +413,7 @@ impl Attempt<'_> {
                 if let Error::Store(kelvin_store::Error::Seal { .. }) = &error {
                     pool.refuse(error.to_string());
                 }
-                self.inner.keeper.release_or_log(&home.spec, Some(key)).await;
+                self.inner.allocator.release_or_log(&home.spec, Some(key)).await;
                 Err(error)
             }
         }
@@ -418,9 +422,9 @@ impl Attempt<'_> {
     /// Waits until this create is to be given up, whatever its guest does: the node stops, or what is resumed is killed.
     async fn given_up(&self) -> Error {
         let killed = async {
-            match self.seed {
-                Seed::Resume(paused, _) => paused.killed().await,
-                Seed::Template(_) | Seed::Snapshot(..) => std::future::pending().await,
+            match self.source {
+                StartSource::Resume(paused, _) => paused.killed().await,
+                StartSource::Template(_) | StartSource::Snapshot(..) => std::future::pending().await,
             }
         };
         tokio::select! {
@@ -483,7 +487,7 @@ impl Attempt<'_> {
         let lease = self.inner.snapshots.lease(&id);
         if lease.is_none() {
             // Deleted since it was looked up.
-            self.inner.keeper.release_or_log(&home.spec, Some(key)).await;
+            self.inner.allocator.release_or_log(&home.spec, Some(key)).await;
             return Err(kelvin_store::Error::Missing { kind: "snapshot", name: id.to_string() }.into());
         }
         let work = async {
@@ -506,7 +510,7 @@ impl Attempt<'_> {
             let span = self.begin(Phase::Resume);
             let resumed = async {
                 // Posted while the vCPUs stand still: the guest wakes up once, with its identity at hand.
-                let asked = control.post(&self.greeting(&record)?).await?;
+                let asked = control.post(&self.activation_request(&record)?).await?;
                 let running = paused.resume().await.map_err(|(_, error)| error)?;
                 Ok::<_, Error>((asked, running))
             };
@@ -514,7 +518,7 @@ impl Attempt<'_> {
             self.lap(Phase::Resume);
             self.activated(&running, &mut control, asked).await?;
             // A paused sandbox's snapshot is restored once.
-            if !matches!(self.seed, Seed::Resume(..)) {
+            if !matches!(self.source, StartSource::Resume(..)) {
                 running.learn();
             }
             Ok::<_, Error>((running, control))
@@ -525,7 +529,7 @@ impl Attempt<'_> {
                 Ok(Started { spec: home.spec, running, control, record, identity, lease })
             }
             Err(error) => {
-                self.inner.keeper.release_or_log(&home.spec, Some(key)).await;
+                self.inner.allocator.release_or_log(&home.spec, Some(key)).await;
                 Err(error)
             }
         }
@@ -557,7 +561,7 @@ impl Attempt<'_> {
     async fn cold(&mut self, disk: PathBuf, identity: Identity) -> Result<Started, Error> {
         let span = self.begin(Phase::Disk);
         let network = self.network.is_some();
-        let begun = self.inner.keeper.begin(self.shape, &self.guest, disk, network);
+        let begun = self.inner.allocator.begin(self.shape, &self.guest, disk, network);
         let (home, making) = begun.instrument(span.clone()).await?;
         // Beside the start of the VMM, where that can wait for it.
         let (since, took) = (self.since, Arc::new(OnceLock::new()));
@@ -587,7 +591,7 @@ impl Attempt<'_> {
             let running = async {
                 self.declare(&home.spec, &record).await?;
                 let running = self.inner.driver.boot(&home.spec, making).await?;
-                home.started(&self.inner.keeper, running.key()).await?;
+                home.started(&self.inner.allocator, running.key()).await?;
                 Ok::<_, Error>(running)
             };
             let running = running.instrument(span).await?;
@@ -606,7 +610,7 @@ impl Attempt<'_> {
             };
             let mut control = booted.instrument(span).await?;
             self.lap(Phase::Boot);
-            let asked = control.post(&self.greeting(&record)?).await?;
+            let asked = control.post(&self.activation_request(&record)?).await?;
             self.activated(&running, &mut control, asked).await?;
             // Not before: the guest has its hardware address only now, and the slot knows no other.
             if let Some(probe) = probe {
@@ -622,7 +626,7 @@ impl Attempt<'_> {
                 Ok(Started { spec: home.spec, running, control, record, identity, lease: None })
             }
             Err(error) => {
-                self.inner.keeper.release_or_log(&home.spec, None).await;
+                self.inner.allocator.release_or_log(&home.spec, None).await;
                 Err(error)
             }
         }
@@ -639,7 +643,8 @@ impl Attempt<'_> {
     /// `has_run`: whether the machine has been running under those.
     async fn rule(&mut self, spec: &MachineSpec, has_run: bool) -> Result<(), Error> {
         let policy = self.network.as_ref().map(|network| &network.policy);
-        let (Some(policy), Some(slot), Some(networks)) = (policy, &spec.network, &self.inner.keeper.networks)
+        let (Some(policy), Some(slot), Some(networks)) =
+            (policy, &spec.network, &self.inner.allocator.networks)
         else {
             return Ok(());
         };
@@ -664,7 +669,7 @@ impl Attempt<'_> {
         let (limit, clock) = (self.inner.options.activate_deadline, self.inner.clock.clone());
         let answered = async {
             let done = control.wait("activation", asked, limit).await?;
-            right_clock(&clock, control, done, limit).await?;
+            sync_clock(&clock, control, done, limit).await?;
             Ok::<_, Error>(done)
         };
         let answered = async {
@@ -683,19 +688,21 @@ impl Attempt<'_> {
 
     async fn commit(&self, started: Started) -> Result<SandboxRecord, Error> {
         let Started { spec, running, control, mut record, identity, lease } = started;
-        let event = if matches!(self.seed, Seed::Resume(..)) { Event::Resume } else { Event::Ready };
+        let event = if matches!(self.source, StartSource::Resume(..)) { Event::Resume } else { Event::Ready };
         if let Some(state) = next(record.state, event) {
             record.state = state;
         }
-        let remembered = match self.seed {
+        let remembered = match self.source {
             // From here on its image is used up.
-            Seed::Resume(paused, _) => match body(&record) {
-                Ok(body) => match self.inner.keeper.ledger.move_record(&paused.owner, &spec.vm, body).await {
-                    Ok(true) => Ok(()),
-                    // It was killed meanwhile.
-                    Ok(false) => Err(Error::Unknown(record.sandbox.to_string())),
-                    Err(error) => Err(error.into()),
-                },
+            StartSource::Resume(paused, _) => match body(&record) {
+                Ok(body) => {
+                    match self.inner.allocator.ledger.move_record(&paused.owner, &spec.vm, body).await {
+                        Ok(true) => Ok(()),
+                        // It was killed meanwhile.
+                        Ok(false) => Err(Error::Unknown(record.sandbox.to_string())),
+                        Err(error) => Err(error.into()),
+                    }
+                }
                 Err(error) => Err(error),
             },
             _ => {
@@ -704,7 +711,7 @@ impl Attempt<'_> {
             }
         };
         if let Err(error) = remembered {
-            self.inner.keeper.release_or_log(&spec, Some(running.key())).await;
+            self.inner.allocator.release_or_log(&spec, Some(running.key())).await;
             return Err(error);
         }
         self.inner.own(Machine {
@@ -714,21 +721,21 @@ impl Attempt<'_> {
             record: record.clone(),
             identity: Some(identity),
             lease,
-            console: match self.seed {
-                Seed::Resume(paused, _) => paused.console.on_another_machine(),
-                Seed::Template(_) | Seed::Snapshot(..) => Console::default(),
+            console: match self.source {
+                StartSource::Resume(paused, _) => paused.console.on_another_machine(),
+                StartSource::Template(_) | StartSource::Snapshot(..) => Console::default(),
             },
         });
-        if matches!(self.seed, Seed::Resume(..)) {
+        if matches!(self.source, StartSource::Resume(..)) {
             self.inner.changes.is(record.live());
         }
         Ok(record)
     }
 
     /// What the machine of `record` is told when it wakes up.
-    fn greeting(&self, record: &SandboxRecord) -> Result<Request, Error> {
-        match (self.seed, &self.snapshot) {
-            (seed @ Seed::Resume(..), Some(snapshot)) if !boots(seed, snapshot) => {
+    fn activation_request(&self, record: &SandboxRecord) -> Result<Request, Error> {
+        match (self.source, &self.snapshot) {
+            (source @ StartSource::Resume(..), Some(snapshot)) if !boots(source, snapshot) => {
                 Ok(Request::Wake(wake(&self.inner.clock, true)?))
             }
             _ => Ok(Request::Activate(self.activation(record.mac)?)),
@@ -759,7 +766,7 @@ impl Attempt<'_> {
         let Some(slot) = &spec.network else {
             return Ok(());
         };
-        if !matches!(self.seed, Seed::Resume(..)) {
+        if !matches!(self.source, StartSource::Resume(..)) {
             record.mac = Some(Slot::random_mac()?);
         }
         match record.mac {
@@ -769,8 +776,8 @@ impl Attempt<'_> {
     }
 
     fn record(&self, start_path: StartPath) -> SandboxRecord {
-        let parent = match self.seed {
-            Seed::Resume(paused, _) => {
+        let parent = match self.source {
+            StartSource::Resume(paused, _) => {
                 return SandboxRecord {
                     ends_at: self.request.ends_at,
                     deadline: Some(self.deadline.clone()),
@@ -779,8 +786,8 @@ impl Attempt<'_> {
                     ..paused.record.clone()
                 };
             }
-            Seed::Snapshot(_, parent) => parent.clone(),
-            Seed::Template(_) => None,
+            StartSource::Snapshot(_, parent) => parent.clone(),
+            StartSource::Template(_) => None,
         };
         SandboxRecord {
             sandbox: self.request.sandbox.clone(),
@@ -821,8 +828,8 @@ async fn held_for<T, H>(limit: Duration, held: H, work: impl Future<Output = T>)
 }
 
 /// Whether a machine of `snapshot` boots: it has no memory, or the disk alone is wanted.
-fn boots(seed: &Seed, snapshot: &Snapshot) -> bool {
-    !snapshot.manifest.mode.is_full() || matches!(seed, Seed::Resume(_, PauseMode::Filesystem))
+fn boots(source: &StartSource, snapshot: &Snapshot) -> bool {
+    !snapshot.manifest.mode.is_full() || matches!(source, StartSource::Resume(_, PauseMode::Filesystem))
 }
 
 /// The last snapshot in the past of a machine of `snapshot` that was baked or kept.

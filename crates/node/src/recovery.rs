@@ -18,12 +18,12 @@ use kelvin_vmm::MachineSpec;
 
 use crate::Inner;
 use crate::capacity::Amount;
-use crate::console::Console;
 use crate::error::Error;
-use crate::paused::Paused;
-use crate::record::{SandboxRecord, State};
-use crate::sandbox::Orphan;
-use crate::unreadable::NO_SHAPE;
+use crate::machine::console::Console;
+use crate::sandbox::actor::Orphan;
+use crate::sandbox::paused::Paused;
+use crate::sandbox::record::{SandboxRecord, State};
+use crate::sandbox::unreadable::NO_SHAPE;
 
 #[derive(Default)]
 struct Found {
@@ -114,7 +114,7 @@ impl Inner {
                 Resource::Helper { .. } => continue,
                 Resource::User { uid } => {
                     found.user = Some(uid);
-                    self.keeper.users.claim(uid);
+                    self.allocator.users.claim(uid);
                 }
                 Resource::Vmm { key, .. } => found.key = key,
                 Resource::Cgroup { path } => found.cgroup = Some(path),
@@ -184,14 +184,14 @@ impl Inner {
             }
             // Its slot is removed below, by its own entry.
             spec.network = None;
-            self.keeper.release_or_log(&spec, found.key).await;
+            self.allocator.release_or_log(&spec, found.key).await;
             removed += 1;
         }
-        if let Some(networks) = &self.keeper.networks {
+        if let Some(networks) = &self.allocator.networks {
             for (number, (owner, range)) in slots {
                 if range != networks.slots.range() {
                     // Its number means nothing here; its link went with its machine.
-                    self.keeper.ledger.strike_all(&owner).await?;
+                    self.allocator.ledger.strike_all(&owner).await?;
                 } else if let Err(error) = networks.discard(number, &owner).await {
                     tracing::error!(number, error = chain(&error), "a network slot is quarantined");
                 }
@@ -229,7 +229,7 @@ impl Inner {
             let running =
                 running.await.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(looking)?;
             if running.is_empty() {
-                self.keeper.release_or_log(&spec, None).await;
+                self.allocator.release_or_log(&spec, None).await;
                 removed += 1;
             } else {
                 tracing::error!(vm = %spec.vm, pids = ?running, "a VMM runs that the ledger does not know");
@@ -240,7 +240,7 @@ impl Inner {
 
     /// The slot of a machine that is kept as it is; none when it is not of this server's range, and stays in the ledger.
     fn keep_slot(&self, slot: Option<(u16, (VmId, Range))>, key: ProcessKey) -> Option<Arc<Slot>> {
-        let networks = self.keeper.networks.as_ref()?;
+        let networks = self.allocator.networks.as_ref()?;
         let (number, (owner, range)) = slot?;
         if range != networks.slots.range() {
             return None;
@@ -276,7 +276,7 @@ impl Inner {
     ) -> Result<(), Error> {
         let gone = |source| Error::Io { what: "finding a VMM", source };
         Process::adopt(key).map_err(gone)?;
-        let networks = self.keeper.networks.as_ref();
+        let networks = self.allocator.networks.as_ref();
         match (&record.network, slot, networks) {
             (None, ..) => {}
             (Some(attachment), Some((number, (owner, range))), Some(networks))
@@ -293,7 +293,7 @@ impl Inner {
             ),
         }
         // No reason to end it.
-        if let Err(error) = self.keeper.limit(spec) {
+        if let Err(error) = self.allocator.limit(spec) {
             tracing::error!(sandbox = %record.sandbox, error = chain(&error), "it goes on with the limits that it had");
         }
         self.capacity().take(Amount::machine(record.shape));

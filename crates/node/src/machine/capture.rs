@@ -22,15 +22,15 @@ use kelvin_api::id::SnapshotId;
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{Capture, PauseMode};
 use kelvin_host::clock::Clock;
-use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
+use kelvin_store::snapshot::{Draft, Durability, Origin, Snapshot};
 use kelvin_vmm::{Paused, Saved};
 use tracing::Instrument;
 
-use crate::clock::right_clock;
-use crate::create::wake;
 use crate::error::Error;
-use crate::sandbox::Keeping;
+use crate::machine::clock::sync_clock;
+use crate::sandbox::actor::SandboxActor;
 use crate::snapshots::Lease;
+use crate::start::wake;
 
 /// How long a guest may take to write everything back, and how long when its owner wants no snapshot without that: its
 /// disk may be slow.
@@ -57,7 +57,7 @@ pub struct Captured {
 
 /// What is wanted beside the snapshot.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Then {
+pub struct CaptureOptions {
     /// The machine stays stopped when all went well: it is to be paused.
     pub stay: bool,
     /// Refuse when the guest's agent does not flush and freeze its file system.
@@ -111,7 +111,7 @@ async fn freeze_on_disk(clock: &Clock, of: &mut impl Freeze) -> Result<bool, Err
 }
 
 struct Freezing<'a> {
-    of: &'a mut Keeping,
+    of: &'a mut SandboxActor,
     disk: PathBuf,
     limit: Duration,
 }
@@ -126,11 +126,11 @@ impl Freeze for Freezing<'_> {
     }
 
     async fn thaw(&mut self) {
-        self.of.awake().await;
+        self.of.await_wake_ack().await;
     }
 }
 
-impl Keeping {
+impl SandboxActor {
     /// Takes a snapshot called `id`. With `then.stay`, the machine stays stopped when that succeeds, in `self.held`.
     ///
     /// # Errors
@@ -140,8 +140,8 @@ impl Keeping {
         &mut self,
         id: SnapshotId,
         origin: Origin,
-        care: Care,
-        then: Then,
+        durability: Durability,
+        then: CaptureOptions,
     ) -> Result<Captured, Error> {
         self.inner.check_disk()?;
         let store = self.inner.store.clone();
@@ -150,9 +150,9 @@ impl Keeping {
             what: "making a staging directory",
             source: std::io::Error::other(error),
         })??;
-        let result = self.capture_to(&staged, id, origin, care, then).await;
+        let result = self.capture_to(&staged, id, origin, durability, then).await;
         if result.is_err() {
-            self.inner.keeper.remove_staged(staged).await;
+            self.inner.allocator.remove_staged(staged).await;
         }
         result
     }
@@ -162,8 +162,8 @@ impl Keeping {
         staged: &Path,
         id: SnapshotId,
         origin: Origin,
-        care: Care,
-        Then { stay, healthy, mode }: Then,
+        durability: Durability,
+        CaptureOptions { stay, healthy, mode }: CaptureOptions,
     ) -> Result<Captured, Error> {
         let (mut timings, mut since) = (Timings::default(), Instant::now());
         let inner = Arc::clone(&self.inner);
@@ -176,7 +176,7 @@ impl Keeping {
         timings.lap(Phase::Quiesce, &mut since);
         if healthy && !quiesced {
             // It may still come to it.
-            self.awake().await;
+            self.await_wake_ack().await;
             return Err(Error::Unhealthy(self.record.sandbox.to_string()));
         }
 
@@ -191,7 +191,7 @@ impl Keeping {
             Ok(paused) => paused,
             Err((running, error)) => {
                 self.running = Some(running);
-                self.awake().await;
+                self.await_wake_ack().await;
                 return Err(error.into());
             }
         };
@@ -209,19 +209,19 @@ impl Keeping {
         let paused_ms = stopped.elapsed().as_secs_f64() * 1e3;
         let saved = saved?;
         if !stay {
-            self.awake().await;
+            self.await_wake_ack().await;
         }
 
         let span = begin(Phase::Publish);
         since = Instant::now();
-        let published = self.publish(staged, id, origin, mode, care).instrument(span).await;
+        let published = self.publish(staged, id, origin, mode, durability).instrument(span).await;
         timings.lap(Phase::Publish, &mut since);
         let snapshot = match published {
             Ok(snapshot) => Arc::new(snapshot),
             Err(error) => {
                 if stay {
                     self.go_on().await?;
-                    self.awake().await;
+                    self.await_wake_ack().await;
                 }
                 return Err(error);
             }
@@ -292,7 +292,7 @@ impl Keeping {
         id: SnapshotId,
         origin: Origin,
         mode: PauseMode,
-        care: Care,
+        durability: Durability,
     ) -> Result<Snapshot, Error> {
         let record = &self.record;
         let missing = || kelvin_store::Error::Missing {
@@ -311,7 +311,7 @@ impl Keeping {
             arguments: self.inner.driver.layout(record.shape, self.spec.network.is_some()),
         };
         let (store, staged) = (self.inner.store.clone(), staged.to_owned());
-        kelvin_host::blocking::spawn(move || store.publish_snapshot(&staged, draft, care))
+        kelvin_host::blocking::spawn(move || store.publish_snapshot(&staged, draft, durability))
             .await
             .map_err(|error| Error::Io { what: "publishing", source: std::io::Error::other(error) })?
             .map_err(Error::from)
@@ -341,7 +341,7 @@ impl Keeping {
 
     /// Waits until the agent of a machine that went on has stepped its clock and thawed its file system. One that does
     /// not answer is reported, and runs on; a node that stops does not wait for it.
-    pub async fn awake(&mut self) {
+    pub async fn await_wake_ack(&mut self) {
         let (posted, hurry) = (self.posted.take(), self.inner.hurry.clone());
         let clock = self.inner.clock.clone();
         let Some(control) = &mut self.control else { return };
@@ -351,7 +351,7 @@ impl Keeping {
                 None => control.post(&Request::Wake(wake(&clock, false)?)).await?,
             };
             let done = control.wait("going on", asked, AWAKE).await?;
-            right_clock(&clock, control, done, AWAKE).await
+            sync_clock(&clock, control, done, AWAKE).await
         };
         match hurry.run_until_cancelled(told).await {
             None => {}

@@ -19,16 +19,16 @@ use kelvin_api::id::Token;
 use kelvin_api::units::Shape;
 use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_store::image::Template;
-use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
+use kelvin_store::snapshot::{Draft, Durability, Origin, Snapshot};
 use kelvin_vmm::control::Control;
 use kelvin_vmm::{MachineSpec, Running};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::Inner;
-use crate::agent::Agent;
 use crate::capacity::Amount;
 use crate::error::Error;
+use crate::machine::agent::Agent;
 
 /// Run before the freeze, as the default user: their pages are then in memory of every clone.
 const WARM_UP: [&str; 2] = ["true", "python3 -c 'import json, os, re, sys' || true"];
@@ -91,7 +91,7 @@ impl Inner {
         network: bool,
     ) -> Result<Snapshot, Error> {
         let rootfs = self.store.rootfs(&template.image);
-        let home = self.keeper.build(shape, &template.guest, rootfs, network).await?;
+        let home = self.allocator.build(shape, &template.guest, rootfs, network).await?;
         let staged = self.store.stage();
         let work = async {
             let staged = staged.as_ref().map_err(|error| Error::Io {
@@ -99,7 +99,7 @@ impl Inner {
                 source: std::io::Error::other(error.to_string()),
             })?;
             let running = self.driver.boot(&home.spec, kelvin_vmm::made()).await?;
-            home.started(&self.keeper, running.key()).await?;
+            home.started(&self.allocator, running.key()).await?;
             tokio::select! {
                 frozen = self.freeze(running, &home.spec, staged) => frozen?,
                 // No guest holds up a node that stops.
@@ -116,16 +116,16 @@ impl Inner {
                 arguments: self.driver.layout(shape, network),
             };
             let (store, staged) = (self.store.clone(), staged.clone());
-            kelvin_host::blocking::spawn(move || store.publish_snapshot(&staged, draft, Care::Hashed))
+            kelvin_host::blocking::spawn(move || store.publish_snapshot(&staged, draft, Durability::Verified))
                 .await
                 .map_err(|error| Error::Io { what: "publishing", source: std::io::Error::other(error) })?
                 .map_err(Error::from)
         };
         let result = work.await;
         if let (Err(_), Ok(staged)) = (&result, &staged) {
-            self.keeper.remove_staged(staged.clone()).await;
+            self.allocator.remove_staged(staged.clone()).await;
         }
-        self.keeper.release_or_log(&home.spec, None).await;
+        self.allocator.release_or_log(&home.spec, None).await;
         result
     }
 

@@ -29,14 +29,14 @@ use kelvin_vmm::Paused;
 use kelvin_vmm::control::Control;
 use tokio::time::Instant;
 
-use crate::bake::{quiesce, warm_up};
 use crate::capacity::Amount;
-use crate::create::{random_bytes, wall_clock_ns};
 use crate::error::Error;
-use crate::home::Home;
-use crate::policy::{Claim, Demand, Rule, share};
+use crate::machine::resources::MachineResources;
+use crate::pool::policy::{Claim, Demand, Rule, share};
 use crate::pool::{PATIENCE, Pool, Ready, manifest_shape};
 use crate::snapshots::Lease;
+use crate::start::bake::{quiesce, warm_up};
+use crate::start::{random_bytes, wall_clock_ns};
 use crate::{Inner, Node, lock};
 
 /// How often targets are looked at when nothing happens: demand fades, machines age and die.
@@ -47,7 +47,7 @@ const FIRST: [&str; 1] = ["true"];
 /// A machine that waits for a claim.
 pub struct Parked {
     /// Its resources.
-    pub home: Home,
+    pub home: MachineResources,
     /// Its VMM, vCPUs stopped.
     pub paused: Paused,
     /// Its guest's control port.
@@ -258,7 +258,7 @@ impl Inner {
         let held = self.capacity().hold(amount);
         if let Err(error) = held {
             let key = parked.paused.key();
-            self.keeper.release_or_log(&parked.home.spec, Some(key)).await;
+            self.allocator.release_or_log(&parked.home.spec, Some(key)).await;
             return Err(error);
         }
         let mut warm = pool.warm();
@@ -298,7 +298,7 @@ impl Inner {
         match parked {
             Ok(paused) => Ok(Parked { home, paused, control, lease, mac, since: Instant::now() }),
             Err(error) => {
-                self.keeper.release_or_log(&home.spec, Some(key)).await;
+                self.allocator.release_or_log(&home.spec, Some(key)).await;
                 Err(error)
             }
         }
@@ -307,7 +307,7 @@ impl Inner {
     /// Ends a parked machine and releases what it has.
     pub async fn discard_parked(&self, parked: Parked) {
         let (key, shape) = (parked.paused.key(), parked.home.spec.shape);
-        self.keeper.release_or_log(&parked.home.spec, Some(key)).await;
+        self.allocator.release_or_log(&parked.home.spec, Some(key)).await;
         self.capacity().release(Amount::machine(shape));
     }
 
@@ -345,7 +345,7 @@ impl Inner {
         let inner = Arc::clone(self);
         self.begin_teardown();
         self.tasks.spawn(async move {
-            inner.keeper.release_or_log(&parked.home.spec, Some(parked.paused.key())).await;
+            inner.allocator.release_or_log(&parked.home.spec, Some(parked.paused.key())).await;
             inner.end_teardown();
         });
         true
@@ -407,11 +407,16 @@ impl Inner {
 }
 
 /// As long as a sandbox's id: a host name of another length is one more system call for the claim.
-fn nobodys_name(home: &Home) -> String {
+fn nobodys_name(home: &MachineResources) -> String {
     home.spec.vm.to_string()
 }
 
-fn nobody(clock: &Clock, home: &Home, token: &Token, mac: Option<[u8; 6]>) -> Result<Activation, Error> {
+fn nobody(
+    clock: &Clock,
+    home: &MachineResources,
+    token: &Token,
+    mac: Option<[u8; 6]>,
+) -> Result<Activation, Error> {
     let (machine_id, boot_id, entropy) = (random_bytes()?, random_bytes()?, random_bytes()?);
     Ok(Activation {
         sandbox_id: nobodys_name(home),

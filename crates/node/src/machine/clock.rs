@@ -9,8 +9,8 @@ use kelvin_api::guest::Request;
 use kelvin_host::clock::Clock;
 use kelvin_vmm::control::{Control, Done};
 
-use crate::create::{wake, wall_clock_ns};
 use crate::error::Error;
+use crate::start::{wake, wall_clock_ns};
 
 /// How wrong it may be: half of what is promised.
 const WRONG: Duration = Duration::from_millis(500);
@@ -23,7 +23,7 @@ const TRIES: u32 = 3;
 ///
 /// # Errors
 /// When the guest does not answer.
-pub async fn right_clock(
+pub async fn sync_clock(
     clock: &Clock,
     control: &mut Control,
     done: Done,

@@ -13,15 +13,15 @@ use kelvin_api::network::Wanted;
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::PauseMode;
 use kelvin_node_api::{Base, Create, Created};
-use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
+use kelvin_store::snapshot::{Draft, Durability, Origin, Snapshot};
 use tokio::sync::watch;
 
 use crate::Inner;
-use crate::console::Console;
-use crate::create::Seed;
 use crate::error::Error;
-use crate::record::SandboxRecord;
+use crate::machine::console::Console;
+use crate::sandbox::record::SandboxRecord;
 use crate::snapshots::Lease;
+use crate::start::StartSource;
 
 /// A sandbox that is paused.
 pub struct Paused {
@@ -116,7 +116,7 @@ impl Inner {
             lifecycle: record.lifecycle,
             timeout: std::time::Duration::from_secs(record.timeout_s),
         };
-        let created = match self.create(request, Seed::Resume(Arc::clone(&paused), mode)).await {
+        let created = match self.create(request, StartSource::Resume(Arc::clone(&paused), mode)).await {
             // It was killed meanwhile, whatever else went wrong.
             Err(_) if paused.over.load(Ordering::Acquire) => return Err(unknown()),
             other => other?,
@@ -179,7 +179,7 @@ impl Inner {
             };
             let kept = cloned()
                 .map_err(|source| Error::Io { what: "cloning a paused sandbox's snapshot", source })
-                .and_then(|()| Ok(store.publish_snapshot(&staged, draft, Care::Durable)?));
+                .and_then(|()| Ok(store.publish_snapshot(&staged, draft, Durability::Durable)?));
             kept.map_err(|error| (Some(staged), error))
         });
         let kept = copied.await.map_err(|error| Error::Io {
@@ -190,7 +190,7 @@ impl Inner {
             Ok(kept) => kept,
             Err((staged, error)) => {
                 if let Some(staged) = staged {
-                    self.keeper.remove_staged(staged).await;
+                    self.allocator.remove_staged(staged).await;
                 }
                 return Err(error);
             }
@@ -211,7 +211,7 @@ impl Inner {
         let unknown = || Error::Unknown(id.to_string());
         let paused = self.paused(id).ok_or_else(unknown)?;
         let _ending = paused.ending.lock().await;
-        if paused.over.load(Ordering::Acquire) || !self.keeper.ledger.strike_record(&paused.owner).await? {
+        if paused.over.load(Ordering::Acquire) || !self.allocator.ledger.strike_record(&paused.owner).await? {
             // A resume that has taken the record is about to be seen.
             drop(paused.gate.lock().await);
             return Err(unknown());

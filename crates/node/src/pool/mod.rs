@@ -4,6 +4,9 @@
 //! most [`PATIENCE`]): preparing never takes a processor from a request. A waiting VMM is a machine like
 //! any other to the ledger; the next start reaps those of a daemon that died.
 
+pub mod policy;
+pub mod warm;
+
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,9 +22,9 @@ use tokio::sync::Notify;
 use crate::Inner;
 use crate::capacity::Amount;
 use crate::error::Error;
-use crate::home::Home;
+use crate::machine::resources::MachineResources;
 use crate::networks::Networks;
-use crate::warm::Warm;
+use crate::pool::warm::Warm;
 
 /// How long a filler lets requests go first.
 pub const PATIENCE: Duration = Duration::from_secs(2);
@@ -31,7 +34,7 @@ pub const RETRY: Duration = Duration::from_secs(5);
 /// A VMM that waits, with everything a clone needs.
 pub struct Ready {
     /// Its resources.
-    pub home: Home,
+    pub home: MachineResources,
     /// The VMM.
     pub waiting: Waiting,
     /// Its guest's control port.
@@ -128,18 +131,18 @@ impl Inner {
         let manifest = &pool.snapshot.manifest;
         let network = self.has_network(&manifest.identity);
         let disk = pool.snapshot.file("disk");
-        let home = self.keeper.build(manifest_shape(manifest), &manifest.guest, disk, network).await?;
+        let home = self.allocator.build(manifest_shape(manifest), &manifest.guest, disk, network).await?;
         let memory = std::path::Path::new("snapshots").join(manifest.id.as_str()).join("memory");
         let made = async {
             let waiting = self.driver.prepare(&home.spec, &memory).await?;
-            home.started(&self.keeper, waiting.key()).await?;
+            home.started(&self.allocator, waiting.key()).await?;
             let control = waiting.control().await?;
             Ok::<_, Error>((waiting, control))
         };
         match made.await {
             Ok((waiting, control)) => Ok(Ready { home, waiting, control }),
             Err(error) => {
-                self.keeper.release_or_log(&home.spec, None).await;
+                self.allocator.release_or_log(&home.spec, None).await;
                 Err(error)
             }
         }
@@ -222,7 +225,7 @@ impl Inner {
     /// Ends a waiting VMM and releases what it has.
     pub async fn discard(&self, ready: Ready) {
         let key = ready.waiting.key();
-        self.keeper.release_or_log(&ready.home.spec, Some(key)).await;
+        self.allocator.release_or_log(&ready.home.spec, Some(key)).await;
         self.capacity().release(Amount::waiting());
     }
 }
