@@ -16,13 +16,14 @@ use kelvin_node_api::{Base, Child, Create, Created, Forked, Source};
 use kelvin_store::snapshot::{Durability, Origin, Snapshot};
 
 use crate::error::Error;
-use crate::machine::capture::Captured;
-use crate::pool::manifest_shape;
-use crate::sandbox::actor::{Command, Sandbox};
+use crate::pool::shelf::manifest_shape;
+use crate::sandbox::handle::{Command, Sandbox};
 use crate::sandbox::paused::Paused;
 use crate::sandbox::record::SandboxRecord;
-use crate::start::StartSource;
-use crate::{Inner, LOOKS, Node};
+use crate::snapshots::Captured;
+use crate::start::source::StartSource;
+use crate::state::Inner;
+use crate::{LOOKS, Node};
 
 /// How long a machine that is ending may hold up the removal of what it ran from.
 const ENDING: Duration = Duration::from_secs(10);
@@ -286,7 +287,7 @@ impl Node {
                     // Of the disk alone: its children boot.
                     request.start_path = None;
                 }
-                let start = StartSource::Snapshot(Arc::clone(&snapshot), Some(source.clone()));
+                let start = StartSource::another(Arc::clone(&snapshot), Some(source.clone()));
                 let inner = Arc::clone(inner);
                 starting.push(inner.tasks.clone().spawn(async move { inner.create(request, start).await }));
             }

@@ -16,7 +16,6 @@ use kelvin_host::process::{Process, ProcessKey, find_by_marker};
 use kelvin_store::snapshot::Snapshot;
 use kelvin_vmm::MachineSpec;
 
-use crate::Inner;
 use crate::capacity::Amount;
 use crate::error::Error;
 use crate::machine::console::Console;
@@ -24,6 +23,7 @@ use crate::sandbox::actor::Orphan;
 use crate::sandbox::paused::Paused;
 use crate::sandbox::record::{SandboxRecord, State};
 use crate::sandbox::unreadable::NO_SHAPE;
+use crate::state::Inner;
 
 #[derive(Default)]
 struct Found {
@@ -296,12 +296,12 @@ impl Inner {
         if let Err(error) = self.allocator.limit(spec) {
             tracing::error!(sandbox = %record.sandbox, error = chain(&error), "it goes on with the limits that it had");
         }
-        self.capacity().take(Amount::machine(record.shape));
+        let hold = Some(self.capacity.take(Amount::machine(record.shape)));
         let lease = record.snapshot.as_ref().and_then(|id| self.snapshots.lease(id));
         let restored = record.snapshot.as_ref().and_then(|id| self.snapshots.get(id));
         let identity =
             restored.map(|snapshot| snapshot.manifest.identity.clone()).or(record.identity.clone());
-        Inner::adopt(self, Orphan { spec: spec.clone(), key, record, identity, lease });
+        Inner::adopt(self, Orphan { spec: spec.clone(), key, record, identity, lease, hold });
         Ok(())
     }
 }

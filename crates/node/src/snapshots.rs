@@ -14,6 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kelvin_api::error::chain;
 use kelvin_api::id::SnapshotId;
+use kelvin_api::phase::Timings;
+use kelvin_api::sandbox::{Capture, PauseMode};
 use kelvin_store::Store;
 use kelvin_store::snapshot::{Origin, Snapshot};
 use tokio::sync::Notify;
@@ -194,10 +196,32 @@ impl Snapshots {
     }
 }
 
+/// A snapshot that was taken.
+pub struct Captured {
+    /// It.
+    pub snapshot: Arc<Snapshot>,
+    /// Keeps it.
+    pub _lease: Lease,
+    /// What it cost its source.
+    pub capture: Capture,
+    /// The same by phase.
+    pub timings: Timings,
+}
+
+/// What is wanted beside the snapshot.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CaptureOptions {
+    /// The machine stays stopped when all went well: it is to be paused.
+    pub stay: bool,
+    /// Refuse when the guest's agent does not flush and freeze its file system.
+    pub healthy: bool,
+    /// What is kept.
+    pub mode: PauseMode,
+}
+
 #[cfg(test)]
 mod tests {
     use kelvin_api::id::SandboxId;
-    use kelvin_api::sandbox::PauseMode;
     use kelvin_store::identity::{Identity, SNAPSHOT_FORMAT};
     use kelvin_store::snapshot::{Draft, Durability};
 

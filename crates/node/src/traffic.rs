@@ -20,7 +20,7 @@ use crate::Node;
 use crate::error::Error;
 use crate::link::{Stream, Tunnel};
 use crate::machine::agent::{Body, SendError};
-use crate::sandbox::actor::{Command, Sandbox};
+use crate::sandbox::handle::{Command, Sandbox};
 
 /// How long it may take to say what it uses: less than its caller waits.
 const METRICS: Duration = Duration::from_secs(4);

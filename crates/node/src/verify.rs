@@ -17,9 +17,10 @@ use kelvin_store::hash::CHUNK_BYTES;
 use kelvin_store::snapshot::{Origin, Snapshot};
 use kelvin_store::verify::{Digesting, FileVerdict, Verdict};
 
+use crate::Node;
 use crate::error::Error;
 use crate::sandbox::record::SandboxRecord;
-use crate::{Inner, Node, lock};
+use crate::state::{Inner, lock};
 
 /// Bytes a second that are digested in the background, at the most.
 const RATE: u64 = 32 << 20;

@@ -27,10 +27,9 @@ use kelvin_vmm::{Paused, Saved};
 use tracing::Instrument;
 
 use crate::error::Error;
-use crate::machine::clock::sync_clock;
+use crate::machine::clock::{sync_clock, wake};
 use crate::sandbox::actor::SandboxActor;
-use crate::snapshots::Lease;
-use crate::start::wake;
+use crate::snapshots::{CaptureOptions, Captured};
 
 /// How long a guest may take to write everything back, and how long when its owner wants no snapshot without that: its
 /// disk may be slow.
@@ -42,29 +41,6 @@ const STAYS_FROZEN: Duration = Duration::from_secs(15);
 const FREEZES: u32 = 3;
 /// How long the agent of a machine that goes on may take to say so.
 const AWAKE: Duration = Duration::from_secs(10);
-
-/// A snapshot that was taken.
-pub struct Captured {
-    /// It.
-    pub snapshot: Arc<Snapshot>,
-    /// Keeps it.
-    pub _lease: Lease,
-    /// What it cost its source.
-    pub capture: Capture,
-    /// The same by phase.
-    pub timings: Timings,
-}
-
-/// What is wanted beside the snapshot.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct CaptureOptions {
-    /// The machine stays stopped when all went well: it is to be paused.
-    pub stay: bool,
-    /// Refuse when the guest's agent does not flush and freeze its file system.
-    pub healthy: bool,
-    /// What is kept.
-    pub mode: PauseMode,
-}
 
 async fn blocking<T: Send + 'static>(
     what: &'static str,

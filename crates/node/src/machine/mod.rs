@@ -5,3 +5,4 @@ pub mod capture;
 pub mod clock;
 pub mod console;
 pub mod resources;
+pub mod warm_up;

@@ -16,154 +16,34 @@
 //! daemon stops the task ends and the machine runs on. A crash leaves a machine that the next start adopts (`reconcile`).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
-use http::{Request, Response};
-use hyper::body::Incoming;
 use kelvin_api::error::chain;
-use kelvin_api::id::{SnapshotId, Token, VmId};
+use kelvin_api::id::{SnapshotId, VmId};
 use kelvin_api::network::{Attachment, Policy};
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{OnTimeout, PauseMode};
-use kelvin_host::clock::Clock;
-use kelvin_host::ledger;
 use kelvin_host::process::ProcessKey;
-use kelvin_node_api::{ConsoleLine, Live};
 use kelvin_store::identity::Identity;
 use kelvin_store::snapshot::{Durability, Origin};
 use kelvin_vmm::control::{Asked, Control, Dial};
 use kelvin_vmm::{MachineEnd, MachineSpec, Paused, Running};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 
-use crate::Inner;
-use crate::capacity::Amount;
+use crate::capacity::Hold;
 use crate::error::Error;
 use crate::link::Network;
-use crate::machine::agent::{Agent, Body, SendError};
-use crate::machine::capture::{CaptureOptions, Captured};
+use crate::machine::agent::Agent;
 use crate::machine::console::Console;
-use crate::sandbox::mail::{Decided, Fate, Mail, Shown, TIME_IS_OVER, Urgent, deadline_of, shown};
+use crate::sandbox::handle::{Command, Sandbox, Urgent, body, deadline_of};
+use crate::sandbox::mail::{Decided, Fate, Mail, TIME_IS_OVER};
+use crate::sandbox::paused::Paused as PausedSandbox;
 use crate::sandbox::record::{Event, SandboxRecord, next};
-use crate::snapshots::Lease;
+use crate::snapshots::{CaptureOptions, Captured, Lease};
+use crate::state::Inner;
 
 /// Commands that may wait for one sandbox.
 const QUEUE: usize = 64;
-
-/// What can be asked of the task.
-pub enum Command {
-    /// Replace its egress policy.
-    SetPolicy(Policy, oneshot::Sender<Result<(), Error>>),
-    /// Freeze it; answered when it can be resumed. What is kept, and whether its agent has to have flushed and frozen
-    /// its disk.
-    Pause(PauseMode, bool, oneshot::Sender<Result<Captured, Error>>),
-    /// Take a snapshot; it goes on. With what is known of it, for its children.
-    Snapshot(
-        SnapshotId,
-        Origin,
-        PauseMode,
-        Durability,
-        oneshot::Sender<Result<(Captured, SandboxRecord), Error>>,
-    ),
-    /// Let its vCPUs go on when the VMM stopped them, for want of disk space.
-    GoOn,
-    /// Its agent does not answer: end it when its guest never will.
-    IsSilent,
-    /// The console's text.
-    Console(oneshot::Sender<Result<Vec<ConsoleLine>, kelvin_vmm::Error>>),
-}
-
-/// The handle of a running sandbox.
-pub struct Sandbox {
-    commands: mpsc::Sender<Command>,
-    urgent: mpsc::Sender<Urgent>,
-    shown: watch::Receiver<Shown>,
-    clock: Clock,
-    /// The way to its agent.
-    pub agent: Agent,
-    /// Makes it; none while its VMM is adopted. Not the task's work: a hostile guest may take its time.
-    dialer: watch::Receiver<Option<Arc<dyn Dial>>>,
-    guest_is_silent: Arc<AtomicBool>,
-    /// The way to its ports, when it has a network.
-    pub network: Option<Arc<Network>>,
-    /// What callers of its agent must show.
-    pub access_token: Option<Token>,
-    /// Whose memory its machine maps.
-    pub snapshot: Option<SnapshotId>,
-}
-
-impl Sandbox {
-    /// Has its task look whether a guest that does not answer has halted. Not waited for.
-    pub fn is_silent(&self) {
-        // A full queue is looked through anyway.
-        let _ = self.commands.try_send(Command::IsSilent);
-    }
-
-    /// Has its task let its vCPUs go on when its VMM stopped them. Not waited for.
-    pub fn go_on(&self) {
-        let _ = self.commands.try_send(Command::GoOn);
-    }
-
-    /// What it is.
-    pub fn live(&self) -> Live {
-        let (live, deadline) = self.shown.borrow().clone();
-        shown(&self.clock, live, deadline)
-    }
-
-    /// Whether its VMM is still being adopted.
-    pub fn is_being_adopted(&self) -> bool {
-        self.dialer.borrow().is_none()
-    }
-
-    /// Whether its guest did not answer when it was told last that it goes on.
-    pub fn is_guest_silent(&self) -> bool {
-        self.guest_is_silent.load(Ordering::Relaxed)
-    }
-
-    /// What makes connections to its agent; one whose VMM is being adopted is waited for.
-    async fn dialer(&self) -> Result<Arc<dyn Dial>, Error> {
-        let mut dialer = self.dialer.clone();
-        let being_adopted = || Error::BeingAdopted(self.shown.borrow().0.sandbox.to_string());
-        let made = tokio::time::timeout(ADOPTION, dialer.wait_for(Option::is_some)).await;
-        let made = made.map_err(|_| being_adopted())?.map_err(|_| self.gone())?;
-        made.clone().ok_or_else(being_adopted)
-    }
-
-    fn gone(&self) -> Error {
-        Error::Unknown(self.shown.borrow().0.sandbox.to_string())
-    }
-
-    /// Sends a command and waits for its answer.
-    ///
-    /// # Errors
-    /// `Unknown` when the sandbox has ended meanwhile, `BeingAdopted` when its VMM does not answer this daemon yet.
-    pub async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Error> {
-        self.dialer().await?;
-        let (sender, receiver) = oneshot::channel();
-        self.commands.send(command(sender)).await.map_err(|_| self.gone())?;
-        receiver.await.map_err(|_| self.gone())
-    }
-
-    /// The same for what does not wait for commands.
-    ///
-    /// # Errors
-    /// `Unknown` when the sandbox has ended meanwhile.
-    pub async fn urge<T>(&self, urgent: impl FnOnce(oneshot::Sender<T>) -> Urgent) -> Result<T, Error> {
-        let (sender, receiver) = oneshot::channel();
-        self.urgent.send(urgent(sender)).await.map_err(|_| self.gone())?;
-        receiver.await.map_err(|_| self.gone())
-    }
-}
-
-impl Sandbox {
-    /// Sends a request to its agent.
-    ///
-    /// # Errors
-    /// When the guest does not answer, or its connection breaks.
-    pub async fn request(&self, request: Request<Body>) -> Result<Response<Incoming>, SendError> {
-        let reconnect = move || async move { Ok(self.dialer().await?.connect().await?) };
-        self.agent.send(request, reconnect).await
-    }
-}
 
 /// A machine that is ready, on its way to be owned by its task.
 pub struct Machine {
@@ -181,6 +61,8 @@ pub struct Machine {
     pub lease: Option<Lease>,
     /// What was seen of its console before it was paused.
     pub console: Console,
+    /// What it holds of the node.
+    pub hold: Option<Hold>,
 }
 
 /// A machine that a former daemon started and that runs on.
@@ -195,6 +77,8 @@ pub struct Orphan {
     pub identity: Option<Identity>,
     /// Keeps what it was restored from.
     pub lease: Option<Lease>,
+    /// What it holds of the node.
+    pub hold: Option<Hold>,
 }
 
 /// What a task begins with.
@@ -203,9 +87,10 @@ type Begun = (SandboxActor, Mail, watch::Sender<Option<Arc<dyn Dial>>>);
 impl Inner {
     /// Makes `machine` a sandbox: visible, owned by a task. Its capacity is held already.
     pub fn own(self: &Arc<Self>, machine: Machine) {
-        let Machine { spec, running, control, record, identity, lease, console } = machine;
+        let Machine { spec, running, control, record, identity, lease, console, hold } = machine;
         let (key, dialer) = (running.key(), running.dialer());
-        let (mut actor, mail, _) = self.begin(Orphan { spec, key, record, identity, lease }, Some(dialer));
+        let (mut actor, mail, _) =
+            self.begin(Orphan { spec, key, record, identity, lease, hold }, Some(dialer));
         actor.running = Some(running);
         actor.control = Some(control);
         actor.console = console;
@@ -219,7 +104,7 @@ impl Inner {
     }
 
     fn begin(self: &Arc<Self>, orphan: Orphan, dialer: Option<Arc<dyn Dial>>) -> Begun {
-        let Orphan { spec, key, record, identity, lease } = orphan;
+        let Orphan { spec, key, record, identity, lease, hold } = orphan;
         let (commands, queue) = mpsc::channel(QUEUE);
         let (urgent, urgent_queue) = mpsc::channel(QUEUE);
         let deadline = deadline_of(&self.clock, &record);
@@ -277,6 +162,7 @@ impl Inner {
             record,
             identity,
             lease,
+            hold,
             network,
             console: Console::default(),
             fate,
@@ -289,11 +175,6 @@ impl Inner {
     pub async fn remember(&self, spec: &MachineSpec, record: &SandboxRecord) -> Result<(), Error> {
         Ok(self.allocator.ledger.put_record(&spec.vm, body(record)?).await?)
     }
-}
-
-/// A record as the ledger keeps it.
-pub fn body(record: &SandboxRecord) -> Result<ledger::Body, Error> {
-    record.body().map_err(|error| Error::Io { what: "writing a record", source: error.into() })
 }
 
 /// What the task of a sandbox owns.
@@ -312,6 +193,7 @@ pub struct SandboxActor {
     pub record: SandboxRecord,
     pub identity: Option<Identity>,
     lease: Option<Lease>,
+    hold: Option<Hold>,
     network: Option<Arc<Network>>,
     console: Console,
     fate: Arc<Fate>,
@@ -321,9 +203,6 @@ pub struct SandboxActor {
 
 /// How long to wait before a pause at a deadline that failed is tried again, or a VMM that does not answer.
 const AGAIN: std::time::Duration = std::time::Duration::from_secs(30);
-
-/// How long a request waits for a sandbox whose VMM is being adopted.
-const ADOPTION: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// How long a VMM may take to show a console whose machine has ended.
 const CONSOLE: std::time::Duration = std::time::Duration::from_secs(10);
@@ -589,10 +468,9 @@ impl SandboxActor {
         let live = record.live();
         self.inner.begin_teardown();
         // Visible as paused before it is invisible as running: it is never unknown.
-        self.inner.paused_sandboxes().insert(
-            sandbox.clone(),
-            Arc::new(crate::sandbox::paused::Paused::new(owner, record, lease, console)),
-        );
+        self.inner
+            .paused_sandboxes()
+            .insert(sandbox.clone(), Arc::new(PausedSandbox::new(owner, record, lease, console)));
         self.inner.sandboxes().remove(&sandbox);
         self.fate.turn(Decided::Pausing, Decided::Over);
         self.inner.changes.is(live);
@@ -631,7 +509,7 @@ impl SandboxActor {
             network.close().await;
         }
         self.inner.allocator.release_or_log(&self.spec, Some(self.key)).await;
-        self.inner.capacity().release(Amount::machine(self.record.shape));
+        drop(self.hold.take());
         // Its memory is mapped by nobody any more.
         drop(self.lease.take());
         self.inner.end_teardown();

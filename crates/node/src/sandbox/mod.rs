@@ -1,7 +1,10 @@
 //! A sandbox: the task that owns one that runs, its record, one that is paused, one whose record cannot be read.
 
 pub mod actor;
+pub mod ending;
+pub mod handle;
 pub mod mail;
 pub mod paused;
 pub mod record;
+pub mod resume;
 pub mod unreadable;

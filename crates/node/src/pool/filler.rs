@@ -1,0 +1,127 @@
+//! VMMs that wait: started ahead of time for one snapshot, with their disk, ready to load.
+//!
+//! One filler for each pool builds one VMM at a time, and only while no create is under way (or for at
+//! most [`PATIENCE`]): preparing never takes a processor from a request. A waiting VMM is a machine like
+//! any other to the ledger; the next start reaps those of a daemon that died.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kelvin_host::descriptors::{Budget, MACHINE};
+use kelvin_store::snapshot::Snapshot;
+
+use crate::capacity::{Amount, Hold};
+use crate::error::Error;
+use crate::networks::Networks;
+use crate::pool::shelf::{Pool, Ready, manifest_shape};
+use crate::state::{Inner, lock};
+
+/// How long a filler lets requests go first.
+pub const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a filler waits after a failure: the cause is outside, and there is no event to wait for.
+pub const RETRY: Duration = Duration::from_secs(5);
+
+impl Inner {
+    /// Starts one VMM for `pool`'s snapshot and connects its guest's control port.
+    /// `hold`: what it holds while it waits.
+    pub async fn prepare(&self, pool: &Pool, hold: Option<Hold>) -> Result<Ready, Error> {
+        let manifest = &pool.snapshot.manifest;
+        let network = self.has_network(&manifest.identity);
+        let disk = pool.snapshot.file("disk");
+        let home = self.allocator.build(manifest_shape(manifest), &manifest.guest, disk, network).await?;
+        let memory = std::path::Path::new("snapshots").join(manifest.id.as_str()).join("memory");
+        let made = async {
+            let waiting = self.driver.prepare(&home.spec, &memory).await?;
+            home.started(&self.allocator, waiting.key()).await?;
+            let control = waiting.control().await?;
+            Ok::<_, Error>((waiting, control))
+        };
+        match made.await {
+            Ok((waiting, control)) => Ok(Ready { home, waiting, control, hold }),
+            Err(error) => {
+                self.allocator.release_or_log(&home.spec, None).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes a snapshot usable. A pool of the same identity that was refused is replaced.
+    pub fn add_pool(self: &Arc<Self>, snapshot: Arc<Snapshot>) {
+        self.snapshots.add(Arc::clone(&snapshot));
+        let digest = snapshot.manifest.identity_digest.clone();
+        let usable = self.is_usable(&snapshot.manifest.identity);
+        let pool = Arc::new(Pool::new(snapshot, if usable { self.options.waiting_vmms } else { 0 }));
+        lock(&self.pools).insert(digest, Arc::clone(&pool));
+        self.tasks.spawn(fill(Arc::clone(self), pool));
+        self.look_at_pools();
+    }
+}
+
+/// Keeps `pool` full until the node stops. What is being prepared then is finished first, so that
+/// `Node::stop` can release it.
+pub async fn fill(inner: Arc<Inner>, pool: Arc<Pool>) {
+    let stop = inner.stop.clone();
+    while !stop.is_cancelled() {
+        if pool.refusal().is_some() {
+            for ready in pool.drain() {
+                inner.discard(ready).await;
+            }
+        }
+        if pool.is_full() {
+            stop.run_until_cancelled(pool.wake.notified()).await;
+            continue;
+        }
+        let _ = stop.run_until_cancelled(tokio::time::timeout(PATIENCE, inner.quiet())).await;
+        if pool.is_full() || stop.is_cancelled() {
+            continue;
+        }
+        let descriptors = Budget::of_process().take_spare(MACHINE).map_err(Error::from);
+        let held = descriptors.and_then(|held| Ok((held, inner.capacity.hold(Amount::waiting())?)));
+        let prepared = match held {
+            Ok((_descriptors, hold)) => inner.prepare(&pool, Some(hold)).await,
+            Err(error) => Err(error),
+        };
+        match prepared {
+            Ok(ready) => {
+                pool.ready().push_back(ready);
+                inner.settled.notify_waiters();
+            }
+            Err(error) => {
+                tracing::warn!(error = kelvin_api::error::chain(&error), "no VMM could be prepared");
+                let _ = stop.run_until_cancelled(tokio::time::timeout(RETRY, pool.wake.notified())).await;
+            }
+        }
+    }
+}
+
+/// Keeps network slots ready until the node stops, as [`fill`] does for VMMs.
+pub async fn fill_slots(inner: Arc<Inner>, networks: Arc<Networks>) {
+    let stop = inner.stop.clone();
+    let slots = &networks.slots;
+    while !stop.is_cancelled() {
+        if slots.is_full() {
+            stop.run_until_cancelled(slots.taken()).await;
+            continue;
+        }
+        let _ = stop.run_until_cancelled(tokio::time::timeout(PATIENCE, inner.quiet())).await;
+        if slots.is_full() || stop.is_cancelled() {
+            continue;
+        }
+        match slots.add().await {
+            Ok(()) => inner.settled.notify_waiters(),
+            Err(error) => {
+                tracing::warn!(error = kelvin_api::error::chain(&error), "no network slot could be prepared");
+                let _ = stop.run_until_cancelled(tokio::time::timeout(RETRY, slots.taken())).await;
+            }
+        }
+    }
+}
+
+impl Inner {
+    /// Ends a waiting VMM and releases what it has.
+    pub async fn discard(&self, ready: Ready) {
+        let key = ready.waiting.key();
+        self.allocator.release_or_log(&ready.home.spec, Some(key)).await;
+        drop(ready.hold);
+    }
+}
