@@ -34,8 +34,8 @@ impl Node {
     /// Every sandbox, running or paused.
     pub fn live(&self) -> Vec<Live> {
         let mut all: Vec<Live> =
-            self.inner.paused_sandboxes().values().map(|paused| paused.record.live()).collect();
-        all.extend(self.inner.sandboxes().values().map(|sandbox| sandbox.live()));
+            self.inner.sandboxes.paused().values().map(|paused| paused.record.live()).collect();
+        all.extend(self.inner.sandboxes.running().values().map(|sandbox| sandbox.live()));
         all.extend(self.inner.unreadable_live());
         all
     }
@@ -56,7 +56,7 @@ impl Node {
                 what: "reading templates",
                 source: std::io::Error::other(error),
             })??;
-        self.inner.know(&templates);
+        self.inner.templates.know(&templates);
         let pools: Vec<Arc<Pool>> = lock(&self.inner.pools).values().cloned().collect();
         Ok(templates
             .into_iter()
@@ -67,10 +67,10 @@ impl Node {
                         let manifest = &pool.snapshot.manifest;
                         let shape = manifest_shape(manifest);
                         pool.refusal().is_none()
-                            && self.inner.identity(
+                            && self.inner.identities.of_template(
                                 &template,
                                 shape,
-                                self.inner.has_network(&manifest.identity),
+                                self.inner.identities.has_network(&manifest.identity),
                             ) == manifest.identity
                     })
                     .map(|pool| TemplateSnapshot {
@@ -78,7 +78,7 @@ impl Node {
                         cpu_count: pool.snapshot.manifest.identity.vcpus,
                         memory_mb: pool.snapshot.manifest.identity.memory_mib,
                         waiting_vmms: pool.count(),
-                        network: self.inner.has_network(&pool.snapshot.manifest.identity),
+                        network: self.inner.identities.has_network(&pool.snapshot.manifest.identity),
                     })
                     .collect();
                 snapshots.sort_by_key(|snapshot| (snapshot.cpu_count, snapshot.memory_mb));
@@ -92,9 +92,8 @@ impl Node {
     /// Whether nothing is being prepared, torn down or taken over. Asks nobody: it may be asked often.
     pub fn is_settled(&self) -> bool {
         let inner = &self.inner;
-        // One lock at a time.
-        let busy = *lock(&inner.requests) + *lock(&inner.teardowns);
-        let adopting = inner.sandboxes().values().any(|sandbox| sandbox.is_being_adopted());
+        let busy = inner.activity.requests() + inner.activity.teardowns();
+        let adopting = inner.sandboxes.running().values().any(|sandbox| sandbox.is_being_adopted());
         let is_full = lock(&inner.pools).values().all(|pool| pool.is_full());
         busy == 0
             && !adopting
@@ -116,7 +115,7 @@ impl Node {
         let (memory_mb, memory_reserved_mb, vcpus, vcpus_reserved) = inner.capacity.figures();
         let pools: Vec<Arc<Pool>> = lock(&inner.pools).values().cloned().collect();
         let (mut adopting, mut silent) = (0, 0);
-        for sandbox in inner.sandboxes().values() {
+        for sandbox in inner.sandboxes.running().values() {
             adopting += u32::from(sandbox.is_being_adopted());
             silent += u32::from(sandbox.is_guest_silent());
         }
@@ -126,10 +125,10 @@ impl Node {
             accelerator: inner.driver.accelerator().to_string(),
             data_dir: inner.store.root().display().to_string(),
             reflink: inner.reflink,
-            sandboxes: u32::try_from(inner.sandboxes().len()).unwrap_or(u32::MAX),
+            sandboxes: u32::try_from(inner.sandboxes.running().len()).unwrap_or(u32::MAX),
             waiting_vmms: pools.iter().map(|pool| pool.count()).sum(),
             warm: pools.iter().map(|pool| pool.parked()).sum(),
-            paused: u32::try_from(inner.paused_sandboxes().len()).unwrap_or(u32::MAX),
+            paused: u32::try_from(inner.sandboxes.paused().len()).unwrap_or(u32::MAX),
             adopting,
             silent,
             unreadable: inner.unreadable_records(),

@@ -1,17 +1,19 @@
 //! One node: it owns what runs here.
 //!
-//! Read in this order: [`Node`] (the handle), `create` (the path of a create, with `turns`, `clock` and `probe`), `pool` (what is ready
-//! ahead of it), `home` (the resources of a machine), `sandbox` (a machine that runs, with `mail`), `lifecycle` (pause, resume,
-//! snapshot, fork) with `capture`, `paused`, `snapshots` and `verify`, `warm` (machines that wait), `traffic`, `bake`, `reconcile` (after a crash);
-//! `service` is all of it as control plane and gateway see it.
+//! Read in this order: [`Node`] (the handle), `start` (the path of a create, a file for each phase), `pool` (what is ready ahead of
+//! it), `machine` (the resources of a machine, the conversation with its guest, what is frozen of it), `sandbox` (the task that
+//! owns one that runs; those that are paused), `lifecycle` (pause, resume, snapshot, fork), `snapshots` and `verify`, `traffic`,
+//! `open` and `recovery` (after a crash). `state` is what they share; `service` is all of it as control plane and gateway see it.
 //!
 //! Who writes: the ledger, `sandboxes/` and, through `kelvin-store`, snapshots. A crash leaves machines
 //! that the ledger names; the next start adopts those that ran and removes the rest. Time limits are
 //! enforced here, with or without a control plane.
 
+mod activity;
 mod capacity;
 mod changes;
 mod error;
+mod identities;
 mod inspect;
 mod lifecycle;
 mod link;
@@ -26,6 +28,7 @@ mod service;
 mod snapshots;
 mod start;
 mod state;
+mod templates;
 mod traffic;
 mod verify;
 
@@ -64,7 +67,7 @@ impl Node {
         let inner = Arc::clone(&self.inner);
         // A caller that goes away must not leave a machine half-made.
         let start = match &request.base {
-            Base::Template(name) => StartSource::Template(inner.template(name).await?),
+            Base::Template(name) => StartSource::Template(inner.templates.get(name).await?),
             Base::Snapshot(id) => StartSource::another(inner.find_snapshot(id)?, None),
         };
         let task = self.inner.tasks.spawn(async move { inner.create(request, start).await });
@@ -73,13 +76,13 @@ impl Node {
 
     pub(crate) fn find(&self, id: &SandboxId) -> Result<Arc<Sandbox>, Error> {
         // In this order: a pause makes it visible as paused before it is invisible as running; a resume the other way.
-        if let Some(sandbox) = self.inner.sandboxes().get(id) {
+        if let Some(sandbox) = self.inner.sandboxes.running().get(id) {
             return Ok(Arc::clone(sandbox));
         }
         if self.inner.paused(id).is_some() {
             return Err(Error::Paused(id.to_string()));
         }
-        match self.inner.sandboxes().get(id) {
+        match self.inner.sandboxes.running().get(id) {
             Some(sandbox) => Ok(Arc::clone(sandbox)),
             None if self.inner.is_unreadable(id) => Err(Error::Unreadable(id.to_string())),
             None => Err(Error::Unknown(id.to_string())),
@@ -184,7 +187,7 @@ impl Node {
             }
             (wanted, networks) => wanted.unwrap_or(networks.is_some()),
         };
-        let template = self.inner.template(template).await?;
+        let template = self.inner.templates.get(template).await?;
         let shape = Shape {
             vcpus: vcpus.unwrap_or(template.shape.vcpus),
             memory_mib: memory_mib.unwrap_or(template.shape.memory_mib),

@@ -42,7 +42,7 @@ fn info(inner: &Inner, snapshot: &Snapshot) -> Option<SnapshotInfo> {
     let Origin::Kept { sandbox, name } = &manifest.origin else {
         return None;
     };
-    let differences = manifest.identity.differences(&inner.identity_here(&manifest.identity));
+    let differences = manifest.identity.differences(&inner.identities.here(&manifest.identity));
     let unusable = (!differences.is_empty()).then(|| format!("{} differs", differences.join(", ")));
     let unusable = unusable.or_else(|| snapshot.check_seal().err().map(|error| error.to_string()));
     Some(SnapshotInfo {
@@ -90,7 +90,7 @@ impl Node {
         what: &'static str,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<T, Error> {
-        let request = self.inner.enter();
+        let request = self.inner.activity.request();
         let task = self.inner.tasks.spawn(async move {
             let _request = request;
             work.await
@@ -324,7 +324,7 @@ impl Node {
         if let Ok(name) = text.parse::<TemplateName>()
             && self.has_template(&name)
         {
-            let shape = self.inner.template(&name).await?.shape;
+            let shape = self.inner.templates.get(&name).await?.shape;
             return Ok(Some(Source { base: Base::Template(name), shape }));
         }
         let id: Option<SnapshotId> = text.parse().ok();
@@ -410,7 +410,7 @@ impl Node {
     async fn forget(&self, id: &SnapshotId) -> bool {
         let ended = async {
             loop {
-                let changed = self.inner.settled.notified();
+                let changed = self.inner.activity.settled();
                 tokio::pin!(changed);
                 changed.as_mut().enable();
                 if self.inner.snapshots.forget(id) {
@@ -427,7 +427,7 @@ impl Node {
 
     /// Sandboxes whose machines map the memory of `snapshot`.
     fn running_from(&self, snapshot: &SnapshotId) -> Vec<String> {
-        let sandboxes = self.inner.sandboxes();
+        let sandboxes = self.inner.sandboxes.running();
         let from = |sandbox: &&Arc<Sandbox>| sandbox.snapshot.as_ref() == Some(snapshot);
         sandboxes.values().filter(from).map(|sandbox| format!("sandbox {}", sandbox.live().sandbox)).collect()
     }

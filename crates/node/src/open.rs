@@ -6,21 +6,22 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use kelvin_api::units::{DiskMib, MemoryMib, Shape};
+use kelvin_api::units::{DiskMib, Shape};
 use kelvin_host::cgroup::Cgroups;
 use kelvin_host::clock::{BootInstant, Clock};
 use kelvin_host::ledger::{Entry, Ledger};
 use kelvin_store::Store;
-use kelvin_store::snapshot::Origin;
+use kelvin_store::snapshot::{Origin, Snapshot};
 use kelvin_vmm::Driver;
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::Node;
+use crate::activity::Activity;
 use crate::capacity::Capacity;
-use crate::changes;
 use crate::error::Error;
+use crate::identities::Identities;
 use crate::machine::resources::{Groups, MachineAllocator};
 use crate::networks::{EgressOptions, Networks};
 use crate::options::{self, Options};
@@ -28,9 +29,11 @@ use crate::pool::shelf::Pool;
 use crate::pool::{filler, warm};
 use crate::recovery;
 use crate::sandbox::handle::SET;
+use crate::sandbox::registry::Sandboxes;
 use crate::snapshots::Snapshots;
 use crate::start::turns::Turns;
 use crate::state::{Inner, lock};
+use crate::templates::Templates;
 
 /// How many VMMs are taken over at one time: each exchange with one asks for a processor.
 const ADOPTIONS: usize = 16;
@@ -76,10 +79,6 @@ impl Node {
         let ledger = Ledger::open(&store.root().join("ledger.db"))?;
         let reflink = kelvin_host::datadir::can_reflink(store.root())
             .map_err(|source| Error::Io { what: "trying the data directory's file system", source })?;
-        let (host_cpu, host_kernel) = kelvin_host::cpu::here();
-        let same = Shape { vcpus: 1, memory_mib: MemoryMib(1), disk_mib: DiskMib(1) };
-        let devices = [false, true]
-            .map(|network| kelvin_store::hash::sha256(driver.layout(same, network).join("\0").as_bytes()));
         let (entries, records) = ledger.read().await?;
         recovery::check_vmm(driver.kind(), &entries, &records, &snapshots)?;
         let rules = warm::read_rules(store.root())?;
@@ -105,78 +104,50 @@ impl Node {
             turns: Turns::new(options.concurrent_restores),
             adoptions: Semaphore::new(ADOPTIONS),
             options,
+            templates: Templates::new(store.clone()),
             store,
+            identities: Identities::new(Arc::clone(&driver)),
             driver,
             allocator,
-            sandboxes: Mutex::default(),
-            paused: Mutex::default(),
-            unreadable: Mutex::default(),
+            sandboxes: Sandboxes::default(),
             snapshots: Snapshots::default(),
-            creating: Mutex::default(),
             pools: Mutex::default(),
             rules: Mutex::new(rules),
             writing_rules: tokio::sync::Mutex::default(),
             warm_wanted: Notify::new(),
-            templates: Mutex::default(),
             bakes: tokio::sync::Mutex::default(),
             verifying: tokio::sync::Mutex::default(),
-            requests: Mutex::default(),
-            work: Mutex::default(),
-            teardowns: Mutex::default(),
-            settled: Notify::new(),
-            changes: changes::Log::default(),
-            devices,
+            activity: Activity::default(),
+            changes: Arc::default(),
             no_network,
-            host_cpu,
-            host_kernel,
             reflink,
             tasks: TaskTracker::new(),
             hurry: CancellationToken::new(),
             stop: CancellationToken::new(),
         });
-        inner.know(&templates);
+        inner.templates.know(&templates);
         let snapshots: Vec<_> = snapshots.into_iter().map(Arc::new).collect();
         for snapshot in &snapshots {
             inner.snapshots.add(Arc::clone(snapshot));
         }
         let found = inner.reconcile(entries, records, &attached).await?;
-        let paused = inner.paused_sandboxes().len();
+        let paused = inner.sandboxes.paused().len();
         tracing::info!(adopting = found.adopting, paused, removed = found.removed, "reconciled");
         if found.unreadable == 0 {
             inner.snapshots.sweep();
         }
-        let removing = {
-            let (store, settled) = (inner.store.clone(), Arc::clone(&inner));
-            inner.snapshots.clone().run(store, move || settled.settled.notify_waiters(), inner.stop.clone())
-        };
-        inner.tasks.spawn(removing);
-        inner.tasks.spawn(Arc::clone(&inner).govern());
-        let digesting = Arc::clone(&inner);
-        inner.tasks.spawn(async move {
-            let stop = digesting.stop.clone();
-            stop.run_until_cancelled(digesting.digest_kept()).await;
-        });
-        for snapshot in snapshots {
-            if snapshot.manifest.origin == Origin::Bake {
-                inner.add_pool(snapshot);
-            }
-        }
-        if let Some(networks) = networks {
-            inner.tasks.spawn(filler::fill_slots(Arc::clone(&inner), Arc::clone(&networks)));
-            inner.tasks.spawn(networks.watch(inner.stop.clone()));
-        }
-        inner.tasks.spawn(Arc::clone(&inner).reap());
+        inner.spawn_own(snapshots, networks);
         Ok(Self { inner })
     }
 
     /// Stops the node: creates that are under way end, waiting VMMs are released, sandboxes keep running.
     pub async fn stop(&self) {
         let inner = &self.inner;
-        if tokio::time::timeout(PATIENCE, inner.none(&inner.requests)).await.is_err() {
-            tracing::warn!(requests = *lock(&inner.requests), "stopping: no guest is waited for any more");
+        if tokio::time::timeout(PATIENCE, inner.activity.no_request()).await.is_err() {
+            tracing::warn!(requests = inner.activity.requests(), "stopping: no guest is waited for any more");
         }
         inner.hurry.cancel();
-        let _ = tokio::time::timeout(LEAVE, inner.none(&inner.requests)).await;
+        let _ = tokio::time::timeout(LEAVE, inner.activity.no_request()).await;
         // Machines run on, and what they were restored from has to outlive the tasks that end now.
         inner.snapshots.close();
         inner.stop.cancel();
@@ -205,6 +176,31 @@ impl Node {
 }
 
 impl Inner {
+    /// Begins what a node does by itself: pools fill, what is doomed is removed, what failed is tried again.
+    fn spawn_own(self: &Arc<Self>, snapshots: Vec<Arc<Snapshot>>, networks: Option<Arc<Networks>>) {
+        let removing = {
+            let (store, activity) = (self.store.clone(), self.activity.clone());
+            self.snapshots.clone().run(store, move || activity.changed(), self.stop.clone())
+        };
+        self.tasks.spawn(removing);
+        self.tasks.spawn(Arc::clone(self).govern());
+        let digesting = Arc::clone(self);
+        self.tasks.spawn(async move {
+            let stop = digesting.stop.clone();
+            stop.run_until_cancelled(digesting.digest_kept()).await;
+        });
+        for snapshot in snapshots {
+            if snapshot.manifest.origin == Origin::Bake {
+                self.add_pool(snapshot);
+            }
+        }
+        if let Some(networks) = networks {
+            self.tasks.spawn(filler::fill_slots(Arc::clone(self), Arc::clone(&networks)));
+            self.tasks.spawn(networks.watch(self.stop.clone()));
+        }
+        self.tasks.spawn(Arc::clone(self).reap());
+    }
+
     /// Tries again what failed before, and looks after what no event tells of, until the node stops.
     async fn reap(self: Arc<Self>) {
         let mut last = (self.clock.now(), self.clock.wall());
@@ -213,7 +209,7 @@ impl Inner {
             self.allocator.reap().await;
             self.reap_unreadable().await;
             self.snapshots.reap(&self.store).await;
-            let sandboxes: Vec<_> = self.sandboxes().values().cloned().collect();
+            let sandboxes: Vec<_> = self.sandboxes.running().values().cloned().collect();
             for sandbox in sandboxes {
                 // Not waited for: one VMM that does not answer is nobody else's business.
                 sandbox.go_on();
@@ -230,7 +226,7 @@ impl Inner {
     fn look_at_wall_clock(&self, last: (BootInstant, jiff::Timestamp)) -> (BootInstant, jiff::Timestamp) {
         if self.clock.shown(last.0).duration_since(last.1).abs() > SET {
             tracing::warn!(wall = %self.clock.wall(), "the wall clock was set; lifetimes go on");
-            let live: Vec<_> = self.sandboxes().values().map(|sandbox| sandbox.live()).collect();
+            let live: Vec<_> = self.sandboxes.running().values().map(|sandbox| sandbox.live()).collect();
             for live in live {
                 self.changes.is(live);
             }

@@ -102,34 +102,14 @@ impl Inner {
             .map(|entry| entry.owner.clone())
             .chain(records.iter().map(|record| record.owner.clone()))
             .collect();
-        let mut machines: BTreeMap<VmId, Found> = BTreeMap::new();
-        for entry in entries {
-            let found = machines.entry(entry.owner).or_default();
-            match entry.resource {
-                Resource::Slot { number, range } => {
-                    found.slot = Some((number, range));
-                    continue;
-                }
-                // The networks have looked after it.
-                Resource::Helper { .. } => continue,
-                Resource::User { uid } => {
-                    found.user = Some(uid);
-                    self.allocator.users.claim(uid);
-                }
-                Resource::Vmm { key, .. } => found.key = key,
-                Resource::Cgroup { path } => found.cgroup = Some(path),
-                // It lies where the machine's id says.
-                Resource::Directory { .. } => {}
-            }
-            found.is_machine = true;
-        }
+        let mut machines = self.found(entries);
         for record in records {
             match SandboxRecord::read(&record.body) {
                 Ok(sandbox) if sandbox.state == State::Paused => {
                     let lease = sandbox.snapshot.as_ref().and_then(|id| self.snapshots.lease(id));
                     let paused = Paused::new(record.owner, sandbox, lease, Console::default());
                     let id = paused.record.sandbox.clone();
-                    self.paused_sandboxes().insert(id, Arc::new(paused));
+                    self.sandboxes.paused().insert(id, Arc::new(paused));
                 }
                 Ok(sandbox) => machines.entry(record.owner).or_default().record = Some(sandbox),
                 Err(why) => {
@@ -187,22 +167,57 @@ impl Inner {
             self.allocator.release_or_log(&spec, found.key).await;
             removed += 1;
         }
-        if let Some(networks) = &self.allocator.networks {
-            for (number, (owner, range)) in slots {
-                if range != networks.slots.range() {
-                    // Its number means nothing here; its link went with its machine.
-                    self.allocator.ledger.strike_all(&owner).await?;
-                } else if let Err(error) = networks.discard(number, &owner).await {
-                    tracing::error!(number, error = chain(&error), "a network slot is quarantined");
-                }
-            }
-            // Names of what is kept as it is are answered as before.
-            let attached: Vec<u16> =
-                attached.iter().copied().filter(|number| !kept.contains(number)).collect();
-            networks.forget(&attached).await;
-        }
+        self.remove_slots(slots, attached, &kept).await?;
         removed += self.remove_unknown(&known).await?;
         Ok(Reconciled { adopting, removed, unreadable })
+    }
+
+    /// What the ledger names, by its owner.
+    fn found(&self, entries: Vec<Entry>) -> BTreeMap<VmId, Found> {
+        let mut machines: BTreeMap<VmId, Found> = BTreeMap::new();
+        for entry in entries {
+            let found = machines.entry(entry.owner).or_default();
+            match entry.resource {
+                Resource::Slot { number, range } => {
+                    found.slot = Some((number, range));
+                    continue;
+                }
+                // The networks have looked after it.
+                Resource::Helper { .. } => continue,
+                Resource::User { uid } => {
+                    found.user = Some(uid);
+                    self.allocator.users.claim(uid);
+                }
+                Resource::Vmm { key, .. } => found.key = key,
+                Resource::Cgroup { path } => found.cgroup = Some(path),
+                // It lies where the machine's id says.
+                Resource::Directory { .. } => {}
+            }
+            found.is_machine = true;
+        }
+        machines
+    }
+
+    /// Removes `slots`, which nothing uses any more. `kept`: those that the egress process goes on to answer.
+    async fn remove_slots(
+        &self,
+        slots: BTreeMap<u16, (VmId, Range)>,
+        attached: &[u16],
+        kept: &BTreeSet<u16>,
+    ) -> Result<(), Error> {
+        let Some(networks) = &self.allocator.networks else { return Ok(()) };
+        for (number, (owner, range)) in slots {
+            if range != networks.slots.range() {
+                // Its number means nothing here; its link went with its machine.
+                self.allocator.ledger.strike_all(&owner).await?;
+            } else if let Err(error) = networks.discard(number, &owner).await {
+                tracing::error!(number, error = chain(&error), "a network slot is quarantined");
+            }
+        }
+        // Names of what is kept as it is are answered as before.
+        let attached: Vec<u16> = attached.iter().copied().filter(|number| !kept.contains(number)).collect();
+        networks.forget(&attached).await;
+        Ok(())
     }
 
     /// Removes directories of machines that the ledger does not know: the power failed after they were made, and before

@@ -113,12 +113,12 @@ impl Node {
         let signed = signature.signed();
         let is_of = |token: Option<&Token>| token.is_some_and(|token| signed.is_of(token.expose()));
         let running: Vec<_> = {
-            let sandboxes = self.inner.sandboxes();
+            let sandboxes = self.inner.sandboxes.running();
             sandboxes.iter().map(|(id, sandbox)| (id.clone(), Arc::clone(sandbox))).collect()
         };
         let found = running.into_iter().find(|(_, sandbox)| is_of(sandbox.access_token.as_ref()));
         found.map(|(id, _)| id).or_else(|| {
-            let paused: Vec<_> = self.inner.paused_sandboxes().values().cloned().collect();
+            let paused: Vec<_> = self.inner.sandboxes.paused().values().cloned().collect();
             let found = paused.into_iter().find(|paused| is_of(paused.record.access_token.as_ref()));
             found.map(|paused| paused.record.sandbox.clone())
         })
@@ -128,12 +128,12 @@ impl Node {
     pub fn holder(&self, token: &str) -> Option<SandboxId> {
         let is_it = |own: Option<&Token>| own.is_some_and(|own| own.matches(token));
         let running = {
-            let sandboxes = self.inner.sandboxes();
+            let sandboxes = self.inner.sandboxes.running();
             let found = sandboxes.iter().find(|(_, sandbox)| is_it(sandbox.access_token.as_ref()));
             found.map(|(id, _)| id.clone())
         };
         running.or_else(|| {
-            let paused = self.inner.paused_sandboxes();
+            let paused = self.inner.sandboxes.paused();
             let found = paused.values().find(|paused| is_it(paused.record.access_token.as_ref()));
             found.map(|paused| paused.record.sandbox.clone())
         })

@@ -116,7 +116,7 @@ impl Inner {
         let pace = Duration::from_millis(CHUNK_BYTES * 1000 / RATE);
         loop {
             let next = tokio::time::Instant::now() + pace;
-            let _ = tokio::time::timeout(PATIENCE, self.quiet()).await;
+            let _ = tokio::time::timeout(PATIENCE, self.activity.quiet()).await;
             let (rest, is_over) = blocking("digesting a snapshot", move || {
                 let is_over = digesting.step()?;
                 Ok((digesting, is_over))
@@ -143,7 +143,7 @@ impl Inner {
                 .map(|pool| pool.snapshot_id()),
         );
         // Creates that are under way begin from these, whatever was imported since.
-        for (_, template) in lock(&self.templates).values() {
+        for template in self.templates.all() {
             used.images.insert(template.image.clone());
             used.guests.insert(template.guest.clone());
         }

@@ -23,7 +23,7 @@ use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{Capture, PauseMode};
 use kelvin_host::clock::Clock;
 use kelvin_store::snapshot::{Draft, Durability, Origin, Snapshot};
-use kelvin_vmm::{Paused, Saved};
+use kelvin_vmm::Saved;
 use tracing::Instrument;
 
 use crate::error::Error;
@@ -107,7 +107,7 @@ impl Freeze for Freezing<'_> {
 }
 
 impl SandboxActor {
-    /// Takes a snapshot called `id`. With `then.stay`, the machine stays stopped when that succeeds, in `self.held`.
+    /// Takes a snapshot called `id`. With `then.stay`, the machine stays stopped when that succeeds, in `self.machine`.
     ///
     /// # Errors
     /// Of the step that failed; then the machine runs and nothing is left of the snapshot. When it cannot go on,
@@ -157,26 +157,22 @@ impl SandboxActor {
         }
 
         // Not before: a guest that does not answer asks for no processor.
-        let _work = inner.work();
+        let _work = inner.activity.work();
         let span = begin(Phase::Pause);
         let stopped = Instant::now();
-        let Some(running) = self.running.take() else {
-            return Err(Error::Unknown(self.record.sandbox.to_string()));
-        };
-        let paused = match running.pause().instrument(span).await {
-            Ok(paused) => paused,
-            Err((running, error)) => {
-                self.running = Some(running);
+        match self.machine.stop().instrument(span).await {
+            Some(Ok(())) => {}
+            Some(Err(error)) => {
                 self.await_wake_ack().await;
                 return Err(error.into());
             }
-        };
+            None => return Err(Error::Unknown(self.record.sandbox.to_string())),
+        }
         timings.lap(Phase::Pause, &mut since);
 
         let span = begin(Phase::Save);
-        let saved = self.save(&paused, staged, mode).instrument(span).await;
+        let saved = self.save(staged, mode).instrument(span).await;
         timings.lap(Phase::Save, &mut since);
-        self.held = Some(paused);
         if !stay || saved.is_err() {
             let span = begin(Phase::Resume);
             self.go_on().instrument(span).await?;
@@ -211,7 +207,7 @@ impl SandboxActor {
 
     /// What can be done while the machine runs. Whether its file system is frozen, and on the disk.
     async fn quiesce(&mut self, staged: &Path, mode: PauseMode, healthy: bool) -> Result<bool, Error> {
-        let Some(running) = &self.running else {
+        let Some(running) = self.machine.running() else {
             return Err(Error::Unknown(self.record.sandbox.to_string()));
         };
         // A slow disk is waited for ahead of the freeze: what is frozen has little left to write.
@@ -231,9 +227,9 @@ impl SandboxActor {
 
     async fn freeze(&mut self, limit: Duration) -> bool {
         // What was posted before and not waited for is answered first, and passed over.
-        self.posted = None;
-        let Some(control) = &mut self.control else { return false };
-        let freezing = control.call("freezing the file system", &Request::Freeze, limit);
+        let Some(guest) = self.machine.guest() else { return false };
+        guest.posted = None;
+        let freezing = guest.control.call("freezing the file system", &Request::Freeze, limit);
         match self.inner.hurry.run_until_cancelled(freezing).await {
             Some(Ok(_)) => true,
             Some(Err(error)) => {
@@ -245,7 +241,10 @@ impl SandboxActor {
         }
     }
 
-    async fn save(&self, paused: &Paused, staged: &Path, mode: PauseMode) -> Result<Saved, Error> {
+    async fn save(&self, staged: &Path, mode: PauseMode) -> Result<Saved, Error> {
+        let Some(paused) = self.machine.stopped() else {
+            return Err(Error::Unknown(self.record.sandbox.to_string()));
+        };
         let (from, to) = (self.spec.absolute().join("disk"), staged.join("disk"));
         let (memory, state) = (staged.join("memory"), staged.join("state"));
         let save = async {
@@ -293,34 +292,17 @@ impl SandboxActor {
             .map_err(Error::from)
     }
 
-    /// Lets a machine that is held go on as who it is.
+    /// Lets a machine that stands still go on as who it is.
     pub async fn go_on(&mut self) -> Result<(), Error> {
-        let Some(paused) = self.held.take() else {
-            return Ok(());
-        };
-        // Posted while the vCPUs stand still: the guest wakes up once.
-        self.posted = match (wake(&self.inner.clock, false), &mut self.control) {
-            (Ok(wake), Some(control)) => control.post(&Request::Wake(wake)).await.ok(),
-            _ => None,
-        };
-        match paused.resume().await {
-            Ok(running) => {
-                self.running = Some(running);
-                Ok(())
-            }
-            Err((paused, error)) => {
-                self.held = Some(paused);
-                Err(error.into())
-            }
-        }
+        self.machine.go_on(&self.inner.clock).await
     }
 
     /// Waits until the agent of a machine that went on has stepped its clock and thawed its file system. One that does
     /// not answer is reported, and runs on; a node that stops does not wait for it.
     pub async fn await_wake_ack(&mut self) {
-        let (posted, hurry) = (self.posted.take(), self.inner.hurry.clone());
-        let clock = self.inner.clock.clone();
-        let Some(control) = &mut self.control else { return };
+        let (clock, hurry) = (self.inner.clock.clone(), self.inner.hurry.clone());
+        let Some(guest) = self.machine.guest() else { return };
+        let (posted, control) = (guest.posted.take(), &mut guest.control);
         let told = async {
             let asked = match posted {
                 Some(asked) => asked,

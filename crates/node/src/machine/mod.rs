@@ -4,5 +4,6 @@ pub mod agent;
 pub mod capture;
 pub mod clock;
 pub mod console;
+pub mod live;
 pub mod resources;
 pub mod warm_up;

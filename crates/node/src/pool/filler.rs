@@ -26,7 +26,7 @@ impl Inner {
     /// `hold`: what it holds while it waits.
     pub async fn prepare(&self, pool: &Pool, hold: Option<Hold>) -> Result<Ready, Error> {
         let manifest = &pool.snapshot.manifest;
-        let network = self.has_network(&manifest.identity);
+        let network = self.identities.has_network(&manifest.identity);
         let disk = pool.snapshot.file("disk");
         let home = self.allocator.build(manifest_shape(manifest), &manifest.guest, disk, network).await?;
         let memory = std::path::Path::new("snapshots").join(manifest.id.as_str()).join("memory");
@@ -71,7 +71,7 @@ pub async fn fill(inner: Arc<Inner>, pool: Arc<Pool>) {
             stop.run_until_cancelled(pool.wake.notified()).await;
             continue;
         }
-        let _ = stop.run_until_cancelled(tokio::time::timeout(PATIENCE, inner.quiet())).await;
+        let _ = stop.run_until_cancelled(tokio::time::timeout(PATIENCE, inner.activity.quiet())).await;
         if pool.is_full() || stop.is_cancelled() {
             continue;
         }
@@ -84,7 +84,7 @@ pub async fn fill(inner: Arc<Inner>, pool: Arc<Pool>) {
         match prepared {
             Ok(ready) => {
                 pool.ready().push_back(ready);
-                inner.settled.notify_waiters();
+                inner.activity.changed();
             }
             Err(error) => {
                 tracing::warn!(error = kelvin_api::error::chain(&error), "no VMM could be prepared");
@@ -103,12 +103,12 @@ pub async fn fill_slots(inner: Arc<Inner>, networks: Arc<Networks>) {
             stop.run_until_cancelled(slots.taken()).await;
             continue;
         }
-        let _ = stop.run_until_cancelled(tokio::time::timeout(PATIENCE, inner.quiet())).await;
+        let _ = stop.run_until_cancelled(tokio::time::timeout(PATIENCE, inner.activity.quiet())).await;
         if slots.is_full() || stop.is_cancelled() {
             continue;
         }
         match slots.add().await {
-            Ok(()) => inner.settled.notify_waiters(),
+            Ok(()) => inner.activity.changed(),
             Err(error) => {
                 tracing::warn!(error = kelvin_api::error::chain(&error), "no network slot could be prepared");
                 let _ = stop.run_until_cancelled(tokio::time::timeout(RETRY, slots.taken())).await;

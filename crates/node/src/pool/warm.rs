@@ -103,13 +103,13 @@ impl Inner {
                 self.discard_parked(parked).await;
             }
             let Some(pool) = self.neediest() else {
-                self.settled.notify_waiters();
+                self.activity.changed();
                 let _ =
                     stop.run_until_cancelled(tokio::time::timeout(TICK, self.warm_wanted.notified())).await;
                 continue;
             };
             // Requests first.
-            let _ = stop.run_until_cancelled(tokio::time::timeout(PATIENCE, self.quiet())).await;
+            let _ = stop.run_until_cancelled(tokio::time::timeout(PATIENCE, self.activity.quiet())).await;
             let filled = if stop.is_cancelled() { Ok(()) } else { self.fill_warm(&pool).await };
             let mut warm = pool.warm();
             warm.filling = false;
@@ -122,7 +122,7 @@ impl Inner {
                 }
             }
             drop(warm);
-            self.settled.notify_waiters();
+            self.activity.changed();
         }
     }
 
@@ -189,10 +189,10 @@ impl Inner {
     /// The same beside what is going on.
     pub fn discard_parked_later(self: &Arc<Self>, parked: Parked) {
         let inner = Arc::clone(self);
-        self.begin_teardown();
+        let teardown = self.activity.teardown();
         self.tasks.spawn(async move {
             inner.discard_parked(parked).await;
-            inner.end_teardown();
+            drop(teardown);
         });
     }
 
@@ -218,11 +218,11 @@ impl Inner {
         // Free for the request at once; the machine is ended beside it.
         drop(hold);
         let inner = Arc::clone(self);
-        self.begin_teardown();
+        let teardown = self.activity.teardown();
         self.tasks.spawn(async move {
             inner.allocator.release_or_log(&home.spec, Some(paused.key())).await;
             drop(lease);
-            inner.end_teardown();
+            drop(teardown);
         });
         true
     }
@@ -245,7 +245,7 @@ impl Inner {
                     snapshot_id: manifest.id.to_string(),
                     cpu_count: manifest.identity.vcpus,
                     memory_mb: manifest.identity.memory_mib,
-                    network: self.has_network(&manifest.identity),
+                    network: self.identities.has_network(&manifest.identity),
                     min: rule.min,
                     max: rule.max,
                     max_age_s: rule.max_age_s,

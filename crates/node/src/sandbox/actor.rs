@@ -26,18 +26,20 @@ use kelvin_api::sandbox::{OnTimeout, PauseMode};
 use kelvin_host::process::ProcessKey;
 use kelvin_store::identity::Identity;
 use kelvin_store::snapshot::{Durability, Origin};
-use kelvin_vmm::control::{Asked, Control, Dial};
-use kelvin_vmm::{MachineEnd, MachineSpec, Paused, Running};
+use kelvin_vmm::control::{Control, Dial};
+use kelvin_vmm::{MachineEnd, MachineSpec, Running};
 use tokio::sync::{mpsc, watch};
 
+use crate::activity::Underway;
 use crate::capacity::Hold;
 use crate::error::Error;
 use crate::link::Network;
 use crate::machine::agent::Agent;
 use crate::machine::console::Console;
+use crate::machine::live::{Guest, LiveMachine};
 use crate::sandbox::handle::{Command, Sandbox, Urgent, body, deadline_of};
 use crate::sandbox::mail::{Decided, Fate, Mail, TIME_IS_OVER};
-use crate::sandbox::paused::Paused as PausedSandbox;
+use crate::sandbox::paused::Paused;
 use crate::sandbox::record::{Event, SandboxRecord, next};
 use crate::snapshots::{CaptureOptions, Captured, Lease};
 use crate::state::Inner;
@@ -91,8 +93,7 @@ impl Inner {
         let (key, dialer) = (running.key(), running.dialer());
         let (mut actor, mail, _) =
             self.begin(Orphan { spec, key, record, identity, lease, hold }, Some(dialer));
-        actor.running = Some(running);
-        actor.control = Some(control);
+        actor.machine = LiveMachine::Running(running, Guest::new(control));
         actor.console = console;
         self.tasks.spawn(actor.run(mail));
     }
@@ -135,7 +136,7 @@ impl Inner {
             access_token: record.access_token.clone(),
             snapshot: record.snapshot.clone(),
         };
-        self.sandboxes().insert(id.clone(), Arc::new(sandbox));
+        self.sandboxes.running().insert(id.clone(), Arc::new(sandbox));
         let fate = Arc::<Fate>::default();
         let mail = Mail {
             commands: queue,
@@ -146,7 +147,11 @@ impl Inner {
             killed: None,
             ended: false,
             ends_at_deadline: record.lifecycle.on_timeout == OnTimeout::Kill,
-            inner: Arc::clone(self),
+            teardown: None,
+            clock: self.clock.clone(),
+            sandboxes: self.sandboxes.clone(),
+            changes: Arc::clone(&self.changes),
+            activity: self.activity.clone(),
             sandbox: id,
             key,
             fate: Arc::clone(&fate),
@@ -155,10 +160,8 @@ impl Inner {
             inner: Arc::clone(self),
             spec,
             key,
-            running: None,
-            held: None,
-            posted: None,
-            control: None,
+            machine: LiveMachine::Away,
+            teardown: None,
             record,
             identity,
             lease,
@@ -182,14 +185,9 @@ pub struct SandboxActor {
     pub inner: Arc<Inner>,
     pub spec: MachineSpec,
     key: ProcessKey,
-    /// The machine while its vCPUs run.
-    pub running: Option<Running>,
-    /// The machine while they are stopped.
-    pub held: Option<Paused>,
-    /// A wake-up that was not answered yet.
-    pub posted: Option<Asked>,
-    /// Its guest's control port; none while its VMM is adopted.
-    pub control: Option<Control>,
+    pub machine: LiveMachine,
+    /// What is counted from its end until all of it is released.
+    teardown: Option<Underway>,
     pub record: SandboxRecord,
     pub identity: Option<Identity>,
     lease: Option<Lease>,
@@ -265,14 +263,14 @@ impl SandboxActor {
                 Err(error) => self.wait_for_vmm(error).await?,
             }
         };
-        self.control = loop {
+        let control = loop {
             match running.control().await {
-                Ok(control) => break Some(control),
+                Ok(control) => break control,
                 Err(error) => self.wait_for_vmm(error).await?,
             }
         };
         dialer.send_replace(Some(running.dialer()));
-        self.running = Some(running);
+        self.machine = LiveMachine::Running(running, Guest::new(control));
         tracing::info!(sandbox = %self.record.sandbox, pid = self.key.pid, "adopted");
         // It may have been stopped for a snapshot, and its file system frozen.
         self.await_wake_ack().await;
@@ -301,7 +299,7 @@ impl SandboxActor {
                 continue;
             }
             self.record_deadline(&mut mail).await;
-            let Some(running) = &self.running else {
+            let Some(running) = self.machine.running() else {
                 break ExitReason::End("its VMM did not go on".to_owned());
             };
             let step = tokio::select! {
@@ -337,6 +335,7 @@ impl SandboxActor {
         match over {
             ExitReason::End(reason) => {
                 mail.end(&reason);
+                self.teardown = mail.teardown.take();
                 // Who asks for something now is told that it is gone; the rest is not their business.
                 drop(mail);
                 self.end().await;
@@ -366,18 +365,18 @@ impl SandboxActor {
                 let _ = done.send(taken.map(|captured| (captured, self.record.clone())));
             }
             Command::Console(reply) => {
-                let running = self.running.as_ref()?;
+                let running = self.machine.running()?;
                 let read = running.console().await;
                 let _ = reply.send(read.map(|text| self.console.read(text, self.inner.clock.wall())));
             }
             Command::IsSilent => {
-                let console = read_console(self.running.as_ref()?).await;
+                let console = read_console(self.machine.running()?).await;
                 if kelvin_vmm::guest_end::is_halted(&console) {
                     return Some(ExitReason::End("the guest halted".to_owned()));
                 }
             }
             Command::GoOn => {
-                if let Err(error) = self.running.as_ref()?.go_on().await {
+                if let Err(error) = self.machine.running()?.go_on().await {
                     tracing::warn!(sandbox = %self.record.sandbox, error = chain(&error), "its VMM does not answer");
                 }
             }
@@ -434,7 +433,7 @@ impl SandboxActor {
         let Some(state) = next(self.record.state, Event::Pause) else {
             return Err(Error::Unknown(sandbox.to_string()));
         };
-        if let Some(running) = &self.running
+        if let Some(running) = self.machine.running()
             && let Ok(text) = running.console().await
         {
             // Its VMM takes the console along.
@@ -466,12 +465,13 @@ impl SandboxActor {
         let lease = self.inner.snapshots.lease(&captured.snapshot.manifest.id);
         let console = std::mem::take(&mut self.console);
         let live = record.live();
-        self.inner.begin_teardown();
+        self.teardown = Some(self.inner.activity.teardown());
         // Visible as paused before it is invisible as running: it is never unknown.
         self.inner
-            .paused_sandboxes()
-            .insert(sandbox.clone(), Arc::new(PausedSandbox::new(owner, record, lease, console)));
-        self.inner.sandboxes().remove(&sandbox);
+            .sandboxes
+            .paused()
+            .insert(sandbox.clone(), Arc::new(Paused::new(owner, record, lease, console)));
+        self.inner.sandboxes.running().remove(&sandbox);
         self.fate.turn(Decided::Pausing, Decided::Over);
         self.inner.changes.is(live);
         tracing::info!(sandbox = %sandbox, generation, "sandbox paused");
@@ -512,6 +512,6 @@ impl SandboxActor {
         drop(self.hold.take());
         // Its memory is mapped by nobody any more.
         drop(self.lease.take());
-        self.inner.end_teardown();
+        drop(self.teardown.take());
     }
 }

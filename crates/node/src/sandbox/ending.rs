@@ -33,7 +33,7 @@ impl Inner {
         }
         paused.over.store(true, Ordering::Release);
         paused.killed.send_replace(true);
-        self.paused_sandboxes().remove(id);
+        self.sandboxes.paused().remove(id);
         self.changes.add(id.clone(), "it was killed while it was paused");
         Ok(())
     }
@@ -52,17 +52,17 @@ impl Inner {
         let running = live.as_ref().filter(|_| machine.is_some());
         let hold = running.map(|live| self.capacity.take(Amount::machine(live.shape)));
         let unreadable = Unreadable { owner: owner.clone(), machine, live, hold, why };
-        self.unreadable().insert(owner, unreadable);
+        self.sandboxes.unreadable().insert(owner, unreadable);
     }
 
     /// Whether `id` is one of them.
     pub fn is_unreadable(&self, id: &SandboxId) -> bool {
-        self.unreadable().values().any(|unreadable| unreadable.is(id))
+        self.sandboxes.unreadable().values().any(|unreadable| unreadable.is(id))
     }
 
     /// Those that say which sandbox they are.
     pub fn unreadable_live(&self) -> Vec<Live> {
-        self.unreadable().values().filter_map(|unreadable| unreadable.live.clone()).collect()
+        self.sandboxes.unreadable().values().filter_map(|unreadable| unreadable.live.clone()).collect()
     }
 
     /// All of them, for people.
@@ -73,7 +73,7 @@ impl Inner {
             pid: unreadable.machine.as_ref().map(|(_, key)| key.pid),
             reason: unreadable.why.clone(),
         };
-        self.unreadable().values().map(record).collect()
+        self.sandboxes.unreadable().values().map(record).collect()
     }
 
     /// Ends the one called `id`. It is not visible any more when this returns; its machine is released after that.
@@ -83,7 +83,7 @@ impl Inner {
     pub async fn end_unreadable(self: &Arc<Self>, id: &SandboxId) -> Result<(), Error> {
         let unknown = || Error::Unknown(id.to_string());
         let taken = {
-            let mut all = self.unreadable();
+            let mut all = self.sandboxes.unreadable();
             let owner = all.values().find(|unreadable| unreadable.is(id)).map(|found| found.owner.clone());
             owner.and_then(|owner| all.remove(&owner)).ok_or_else(unknown)?
         };
@@ -96,7 +96,7 @@ impl Inner {
             Process::adopt(key).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
         };
         let mut gone = Vec::new();
-        self.unreadable().retain(|_, unreadable| {
+        self.sandboxes.unreadable().retain(|_, unreadable| {
             match unreadable.machine.take_if(|(_, key)| is_gone(*key)) {
                 Some(machine) => {
                     let (live, hold) = (unreadable.live.take(), unreadable.hold.take());
@@ -118,7 +118,7 @@ impl Inner {
             match self.allocator.ledger.strike_record(&taken.owner).await {
                 Ok(_) => {}
                 Err(error) => {
-                    self.unreadable().insert(taken.owner.clone(), taken);
+                    self.sandboxes.unreadable().insert(taken.owner.clone(), taken);
                     return Err(error.into());
                 }
             }
@@ -128,15 +128,15 @@ impl Inner {
         }
         let hold = taken.hold;
         if let Some((spec, key)) = taken.machine {
-            self.begin_teardown();
+            let teardown = self.activity.teardown();
             let inner = Arc::clone(self);
             self.tasks.spawn(async move {
                 inner.allocator.release_or_log(&spec, Some(key)).await;
                 drop(hold);
-                inner.end_teardown();
+                drop(teardown);
             });
         }
-        if self.unreadable().is_empty() {
+        if self.sandboxes.unreadable().is_empty() {
             // Nothing may need what nobody names any more.
             self.snapshots.sweep();
         }

@@ -5,12 +5,14 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kelvin_api::id::SandboxId;
-use kelvin_host::clock::BootInstant;
+use kelvin_host::clock::{BootInstant, Clock};
 use kelvin_host::process::{Process, ProcessKey};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::activity::{Activity, Underway};
+use crate::changes::Log;
 use crate::sandbox::handle::{Command, Shown, Urgent};
-use crate::state::Inner;
+use crate::sandbox::registry::Sandboxes;
 
 /// Why a sandbox ends at its deadline, for its owner.
 pub const TIME_IS_OVER: &str = "its time to live was over";
@@ -58,7 +60,12 @@ pub struct Mail {
     pub killed: Option<oneshot::Sender<()>>,
     pub ended: bool,
     pub ends_at_deadline: bool,
-    pub inner: Arc<Inner>,
+    /// What is counted from its end until all of it is released.
+    pub teardown: Option<Underway>,
+    pub clock: Clock,
+    pub sandboxes: Sandboxes,
+    pub changes: Arc<Log>,
+    pub activity: Activity,
     pub sandbox: SandboxId,
     pub key: ProcessKey,
     pub fate: Arc<Fate>,
@@ -72,15 +79,15 @@ impl Mail {
         }
         tracing::info!(sandbox = %self.sandbox, reason, "sandbox ends");
         self.ended = true;
-        self.inner.begin_teardown();
-        self.inner.sandboxes().remove(&self.sandbox);
+        self.teardown = Some(self.activity.teardown());
+        self.sandboxes.running().remove(&self.sandbox);
         let killed = Process::adopt(self.key).and_then(|process| process.kill());
         if let Err(error) = killed
             && error.kind() != std::io::ErrorKind::NotFound
         {
             tracing::error!(sandbox = %self.sandbox, %error, "its VMM could not be told, its release tries again");
         }
-        self.inner.changes.add(self.sandbox.clone(), reason);
+        self.changes.add(self.sandbox.clone(), reason);
         true
     }
 
@@ -107,7 +114,7 @@ impl Mail {
     /// so `work` fails soon.
     pub async fn beside<T>(&mut self, work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
-        let clock = self.inner.clock.clone();
+        let clock = self.clock.clone();
         let (mut is_open, mut ends) = (true, self.ends_at_deadline && !self.ended);
         loop {
             tokio::select! {

@@ -6,5 +6,6 @@ pub mod handle;
 pub mod mail;
 pub mod paused;
 pub mod record;
+pub mod registry;
 pub mod resume;
 pub mod unreadable;

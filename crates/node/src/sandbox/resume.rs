@@ -22,7 +22,7 @@ use crate::state::Inner;
 impl Inner {
     /// The sandbox called `id`, when it is paused.
     pub fn paused(&self, id: &SandboxId) -> Option<Arc<Paused>> {
-        self.paused_sandboxes().get(id).cloned()
+        self.sandboxes.paused().get(id).cloned()
     }
 
     /// Whether what `paused` is frozen in can go on.
@@ -45,13 +45,13 @@ impl Inner {
         let unknown = || Error::Unknown(id.to_string());
         let paused = match self.paused(id) {
             Some(paused) => paused,
-            None if self.sandboxes().contains_key(id) => return Ok(None),
+            None if self.sandboxes.running().contains_key(id) => return Ok(None),
             None if self.is_unreadable(id) => return Err(Error::Unreadable(id.to_string())),
             None => return Err(unknown()),
         };
         let _gate = paused.gate.lock().await;
         if paused.over.load(Ordering::Acquire) {
-            return if self.sandboxes().contains_key(id) { Ok(None) } else { Err(unknown()) };
+            return if self.sandboxes.running().contains_key(id) { Ok(None) } else { Err(unknown()) };
         }
         let record = &paused.record;
         let for_as_long = || self.clock.wall() + std::time::Duration::from_secs(record.timeout_s);
@@ -81,7 +81,7 @@ impl Inner {
             other => other?,
         };
         paused.over.store(true, Ordering::Release);
-        self.paused_sandboxes().remove(id);
+        self.sandboxes.paused().remove(id);
         Ok(Some(created))
     }
 

@@ -17,12 +17,13 @@ use kelvin_vmm::control::Control;
 use kelvin_vmm::{MachineEnd, MachineSpec, Running};
 use tracing::Instrument;
 
+use crate::activity::Underway;
 use crate::capacity::Hold;
 use crate::error::Error;
 use crate::sandbox::record::{SandboxRecord, State};
 use crate::snapshots::Lease;
 use crate::start::source::{FromSnapshot, StartSource, Who};
-use crate::state::{Inner, Working};
+use crate::state::Inner;
 
 /// A machine that answered, and how it came to be.
 pub struct Started {
@@ -49,7 +50,7 @@ pub struct Attempt<'a> {
     /// When it ends, on boot time and as it was said.
     pub deadline: Stamp,
     /// Counts it, for as long as it asks for a processor.
-    pub working: Option<Working>,
+    pub working: Option<Underway>,
     pub timings: Timings,
     pub since: Instant,
 }

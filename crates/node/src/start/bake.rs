@@ -98,7 +98,7 @@ impl Inner {
                 guest: template.guest.clone(),
                 parent: None,
                 origin: Origin::Bake,
-                identity: self.identity(template, shape, network),
+                identity: self.identities.of_template(template, shape, network),
                 arguments: self.driver.layout(shape, network),
             };
             let (store, staged) = (self.store.clone(), staged.clone());

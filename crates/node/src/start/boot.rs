@@ -25,7 +25,7 @@ const BOOTING: Duration = Duration::from_secs(5);
 
 impl Attempt<'_> {
     pub async fn boot_template(&mut self, template: &Template) -> Result<Started, Error> {
-        let identity = self.inner.identity(template, self.shape, self.network.is_some());
+        let identity = self.inner.identities.of_template(template, self.shape, self.network.is_some());
         self.cold(self.inner.store.rootfs(&template.image), identity).await
     }
 
@@ -39,8 +39,8 @@ impl Attempt<'_> {
         let identity = Identity {
             vcpus: self.shape.vcpus,
             memory_mib: self.shape.memory_mib.0,
-            devices: self.inner.devices[usize::from(self.network.is_some())].clone(),
-            ..self.inner.identity_here(&snapshot.manifest.identity)
+            devices: self.inner.identities.devices(self.network.is_some()),
+            ..self.inner.identities.here(&snapshot.manifest.identity)
         };
         let started = self.cold(snapshot.file("disk"), identity).await;
         drop(lease);

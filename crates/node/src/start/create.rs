@@ -28,7 +28,7 @@ impl Inner {
     ///
     /// Not cancel-safe: callers run it on a task of its own.
     pub async fn create(self: &Arc<Self>, request: Create, source: StartSource) -> Result<Created, Error> {
-        let _request = self.enter();
+        let _request = self.activity.request();
         let (since, deadline) = (Instant::now(), self.clock.stamp(self.clock.at(request.ends_at)));
         self.crash_point(Phase::Reserve);
         let mut network = self.attachment(&request.network)?;
@@ -70,14 +70,14 @@ impl Inner {
             machine_id,
             hold: Some(hold),
             deadline,
-            working: Some(self.work()),
+            working: Some(self.activity.work()),
             timings: Timings::default(),
             since,
         };
         attempt.lap(Phase::Reserve);
         let span = tracing::info_span!("create", sandbox = %request.sandbox);
         let result = attempt.run().instrument(span).await;
-        self.creating().remove(&request.sandbox);
+        self.sandboxes.creating().remove(&request.sandbox);
         let (record, reason) = result?;
         let created = Created {
             start_path: record.start_path,
@@ -112,7 +112,7 @@ impl Inner {
         network: Option<Attachment>,
     ) -> Result<Option<Attachment>, Error> {
         let manifest = &snapshot.manifest;
-        let differences = manifest.identity.differences(&self.identity_here(&manifest.identity));
+        let differences = manifest.identity.differences(&self.identities.here(&manifest.identity));
         if !differences.is_empty() {
             return Err(Error::Incompatible {
                 snapshot: manifest.id.to_string(),
@@ -130,7 +130,7 @@ impl Inner {
         {
             return fixed("memoryMB", asked.into(), manifest.identity.memory_mib.into());
         }
-        match (self.has_network(&manifest.identity), network) {
+        match (self.identities.has_network(&manifest.identity), network) {
             (true, None) => Err(Error::Fixed {
                 field: "network",
                 asked: "none".to_owned(),
@@ -151,8 +151,8 @@ impl Inner {
             return Err(Error::Stopping);
         }
         self.check_disk()?;
-        let mut creating = self.creating();
-        if creating.contains(&request.sandbox) || self.sandboxes().contains_key(&request.sandbox) {
+        let mut creating = self.sandboxes.creating();
+        if creating.contains(&request.sandbox) || self.sandboxes.running().contains_key(&request.sandbox) {
             return Err(Error::Exists(request.sandbox.to_string()));
         }
         self.capacity.check(shape)?;
