@@ -418,16 +418,25 @@ fn read(directory: &Path, below: &str, into: &mut BTreeMap<String, String>) -> R
     Ok(())
 }
 
-/// The circles of the crate in `directory`, one line each.
-pub fn of_crate(directory: &Path) -> Result<Vec<String>> {
+/// A circle of a crate.
+pub struct Circle {
+    /// How many files it has.
+    pub files: usize,
+    /// One way round, and all of its files.
+    pub shown: String,
+}
+
+/// The circles of the crate in `directory`.
+pub fn of_crate(directory: &Path) -> Result<Vec<Circle>> {
     let mut sources = BTreeMap::new();
     read(&directory.join("src"), "", &mut sources)?;
     let name = directory.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    let line = |(files, way): (BTreeSet<String>, Vec<String>)| {
+    let circle = |(files, way): (BTreeSet<String>, Vec<String>)| {
         let all: Vec<String> = files.into_iter().collect();
-        format!("{name}: a circle of {} files: {} ({})", all.len(), way.join(" -> "), all.join(", "))
+        let (round, files) = (way.join(" -> "), all.len());
+        Circle { files, shown: format!("{name}: a circle of {files} files: {round} ({})", all.join(", ")) }
     };
-    Ok(circles(&imports(&sources)).into_iter().map(line).collect())
+    Ok(circles(&imports(&sources)).into_iter().map(circle).collect())
 }
 
 #[cfg(test)]
