@@ -12,7 +12,6 @@ use kelvin_store::image::Template;
 use crate::Node;
 use crate::error::Error;
 use crate::pool::shelf::{Pool, manifest_shape};
-use crate::state::lock;
 
 impl Node {
     /// One sandbox as it is now.
@@ -57,7 +56,7 @@ impl Node {
                 source: std::io::Error::other(error),
             })??;
         self.inner.templates.know(&templates);
-        let pools: Vec<Arc<Pool>> = lock(&self.inner.pools).values().cloned().collect();
+        let pools: Vec<Arc<Pool>> = self.inner.pools.all();
         Ok(templates
             .into_iter()
             .map(|template| {
@@ -94,7 +93,7 @@ impl Node {
         let inner = &self.inner;
         let busy = inner.activity.requests() + inner.activity.teardowns();
         let adopting = inner.sandboxes.running().values().any(|sandbox| sandbox.is_being_adopted());
-        let is_full = lock(&inner.pools).values().all(|pool| pool.is_full());
+        let is_full = inner.pools.all().iter().all(|pool| pool.is_full());
         busy == 0
             && !adopting
             && is_full
@@ -113,7 +112,7 @@ impl Node {
         // Before anything is locked.
         let settled = self.is_settled();
         let (memory_mb, memory_reserved_mb, vcpus, vcpus_reserved) = inner.capacity.figures();
-        let pools: Vec<Arc<Pool>> = lock(&inner.pools).values().cloned().collect();
+        let pools: Vec<Arc<Pool>> = inner.pools.all();
         let (mut adopting, mut silent) = (0, 0);
         for sandbox in inner.sandboxes.running().values() {
             adopting += u32::from(sandbox.is_being_adopted());

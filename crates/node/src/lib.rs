@@ -47,7 +47,7 @@ pub use machine::agent::{Body, SendError};
 use sandbox::handle::{Command, Sandbox, Urgent};
 use sandbox::record::SandboxRecord;
 use start::source::StartSource;
-use state::{Inner, lock};
+use state::Inner;
 
 /// How often what changes a sandbox looks for it anew, before it says that others change it all the time.
 pub(crate) const LOOKS: u32 = 16;
@@ -219,7 +219,7 @@ impl Node {
             for id in garbage.snapshots.iter().filter_map(|id| id.parse().ok()) {
                 self.inner.snapshots.forget(&id);
             }
-            lock(&self.inner.pools).retain(|_, pool| {
+            self.inner.pools.retain(|pool| {
                 let gone = garbage.snapshots.contains(&pool.snapshot_id().to_string());
                 if gone {
                     pool.refuse("it was collected".to_owned());
@@ -236,8 +236,10 @@ impl Node {
     /// `Store` for an unknown template, `Rule` for numbers that contradict each other, `Io`.
     pub async fn set_pool(&self, template: &TemplateName, wanted: SetPool) -> Result<(), Error> {
         let (inner, template) = (Arc::clone(&self.inner), template.clone());
-        self.run("setting what is wanted of a pool", async move { inner.set_rule(template, wanted).await })
-            .await
+        self.run("setting what is wanted of a pool", async move {
+            inner.pools.set_rule(&inner.store, template, wanted).await
+        })
+        .await
     }
 }
 

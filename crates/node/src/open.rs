@@ -3,7 +3,7 @@
 //! Who writes: the ledger, through `recovery`. A start that fails or crashes is made again by the next one.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use kelvin_api::units::{DiskMib, Shape};
@@ -13,7 +13,7 @@ use kelvin_host::ledger::{Entry, Ledger};
 use kelvin_store::Store;
 use kelvin_store::snapshot::{Origin, Snapshot};
 use kelvin_vmm::Driver;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -25,14 +25,15 @@ use crate::identities::Identities;
 use crate::machine::resources::{Groups, MachineAllocator};
 use crate::networks::{EgressOptions, Networks};
 use crate::options::{self, Options};
+use crate::pool::filler;
+use crate::pool::pools::{Pools, read_rules};
 use crate::pool::shelf::Pool;
-use crate::pool::{filler, warm};
 use crate::recovery;
 use crate::sandbox::handle::SET;
 use crate::sandbox::registry::Sandboxes;
 use crate::snapshots::Snapshots;
 use crate::start::turns::Turns;
-use crate::state::{Inner, lock};
+use crate::state::Inner;
 use crate::templates::Templates;
 
 /// How many VMMs are taken over at one time: each exchange with one asks for a processor.
@@ -81,7 +82,7 @@ impl Node {
             .map_err(|source| Error::Io { what: "trying the data directory's file system", source })?;
         let (entries, records) = ledger.read().await?;
         recovery::check_vmm(driver.kind(), &entries, &records, &snapshots)?;
-        let rules = warm::read_rules(store.root())?;
+        let pools = Pools::new(read_rules(store.root())?, options.warm);
         let (networks, attached, no_network) = open_networks(&options, &ledger, &entries).await?;
         let allocator = MachineAllocator {
             ledger,
@@ -111,10 +112,7 @@ impl Node {
             allocator,
             sandboxes: Sandboxes::default(),
             snapshots: Snapshots::default(),
-            pools: Mutex::default(),
-            rules: Mutex::new(rules),
-            writing_rules: tokio::sync::Mutex::default(),
-            warm_wanted: Notify::new(),
+            pools,
             bakes: tokio::sync::Mutex::default(),
             verifying: tokio::sync::Mutex::default(),
             activity: Activity::default(),
@@ -155,7 +153,7 @@ impl Node {
         if tokio::time::timeout(LEAVE, inner.tasks.wait()).await.is_err() {
             tracing::error!("stopping: what is still under way is left to the next start");
         }
-        let pools: Vec<Arc<Pool>> = lock(&self.inner.pools).values().cloned().collect();
+        let pools: Vec<Arc<Pool>> = self.inner.pools.all();
         for pool in pools {
             for ready in pool.drain() {
                 self.inner.discard(ready).await;

@@ -2,10 +2,9 @@
 //!
 //! A room's own types live in the room and know nothing of this; what a room does with the node is in its other files.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use kelvin_api::id::{SnapshotId, TemplateName};
+use kelvin_api::id::SnapshotId;
 use kelvin_api::phase::Phase;
 use kelvin_api::units::{DiskMib, MemoryMib, Shape};
 use kelvin_host::clock::Clock;
@@ -14,7 +13,7 @@ use kelvin_store::identity::Identity;
 use kelvin_store::image::Template;
 use kelvin_store::snapshot::Snapshot;
 use kelvin_vmm::Driver;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -24,7 +23,8 @@ use crate::changes;
 use crate::error::Error;
 use crate::identities::Identities;
 use crate::machine::resources::MachineAllocator;
-use crate::options::{Options, Rule};
+use crate::options::Options;
+use crate::pool::pools::Pools;
 use crate::pool::shelf::Pool;
 use crate::sandbox::registry::Sandboxes;
 use crate::snapshots::Snapshots;
@@ -40,14 +40,7 @@ pub struct Inner {
     pub capacity: Capacity,
     pub sandboxes: Sandboxes,
     pub snapshots: Snapshots,
-    /// By identity digest.
-    pub pools: Mutex<BTreeMap<String, Arc<Pool>>>,
-    /// What operators want of warm machines, by template.
-    pub rules: Mutex<BTreeMap<TemplateName, Rule>>,
-    /// Held while they are changed and written.
-    pub writing_rules: tokio::sync::Mutex<()>,
-    /// Told when a target may have changed.
-    pub warm_wanted: Notify,
+    pub pools: Pools,
     pub templates: Templates,
     /// What lifetimes count on.
     pub clock: Clock,
@@ -67,10 +60,6 @@ pub struct Inner {
     /// The node stops, and waits for no guest any more.
     pub hurry: CancellationToken,
     pub stop: CancellationToken,
-}
-
-pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Inner {
@@ -104,23 +93,7 @@ impl Inner {
     /// The pool whose snapshot is exactly right, or why there is none.
     pub fn pool_for(&self, template: &Template, shape: Shape, network: bool) -> Result<Arc<Pool>, String> {
         let identity = self.identities.of_template(template, shape, network);
-        let pools = lock(&self.pools);
-        if let Some(pool) = pools.get(&identity.digest()) {
-            return match pool.refusal() {
-                None => Ok(Arc::clone(pool)),
-                Some(reason) => Err(reason),
-            };
-        }
-        // Say what the nearest one differs in.
-        let nearest = pools
-            .values()
-            .filter(|pool| pool.snapshot.manifest.template == template.name)
-            .map(|pool| pool.snapshot.manifest.identity.differences(&identity))
-            .min_by_key(Vec::len);
-        Err(match nearest {
-            Some(fields) => format!("no snapshot for identity ({} differs)", fields.join(", ")),
-            None => format!("no snapshot of template {}", template.name),
-        })
+        self.pools.find(&identity, &template.name)
     }
 
     /// Whether this node could restore a snapshot of `identity` for one of its templates.

@@ -20,7 +20,7 @@ use kelvin_store::verify::{Digesting, FileVerdict, Verdict};
 use crate::Node;
 use crate::error::Error;
 use crate::sandbox::record::SandboxRecord;
-use crate::state::{Inner, lock};
+use crate::state::Inner;
 
 /// Bytes a second that are digested in the background, at the most.
 const RATE: u64 = 32 << 20;
@@ -137,8 +137,9 @@ impl Inner {
     pub(crate) async fn references(&self) -> Result<References, Error> {
         let mut used = References { snapshots: self.snapshots.leased(), ..References::default() };
         used.snapshots.extend(
-            lock(&self.pools)
-                .values()
+            self.pools
+                .all()
+                .iter()
                 .filter(|pool| pool.refusal().is_none() && self.is_usable(&pool.snapshot.manifest.identity))
                 .map(|pool| pool.snapshot_id()),
         );

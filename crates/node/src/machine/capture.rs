@@ -13,7 +13,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kelvin_api::error::chain;
@@ -22,14 +22,17 @@ use kelvin_api::id::SnapshotId;
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{Capture, PauseMode};
 use kelvin_host::clock::Clock;
+use kelvin_store::identity::Identity;
 use kelvin_store::snapshot::{Draft, Durability, Origin, Snapshot};
-use kelvin_vmm::Saved;
+use kelvin_vmm::{MachineSpec, Saved};
 use tracing::Instrument;
 
 use crate::error::Error;
 use crate::machine::clock::{sync_clock, wake};
-use crate::sandbox::actor::SandboxActor;
+use crate::machine::live::LiveMachine;
+use crate::sandbox::record::SandboxRecord;
 use crate::snapshots::{CaptureOptions, Captured};
+use crate::state::Inner;
 
 /// How long a guest may take to write everything back, and how long when its owner wants no snapshot without that: its
 /// disk may be slow.
@@ -56,6 +59,22 @@ async fn blocking<T: Send + 'static>(
 /// stopped.
 async fn flush(disk: PathBuf) -> Result<(), Error> {
     blocking("flushing the disk", move || kelvin_host::file::read_plain(&disk)?.sync_data()).await
+}
+
+/// A machine that snapshots are taken of, as its task lends it.
+pub struct Capturing<'a> {
+    /// The node.
+    pub inner: &'a Arc<Inner>,
+    /// Its place.
+    pub spec: &'a MachineSpec,
+    /// It.
+    pub machine: &'a mut LiveMachine,
+    /// What is known of its sandbox.
+    pub record: &'a SandboxRecord,
+    /// What a snapshot of it must be restored as; none when that is not known any more.
+    pub identity: Option<&'a Identity>,
+    /// Whether its guest did not say that it goes on when it was asked last.
+    pub is_silent: &'a AtomicBool,
 }
 
 /// What freezing a file system on its disk takes.
@@ -86,13 +105,13 @@ async fn freeze_on_disk(clock: &Clock, of: &mut impl Freeze) -> Result<bool, Err
     Ok(false)
 }
 
-struct Freezing<'a> {
-    of: &'a mut SandboxActor,
+struct Freezing<'a, 'b> {
+    of: &'a mut Capturing<'b>,
     disk: PathBuf,
     limit: Duration,
 }
 
-impl Freeze for Freezing<'_> {
+impl Freeze for Freezing<'_, '_> {
     async fn freeze(&mut self) -> bool {
         self.of.freeze(self.limit).await
     }
@@ -106,7 +125,7 @@ impl Freeze for Freezing<'_> {
     }
 }
 
-impl SandboxActor {
+impl Capturing<'_> {
     /// Takes a snapshot called `id`. With `then.stay`, the machine stays stopped when that succeeds, in `self.machine`.
     ///
     /// # Errors
@@ -142,7 +161,7 @@ impl SandboxActor {
         CaptureOptions { stay, healthy, mode }: CaptureOptions,
     ) -> Result<Captured, Error> {
         let (mut timings, mut since) = (Timings::default(), Instant::now());
-        let inner = Arc::clone(&self.inner);
+        let inner = Arc::clone(self.inner);
         let begin = |phase: Phase| {
             inner.crash_point(phase);
             tracing::info_span!("phase", name = phase.name())
@@ -269,12 +288,12 @@ impl SandboxActor {
         mode: PauseMode,
         durability: Durability,
     ) -> Result<Snapshot, Error> {
-        let record = &self.record;
+        let record = self.record;
         let missing = || kelvin_store::Error::Missing {
             kind: "snapshot",
             name: record.snapshot.as_ref().map(ToString::to_string).unwrap_or_default(),
         };
-        let identity = self.identity.clone().ok_or_else(missing)?;
+        let identity = self.identity.cloned().ok_or_else(missing)?;
         let draft = Draft {
             id,
             template: record.template.clone(),

@@ -14,7 +14,7 @@ use crate::capacity::{Amount, Hold};
 use crate::error::Error;
 use crate::networks::Networks;
 use crate::pool::shelf::{Pool, Ready, manifest_shape};
-use crate::state::{Inner, lock};
+use crate::state::Inner;
 
 /// How long a filler lets requests go first.
 pub const PATIENCE: Duration = Duration::from_secs(2);
@@ -51,9 +51,9 @@ impl Inner {
         let digest = snapshot.manifest.identity_digest.clone();
         let usable = self.is_usable(&snapshot.manifest.identity);
         let pool = Arc::new(Pool::new(snapshot, if usable { self.options.waiting_vmms } else { 0 }));
-        lock(&self.pools).insert(digest, Arc::clone(&pool));
+        self.pools.insert(digest, Arc::clone(&pool));
         self.tasks.spawn(fill(Arc::clone(self), pool));
-        self.look_at_pools();
+        self.pools.look();
     }
 }
 

@@ -2,5 +2,6 @@
 
 pub mod filler;
 pub mod policy;
+pub mod pools;
 pub mod shelf;
 pub mod warm;

@@ -13,15 +13,13 @@
 //! One task refills for all pools, one machine at a time, and only while no create is under way. Who writes: the
 //! ledger, as for every machine. A crash leaves machines that no sandbox owns; the next start removes them.
 
-use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kelvin_api::error::chain;
 use kelvin_api::guest::{Activation, Request};
-use kelvin_api::id::{TemplateName, Token};
-use kelvin_api::sandbox::{EnvVars, PoolInfo, SetPool};
+use kelvin_api::id::Token;
+use kelvin_api::sandbox::{EnvVars, PoolInfo};
 use kelvin_host::clock::Clock;
 use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_host::net::Slot;
@@ -33,9 +31,9 @@ use crate::machine::clock::{random_bytes, wall_clock_ns};
 use crate::machine::resources::MachineResources;
 use crate::machine::warm_up::{quiesce, warm_up};
 use crate::pool::filler::{PATIENCE, RETRY};
-use crate::pool::policy::{Claim, Rule, share};
+use crate::pool::policy::{Claim, share};
 use crate::pool::shelf::{Parked, Pool, Ready, manifest_shape};
-use crate::state::{Inner, lock};
+use crate::state::Inner;
 
 /// How often targets are looked at when nothing happens: demand fades, machines age and die.
 const TICK: Duration = Duration::from_secs(1);
@@ -43,22 +41,16 @@ const TICK: Duration = Duration::from_secs(1);
 const FIRST: [&str; 1] = ["true"];
 
 impl Inner {
-    /// What is wanted of the pools of a template.
-    pub fn rule(&self, pool: &Pool) -> Rule {
-        let rules = lock(&self.rules);
-        rules.get(&pool.snapshot.manifest.template).copied().unwrap_or(self.options.warm)
-    }
-
     /// Sets every pool's target and returns the machines that have to go.
     fn plan(&self) -> Vec<Parked> {
-        let pools: Vec<Arc<Pool>> = lock(&self.pools).values().cloned().collect();
+        let pools: Vec<Arc<Pool>> = self.pools.all();
         let now = Instant::now();
         let usable =
             |pool: &Pool| pool.refusal().is_none() && self.is_usable(&pool.snapshot.manifest.identity);
         let claims: Vec<Claim> = pools
             .iter()
             .map(|pool| {
-                let (rule, demand) = (self.rule(pool), pool.warm().demand);
+                let (rule, demand) = (self.pools.rule(pool), pool.warm().demand);
                 let on = usable(pool) && !self.stop.is_cancelled();
                 Claim {
                     target: if on { demand.target(rule, now) } else { 0 },
@@ -73,14 +65,14 @@ impl Inner {
         let mut surplus = Vec::new();
         for (pool, target) in pools.iter().zip(granted) {
             pool.warm().target = Some(target);
-            surplus.extend(pool.surplus(self.rule(pool)));
+            surplus.extend(pool.surplus(self.pools.rule(pool)));
         }
         surplus
     }
 
     /// The pool that lacks a machine most, marked as being filled.
     fn neediest(&self) -> Option<Arc<Pool>> {
-        let pools: Vec<Arc<Pool>> = lock(&self.pools).values().cloned().collect();
+        let pools: Vec<Arc<Pool>> = self.pools.all();
         let now = Instant::now();
         let lack = |pool: &Arc<Pool>| {
             let warm = pool.warm();
@@ -104,8 +96,7 @@ impl Inner {
             }
             let Some(pool) = self.neediest() else {
                 self.activity.changed();
-                let _ =
-                    stop.run_until_cancelled(tokio::time::timeout(TICK, self.warm_wanted.notified())).await;
+                let _ = stop.run_until_cancelled(tokio::time::timeout(TICK, self.pools.looked_at())).await;
                 continue;
             };
             // Requests first.
@@ -198,7 +189,7 @@ impl Inner {
 
     /// Gives up one parked machine, of the pool that is used least for its memory: a request needs the room.
     pub fn evict(self: &Arc<Self>) -> bool {
-        let pools: Vec<Arc<Pool>> = lock(&self.pools).values().cloned().collect();
+        let pools: Vec<Arc<Pool>> = self.pools.all();
         let now = Instant::now();
         let least = pools.iter().filter(|pool| pool.parked() > 0).min_by(|a, b| {
             let worth = |pool: &Pool| {
@@ -229,14 +220,14 @@ impl Inner {
 
     /// Every pool, for people and for placement.
     pub fn pool_infos(&self) -> Vec<PoolInfo> {
-        let pools: Vec<Arc<Pool>> = lock(&self.pools).values().cloned().collect();
+        let pools: Vec<Arc<Pool>> = self.pools.all();
         let now = Instant::now();
         let mut infos: Vec<PoolInfo> = pools
             .iter()
             // Those of a former agent, kernel or VMM are only waiting to be collected.
             .filter(|pool| pool.parked() > 0 || self.is_usable(&pool.snapshot.manifest.identity))
             .map(|pool| {
-                let (rule, manifest) = (self.rule(pool), &pool.snapshot.manifest);
+                let (rule, manifest) = (self.pools.rule(pool), &pool.snapshot.manifest);
                 let warm = pool.warm();
                 let asked = warm.hits + warm.misses;
                 let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
@@ -273,12 +264,7 @@ impl Inner {
 
     /// Whether no warm machine is missing or on its way.
     pub fn is_warm(&self) -> bool {
-        lock(&self.pools).values().all(|pool| pool.is_warm())
-    }
-
-    /// Says that targets may have changed.
-    pub fn look_at_pools(&self) {
-        self.warm_wanted.notify_one();
+        self.pools.all().iter().all(|pool| pool.is_warm())
     }
 }
 
@@ -306,50 +292,4 @@ fn nobody(
         env_vars: EnvVars::new(),
         wall_clock_ns: wall_clock_ns(clock),
     })
-}
-
-impl Inner {
-    /// See `Node::set_pool`.
-    pub async fn set_rule(&self, template: TemplateName, wanted: SetPool) -> Result<(), Error> {
-        self.store.template_stamp(&template)?;
-        // One after another: each writes the whole file.
-        let _writing = self.writing_rules.lock().await;
-        let mut rules = lock(&self.rules).clone();
-        let mut rule = rules.get(&template).copied().unwrap_or(self.options.warm);
-        rule.min = wanted.min.unwrap_or(rule.min);
-        rule.max = wanted.max.unwrap_or(rule.max.max(rule.min));
-        rule.max_age_s = wanted.max_age_s.unwrap_or(rule.max_age_s);
-        if rule.min > rule.max || rule.max > MAX_WARM || rule.max_age_s == 0 {
-            return Err(Error::Rule { min: rule.min, max: rule.max, most: MAX_WARM });
-        }
-        rules.insert(template, rule);
-        let (path, all) = (self.store.root().join(RULES), rules.clone());
-        let written = kelvin_host::blocking::spawn(move || kelvin_store::write_json(&path, &all)).await;
-        written.map_err(|error| Error::Io {
-            what: "remembering what is wanted of a pool",
-            source: std::io::Error::other(error),
-        })??;
-        *lock(&self.rules) = rules;
-        self.look_at_pools();
-        Ok(())
-    }
-}
-
-/// What operators want of pools, below the data directory.
-const RULES: &str = "pools.json";
-/// Warm machines of one template.
-const MAX_WARM: u32 = 1000;
-
-/// What operators wanted when the last daemon ended.
-///
-/// # Errors
-/// `Store` when it cannot be read: rules that were set are not forgotten silently.
-pub fn read_rules(root: &Path) -> Result<BTreeMap<TemplateName, Rule>, Error> {
-    match kelvin_store::read_json(&root.join(RULES)) {
-        Ok(rules) => Ok(rules),
-        Err(kelvin_store::Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-            Ok(BTreeMap::new())
-        }
-        Err(error) => Err(error.into()),
-    }
 }

@@ -35,6 +35,7 @@ use crate::capacity::Hold;
 use crate::error::Error;
 use crate::link::Network;
 use crate::machine::agent::Agent;
+use crate::machine::capture::Capturing;
 use crate::machine::console::Console;
 use crate::machine::live::{Guest, LiveMachine};
 use crate::sandbox::handle::{Command, Sandbox, Urgent, body, deadline_of};
@@ -181,22 +182,22 @@ impl Inner {
 }
 
 /// What the task of a sandbox owns.
-pub struct SandboxActor {
-    pub inner: Arc<Inner>,
-    pub spec: MachineSpec,
+struct SandboxActor {
+    inner: Arc<Inner>,
+    spec: MachineSpec,
     key: ProcessKey,
-    pub machine: LiveMachine,
+    machine: LiveMachine,
     /// What is counted from its end until all of it is released.
     teardown: Option<Underway>,
-    pub record: SandboxRecord,
-    pub identity: Option<Identity>,
+    record: SandboxRecord,
+    identity: Option<Identity>,
     lease: Option<Lease>,
     hold: Option<Hold>,
     network: Option<Arc<Network>>,
     console: Console,
     fate: Arc<Fate>,
     /// Whether its guest did not say that it goes on when it was asked last.
-    pub is_silent: Arc<AtomicBool>,
+    is_silent: Arc<AtomicBool>,
 }
 
 /// How long to wait before a pause at a deadline that failed is tried again, or a VMM that does not answer.
@@ -233,6 +234,17 @@ enum Step {
 }
 
 impl SandboxActor {
+    fn capturing(&mut self) -> Capturing<'_> {
+        Capturing {
+            inner: &self.inner,
+            spec: &self.spec,
+            machine: &mut self.machine,
+            record: &self.record,
+            identity: self.identity.as_ref(),
+            is_silent: &self.is_silent,
+        }
+    }
+
     /// Takes over a machine of a former daemon, and owns it.
     async fn adopt(mut self, mut mail: Mail, dialer: watch::Sender<Option<Arc<dyn Dial>>>) {
         let stop = self.inner.stop.clone();
@@ -273,7 +285,7 @@ impl SandboxActor {
         self.machine = LiveMachine::Running(running, Guest::new(control));
         tracing::info!(sandbox = %self.record.sandbox, pid = self.key.pid, "adopted");
         // It may have been stopped for a snapshot, and its file system frozen.
-        self.await_wake_ack().await;
+        self.capturing().await_wake_ack().await;
         Ok(())
     }
 
@@ -359,6 +371,7 @@ impl SandboxActor {
             }
             Command::Snapshot(id, origin, mode, durability, done) => {
                 let taken = self
+                    .capturing()
                     .capture(id, origin, durability, CaptureOptions { mode, ..CaptureOptions::default() })
                     .await;
                 let taken = taken.map_err(|error| self.unless_ended(error));
@@ -439,7 +452,8 @@ impl SandboxActor {
             // Its VMM takes the console along.
             self.console.read(text, self.inner.clock.wall());
         }
-        let captured = self.capture(SnapshotId::random(), origin, Durability::Durable, then).await?;
+        let captured =
+            self.capturing().capture(SnapshotId::random(), origin, Durability::Durable, then).await?;
         let snapshot = Some(captured.snapshot.manifest.id.clone());
         let record = SandboxRecord { state, generation, snapshot, deadline: None, ..self.record.clone() };
         let owner = VmId::random();
@@ -458,8 +472,8 @@ impl SandboxActor {
         };
         if let Err(error) = moved {
             self.fate.turn(Decided::Pausing, Decided::Open);
-            self.go_on().await?;
-            self.await_wake_ack().await;
+            self.capturing().go_on().await?;
+            self.capturing().await_wake_ack().await;
             return Err(error);
         }
         let lease = self.inner.snapshots.lease(&captured.snapshot.manifest.id);

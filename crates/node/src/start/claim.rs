@@ -34,7 +34,7 @@ impl Attempt<'_> {
             }
         };
         pool.wanted(claimed.is_some());
-        self.inner.look_at_pools();
+        self.inner.pools.look();
         claimed
     }
 
