@@ -354,14 +354,14 @@ impl Node {
             source: std::io::Error::other(error),
         })??;
         // Deepest last: what goes, and what it would take with it.
-        let (mut doomed, mut dependents) = (vec![id.clone()], Vec::new());
+        let (mut going, mut dependents) = (vec![id.clone()], Vec::new());
         let mut at = 0;
-        while let Some(next) = doomed.get(at).cloned() {
+        while let Some(next) = going.get(at).cloned() {
             at += 1;
             dependents.extend(self.running_from(&next));
             for child in self.inner.snapshots.children(&next) {
                 match &child.manifest.origin {
-                    Origin::Kept { .. } if cascade => doomed.push(child.manifest.id.clone()),
+                    Origin::Kept { .. } if cascade => going.push(child.manifest.id.clone()),
                     Origin::Kept { name, .. } => dependents.push(match name {
                         Some(name) => format!("snapshot {} ({name})", child.manifest.id),
                         None => format!("snapshot {}", child.manifest.id),
@@ -380,7 +380,7 @@ impl Node {
         if !dependents.is_empty() {
             return in_use(dependents);
         }
-        for id in doomed.into_iter().rev() {
+        for id in going.into_iter().rev() {
             let known = self.inner.snapshots.get(&id);
             if !self.forget(&id).await {
                 let mut users = self.running_from(&id);

@@ -174,7 +174,7 @@ impl Node {
 }
 
 impl Inner {
-    /// Begins what a node does by itself: pools fill, what is doomed is removed, what failed is tried again.
+    /// Begins what a node does by itself: pools fill, what is pending deletion is removed, what failed is tried again.
     fn spawn_own(self: &Arc<Self>, snapshots: Vec<Arc<Snapshot>>, networks: Option<Arc<Networks>>) {
         let removing = {
             let (store, activity) = (self.store.clone(), self.activity.clone());

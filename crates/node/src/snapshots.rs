@@ -2,12 +2,12 @@
 //!
 //! ```text
 //! published ──lease──> a machine maps its memory, or a sandbox is paused in it ──last lease dropped──┐
-//!     kept, or a template's: stays                 passing (a pause's, a fork's): doomed ──> removed <┘
+//!     kept, or a template's: stays          passing (a pause's, a fork's): pending deletion ──> removed <┘
 //! ```
 //!
 //! Who writes: removals alone, through `kelvin-store`, by one task. A crash leaves passing snapshots that nobody
 //! needs; the next start finds them without a lease and removes them. Leases outlive the daemon: its machines run on, and
-//! once it stops ([`Snapshots::close`]) a lease that is dropped dooms nothing.
+//! once it stops ([`Snapshots::close`]) a lease that is dropped deletes nothing.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,7 +30,7 @@ struct Known {
 #[derive(Debug, Default)]
 struct Books {
     known: HashMap<SnapshotId, Known>,
-    doomed: BTreeSet<SnapshotId>,
+    pending_deletion: BTreeSet<SnapshotId>,
     /// The daemon stops: what is dropped from now on is dropped by the process, not by who held it.
     is_closed: bool,
 }
@@ -70,7 +70,7 @@ impl Drop for Lease {
         known.leases = known.leases.saturating_sub(1);
         if known.leases == 0 && known.snapshot.manifest.origin.is_passing() {
             books.known.remove(&self.id);
-            books.doomed.insert(self.id.clone());
+            books.pending_deletion.insert(self.id.clone());
             self.shared.wake.notify_one();
         }
     }
@@ -143,15 +143,15 @@ impl Snapshots {
         }
     }
 
-    /// Dooms passing snapshots that nobody has leased: after a start, when everybody has taken theirs.
+    /// Marks passing snapshots for deletion that nobody has leased: after a start, when everybody has taken theirs.
     pub fn sweep(&self) {
         let mut books = self.0.books();
         let stray = |known: &Known| known.leases == 0 && known.snapshot.manifest.origin.is_passing();
-        let doomed: Vec<_> =
+        let pending_deletion: Vec<_> =
             books.known.iter().filter(|(_, known)| stray(known)).map(|(id, _)| id.clone()).collect();
-        for id in doomed {
+        for id in pending_deletion {
             books.known.remove(&id);
-            books.doomed.insert(id);
+            books.pending_deletion.insert(id);
         }
         self.0.wake.notify_one();
     }
@@ -164,17 +164,17 @@ impl Snapshots {
 
     /// Whether nothing waits to be removed.
     pub fn is_settled(&self) -> bool {
-        self.0.books().doomed.is_empty()
+        self.0.books().pending_deletion.is_empty()
     }
 
-    /// Removes what is doomed, each once.
+    /// Removes what is pending deletion, each once.
     pub async fn reap(&self, store: &Store) {
-        let doomed = self.0.books().doomed.clone();
-        for id in doomed {
+        let pending_deletion = self.0.books().pending_deletion.clone();
+        for id in pending_deletion {
             let (store, gone) = (store.clone(), id.clone());
             let removed = kelvin_host::blocking::spawn(move || store.discard_snapshot(&gone)).await;
             match removed {
-                Ok(Ok(())) => drop(self.0.books().doomed.remove(&id)),
+                Ok(Ok(())) => drop(self.0.books().pending_deletion.remove(&id)),
                 Ok(Err(error)) => {
                     tracing::error!(snapshot = %id, error = chain(&error), "not removed, the reaper tries again");
                 }
@@ -183,7 +183,7 @@ impl Snapshots {
         }
     }
 
-    /// Removes whatever becomes doomed, until `stop`; what is doomed then is still removed.
+    /// Removes whatever becomes pending deletion, until `stop`; what is so then is still removed.
     pub async fn run(self, store: Store, settled: impl Fn(), stop: CancellationToken) {
         loop {
             let stopping = stop.run_until_cancelled(self.0.wake.notified()).await.is_none();

@@ -1,6 +1,7 @@
-//! VMMs that wait: started ahead of time for one snapshot, with their disk, ready to load.
+//! The filler of what waits for requests: VMMs, started ahead of time for one snapshot, with their disk, ready to load; and
+//! network slots.
 //!
-//! One filler for each pool builds one VMM at a time, and only while no create is under way (or for at
+//! One task for each pool, and one for the slots, builds one at a time, and only while no create is under way (or for at
 //! most [`PATIENCE`]): preparing never takes a processor from a request. A waiting VMM is a machine like
 //! any other to the ledger; the next start reaps those of a daemon that died.
 
@@ -52,69 +53,98 @@ impl Inner {
         let usable = self.is_usable(&snapshot.manifest.identity);
         let pool = Arc::new(Pool::new(snapshot, if usable { self.options.waiting_vmms } else { 0 }));
         self.pools.insert(digest, Arc::clone(&pool));
-        self.tasks.spawn(fill(Arc::clone(self), pool));
+        self.tasks.spawn(keep_full(Arc::clone(self), pool));
         self.pools.look();
     }
 }
 
-/// Keeps `pool` full until the node stops. What is being prepared then is finished first, so that
-/// `Node::stop` can release it.
-pub async fn fill(inner: Arc<Inner>, pool: Arc<Pool>) {
-    let stop = inner.stop.clone();
-    while !stop.is_cancelled() {
-        if pool.refusal().is_some() {
-            for ready in pool.drain() {
+/// What is kept full.
+trait Stock: Sync {
+    /// One of it, for the log.
+    const WHAT: &str;
+    /// Whether there are as many as should be.
+    fn is_full(&self) -> bool;
+    /// Resolves when somebody has taken one.
+    fn taken(&self) -> impl Future<Output = ()> + Send;
+    /// Removes what is of no use any more.
+    fn tidy(&self, _inner: &Inner) -> impl Future<Output = ()> + Send {
+        std::future::ready(())
+    }
+    /// Makes one more.
+    fn add(&self, inner: &Inner) -> impl Future<Output = Result<(), Error>> + Send;
+}
+
+impl Stock for Pool {
+    const WHAT: &str = "VMM";
+
+    fn is_full(&self) -> bool {
+        Pool::is_full(self)
+    }
+
+    async fn taken(&self) {
+        self.wake.notified().await;
+    }
+
+    async fn tidy(&self, inner: &Inner) {
+        if self.refusal().is_some() {
+            for ready in self.drain() {
                 inner.discard(ready).await;
             }
         }
-        if pool.is_full() {
-            stop.run_until_cancelled(pool.wake.notified()).await;
+    }
+
+    async fn add(&self, inner: &Inner) -> Result<(), Error> {
+        let _descriptors = Budget::of_process().take_spare(MACHINE)?;
+        let hold = inner.capacity.hold(Amount::waiting())?;
+        let ready = inner.prepare(self, Some(hold)).await?;
+        self.ready().push_back(ready);
+        Ok(())
+    }
+}
+
+impl Stock for Networks {
+    const WHAT: &str = "network slot";
+
+    fn is_full(&self) -> bool {
+        self.slots.is_full()
+    }
+
+    async fn taken(&self) {
+        self.slots.taken().await;
+    }
+
+    async fn add(&self, _inner: &Inner) -> Result<(), Error> {
+        Ok(self.slots.add().await?)
+    }
+}
+
+/// Keeps `stock` full until the node stops. What is being prepared then is finished first, so that
+/// `Node::stop` can release it.
+async fn keep_full<S: Stock>(inner: Arc<Inner>, stock: Arc<S>) {
+    let stop = inner.stop.clone();
+    while !stop.is_cancelled() {
+        stock.tidy(&inner).await;
+        if stock.is_full() {
+            stop.run_until_cancelled(stock.taken()).await;
             continue;
         }
         let _ = stop.run_until_cancelled(tokio::time::timeout(PATIENCE, inner.activity.quiet())).await;
-        if pool.is_full() || stop.is_cancelled() {
+        if stock.is_full() || stop.is_cancelled() {
             continue;
         }
-        let descriptors = Budget::of_process().take_spare(MACHINE).map_err(Error::from);
-        let held = descriptors.and_then(|held| Ok((held, inner.capacity.hold(Amount::waiting())?)));
-        let prepared = match held {
-            Ok((_descriptors, hold)) => inner.prepare(&pool, Some(hold)).await,
-            Err(error) => Err(error),
-        };
-        match prepared {
-            Ok(ready) => {
-                pool.ready().push_back(ready);
-                inner.activity.changed();
-            }
+        match stock.add(&inner).await {
+            Ok(()) => inner.activity.changed(),
             Err(error) => {
-                tracing::warn!(error = kelvin_api::error::chain(&error), "no VMM could be prepared");
-                let _ = stop.run_until_cancelled(tokio::time::timeout(RETRY, pool.wake.notified())).await;
+                tracing::warn!(error = kelvin_api::error::chain(&error), "no {} could be prepared", S::WHAT);
+                let _ = stop.run_until_cancelled(tokio::time::timeout(RETRY, stock.taken())).await;
             }
         }
     }
 }
 
-/// Keeps network slots ready until the node stops, as [`fill`] does for VMMs.
+/// Keeps network slots ready until the node stops.
 pub async fn fill_slots(inner: Arc<Inner>, networks: Arc<Networks>) {
-    let stop = inner.stop.clone();
-    let slots = &networks.slots;
-    while !stop.is_cancelled() {
-        if slots.is_full() {
-            stop.run_until_cancelled(slots.taken()).await;
-            continue;
-        }
-        let _ = stop.run_until_cancelled(tokio::time::timeout(PATIENCE, inner.activity.quiet())).await;
-        if slots.is_full() || stop.is_cancelled() {
-            continue;
-        }
-        match slots.add().await {
-            Ok(()) => inner.activity.changed(),
-            Err(error) => {
-                tracing::warn!(error = kelvin_api::error::chain(&error), "no network slot could be prepared");
-                let _ = stop.run_until_cancelled(tokio::time::timeout(RETRY, slots.taken())).await;
-            }
-        }
-    }
+    keep_full(inner, networks).await;
 }
 
 impl Inner {

@@ -45,7 +45,7 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// An empty pool; `filler::fill` has to run for it.
+    /// An empty pool; `filler` keeps it full.
     pub fn new(snapshot: Arc<Snapshot>, target: u32) -> Self {
         Self {
             snapshot,

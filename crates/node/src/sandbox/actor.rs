@@ -13,7 +13,7 @@
 //! after it. Only a pause that is being recorded comes first: what is killed then is what is paused.
 //!
 //! Deadlines count on boot time and are enforced here alone. The machine is torn down off every request's path. When the
-//! daemon stops the task ends and the machine runs on. A crash leaves a machine that the next start adopts (`reconcile`).
+//! daemon stops the task ends and the machine runs on. A crash leaves a machine that the next start adopts (`recovery`).
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
