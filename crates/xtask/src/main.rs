@@ -65,7 +65,7 @@ const USAGE: &str = "usage: cargo xtask <command>
   package   a Debian package: target/debian/kelvin_<version>_amd64.deb
   test-package
             install, upgrade, remove and purge it in booted machines with Debian 12 and 13
-  deps      check the dependencies between the crates";
+  deps      check the dependencies between the crates, and for circles of files inside them";
 
 fn dispatch(arguments: &[String]) -> Result<ExitCode> {
     let rest = arguments.get(1..).unwrap_or_default();
