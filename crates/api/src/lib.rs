@@ -18,7 +18,7 @@ pub mod units;
 
 /// envd's services, generated from `proto/`.
 #[cfg(feature = "envd")]
-#[allow(missing_docs, clippy::all, clippy::unwrap_used)]
+#[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::too_many_lines)]
 pub mod envd {
     connectrpc::include_generated!();
 }

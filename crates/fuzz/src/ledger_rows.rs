@@ -4,7 +4,7 @@
 
 // The file alone: of the node nothing else is needed here, and all of it would be compiled once more.
 #[allow(dead_code, reason = "the node uses all of it")]
-#[path = "../../node/src/record.rs"]
+#[path = "../../node/src/sandbox/record.rs"]
 mod record;
 
 use kelvin_fuzz::same_again;

@@ -1,13 +1,16 @@
-//! What the node has, what is held, and who may have more: pure, atomic, typed refusals.
+//! What the node has, what is held, and who may have more: atomic, typed refusals. What is held is given back when its [`Hold`]
+//! is dropped, and in no other way.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kelvin_api::units::Shape;
 
 use crate::error::Error;
 use crate::options::{MIN_MEMORY, OVERHEAD, Options};
 
-/// The books of one node. Guarded by one short lock in [`crate::Node`]; nothing waits while it is held.
+/// The books of one node.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Capacity {
+struct Books {
     memory_mib: u64,
     vcpus: u32,
     max_vcpus_each: u32,
@@ -39,9 +42,65 @@ impl Amount {
     }
 }
 
+/// A cheap handle of a node's books. Their lock is held for a few instructions; nothing waits for it.
+#[derive(Debug, Clone)]
+pub struct Capacity(Arc<Mutex<Books>>);
+
+/// What somebody holds of a node, for as long as it lives.
+#[must_use = "what is dropped is given back"]
+#[derive(Debug)]
+pub struct Hold {
+    capacity: Capacity,
+    amount: Amount,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.capacity.books().release(self.amount);
+    }
+}
+
 impl Capacity {
     /// Nothing is held.
     pub fn new(options: &Options) -> Self {
+        Self(Arc::new(Mutex::new(Books::new(options))))
+    }
+
+    fn books(&self) -> MutexGuard<'_, Books> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a machine of this shape could ever run here.
+    ///
+    /// # Errors
+    /// `Shape` with the field and its range.
+    pub fn check(&self, shape: Shape) -> Result<(), Error> {
+        self.books().check(shape)
+    }
+
+    /// Holds `amount`.
+    ///
+    /// # Errors
+    /// `Exhausted` with what is free; then nothing is held.
+    pub fn hold(&self, amount: Amount) -> Result<Hold, Error> {
+        self.books().hold(amount)?;
+        Ok(Hold { capacity: self.clone(), amount })
+    }
+
+    /// Holds what an adopted machine has, even when the node was made smaller meanwhile.
+    pub fn take(&self, amount: Amount) -> Hold {
+        self.books().take(amount);
+        Hold { capacity: self.clone(), amount }
+    }
+
+    /// `(memory in MiB, held memory, vCPUs, held vCPUs)`.
+    pub fn figures(&self) -> (u64, u64, u32, u32) {
+        self.books().figures()
+    }
+}
+
+impl Books {
+    fn new(options: &Options) -> Self {
         Self {
             memory_mib: u64::from(options.memory.0),
             vcpus: options.vcpus,
@@ -51,11 +110,7 @@ impl Capacity {
         }
     }
 
-    /// Whether a machine of this shape could ever run here.
-    ///
-    /// # Errors
-    /// `Shape` with the field and its range.
-    pub fn check(&self, shape: Shape) -> Result<(), Error> {
+    fn check(&self, shape: Shape) -> Result<(), Error> {
         let range = |field, asked: u64, min: u64, max: u64| {
             if (min..=max).contains(&asked) { Ok(()) } else { Err(Error::Shape { field, asked, min, max }) }
         };
@@ -64,11 +119,7 @@ impl Capacity {
         range("memoryMB", shape.memory_mib.0.into(), MIN_MEMORY.0.into(), most)
     }
 
-    /// Holds `amount`.
-    ///
-    /// # Errors
-    /// `Exhausted` with what is free; then nothing is held.
-    pub fn hold(&mut self, amount: Amount) -> Result<(), Error> {
+    fn hold(&mut self, amount: Amount) -> Result<(), Error> {
         let free_memory = self.memory_mib.saturating_sub(self.held_memory_mib);
         if amount.memory_mib > free_memory {
             return Err(Error::Exhausted {
@@ -90,20 +141,17 @@ impl Capacity {
         Ok(())
     }
 
-    /// Takes what an adopted machine has, even when the node was made smaller meanwhile.
-    pub fn take(&mut self, amount: Amount) {
+    fn take(&mut self, amount: Amount) {
         self.held_memory_mib += amount.memory_mib;
         self.held_vcpus += amount.vcpus;
     }
 
-    /// Gives `amount` back.
-    pub fn release(&mut self, amount: Amount) {
+    fn release(&mut self, amount: Amount) {
         self.held_memory_mib = self.held_memory_mib.saturating_sub(amount.memory_mib);
         self.held_vcpus = self.held_vcpus.saturating_sub(amount.vcpus);
     }
 
-    /// `(memory in MiB, held memory, vCPUs, held vCPUs)`.
-    pub fn figures(&self) -> (u64, u64, u32, u32) {
+    fn figures(&self) -> (u64, u64, u32, u32) {
         (self.memory_mib, self.held_memory_mib, self.vcpus, self.held_vcpus)
     }
 }
@@ -144,25 +192,23 @@ mod tests {
     proptest! {
         #[test]
         fn never_more_than_there_is_and_all_comes_back(steps in proptest::collection::vec((1_u32..4, 128_u32..2048, any::<bool>()), 0..60)) {
-            let mut capacity = small();
+            let capacity = small();
             let mut held = Vec::new();
             for (vcpus, memory, give_back) in steps {
                 let amount = Amount::machine(shape(vcpus, memory));
-                let before = capacity.clone();
+                let before = capacity.figures();
                 match capacity.hold(amount) {
-                    Ok(()) => held.push(amount),
-                    Err(_) => prop_assert_eq!(&capacity, &before),
+                    Ok(hold) => held.push(hold),
+                    Err(_) => prop_assert_eq!(capacity.figures(), before),
                 }
-                if give_back && let Some(amount) = held.pop() {
-                    capacity.release(amount);
+                if give_back {
+                    drop(held.pop());
                 }
                 let (memory, held_memory, vcpus, held_vcpus) = capacity.figures();
                 prop_assert!(held_memory <= memory && held_vcpus <= vcpus);
             }
-            for amount in held {
-                capacity.release(amount);
-            }
-            prop_assert_eq!(capacity, small());
+            drop(held);
+            prop_assert_eq!(capacity.figures(), small().figures());
         }
     }
 }

@@ -13,16 +13,17 @@ use kelvin_api::network::Wanted;
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{Capture, PauseMode, SnapshotInfo, StartPath};
 use kelvin_node_api::{Base, Child, Create, Created, Forked, Source};
-use kelvin_store::snapshot::{Care, Origin, Snapshot};
+use kelvin_store::snapshot::{Durability, Origin, Snapshot};
 
-use crate::capture::Captured;
-use crate::create::Seed;
 use crate::error::Error;
-use crate::paused::Paused;
-use crate::pool::manifest_shape;
-use crate::record::SandboxRecord;
-use crate::sandbox::{Command, Sandbox};
-use crate::{Inner, LOOKS, Node};
+use crate::pool::shelf::manifest_shape;
+use crate::sandbox::handle::{Command, Sandbox};
+use crate::sandbox::paused::Paused;
+use crate::sandbox::record::SandboxRecord;
+use crate::snapshots::Captured;
+use crate::start::source::StartSource;
+use crate::state::Inner;
+use crate::{LOOKS, Node};
 
 /// How long a machine that is ending may hold up the removal of what it ran from.
 const ENDING: Duration = Duration::from_secs(10);
@@ -41,7 +42,7 @@ fn info(inner: &Inner, snapshot: &Snapshot) -> Option<SnapshotInfo> {
     let Origin::Kept { sandbox, name } = &manifest.origin else {
         return None;
     };
-    let differences = manifest.identity.differences(&inner.identity_here(&manifest.identity));
+    let differences = manifest.identity.differences(&inner.identities.here(&manifest.identity));
     let unusable = (!differences.is_empty()).then(|| format!("{} differs", differences.join(", ")));
     let unusable = unusable.or_else(|| snapshot.check_seal().err().map(|error| error.to_string()));
     Some(SnapshotInfo {
@@ -89,7 +90,7 @@ impl Node {
         what: &'static str,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<T, Error> {
-        let request = self.inner.enter();
+        let request = self.inner.activity.request();
         let task = self.inner.tasks.spawn(async move {
             let _request = request;
             work.await
@@ -154,7 +155,7 @@ impl Node {
     ///
     /// # Errors
     /// `Unknown`; `Asleep` when it is paused, its owner wants it to resume by traffic and it goes on from there; else `Paused`.
-    pub(crate) fn awake(&self, id: &SandboxId) -> Result<Arc<Sandbox>, Error> {
+    pub(crate) fn ensure_running(&self, id: &SandboxId) -> Result<Arc<Sandbox>, Error> {
         match self.find(id) {
             Err(Error::Paused(_))
                 if self.inner.paused(id).is_some_and(|paused| {
@@ -177,7 +178,7 @@ impl Node {
     ) -> Result<(SnapshotInfo, Capture, Timings), Error> {
         let (taken, capture, timings) = match self.find_any(id)? {
             Found::Running(sandbox) => {
-                let ask = |done| Command::Snapshot(snapshot, origin, mode, Care::Durable, done);
+                let ask = |done| Command::Snapshot(snapshot, origin, mode, Durability::Durable, done);
                 let (captured, _) = sandbox.ask(ask).await??;
                 (captured.snapshot, captured.capture, captured.timings)
             }
@@ -196,7 +197,13 @@ impl Node {
             Found::Running(sandbox) => {
                 let origin = Origin::Fork { sandbox: source.clone() };
                 let ask = |done| {
-                    Command::Snapshot(SnapshotId::random(), origin, PauseMode::Full, Care::Passing, done)
+                    Command::Snapshot(
+                        SnapshotId::random(),
+                        origin,
+                        PauseMode::Full,
+                        Durability::Ephemeral,
+                        done,
+                    )
                 };
                 sandbox.ask(ask).await?
             }
@@ -280,9 +287,9 @@ impl Node {
                     // Of the disk alone: its children boot.
                     request.start_path = None;
                 }
-                let seed = Seed::Snapshot(Arc::clone(&snapshot), Some(source.clone()));
+                let start = StartSource::another(Arc::clone(&snapshot), Some(source.clone()));
                 let inner = Arc::clone(inner);
-                starting.push(inner.tasks.clone().spawn(async move { inner.create(request, seed).await }));
+                starting.push(inner.tasks.clone().spawn(async move { inner.create(request, start).await }));
             }
             let mut children = Vec::new();
             for child in starting {
@@ -317,7 +324,7 @@ impl Node {
         if let Ok(name) = text.parse::<TemplateName>()
             && self.has_template(&name)
         {
-            let shape = self.inner.template(&name).await?.shape;
+            let shape = self.inner.templates.get(&name).await?.shape;
             return Ok(Some(Source { base: Base::Template(name), shape }));
         }
         let id: Option<SnapshotId> = text.parse().ok();
@@ -347,14 +354,14 @@ impl Node {
             source: std::io::Error::other(error),
         })??;
         // Deepest last: what goes, and what it would take with it.
-        let (mut doomed, mut dependents) = (vec![id.clone()], Vec::new());
+        let (mut going, mut dependents) = (vec![id.clone()], Vec::new());
         let mut at = 0;
-        while let Some(next) = doomed.get(at).cloned() {
+        while let Some(next) = going.get(at).cloned() {
             at += 1;
             dependents.extend(self.running_from(&next));
             for child in self.inner.snapshots.children(&next) {
                 match &child.manifest.origin {
-                    Origin::Kept { .. } if cascade => doomed.push(child.manifest.id.clone()),
+                    Origin::Kept { .. } if cascade => going.push(child.manifest.id.clone()),
                     Origin::Kept { name, .. } => dependents.push(match name {
                         Some(name) => format!("snapshot {} ({name})", child.manifest.id),
                         None => format!("snapshot {}", child.manifest.id),
@@ -373,7 +380,7 @@ impl Node {
         if !dependents.is_empty() {
             return in_use(dependents);
         }
-        for id in doomed.into_iter().rev() {
+        for id in going.into_iter().rev() {
             let known = self.inner.snapshots.get(&id);
             if !self.forget(&id).await {
                 let mut users = self.running_from(&id);
@@ -403,7 +410,7 @@ impl Node {
     async fn forget(&self, id: &SnapshotId) -> bool {
         let ended = async {
             loop {
-                let changed = self.inner.settled.notified();
+                let changed = self.inner.activity.settled();
                 tokio::pin!(changed);
                 changed.as_mut().enable();
                 if self.inner.snapshots.forget(id) {
@@ -420,7 +427,7 @@ impl Node {
 
     /// Sandboxes whose machines map the memory of `snapshot`.
     fn running_from(&self, snapshot: &SnapshotId) -> Vec<String> {
-        let sandboxes = self.inner.sandboxes();
+        let sandboxes = self.inner.sandboxes.running();
         let from = |sandbox: &&Arc<Sandbox>| sandbox.snapshot.as_ref() == Some(snapshot);
         sandboxes.values().filter(from).map(|sandbox| format!("sandbox {}", sandbox.live().sandbox)).collect()
     }

@@ -10,7 +10,7 @@ use kelvin_host::accel::Accelerator;
 use kelvin_host::clock::Clock;
 use kelvin_host::net::Range;
 
-pub use crate::policy::Rule;
+pub use crate::pool::policy::Rule;
 
 /// Everything a node can be told.
 #[derive(Debug, Clone)]

@@ -2,18 +2,20 @@
 //!
 //! ```text
 //! published ──lease──> a machine maps its memory, or a sandbox is paused in it ──last lease dropped──┐
-//!     kept, or a template's: stays                 passing (a pause's, a fork's): doomed ──> removed <┘
+//!     kept, or a template's: stays          passing (a pause's, a fork's): pending deletion ──> removed <┘
 //! ```
 //!
 //! Who writes: removals alone, through `kelvin-store`, by one task. A crash leaves passing snapshots that nobody
 //! needs; the next start finds them without a lease and removes them. Leases outlive the daemon: its machines run on, and
-//! once it stops ([`Snapshots::close`]) a lease that is dropped dooms nothing.
+//! once it stops ([`Snapshots::close`]) a lease that is dropped deletes nothing.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kelvin_api::error::chain;
 use kelvin_api::id::SnapshotId;
+use kelvin_api::phase::Timings;
+use kelvin_api::sandbox::{Capture, PauseMode};
 use kelvin_store::Store;
 use kelvin_store::snapshot::{Origin, Snapshot};
 use tokio::sync::Notify;
@@ -28,7 +30,7 @@ struct Known {
 #[derive(Debug, Default)]
 struct Books {
     known: HashMap<SnapshotId, Known>,
-    doomed: BTreeSet<SnapshotId>,
+    pending_deletion: BTreeSet<SnapshotId>,
     /// The daemon stops: what is dropped from now on is dropped by the process, not by who held it.
     is_closed: bool,
 }
@@ -68,7 +70,7 @@ impl Drop for Lease {
         known.leases = known.leases.saturating_sub(1);
         if known.leases == 0 && known.snapshot.manifest.origin.is_passing() {
             books.known.remove(&self.id);
-            books.doomed.insert(self.id.clone());
+            books.pending_deletion.insert(self.id.clone());
             self.shared.wake.notify_one();
         }
     }
@@ -141,15 +143,15 @@ impl Snapshots {
         }
     }
 
-    /// Dooms passing snapshots that nobody has leased: after a start, when everybody has taken theirs.
+    /// Marks passing snapshots for deletion that nobody has leased: after a start, when everybody has taken theirs.
     pub fn sweep(&self) {
         let mut books = self.0.books();
         let stray = |known: &Known| known.leases == 0 && known.snapshot.manifest.origin.is_passing();
-        let doomed: Vec<_> =
+        let pending_deletion: Vec<_> =
             books.known.iter().filter(|(_, known)| stray(known)).map(|(id, _)| id.clone()).collect();
-        for id in doomed {
+        for id in pending_deletion {
             books.known.remove(&id);
-            books.doomed.insert(id);
+            books.pending_deletion.insert(id);
         }
         self.0.wake.notify_one();
     }
@@ -162,17 +164,17 @@ impl Snapshots {
 
     /// Whether nothing waits to be removed.
     pub fn is_settled(&self) -> bool {
-        self.0.books().doomed.is_empty()
+        self.0.books().pending_deletion.is_empty()
     }
 
-    /// Removes what is doomed, each once.
+    /// Removes what is pending deletion, each once.
     pub async fn reap(&self, store: &Store) {
-        let doomed = self.0.books().doomed.clone();
-        for id in doomed {
+        let pending_deletion = self.0.books().pending_deletion.clone();
+        for id in pending_deletion {
             let (store, gone) = (store.clone(), id.clone());
             let removed = kelvin_host::blocking::spawn(move || store.discard_snapshot(&gone)).await;
             match removed {
-                Ok(Ok(())) => drop(self.0.books().doomed.remove(&id)),
+                Ok(Ok(())) => drop(self.0.books().pending_deletion.remove(&id)),
                 Ok(Err(error)) => {
                     tracing::error!(snapshot = %id, error = chain(&error), "not removed, the reaper tries again");
                 }
@@ -181,7 +183,7 @@ impl Snapshots {
         }
     }
 
-    /// Removes whatever becomes doomed, until `stop`; what is doomed then is still removed.
+    /// Removes whatever becomes pending deletion, until `stop`; what is so then is still removed.
     pub async fn run(self, store: Store, settled: impl Fn(), stop: CancellationToken) {
         loop {
             let stopping = stop.run_until_cancelled(self.0.wake.notified()).await.is_none();
@@ -194,12 +196,34 @@ impl Snapshots {
     }
 }
 
+/// A snapshot that was taken.
+pub struct Captured {
+    /// It.
+    pub snapshot: Arc<Snapshot>,
+    /// Keeps it.
+    pub _lease: Lease,
+    /// What it cost its source.
+    pub capture: Capture,
+    /// The same by phase.
+    pub timings: Timings,
+}
+
+/// What is wanted beside the snapshot.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CaptureOptions {
+    /// The machine stays stopped when all went well: it is to be paused.
+    pub stay: bool,
+    /// Refuse when the guest's agent does not flush and freeze its file system.
+    pub healthy: bool,
+    /// What is kept.
+    pub mode: PauseMode,
+}
+
 #[cfg(test)]
 mod tests {
     use kelvin_api::id::SandboxId;
-    use kelvin_api::sandbox::PauseMode;
     use kelvin_store::identity::{Identity, SNAPSHOT_FORMAT};
-    use kelvin_store::snapshot::{Care, Draft};
+    use kelvin_store::snapshot::{Draft, Durability};
 
     use super::*;
 
@@ -233,7 +257,7 @@ mod tests {
             identity,
             arguments: Vec::new(),
         };
-        Arc::new(store.publish_snapshot(&staged, draft, Care::Passing).unwrap())
+        Arc::new(store.publish_snapshot(&staged, draft, Durability::Ephemeral).unwrap())
     }
 
     #[tokio::test]

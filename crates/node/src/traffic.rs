@@ -17,10 +17,10 @@ use kelvin_api::signature::Signature;
 use kelvin_node_api::Route;
 
 use crate::Node;
-use crate::agent::{Body, SendError};
 use crate::error::Error;
 use crate::link::{Stream, Tunnel};
-use crate::sandbox::{Command, Sandbox};
+use crate::machine::agent::{Body, SendError};
+use crate::sandbox::handle::{Command, Sandbox};
 
 /// How long it may take to say what it uses: less than its caller waits.
 const METRICS: Duration = Duration::from_secs(4);
@@ -87,7 +87,7 @@ impl Node {
                 return Err(Error::Paused(id.to_string()));
             }
         }
-        self.awake(id)
+        self.ensure_running(id)
     }
 
     /// Sends an HTTP request to the agent of `sandbox`, which is called `id`.
@@ -113,12 +113,12 @@ impl Node {
         let signed = signature.signed();
         let is_of = |token: Option<&Token>| token.is_some_and(|token| signed.is_of(token.expose()));
         let running: Vec<_> = {
-            let sandboxes = self.inner.sandboxes();
+            let sandboxes = self.inner.sandboxes.running();
             sandboxes.iter().map(|(id, sandbox)| (id.clone(), Arc::clone(sandbox))).collect()
         };
         let found = running.into_iter().find(|(_, sandbox)| is_of(sandbox.access_token.as_ref()));
         found.map(|(id, _)| id).or_else(|| {
-            let paused: Vec<_> = self.inner.paused_sandboxes().values().cloned().collect();
+            let paused: Vec<_> = self.inner.sandboxes.paused().values().cloned().collect();
             let found = paused.into_iter().find(|paused| is_of(paused.record.access_token.as_ref()));
             found.map(|paused| paused.record.sandbox.clone())
         })
@@ -128,12 +128,12 @@ impl Node {
     pub fn holder(&self, token: &str) -> Option<SandboxId> {
         let is_it = |own: Option<&Token>| own.is_some_and(|own| own.matches(token));
         let running = {
-            let sandboxes = self.inner.sandboxes();
+            let sandboxes = self.inner.sandboxes.running();
             let found = sandboxes.iter().find(|(_, sandbox)| is_it(sandbox.access_token.as_ref()));
             found.map(|(id, _)| id.clone())
         };
         running.or_else(|| {
-            let paused = self.inner.paused_sandboxes();
+            let paused = self.inner.sandboxes.paused();
             let found = paused.values().find(|paused| is_it(paused.record.access_token.as_ref()));
             found.map(|paused| paused.record.sandbox.clone())
         })
@@ -184,7 +184,7 @@ impl Node {
     }
 
     async fn dial_once(&self, id: &SandboxId, port: u16) -> Result<Stream, Error> {
-        let sandbox = self.awake(id)?;
+        let sandbox = self.ensure_running(id)?;
         let no_network = || Error::NoNetwork { what: format!("sandbox {id}"), reason: None };
         let network = sandbox.network.as_ref().ok_or_else(no_network)?;
         match network.dial(id.as_str(), port).await {
@@ -238,7 +238,7 @@ impl Node {
     /// `Unknown`, `Network`.
     pub async fn network(&self, id: &SandboxId) -> Result<NetworkState, Error> {
         let sandbox = self.find(id)?;
-        let (Some(network), Some(networks)) = (&sandbox.network, &self.inner.keeper.networks) else {
+        let (Some(network), Some(networks)) = (&sandbox.network, &self.inner.allocator.networks) else {
             return Ok(NetworkState::default());
         };
         let counters = network.slot.counters().await?;

@@ -17,9 +17,10 @@ use kelvin_store::hash::CHUNK_BYTES;
 use kelvin_store::snapshot::{Origin, Snapshot};
 use kelvin_store::verify::{Digesting, FileVerdict, Verdict};
 
+use crate::Node;
 use crate::error::Error;
-use crate::record::SandboxRecord;
-use crate::{Inner, Node, lock};
+use crate::sandbox::record::SandboxRecord;
+use crate::state::Inner;
 
 /// Bytes a second that are digested in the background, at the most.
 const RATE: u64 = 32 << 20;
@@ -115,7 +116,7 @@ impl Inner {
         let pace = Duration::from_millis(CHUNK_BYTES * 1000 / RATE);
         loop {
             let next = tokio::time::Instant::now() + pace;
-            let _ = tokio::time::timeout(PATIENCE, self.quiet()).await;
+            let _ = tokio::time::timeout(PATIENCE, self.activity.quiet()).await;
             let (rest, is_over) = blocking("digesting a snapshot", move || {
                 let is_over = digesting.step()?;
                 Ok((digesting, is_over))
@@ -136,17 +137,18 @@ impl Inner {
     pub(crate) async fn references(&self) -> Result<References, Error> {
         let mut used = References { snapshots: self.snapshots.leased(), ..References::default() };
         used.snapshots.extend(
-            lock(&self.pools)
-                .values()
+            self.pools
+                .all()
+                .iter()
                 .filter(|pool| pool.refusal().is_none() && self.is_usable(&pool.snapshot.manifest.identity))
                 .map(|pool| pool.snapshot_id()),
         );
         // Creates that are under way begin from these, whatever was imported since.
-        for (_, template) in lock(&self.templates).values() {
+        for template in self.templates.all() {
             used.images.insert(template.image.clone());
             used.guests.insert(template.guest.clone());
         }
-        let (_, records) = self.keeper.ledger.read().await?;
+        let (_, records) = self.allocator.ledger.read().await?;
         for record in records {
             let sandbox =
                 SandboxRecord::read(&record.body).map_err(|why| kelvin_store::Error::Unreadable {

@@ -19,7 +19,7 @@ use rustix::fs::FlockOperation;
 
 use crate::disk::import_file;
 use crate::identity::SNAPSHOT_FORMAT;
-use crate::snapshot::{Care, Manifest, Origin, Snapshot, files};
+use crate::snapshot::{Durability, Manifest, Origin, Snapshot, files};
 use crate::verify::compare;
 use crate::{Error, Store, io_error, read_json};
 
@@ -39,7 +39,7 @@ impl Store {
         self.admit(&manifest)?;
         let staged = self.stage()?;
         let adopted = stage_verified(&manifest, from, &staged)
-            .and_then(|()| self.seal_and_publish(&staged, manifest, Care::Hashed));
+            .and_then(|()| self.seal_and_publish(&staged, manifest, Durability::Verified));
         if adopted.is_err() {
             // Already gone when it was published.
             let _ = std::fs::remove_dir_all(&staged);
@@ -176,7 +176,7 @@ mod tests {
                 identity: identity.unwrap(),
                 arguments: Vec::new(),
             };
-            let made = source.publish_snapshot(&staged, draft, Care::Hashed).unwrap();
+            let made = source.publish_snapshot(&staged, draft, Durability::Verified).unwrap();
             Self { _directory: directory, from: made.directory, store }
         }
 

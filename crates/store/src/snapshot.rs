@@ -1,7 +1,7 @@
 //! Snapshots: memory, device state and disk of one frozen instant, under one manifest.
 //!
 //! A template's golden snapshot, a paused sandbox, a fork point and a snapshot that a user keeps are all made here;
-//! [`Origin`] says which it is, [`Care`] how much is done for it.
+//! [`Origin`] says which it is, [`Durability`] how much is done for it.
 //!
 //! ```text
 //! staged ──sync──> hashed ──chmod──> sealed ──rename──> published ──check_seal──> restored from
@@ -77,13 +77,13 @@ impl Origin {
 
 /// How much is done for a snapshot when it is published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Care {
+pub enum Durability {
     /// It survives a power failure and has digests of its content: what is restored from for long, or elsewhere.
-    Hashed,
+    Verified,
     /// It survives a power failure.
     Durable,
     /// It survives the daemon: no machine that needs it would survive more.
-    Passing,
+    Ephemeral,
 }
 
 /// What a snapshot is.
@@ -110,7 +110,7 @@ pub struct Manifest {
     pub identity_digest: String,
     /// Its fields.
     pub identity: Identity,
-    /// Guest memory; digests are there when they were asked for, see [`Care`].
+    /// Guest memory; digests are there when they were asked for, see [`Durability`].
     #[serde(default)]
     pub memory: Option<FileDigest>,
     /// Device state.
@@ -331,24 +331,29 @@ impl Store {
         self.root.join("snapshots").join(id.as_str())
     }
 
-    /// Publishes what lies in `staged` as `memory`, `state` and `disk`, with `care`. Afterwards `staged` is gone.
+    /// Publishes what lies in `staged` as `memory`, `state` and `disk`. Afterwards `staged` is gone.
     ///
     /// # Errors
     /// `Io` when a file is missing or the disk is full; then nothing is published and the caller removes
     /// `staged`.
-    pub fn publish_snapshot(&self, staged: &Path, draft: Draft, care: Care) -> Result<Snapshot, Error> {
+    pub fn publish_snapshot(
+        &self,
+        staged: &Path,
+        draft: Draft,
+        durability: Durability,
+    ) -> Result<Snapshot, Error> {
         let there = files(draft.mode);
         let digest = |name: &str| {
             if !there.contains(&name) {
                 return Ok(None);
             }
             let path = staged.join(name);
-            if care != Care::Passing {
+            if durability != Durability::Ephemeral {
                 // Synced first: reflinking a file with dirty pages flushes it, once for each clone.
                 fs::File::open(&path).and_then(|file| file.sync_all()).map_err(io_error("syncing", &path))?;
             }
-            match care {
-                Care::Hashed => digest_file(&path).map(Some).map_err(io_error("hashing", &path)),
+            match durability {
+                Durability::Verified => digest_file(&path).map(Some).map_err(io_error("hashing", &path)),
                 // There, and a file.
                 _ => fs::metadata(&path).map(|_| None).map_err(io_error("reading", &path)),
             }
@@ -368,7 +373,7 @@ impl Store {
             disk: digest("disk")?,
             arguments: draft.arguments,
         };
-        self.seal_and_publish(staged, manifest, care)
+        self.seal_and_publish(staged, manifest, durability)
     }
 
     /// Closes the files in `staged`, seals them, and publishes them with `manifest`.
@@ -376,7 +381,7 @@ impl Store {
         &self,
         staged: &Path,
         manifest: Manifest,
-        care: Care,
+        durability: Durability,
     ) -> Result<Snapshot, Error> {
         let readers = Readers::new().map_err(io_error("choosing a group for", staged))?;
         for name in files(manifest.mode) {
@@ -388,7 +393,7 @@ impl Store {
         write_json(&staged.join("manifest.json"), &manifest)?;
         write_json(&staged.join("seal.json"), &seal)?;
         let directory = self.snapshot_path(&manifest.id);
-        publish(staged, &directory, care != Care::Passing)?;
+        publish(staged, &directory, durability != Durability::Ephemeral)?;
         Ok(Snapshot { manifest, directory, seal })
     }
 
@@ -446,21 +451,25 @@ pub(crate) mod tests_support {
     use super::*;
 
     pub(crate) fn publish_example(store: &Store, parent: Option<SnapshotId>, image: &str) -> Snapshot {
-        publish(store, parent, image, Care::Hashed, |name, path| {
+        publish(store, parent, image, Durability::Verified, |name, path| {
             fs::write(path, format!("{name} {}", "x".repeat(10_000))).unwrap();
         })
     }
 
     /// A snapshot whose files `write` makes.
-    pub(crate) fn publish_with(store: &Store, care: Care, write: impl Fn(&str, &Path)) -> Snapshot {
-        publish(store, None, "i", care, write)
+    pub(crate) fn publish_with(
+        store: &Store,
+        durability: Durability,
+        write: impl Fn(&str, &Path),
+    ) -> Snapshot {
+        publish(store, None, "i", durability, write)
     }
 
     fn publish(
         store: &Store,
         parent: Option<SnapshotId>,
         image: &str,
-        care: Care,
+        durability: Durability,
         write: impl Fn(&str, &Path),
     ) -> Snapshot {
         let staged = store.stage().unwrap();
@@ -483,7 +492,7 @@ pub(crate) mod tests_support {
             identity,
             arguments: Vec::new(),
         };
-        store.publish_snapshot(&staged, draft, care).unwrap()
+        store.publish_snapshot(&staged, draft, durability).unwrap()
     }
 }
 

@@ -288,13 +288,13 @@ mod tests {
     use crate::Store;
     use crate::hash::{CHUNK_BYTES, digest_file};
     use crate::snapshot::tests_support::publish_with;
-    use crate::snapshot::{Care, FILES};
+    use crate::snapshot::{Durability, FILES};
 
     /// A kept snapshot whose memory has five chunks and a bit.
     fn kept() -> (tempfile::TempDir, Snapshot) {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path(), true).unwrap();
-        let snapshot = publish_with(&store, Care::Durable, |name, path| {
+        let snapshot = publish_with(&store, Durability::Durable, |name, path| {
             let file = fs::File::create(path).unwrap();
             file.write_all_at(name.as_bytes(), 0).unwrap();
             if name == "memory" {

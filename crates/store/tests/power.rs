@@ -13,7 +13,7 @@ use kelvin_powercut::{Disk, Loss};
 use kelvin_store::Store;
 use kelvin_store::gc::References;
 use kelvin_store::image::Import;
-use kelvin_store::snapshot::{Care, Draft, FILES, Origin};
+use kelvin_store::snapshot::{Draft, Durability, FILES, Origin};
 
 const LOSSES: [Loss; 2] = [Loss::Everything, Loss::ContentAlone];
 
@@ -53,7 +53,7 @@ impl Ground {
     }
 }
 
-fn publish(store: &Store, care: Care) -> SnapshotId {
+fn publish(store: &Store, durability: Durability) -> SnapshotId {
     let staged = store.stage().unwrap();
     for name in FILES {
         fs::write(staged.join(name), format!("{name} {}", "x".repeat(10_000))).unwrap();
@@ -73,7 +73,7 @@ fn publish(store: &Store, care: Care) -> SnapshotId {
         identity: identity.unwrap(),
         arguments: Vec::new(),
     };
-    store.publish_snapshot(&staged, draft, care).unwrap().manifest.id
+    store.publish_snapshot(&staged, draft, durability).unwrap().manifest.id
 }
 
 /// Whether a snapshot can be restored: it opens, its seal holds, and its files are what was written.
@@ -92,13 +92,13 @@ fn is_whole(store: &Result<Store, String>, id: &SnapshotId) -> Result<(), String
 
 #[test]
 fn a_published_snapshot_survives_and_needs_every_sync() {
-    for care in [Care::Durable, Care::Hashed] {
+    for durability in [Durability::Durable, Durability::Verified] {
         let Some(ground) = ground(|_| false) else { return };
-        let id = publish(&Store::open(&ground.root(), true).unwrap(), care);
+        let id = publish(&Store::open(&ground.root(), true).unwrap(), durability);
         for result in ground.after(|store| is_whole(&store, &id)) {
             result.unwrap();
         }
-        println!("{care:?}: {} syncs", ground.disk.syncs().len());
+        println!("{durability:?}: {} syncs", ground.disk.syncs().len());
     }
     type Picks = fn(&Path) -> bool;
     fn is_named(path: &Path, name: &str) -> bool {
@@ -117,7 +117,7 @@ fn a_published_snapshot_survives_and_needs_every_sync() {
     ];
     for (what, picks) in needed {
         let Some(ground) = ground(picks) else { return };
-        let id = publish(&Store::open(&ground.root(), true).unwrap(), Care::Durable);
+        let id = publish(&Store::open(&ground.root(), true).unwrap(), Durability::Durable);
         let results = ground.after(|store| is_whole(&store, &id));
         assert!(
             results.iter().any(Result::is_err),
@@ -130,7 +130,7 @@ fn a_published_snapshot_survives_and_needs_every_sync() {
 fn an_adopted_snapshot_survives_and_needs_every_sync() {
     let elsewhere = tempfile::tempdir().unwrap();
     let source = Store::open(elsewhere.path(), true).unwrap();
-    let id = publish(&source, Care::Hashed);
+    let id = publish(&source, Durability::Verified);
     let from = source.snapshot(&id).unwrap().directory;
     let adopt = |ground: &Ground| {
         let store = Store::open(&ground.root(), true).unwrap();
@@ -164,7 +164,7 @@ fn a_snapshot_that_was_cut_short_is_not_there_and_one_that_passes_is_whole_or_no
     for left in ground.after(|store| store.unwrap().snapshots().unwrap().len()) {
         assert_eq!(left, 0);
     }
-    let id = publish(&store, Care::Passing);
+    let id = publish(&store, Durability::Ephemeral);
     // Nobody needs it after a power failure; a collection is not to be stopped by what is left of it.
     let found = ground.after(|store| {
         let store = store.unwrap();
@@ -180,7 +180,7 @@ fn what_was_deleted_stays_deleted_and_needs_its_sync() {
     let deleted = |lost: fn(&Path) -> bool| {
         let ground = ground(|_| false)?;
         let store = Store::open(&ground.root(), true).unwrap();
-        let id = publish(&store, Care::Durable);
+        let id = publish(&store, Durability::Durable);
         ground.disk.lose_syncs(lost);
         store.delete_snapshot(&id).unwrap();
         Some(ground.after(|store| store.unwrap().snapshot(&id).is_err()))

@@ -149,9 +149,8 @@ mod tests {
 
     #[test]
     fn links_and_paths_are_found() {
-        let text =
-            "See [the spec](SPEC.md#x), `crates/node/src/create.rs`. Not [web](https://x) or crates/*/src.";
-        assert_eq!(paths(text), ["SPEC.md", "crates/node/src/create.rs"]);
+        let text = "See [the spec](SPEC.md#x), `crates/node/src/start/create.rs`. Not [web](https://x) or crates/*/src.";
+        assert_eq!(paths(text), ["SPEC.md", "crates/node/src/start/create.rs"]);
     }
 
     #[test]

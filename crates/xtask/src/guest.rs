@@ -179,7 +179,7 @@ impl Newc {
 /// What gives an image the modules of `kernel` that are loaded on demand: `modprobe`, and with it the guest's kernel, finds
 /// them when it runs that kernel. Another kernel says that its own directory is not there.
 fn modules_hook(kernel: &Path) -> String {
-    let from = crate::kvm_host::quoted(&kernel.join("image").display().to_string());
+    let from = crate::quoted(&kernel.join("image").display().to_string());
     let copy = format!("cp -r --preserve=mode,timestamps {from}/. \"$1/usr/lib/modules/\"");
     format!("--customize-hook=mkdir -p \"$1/usr/lib/modules\" && {copy}")
 }

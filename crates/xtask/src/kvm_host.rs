@@ -24,7 +24,7 @@ use crate::distribution::Distribution;
 use crate::guest::{Newc, write_if_changed};
 use crate::kernel::{self, Wanted};
 use crate::packages::{self, as_root};
-use crate::{Result, cache, emulator, files as fs, guest, root, run, say};
+use crate::{Result, cache, emulator, files as fs, guest, quoted, root, run, say};
 
 const DISK_GIB: u64 = 64;
 const MEMORY_MIB: &str = "10240";
@@ -103,17 +103,6 @@ fn ensure_disk(directory: &Path) -> Result<PathBuf> {
     fs::rename(fresh, &done)?;
     fs::write(stamp, key)?;
     Ok(done)
-}
-
-/// `text` as one word of a shell's.
-pub fn quoted(text: &str) -> String {
-    format!("'{}'", text.replace('\'', r"'\''"))
-}
-
-/// The same, only where a shell would not take it as it is.
-pub fn quoted_if_needed(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,+@%".contains(c);
-    if !text.is_empty() && text.chars().all(plain) { text.to_owned() } else { quoted(text) }
 }
 
 /// The script of one run: the environment, the disk, the command, its exit code.
@@ -251,11 +240,6 @@ fn listed(list: &str) -> Vec<String> {
         Some(first.parse::<u32>().ok()?..=last.parse().ok()?)
     };
     list.trim().split(',').filter_map(range).flatten().map(|core| core.to_string()).collect()
-}
-
-/// Whether this runs inside of such a host.
-pub fn is_inside() -> bool {
-    std::env::var_os("KELVIN_KVM_HOST").is_some()
 }
 
 #[cfg(test)]

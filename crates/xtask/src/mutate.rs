@@ -37,14 +37,14 @@ struct Mutation {
 
 const MUTATIONS: &[Mutation] = &[
     Mutation {
-        name: "the release of what a failed create held",
-        file: "crates/node/src/create.rs",
-        from: "                self.capacity().release(amount);\n                Err(error)\n",
-        to: "                if !OFF {\n                    self.capacity().release(amount);\n                }\n                Err(error)\n",
+        name: "the release of capacity that was held",
+        file: "crates/node/src/capacity.rs",
+        from: "        self.capacity.books().release(self.amount);\n",
+        to: "        if !OFF {\n            self.capacity.books().release(self.amount);\n        }\n",
     },
     Mutation {
         name: "the ledger's row of a machine's directory",
-        file: "crates/node/src/home.rs",
+        file: "crates/node/src/machine/resources.rs",
         from: "        resources.push(Resource::Directory { path: spec.absolute() });\n",
         to: "        if !OFF {\n            resources.push(Resource::Directory { path: spec.absolute() });\n        }\n",
     },

@@ -380,6 +380,7 @@ mod tests {
     type Case = (fn(&mut Facts), &'static [&'static str]);
 
     #[test]
+    #[allow(clippy::too_many_lines, reason = "a table of cases")]
     fn what_is_wrong_is_told_with_what_to_do() {
         let cases: &[Case] = &[
             (|_| {}, &[]),

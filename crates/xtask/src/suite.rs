@@ -8,7 +8,7 @@ use std::time::Instant;
 use crate::ground::{Ground, alone};
 use crate::server::{self, Built};
 use crate::times::{self, Times};
-use crate::{Result, cache, cargo, deps, docs, files as fs, kvm_host, run as run_command, say, shared};
+use crate::{Result, cache, cargo, deps, docs, files as fs, is_inside, run as run_command, say, shared};
 
 /// The version of cargo-deny that the suite runs.
 const DENY: &str = "0.20.2";
@@ -116,7 +116,7 @@ fn run_firecracker(filter: &[String], times: &mut Times) -> Result<()> {
         println!("skipped: {why}");
         return Ok(());
     }
-    let built = if kvm_host::is_inside() { server::built() } else { server::prepare()? };
+    let built = if is_inside() { server::built() } else { server::prepare()? };
     let all: Vec<String> = FIRECRACKER.iter().map(|name| (*name).to_owned()).collect();
     if filter.is_empty() {
         step("driver conformance", || run_tests("firecracker", &[ONE_AT_A_TIME], &[], times))?;
@@ -149,7 +149,7 @@ const QEMU_ON_KVM: [&str; 2] = ["qemu_runs_on_kvm", "what_breaks_out"];
 /// `cargo xtask test --driver qemu [NAME...]` in the emulated KVM host: what the accelerator changes. Outside it is the usual
 /// run.
 fn run_qemu(filter: &[String], times: &mut Times) -> Result<()> {
-    if !kvm_host::is_inside() {
+    if !is_inside() {
         return run_here(filter, times);
     }
     let own = QEMU_ON_KVM.map(str::to_owned);
@@ -203,7 +203,7 @@ fn run_tests(
     environment: &[(&str, &OsStr)],
     times: &mut Times,
 ) -> Result<()> {
-    let mut tests = if kvm_host::is_inside() {
+    let mut tests = if is_inside() {
         let built = fs::read_to_string(built_tests())?;
         let is_it = |program: &&str| {
             let name = Path::new(program).file_name().unwrap_or_default().to_string_lossy();

@@ -64,6 +64,7 @@ fn list<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
 }
 
 /// The whole table of a new slot, with the default policy.
+#[allow(clippy::too_many_lines, reason = "one table of rules, top to bottom")]
 pub fn slot(setting: &Setting) -> String {
     let (range, address, host_end) =
         (setting.range, setting.range.address(setting.number), setting.range.host_end(setting.number));

@@ -20,6 +20,7 @@ fn children(count: u32) -> ForkSandbox {
 }
 
 #[tokio::test]
+#[allow(clippy::too_many_lines, reason = "one story: each step rests on what the one before it left")]
 async fn eight_children_go_on_from_one_instant_and_share_its_memory() {
     let Some(ground) = Ground::find() else { return };
     let server = ground.baked("fork", &["--waiting-vmms", "0"], 0).await;

@@ -268,6 +268,7 @@ async fn sh_fails(agent: &Agent) -> String {
 }
 
 #[tokio::test]
+#[allow(clippy::too_many_lines, reason = "one story: each step rests on what the one before it left")]
 async fn snapshots_have_names_children_and_only_their_own_disks() {
     let Some(ground) = Ground::find() else { return };
     let server = ground.baked("kept", &["--waiting-vmms", "1"], 1).await;

@@ -224,6 +224,7 @@ async fn large(server: &Server, at: &str, host: &str) {
 }
 
 #[tokio::test]
+#[allow(clippy::too_many_lines, reason = "one story: each step rests on what the one before it left")]
 async fn private_ports_tls_and_raw_streams() {
     let Some(ground) = Ground::with_networks().await else { return };
     let (chain, key) = certificate(&["*.sandboxes.test", "sandboxes.test", "localhost"]);

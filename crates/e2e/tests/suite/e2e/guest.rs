@@ -259,6 +259,7 @@ async fn an_agent_that_is_killed_comes_back_as_who_it_was() {
 
 /// What a process is given, what it leaves running, what it can read and write, and how the guest is set up.
 #[tokio::test]
+#[allow(clippy::too_many_lines, reason = "one story: each step rests on what the one before it left")]
 async fn processes_find_what_people_expect() {
     let Some(ground) = Ground::find() else { return };
     let server = baked(&ground, "guest-processes", &[]).await;

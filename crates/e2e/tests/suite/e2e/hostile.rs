@@ -73,6 +73,7 @@ fn envelope(length: u32, body: &str) -> Vec<u8> {
 }
 
 #[tokio::test]
+#[allow(clippy::too_many_lines, reason = "one story: each step rests on what the one before it left")]
 async fn malformed_requests_get_typed_errors_and_the_agent_stays_up() {
     let Some(ground) = Ground::find() else { return };
     let server = ground.baked("hostile", &[], 1).await;

@@ -38,6 +38,7 @@ fn resources(node: &NodeInfo) -> (u32, u64, u32, u32) {
 }
 
 #[tokio::test]
+#[allow(clippy::too_many_lines, reason = "one story: each step rests on what the one before it left")]
 async fn bad_input_is_refused_by_name_and_makes_nothing() {
     let Some(ground) = Ground::find() else { return };
     let server =

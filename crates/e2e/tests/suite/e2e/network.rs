@@ -168,6 +168,7 @@ async fn by_default_the_internet_is_open_and_everything_else_is_refused_at_once(
 }
 
 #[tokio::test]
+#[allow(clippy::too_many_lines, reason = "one story: each step rests on what the one before it left")]
 async fn domains_hold_where_names_are_resolved_and_where_connections_are_made() {
     let Some(ground) = Ground::with_networks().await else { return };
     let world = World::make();

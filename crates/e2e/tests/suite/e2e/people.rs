@@ -19,6 +19,7 @@ fn run(command: &mut Command) -> Output {
 }
 
 #[tokio::test]
+#[allow(clippy::too_many_lines, reason = "one story: each step rests on what the one before it left")]
 async fn exit_codes_copies_and_filters_are_what_people_expect() {
     let Some(ground) = Ground::find() else { return };
     let server = ground.baked("people", &["--waiting-vmms", "1"], 1).await;

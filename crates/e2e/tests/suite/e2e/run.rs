@@ -6,6 +6,7 @@ use std::process::Stdio;
 use kelvin_e2e::Ground;
 
 #[tokio::test]
+#[allow(clippy::too_many_lines, reason = "one story: each step rests on what the one before it left")]
 async fn commands_run_and_tell_how_they_ended() {
     let Some(ground) = Ground::find() else { return };
     let server = ground.server("run", &[]).await;

@@ -203,7 +203,7 @@ mod tests {
                 Err(why) => {
                     assert!(TOO_OLD.contains(&&*name), "{name}: {why}");
                     let (told, snapshot) =
-                        crate::unreadable::read_some(&body, true).expect("which sandbox it is");
+                        crate::sandbox::unreadable::read_some(&body, true).expect("which sandbox it is");
                     assert_eq!(snapshot.expect("its snapshot").as_str(), "wg5fw3gs3abzrxfseo4v");
                     assert_eq!(told.sandbox.as_str(), "5qkeyzyj2echyrly4mop");
                     assert_eq!((told.shape.vcpus, told.shape.memory_mib.0), (1, 256));
@@ -246,7 +246,7 @@ mod tests {
         for json in ["", "{", "null", "{\"sandbox\": 7}", &body.json[..body.json.len() / 2]] {
             let damaged = Body { json: json.to_owned(), ..body.clone() };
             SandboxRecord::read(&damaged).unwrap_err();
-            assert!(crate::unreadable::read_some(&damaged, true).is_none());
+            assert!(crate::sandbox::unreadable::read_some(&damaged, true).is_none());
         }
     }
 

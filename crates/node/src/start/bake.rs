@@ -5,35 +5,22 @@
 //! activated.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
-use kelvin_api::envd::process::{
-    __buffa::oneof::process_event::Event, ProcessClient, ProcessConfig, StartRequest,
-};
 use kelvin_api::error::chain;
-use kelvin_api::guest::Request;
 use kelvin_api::id::SnapshotId;
-use kelvin_api::id::Token;
 use kelvin_api::units::Shape;
 use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_store::image::Template;
-use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
-use kelvin_vmm::control::Control;
+use kelvin_store::snapshot::{Draft, Durability, Origin, Snapshot};
 use kelvin_vmm::{MachineSpec, Running};
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
-use crate::Inner;
-use crate::agent::Agent;
 use crate::capacity::Amount;
 use crate::error::Error;
+use crate::machine::warm_up::{quiesce, warm_up};
+use crate::state::Inner;
 
 /// Run before the freeze, as the default user: their pages are then in memory of every clone.
 const WARM_UP: [&str; 2] = ["true", "python3 -c 'import json, os, re, sys' || true"];
-const WARM_UP_LIMIT: Duration = Duration::from_secs(120);
-const QUIESCE_LIMIT: Duration = Duration::from_secs(60);
 
 impl Inner {
     /// A snapshot of `template` in `shape`: the one there is, or a new one.
@@ -43,7 +30,7 @@ impl Inner {
         shape: Shape,
         network: bool,
     ) -> Result<Arc<Snapshot>, Error> {
-        self.capacity().check(shape)?;
+        self.capacity.check(shape)?;
         let _one = self.bakes.lock().await;
         if let Ok(pool) = self.pool_for(template, shape, network) {
             return Ok(Arc::clone(&pool.snapshot));
@@ -51,9 +38,8 @@ impl Inner {
         if self.stop.is_cancelled() {
             return Err(Error::Stopping);
         }
-        let amount = Amount::machine(shape);
         let _descriptors = Budget::of_process().take(MACHINE)?;
-        self.capacity().hold(amount)?;
+        let hold = self.capacity.hold(Amount::machine(shape))?;
         let started = std::time::Instant::now();
         tracing::info!(template = %template.name, memory = %shape.memory_mib, "baking");
         let mut baked = self.bake_machine(template, shape, network).await;
@@ -62,7 +48,7 @@ impl Inner {
             tracing::warn!(template = %template.name, error = chain(error), "baking once more");
             baked = self.bake_machine(template, shape, network).await;
         }
-        self.capacity().release(amount);
+        drop(hold);
         let snapshot = Arc::new(baked?);
         tracing::info!(template = %template.name, snapshot = %snapshot.manifest.id, seconds = started.elapsed().as_secs_f32(), "baked");
         self.add_pool(Arc::clone(&snapshot));
@@ -91,7 +77,7 @@ impl Inner {
         network: bool,
     ) -> Result<Snapshot, Error> {
         let rootfs = self.store.rootfs(&template.image);
-        let home = self.keeper.build(shape, &template.guest, rootfs, network).await?;
+        let home = self.allocator.build(shape, &template.guest, rootfs, network).await?;
         let staged = self.store.stage();
         let work = async {
             let staged = staged.as_ref().map_err(|error| Error::Io {
@@ -99,7 +85,7 @@ impl Inner {
                 source: std::io::Error::other(error.to_string()),
             })?;
             let running = self.driver.boot(&home.spec, kelvin_vmm::made()).await?;
-            home.started(&self.keeper, running.key()).await?;
+            home.started(&self.allocator, running.key()).await?;
             tokio::select! {
                 frozen = self.freeze(running, &home.spec, staged) => frozen?,
                 // No guest holds up a node that stops.
@@ -112,20 +98,20 @@ impl Inner {
                 guest: template.guest.clone(),
                 parent: None,
                 origin: Origin::Bake,
-                identity: self.identity(template, shape, network),
+                identity: self.identities.of_template(template, shape, network),
                 arguments: self.driver.layout(shape, network),
             };
             let (store, staged) = (self.store.clone(), staged.clone());
-            kelvin_host::blocking::spawn(move || store.publish_snapshot(&staged, draft, Care::Hashed))
+            kelvin_host::blocking::spawn(move || store.publish_snapshot(&staged, draft, Durability::Verified))
                 .await
                 .map_err(|error| Error::Io { what: "publishing", source: std::io::Error::other(error) })?
                 .map_err(Error::from)
         };
         let result = work.await;
         if let (Err(_), Ok(staged)) = (&result, &staged) {
-            self.keeper.remove_staged(staged.clone()).await;
+            self.allocator.remove_staged(staged.clone()).await;
         }
-        self.keeper.release_or_log(&home.spec, None).await;
+        self.allocator.release_or_log(&home.spec, None).await;
         result
     }
 
@@ -159,93 +145,5 @@ impl Inner {
         .map_err(|source| Error::Io { what: "saving the disk", source })?;
         paused.kill().await?;
         Ok(())
-    }
-}
-
-/// Flushes the guest and waits until its agent's HTTP port is at rest.
-pub async fn quiesce(control: &mut Control) -> Result<(), Error> {
-    let deadline = tokio::time::Instant::now() + QUIESCE_LIMIT;
-    while !control.call("quiesce", &Request::Quiesce, QUIESCE_LIMIT).await?.http_waiting {
-        if tokio::time::Instant::now() > deadline {
-            return Err(kelvin_vmm::Error::Deadline {
-                what: "quiescing",
-                after: QUIESCE_LIMIT,
-                detail: "the agent's HTTP port did not come to rest".to_owned(),
-            }
-            .into());
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    Ok(())
-}
-
-/// Sends generated clients' requests over a guest's connection.
-#[derive(Clone)]
-struct Transport(Arc<Agent>);
-
-impl connectrpc::client::ClientTransport for Transport {
-    type ResponseBody = hyper::body::Incoming;
-    type Error = std::io::Error;
-
-    fn send(
-        &self,
-        request: http::Request<connectrpc::client::ClientBody>,
-    ) -> connectrpc::client::BoxFuture<'static, Result<http::Response<Self::ResponseBody>, Self::Error>> {
-        let agent = Arc::clone(&self.0);
-        Box::pin(async move {
-            let (parts, body) = request.into_parts();
-            let bytes = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
-            let body = Full::<Bytes>::from(bytes).map_err(|never| match never {}).boxed_unsync();
-            let gone = || std::future::ready(Err("the guest's connection broke".into()));
-            agent.send(http::Request::from_parts(parts, body), gone).await.map_err(std::io::Error::other)
-        })
-    }
-}
-
-/// Runs `commands` in the guest, one after the other, and closes the connection.
-pub async fn warm_up(
-    http: kelvin_vmm::stream::GuestStream,
-    spec: &MachineSpec,
-    commands: &[&str],
-    token: Option<&Token>,
-) -> Result<(), Error> {
-    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-    let agent = Arc::new(Agent::over(http, tasks.clone(), stop.clone()));
-    let failed = |source: Box<dyn std::error::Error + Send + Sync>| Error::Agent {
-        sandbox: spec.vm.to_string(),
-        source,
-    };
-    let uri = http::Uri::from_static("http://agent");
-    let mut config = connectrpc::client::ClientConfig::new(uri);
-    if let Some(token) = token {
-        config = config.with_default_header("x-access-token", token.expose());
-    }
-    let client = ProcessClient::new(Transport(agent), config);
-    let work = async {
-        for command in commands {
-            let process = ProcessConfig {
-                cmd: "/bin/bash".to_owned(),
-                args: ["-l", "-c", *command].map(str::to_owned).to_vec(),
-                ..Default::default()
-            };
-            let request = StartRequest { process: process.into(), stdin: Some(false), ..Default::default() };
-            let mut stream = client.start(request).await?;
-            while let Some(message) = stream.message().await? {
-                if let Some(Event::End(end)) =
-                    message.to_owned_message().event.into_option().and_then(|event| event.event)
-                {
-                    tracing::debug!(command, exit_code = end.exit_code, "warmed up");
-                }
-            }
-        }
-        Ok::<_, connectrpc::ConnectError>(())
-    };
-    let result = tokio::time::timeout(WARM_UP_LIMIT, work).await;
-    stop.cancel();
-    tasks.close();
-    tasks.wait().await;
-    match result {
-        Ok(result) => result.map_err(|error| failed(error.into())),
-        Err(elapsed) => Err(failed(elapsed.into())),
     }
 }

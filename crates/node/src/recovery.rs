@@ -16,14 +16,14 @@ use kelvin_host::process::{Process, ProcessKey, find_by_marker};
 use kelvin_store::snapshot::Snapshot;
 use kelvin_vmm::MachineSpec;
 
-use crate::Inner;
 use crate::capacity::Amount;
-use crate::console::Console;
 use crate::error::Error;
-use crate::paused::Paused;
-use crate::record::{SandboxRecord, State};
-use crate::sandbox::Orphan;
-use crate::unreadable::NO_SHAPE;
+use crate::machine::console::Console;
+use crate::sandbox::actor::Orphan;
+use crate::sandbox::paused::Paused;
+use crate::sandbox::record::{SandboxRecord, State};
+use crate::sandbox::unreadable::NO_SHAPE;
+use crate::state::Inner;
 
 #[derive(Default)]
 struct Found {
@@ -102,34 +102,14 @@ impl Inner {
             .map(|entry| entry.owner.clone())
             .chain(records.iter().map(|record| record.owner.clone()))
             .collect();
-        let mut machines: BTreeMap<VmId, Found> = BTreeMap::new();
-        for entry in entries {
-            let found = machines.entry(entry.owner).or_default();
-            match entry.resource {
-                Resource::Slot { number, range } => {
-                    found.slot = Some((number, range));
-                    continue;
-                }
-                // The networks have looked after it.
-                Resource::Helper { .. } => continue,
-                Resource::User { uid } => {
-                    found.user = Some(uid);
-                    self.keeper.users.claim(uid);
-                }
-                Resource::Vmm { key, .. } => found.key = key,
-                Resource::Cgroup { path } => found.cgroup = Some(path),
-                // It lies where the machine's id says.
-                Resource::Directory { .. } => {}
-            }
-            found.is_machine = true;
-        }
+        let mut machines = self.found(entries);
         for record in records {
             match SandboxRecord::read(&record.body) {
                 Ok(sandbox) if sandbox.state == State::Paused => {
                     let lease = sandbox.snapshot.as_ref().and_then(|id| self.snapshots.lease(id));
                     let paused = Paused::new(record.owner, sandbox, lease, Console::default());
                     let id = paused.record.sandbox.clone();
-                    self.paused_sandboxes().insert(id, Arc::new(paused));
+                    self.sandboxes.paused().insert(id, Arc::new(paused));
                 }
                 Ok(sandbox) => machines.entry(record.owner).or_default().record = Some(sandbox),
                 Err(why) => {
@@ -184,25 +164,60 @@ impl Inner {
             }
             // Its slot is removed below, by its own entry.
             spec.network = None;
-            self.keeper.release_or_log(&spec, found.key).await;
+            self.allocator.release_or_log(&spec, found.key).await;
             removed += 1;
         }
-        if let Some(networks) = &self.keeper.networks {
-            for (number, (owner, range)) in slots {
-                if range != networks.slots.range() {
-                    // Its number means nothing here; its link went with its machine.
-                    self.keeper.ledger.strike_all(&owner).await?;
-                } else if let Err(error) = networks.discard(number, &owner).await {
-                    tracing::error!(number, error = chain(&error), "a network slot is quarantined");
-                }
-            }
-            // Names of what is kept as it is are answered as before.
-            let attached: Vec<u16> =
-                attached.iter().copied().filter(|number| !kept.contains(number)).collect();
-            networks.forget(&attached).await;
-        }
+        self.remove_slots(slots, attached, &kept).await?;
         removed += self.remove_unknown(&known).await?;
         Ok(Reconciled { adopting, removed, unreadable })
+    }
+
+    /// What the ledger names, by its owner.
+    fn found(&self, entries: Vec<Entry>) -> BTreeMap<VmId, Found> {
+        let mut machines: BTreeMap<VmId, Found> = BTreeMap::new();
+        for entry in entries {
+            let found = machines.entry(entry.owner).or_default();
+            match entry.resource {
+                Resource::Slot { number, range } => {
+                    found.slot = Some((number, range));
+                    continue;
+                }
+                // The networks have looked after it.
+                Resource::Helper { .. } => continue,
+                Resource::User { uid } => {
+                    found.user = Some(uid);
+                    self.allocator.users.claim(uid);
+                }
+                Resource::Vmm { key, .. } => found.key = key,
+                Resource::Cgroup { path } => found.cgroup = Some(path),
+                // It lies where the machine's id says.
+                Resource::Directory { .. } => {}
+            }
+            found.is_machine = true;
+        }
+        machines
+    }
+
+    /// Removes `slots`, which nothing uses any more. `kept`: those that the egress process goes on to answer.
+    async fn remove_slots(
+        &self,
+        slots: BTreeMap<u16, (VmId, Range)>,
+        attached: &[u16],
+        kept: &BTreeSet<u16>,
+    ) -> Result<(), Error> {
+        let Some(networks) = &self.allocator.networks else { return Ok(()) };
+        for (number, (owner, range)) in slots {
+            if range != networks.slots.range() {
+                // Its number means nothing here; its link went with its machine.
+                self.allocator.ledger.strike_all(&owner).await?;
+            } else if let Err(error) = networks.discard(number, &owner).await {
+                tracing::error!(number, error = chain(&error), "a network slot is quarantined");
+            }
+        }
+        // Names of what is kept as it is are answered as before.
+        let attached: Vec<u16> = attached.iter().copied().filter(|number| !kept.contains(number)).collect();
+        networks.forget(&attached).await;
+        Ok(())
     }
 
     /// Removes directories of machines that the ledger does not know: the power failed after they were made, and before
@@ -229,7 +244,7 @@ impl Inner {
             let running =
                 running.await.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(looking)?;
             if running.is_empty() {
-                self.keeper.release_or_log(&spec, None).await;
+                self.allocator.release_or_log(&spec, None).await;
                 removed += 1;
             } else {
                 tracing::error!(vm = %spec.vm, pids = ?running, "a VMM runs that the ledger does not know");
@@ -240,7 +255,7 @@ impl Inner {
 
     /// The slot of a machine that is kept as it is; none when it is not of this server's range, and stays in the ledger.
     fn keep_slot(&self, slot: Option<(u16, (VmId, Range))>, key: ProcessKey) -> Option<Arc<Slot>> {
-        let networks = self.keeper.networks.as_ref()?;
+        let networks = self.allocator.networks.as_ref()?;
         let (number, (owner, range)) = slot?;
         if range != networks.slots.range() {
             return None;
@@ -276,7 +291,7 @@ impl Inner {
     ) -> Result<(), Error> {
         let gone = |source| Error::Io { what: "finding a VMM", source };
         Process::adopt(key).map_err(gone)?;
-        let networks = self.keeper.networks.as_ref();
+        let networks = self.allocator.networks.as_ref();
         match (&record.network, slot, networks) {
             (None, ..) => {}
             (Some(attachment), Some((number, (owner, range))), Some(networks))
@@ -293,15 +308,15 @@ impl Inner {
             ),
         }
         // No reason to end it.
-        if let Err(error) = self.keeper.limit(spec) {
+        if let Err(error) = self.allocator.limit(spec) {
             tracing::error!(sandbox = %record.sandbox, error = chain(&error), "it goes on with the limits that it had");
         }
-        self.capacity().take(Amount::machine(record.shape));
+        let hold = Some(self.capacity.take(Amount::machine(record.shape)));
         let lease = record.snapshot.as_ref().and_then(|id| self.snapshots.lease(id));
         let restored = record.snapshot.as_ref().and_then(|id| self.snapshots.get(id));
         let identity =
             restored.map(|snapshot| snapshot.manifest.identity.clone()).or(record.identity.clone());
-        Inner::adopt(self, Orphan { spec: spec.clone(), key, record, identity, lease });
+        Inner::adopt(self, Orphan { spec: spec.clone(), key, record, identity, lease, hold });
         Ok(())
     }
 }

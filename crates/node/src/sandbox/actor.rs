@@ -13,151 +13,40 @@
 //! after it. Only a pause that is being recorded comes first: what is killed then is what is paused.
 //!
 //! Deadlines count on boot time and are enforced here alone. The machine is torn down off every request's path. When the
-//! daemon stops the task ends and the machine runs on. A crash leaves a machine that the next start adopts (`reconcile`).
+//! daemon stops the task ends and the machine runs on. A crash leaves a machine that the next start adopts (`recovery`).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
-use http::{Request, Response};
-use hyper::body::Incoming;
 use kelvin_api::error::chain;
-use kelvin_api::id::{SnapshotId, Token, VmId};
+use kelvin_api::id::{SnapshotId, VmId};
 use kelvin_api::network::{Attachment, Policy};
 use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::{OnTimeout, PauseMode};
-use kelvin_host::clock::Clock;
-use kelvin_host::ledger;
 use kelvin_host::process::ProcessKey;
-use kelvin_node_api::{ConsoleLine, Live};
 use kelvin_store::identity::Identity;
-use kelvin_store::snapshot::{Care, Origin};
-use kelvin_vmm::control::{Asked, Control, Dial};
-use kelvin_vmm::{MachineEnd, MachineSpec, Paused, Running};
-use tokio::sync::{mpsc, oneshot, watch};
+use kelvin_store::snapshot::{Durability, Origin};
+use kelvin_vmm::control::{Control, Dial};
+use kelvin_vmm::{MachineEnd, MachineSpec, Running};
+use tokio::sync::{mpsc, watch};
 
-use crate::Inner;
-use crate::agent::{Agent, Body, SendError};
-use crate::capacity::Amount;
-use crate::capture::{Captured, Then};
-use crate::console::Console;
+use crate::activity::Underway;
+use crate::capacity::Hold;
 use crate::error::Error;
 use crate::link::Network;
-use crate::mail::{Decided, Fate, Mail, Shown, TIME_IS_OVER, Urgent, deadline_of, shown};
-use crate::record::{Event, SandboxRecord, next};
-use crate::snapshots::Lease;
+use crate::machine::agent::Agent;
+use crate::machine::capture::Capturing;
+use crate::machine::console::Console;
+use crate::machine::live::{Guest, LiveMachine};
+use crate::sandbox::handle::{Command, Sandbox, Urgent, body, deadline_of};
+use crate::sandbox::mail::{Decided, Fate, Mail, TIME_IS_OVER};
+use crate::sandbox::paused::Paused;
+use crate::sandbox::record::{Event, SandboxRecord, next};
+use crate::snapshots::{CaptureOptions, Captured, Lease};
+use crate::state::Inner;
 
 /// Commands that may wait for one sandbox.
 const QUEUE: usize = 64;
-
-/// What can be asked of the task.
-pub enum Command {
-    /// Replace its egress policy.
-    SetPolicy(Policy, oneshot::Sender<Result<(), Error>>),
-    /// Freeze it; answered when it can be resumed. What is kept, and whether its agent has to have flushed and frozen
-    /// its disk.
-    Pause(PauseMode, bool, oneshot::Sender<Result<Captured, Error>>),
-    /// Take a snapshot; it goes on. With what is known of it, for its children.
-    Snapshot(SnapshotId, Origin, PauseMode, Care, oneshot::Sender<Result<(Captured, SandboxRecord), Error>>),
-    /// Let its vCPUs go on when the VMM stopped them, for want of disk space.
-    GoOn,
-    /// Its agent does not answer: end it when its guest never will.
-    IsSilent,
-    /// The console's text.
-    Console(oneshot::Sender<Result<Vec<ConsoleLine>, kelvin_vmm::Error>>),
-}
-
-/// The handle of a running sandbox.
-pub struct Sandbox {
-    commands: mpsc::Sender<Command>,
-    urgent: mpsc::Sender<Urgent>,
-    shown: watch::Receiver<Shown>,
-    clock: Clock,
-    /// The way to its agent.
-    pub agent: Agent,
-    /// Makes it; none while its VMM is adopted. Not the task's work: a hostile guest may take its time.
-    dialer: watch::Receiver<Option<Arc<dyn Dial>>>,
-    guest_is_silent: Arc<AtomicBool>,
-    /// The way to its ports, when it has a network.
-    pub network: Option<Arc<Network>>,
-    /// What callers of its agent must show.
-    pub access_token: Option<Token>,
-    /// Whose memory its machine maps.
-    pub snapshot: Option<SnapshotId>,
-}
-
-impl Sandbox {
-    /// Has its task look whether a guest that does not answer has halted. Not waited for.
-    pub fn is_silent(&self) {
-        // A full queue is looked through anyway.
-        let _ = self.commands.try_send(Command::IsSilent);
-    }
-
-    /// Has its task let its vCPUs go on when its VMM stopped them. Not waited for.
-    pub fn go_on(&self) {
-        let _ = self.commands.try_send(Command::GoOn);
-    }
-
-    /// What it is.
-    pub fn live(&self) -> Live {
-        let (live, deadline) = self.shown.borrow().clone();
-        shown(&self.clock, live, deadline)
-    }
-
-    /// Whether its VMM is still being adopted.
-    pub fn is_being_adopted(&self) -> bool {
-        self.dialer.borrow().is_none()
-    }
-
-    /// Whether its guest did not answer when it was told last that it goes on.
-    pub fn is_guest_silent(&self) -> bool {
-        self.guest_is_silent.load(Ordering::Relaxed)
-    }
-
-    /// What makes connections to its agent; one whose VMM is being adopted is waited for.
-    async fn dialer(&self) -> Result<Arc<dyn Dial>, Error> {
-        let mut dialer = self.dialer.clone();
-        let being_adopted = || Error::BeingAdopted(self.shown.borrow().0.sandbox.to_string());
-        let made = tokio::time::timeout(ADOPTION, dialer.wait_for(Option::is_some)).await;
-        let made = made.map_err(|_| being_adopted())?.map_err(|_| self.gone())?;
-        made.clone().ok_or_else(being_adopted)
-    }
-
-    fn gone(&self) -> Error {
-        Error::Unknown(self.shown.borrow().0.sandbox.to_string())
-    }
-
-    /// Sends a command and waits for its answer.
-    ///
-    /// # Errors
-    /// `Unknown` when the sandbox has ended meanwhile, `BeingAdopted` when its VMM does not answer this daemon yet.
-    pub async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Error> {
-        self.dialer().await?;
-        let (sender, receiver) = oneshot::channel();
-        self.commands.send(command(sender)).await.map_err(|_| self.gone())?;
-        receiver.await.map_err(|_| self.gone())
-    }
-
-    /// The same for what does not wait for commands.
-    ///
-    /// # Errors
-    /// `Unknown` when the sandbox has ended meanwhile.
-    pub async fn urge<T>(&self, urgent: impl FnOnce(oneshot::Sender<T>) -> Urgent) -> Result<T, Error> {
-        let (sender, receiver) = oneshot::channel();
-        self.urgent.send(urgent(sender)).await.map_err(|_| self.gone())?;
-        receiver.await.map_err(|_| self.gone())
-    }
-}
-
-impl Sandbox {
-    /// Sends a request to its agent.
-    ///
-    /// # Errors
-    /// When the guest does not answer, or its connection breaks.
-    pub async fn request(&self, request: Request<Body>) -> Result<Response<Incoming>, SendError> {
-        let reconnect = move || async move { Ok(self.dialer().await?.connect().await?) };
-        self.agent.send(request, reconnect).await
-    }
-}
 
 /// A machine that is ready, on its way to be owned by its task.
 pub struct Machine {
@@ -175,6 +64,8 @@ pub struct Machine {
     pub lease: Option<Lease>,
     /// What was seen of its console before it was paused.
     pub console: Console,
+    /// What it holds of the node.
+    pub hold: Option<Hold>,
 }
 
 /// A machine that a former daemon started and that runs on.
@@ -189,31 +80,33 @@ pub struct Orphan {
     pub identity: Option<Identity>,
     /// Keeps what it was restored from.
     pub lease: Option<Lease>,
+    /// What it holds of the node.
+    pub hold: Option<Hold>,
 }
 
 /// What a task begins with.
-type Begun = (Keeping, Mail, watch::Sender<Option<Arc<dyn Dial>>>);
+type Begun = (SandboxActor, Mail, watch::Sender<Option<Arc<dyn Dial>>>);
 
 impl Inner {
     /// Makes `machine` a sandbox: visible, owned by a task. Its capacity is held already.
     pub fn own(self: &Arc<Self>, machine: Machine) {
-        let Machine { spec, running, control, record, identity, lease, console } = machine;
+        let Machine { spec, running, control, record, identity, lease, console, hold } = machine;
         let (key, dialer) = (running.key(), running.dialer());
-        let (mut keeping, mail, _) = self.begin(Orphan { spec, key, record, identity, lease }, Some(dialer));
-        keeping.running = Some(running);
-        keeping.control = Some(control);
-        keeping.console = console;
-        self.tasks.spawn(keeping.run(mail));
+        let (mut actor, mail, _) =
+            self.begin(Orphan { spec, key, record, identity, lease, hold }, Some(dialer));
+        actor.machine = LiveMachine::Running(running, Guest::new(control));
+        actor.console = console;
+        self.tasks.spawn(actor.run(mail));
     }
 
     /// The same for a machine that may take its time to answer: it is visible and can be ended at once.
     pub fn adopt(self: &Arc<Self>, orphan: Orphan) {
-        let (keeping, mail, dialer) = self.begin(orphan, None);
-        self.tasks.spawn(keeping.adopt(mail, dialer));
+        let (actor, mail, dialer) = self.begin(orphan, None);
+        self.tasks.spawn(actor.adopt(mail, dialer));
     }
 
     fn begin(self: &Arc<Self>, orphan: Orphan, dialer: Option<Arc<dyn Dial>>) -> Begun {
-        let Orphan { spec, key, record, identity, lease } = orphan;
+        let Orphan { spec, key, record, identity, lease, hold } = orphan;
         let (commands, queue) = mpsc::channel(QUEUE);
         let (urgent, urgent_queue) = mpsc::channel(QUEUE);
         let deadline = deadline_of(&self.clock, &record);
@@ -244,7 +137,7 @@ impl Inner {
             access_token: record.access_token.clone(),
             snapshot: record.snapshot.clone(),
         };
-        self.sandboxes().insert(id.clone(), Arc::new(sandbox));
+        self.sandboxes.running().insert(id.clone(), Arc::new(sandbox));
         let fate = Arc::<Fate>::default();
         let mail = Mail {
             commands: queue,
@@ -255,69 +148,60 @@ impl Inner {
             killed: None,
             ended: false,
             ends_at_deadline: record.lifecycle.on_timeout == OnTimeout::Kill,
-            inner: Arc::clone(self),
+            teardown: None,
+            clock: self.clock.clone(),
+            sandboxes: self.sandboxes.clone(),
+            changes: Arc::clone(&self.changes),
+            activity: self.activity.clone(),
             sandbox: id,
             key,
             fate: Arc::clone(&fate),
         };
-        let keeping = Keeping {
+        let actor = SandboxActor {
             inner: Arc::clone(self),
             spec,
             key,
-            running: None,
-            held: None,
-            posted: None,
-            control: None,
+            machine: LiveMachine::Away,
+            teardown: None,
             record,
             identity,
             lease,
+            hold,
             network,
             console: Console::default(),
             fate,
             is_silent,
         };
-        (keeping, mail, made)
+        (actor, mail, made)
     }
 
     /// Writes a sandbox's record.
     pub async fn remember(&self, spec: &MachineSpec, record: &SandboxRecord) -> Result<(), Error> {
-        Ok(self.keeper.ledger.put_record(&spec.vm, body(record)?).await?)
+        Ok(self.allocator.ledger.put_record(&spec.vm, body(record)?).await?)
     }
 }
 
-/// A record as the ledger keeps it.
-pub fn body(record: &SandboxRecord) -> Result<ledger::Body, Error> {
-    record.body().map_err(|error| Error::Io { what: "writing a record", source: error.into() })
-}
-
 /// What the task of a sandbox owns.
-pub struct Keeping {
-    pub inner: Arc<Inner>,
-    pub spec: MachineSpec,
+struct SandboxActor {
+    inner: Arc<Inner>,
+    spec: MachineSpec,
     key: ProcessKey,
-    /// The machine while its vCPUs run.
-    pub running: Option<Running>,
-    /// The machine while they are stopped.
-    pub held: Option<Paused>,
-    /// A wake-up that was not answered yet.
-    pub posted: Option<Asked>,
-    /// Its guest's control port; none while its VMM is adopted.
-    pub control: Option<Control>,
-    pub record: SandboxRecord,
-    pub identity: Option<Identity>,
+    machine: LiveMachine,
+    /// What is counted from its end until all of it is released.
+    teardown: Option<Underway>,
+    record: SandboxRecord,
+    identity: Option<Identity>,
     lease: Option<Lease>,
+    hold: Option<Hold>,
     network: Option<Arc<Network>>,
     console: Console,
     fate: Arc<Fate>,
     /// Whether its guest did not say that it goes on when it was asked last.
-    pub is_silent: Arc<AtomicBool>,
+    is_silent: Arc<AtomicBool>,
 }
 
 /// How long to wait before a pause at a deadline that failed is tried again, or a VMM that does not answer.
 const AGAIN: std::time::Duration = std::time::Duration::from_secs(30);
-
-/// How long a request waits for a sandbox whose VMM is being adopted.
-const ADOPTION: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// How long a VMM may take to show a console whose machine has ended.
 const CONSOLE: std::time::Duration = std::time::Duration::from_secs(10);
@@ -334,7 +218,7 @@ async fn why(running: &Running, end: MachineEnd) -> String {
 }
 
 /// Why the task goes no further.
-enum Over {
+enum ExitReason {
     /// The sandbox ends, for this reason unless it has ended already.
     End(String),
     /// The sandbox is paused: its machine ends.
@@ -349,7 +233,18 @@ enum Step {
     Do(Command),
 }
 
-impl Keeping {
+impl SandboxActor {
+    fn capturing(&mut self) -> Capturing<'_> {
+        Capturing {
+            inner: &self.inner,
+            spec: &self.spec,
+            machine: &mut self.machine,
+            record: &self.record,
+            identity: self.identity.as_ref(),
+            is_silent: &self.is_silent,
+        }
+    }
+
     /// Takes over a machine of a former daemon, and owns it.
     async fn adopt(mut self, mut mail: Mail, dialer: watch::Sender<Option<Arc<dyn Dial>>>) {
         let stop = self.inner.stop.clone();
@@ -380,17 +275,17 @@ impl Keeping {
                 Err(error) => self.wait_for_vmm(error).await?,
             }
         };
-        self.control = loop {
+        let control = loop {
             match running.control().await {
-                Ok(control) => break Some(control),
+                Ok(control) => break control,
                 Err(error) => self.wait_for_vmm(error).await?,
             }
         };
         dialer.send_replace(Some(running.dialer()));
-        self.running = Some(running);
+        self.machine = LiveMachine::Running(running, Guest::new(control));
         tracing::info!(sandbox = %self.record.sandbox, pid = self.key.pid, "adopted");
         // It may have been stopped for a snapshot, and its file system frozen.
-        self.awake().await;
+        self.capturing().await_wake_ack().await;
         Ok(())
     }
 
@@ -409,15 +304,15 @@ impl Keeping {
         let (stop, clock) = (self.inner.stop.clone(), self.inner.clock.clone());
         let over = loop {
             if mail.ended {
-                break Over::End(String::new());
+                break ExitReason::End(String::new());
             }
             if let Some(done) = mail.killed.take() {
                 mail.hear(Urgent::Kill(done));
                 continue;
             }
             self.record_deadline(&mut mail).await;
-            let Some(running) = &self.running else {
-                break Over::End("its VMM did not go on".to_owned());
+            let Some(running) = self.machine.running() else {
+                break ExitReason::End("its VMM did not go on".to_owned());
             };
             let step = tokio::select! {
                 // What has ended is not asked or paused any more.
@@ -430,13 +325,15 @@ impl Keeping {
                 command = mail.commands.recv() => command.map(Step::Do),
             };
             let over = match step {
-                None => Some(Over::End("nobody holds it any more".to_owned())),
+                None => Some(ExitReason::End("nobody holds it any more".to_owned())),
                 Some(Step::Hear(urgent)) => {
                     mail.hear(urgent);
                     None
                 }
-                Some(Step::Ended(end)) => Some(Over::End(mail.beside(why(running, end)).await)),
-                Some(Step::TimeIsOver) if mail.ends_at_deadline => Some(Over::End(TIME_IS_OVER.to_owned())),
+                Some(Step::Ended(end)) => Some(ExitReason::End(mail.beside(why(running, end)).await)),
+                Some(Step::TimeIsOver) if mail.ends_at_deadline => {
+                    Some(ExitReason::End(TIME_IS_OVER.to_owned()))
+                }
                 Some(Step::TimeIsOver) => self.pause_at_deadline(&mut mail).await,
                 Some(Step::Do(command)) => {
                     let work = Box::pin(self.perform(command));
@@ -448,13 +345,14 @@ impl Keeping {
             }
         };
         match over {
-            Over::End(reason) => {
+            ExitReason::End(reason) => {
                 mail.end(&reason);
+                self.teardown = mail.teardown.take();
                 // Who asks for something now is told that it is gone; the rest is not their business.
                 drop(mail);
                 self.end().await;
             }
-            Over::Paused => {
+            ExitReason::Paused => {
                 drop(mail);
                 self.release().await;
             }
@@ -462,33 +360,36 @@ impl Keeping {
     }
 
     /// Does what was asked.
-    async fn perform(&mut self, command: Command) -> Option<Over> {
+    async fn perform(&mut self, command: Command) -> Option<ExitReason> {
         match command {
             Command::SetPolicy(policy, done) => drop(done.send(self.set_policy(policy).await)),
             Command::Pause(mode, healthy, done) => {
                 let paused = self.pause(mode, healthy).await.map_err(|error| self.unless_ended(error));
                 let over = paused.is_ok();
                 let _ = done.send(paused);
-                return over.then_some(Over::Paused);
+                return over.then_some(ExitReason::Paused);
             }
-            Command::Snapshot(id, origin, mode, care, done) => {
-                let taken = self.capture(id, origin, care, Then { mode, ..Then::default() }).await;
+            Command::Snapshot(id, origin, mode, durability, done) => {
+                let taken = self
+                    .capturing()
+                    .capture(id, origin, durability, CaptureOptions { mode, ..CaptureOptions::default() })
+                    .await;
                 let taken = taken.map_err(|error| self.unless_ended(error));
                 let _ = done.send(taken.map(|captured| (captured, self.record.clone())));
             }
             Command::Console(reply) => {
-                let running = self.running.as_ref()?;
+                let running = self.machine.running()?;
                 let read = running.console().await;
                 let _ = reply.send(read.map(|text| self.console.read(text, self.inner.clock.wall())));
             }
             Command::IsSilent => {
-                let console = read_console(self.running.as_ref()?).await;
+                let console = read_console(self.machine.running()?).await;
                 if kelvin_vmm::guest_end::is_halted(&console) {
-                    return Some(Over::End("the guest halted".to_owned()));
+                    return Some(ExitReason::End("the guest halted".to_owned()));
                 }
             }
             Command::GoOn => {
-                if let Err(error) = self.running.as_ref()?.go_on().await {
+                if let Err(error) = self.machine.running()?.go_on().await {
                     tracing::warn!(sandbox = %self.record.sandbox, error = chain(&error), "its VMM does not answer");
                 }
             }
@@ -518,10 +419,10 @@ impl Keeping {
     }
 
     /// What cannot be paused is not ended instead: it is tried again.
-    async fn pause_at_deadline(&mut self, mail: &mut Mail) -> Option<Over> {
+    async fn pause_at_deadline(&mut self, mail: &mut Mail) -> Option<ExitReason> {
         let work = Box::pin(self.pause(self.record.lifecycle.pause_mode, false));
         match mail.beside(work).await {
-            Ok(_) => Some(Over::Paused),
+            Ok(_) => Some(ExitReason::Paused),
             Err(_) if mail.ended => None,
             Err(error) => {
                 tracing::error!(sandbox = %self.record.sandbox, error = chain(&error), "not paused at its deadline, tried again");
@@ -540,18 +441,19 @@ impl Keeping {
     async fn pause(&mut self, mode: PauseMode, healthy: bool) -> Result<Captured, Error> {
         let (sandbox, generation) = (self.record.sandbox.clone(), self.record.generation + 1);
         let origin = Origin::Pause { sandbox: sandbox.clone(), generation };
-        let then = Then { stay: true, healthy, mode };
+        let then = CaptureOptions { stay: true, healthy, mode };
         // Asked before the machine stands still: nothing but the ledger can fail after it.
         let Some(state) = next(self.record.state, Event::Pause) else {
             return Err(Error::Unknown(sandbox.to_string()));
         };
-        if let Some(running) = &self.running
+        if let Some(running) = self.machine.running()
             && let Ok(text) = running.console().await
         {
             // Its VMM takes the console along.
             self.console.read(text, self.inner.clock.wall());
         }
-        let captured = self.capture(SnapshotId::random(), origin, Care::Durable, then).await?;
+        let captured =
+            self.capturing().capture(SnapshotId::random(), origin, Durability::Durable, then).await?;
         let snapshot = Some(captured.snapshot.manifest.id.clone());
         let record = SandboxRecord { state, generation, snapshot, deadline: None, ..self.record.clone() };
         let owner = VmId::random();
@@ -561,7 +463,7 @@ impl Keeping {
             return Err(Error::Unknown(sandbox.to_string()));
         }
         let moved = match body(&record) {
-            Ok(body) => match self.inner.keeper.ledger.move_record(&self.spec.vm, &owner, body).await {
+            Ok(body) => match self.inner.allocator.ledger.move_record(&self.spec.vm, &owner, body).await {
                 Ok(true) => Ok(()),
                 Ok(false) => Err(Error::Unknown(sandbox.to_string())),
                 Err(error) => Err(error.into()),
@@ -570,19 +472,20 @@ impl Keeping {
         };
         if let Err(error) = moved {
             self.fate.turn(Decided::Pausing, Decided::Open);
-            self.go_on().await?;
-            self.awake().await;
+            self.capturing().go_on().await?;
+            self.capturing().await_wake_ack().await;
             return Err(error);
         }
         let lease = self.inner.snapshots.lease(&captured.snapshot.manifest.id);
         let console = std::mem::take(&mut self.console);
         let live = record.live();
-        self.inner.begin_teardown();
+        self.teardown = Some(self.inner.activity.teardown());
         // Visible as paused before it is invisible as running: it is never unknown.
         self.inner
-            .paused_sandboxes()
-            .insert(sandbox.clone(), Arc::new(crate::paused::Paused::new(owner, record, lease, console)));
-        self.inner.sandboxes().remove(&sandbox);
+            .sandboxes
+            .paused()
+            .insert(sandbox.clone(), Arc::new(Paused::new(owner, record, lease, console)));
+        self.inner.sandboxes.running().remove(&sandbox);
         self.fate.turn(Decided::Pausing, Decided::Over);
         self.inner.changes.is(live);
         tracing::info!(sandbox = %sandbox, generation, "sandbox paused");
@@ -590,7 +493,7 @@ impl Keeping {
     }
 
     async fn set_policy(&mut self, policy: Policy) -> Result<(), Error> {
-        let (Some(network), Some(networks)) = (&self.network, &self.inner.keeper.networks) else {
+        let (Some(network), Some(networks)) = (&self.network, &self.inner.allocator.networks) else {
             return Err(Error::NoNetwork { what: format!("sandbox {}", self.record.sandbox), reason: None });
         };
         // Recorded first: whatever happens next, a restart comes to the policy that was asked for last.
@@ -619,10 +522,10 @@ impl Keeping {
         if let Some(network) = self.network.take() {
             network.close().await;
         }
-        self.inner.keeper.release_or_log(&self.spec, Some(self.key)).await;
-        self.inner.capacity().release(Amount::machine(self.record.shape));
+        self.inner.allocator.release_or_log(&self.spec, Some(self.key)).await;
+        drop(self.hold.take());
         // Its memory is mapped by nobody any more.
         drop(self.lease.take());
-        self.inner.end_teardown();
+        drop(self.teardown.take());
     }
 }

@@ -1,15 +1,14 @@
-//! The wall clock of a guest that has just woken up.
+//! What a guest is told that wakes up, and its wall clock then.
 //!
 //! Nothing is written here; a crash leaves a guest whose clock is wrong by what its agent took to answer. Who adopts it
 //! sets it again.
 
 use std::time::Duration;
 
-use kelvin_api::guest::Request;
+use kelvin_api::guest::{Request, Wake};
 use kelvin_host::clock::Clock;
 use kelvin_vmm::control::{Control, Done};
 
-use crate::create::{wake, wall_clock_ns};
 use crate::error::Error;
 
 /// How wrong it may be: half of what is promised.
@@ -23,7 +22,7 @@ const TRIES: u32 = 3;
 ///
 /// # Errors
 /// When the guest does not answer.
-pub async fn right_clock(
+pub async fn sync_clock(
     clock: &Clock,
     control: &mut Control,
     done: Done,
@@ -42,4 +41,25 @@ pub async fn right_clock(
     }
     tracing::warn!("a guest is too busy to say that its clock is right");
     Ok(())
+}
+
+/// From the kernel.
+pub fn random_bytes<const N: usize>() -> Result<[u8; N], Error> {
+    let mut random = [0; N];
+    getrandom::fill(&mut random).map_err(|error| Error::Io {
+        what: "reading random bytes",
+        source: std::io::Error::other(error.to_string()),
+    })?;
+    Ok(random)
+}
+
+/// As it is told to guests.
+pub fn wall_clock_ns(clock: &Clock) -> u64 {
+    u64::try_from(clock.wall().as_nanosecond()).unwrap_or(0)
+}
+
+/// What a machine that goes on as who it is is told. The clock is read last: the frame leaves at once.
+pub fn wake(clock: &Clock, restored: bool) -> Result<Wake, Error> {
+    let entropy = random_bytes()?;
+    Ok(Wake { entropy, restored, wall_clock_ns: wall_clock_ns(clock) })
 }

@@ -1,73 +1,28 @@
-//! A sandbox that is paused: a record and a snapshot, no machine.
+//! What becomes of a sandbox that is paused: it is resumed, or kept as a snapshot of its own.
 //!
-//! Only the record says that a snapshot may be resumed. A resume takes the record to the new machine in one
-//! transaction, so each image is resumed once: what it was is never met by what its disk became. One gate for each
-//! sandbox: whoever comes while it is being resumed waits for that and joins it.
+//! One gate for each sandbox: whoever comes while it is being resumed waits for that and joins it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use kelvin_api::id::{SandboxId, SnapshotId, VmId};
+use kelvin_api::id::{SandboxId, SnapshotId};
 use kelvin_api::network::Wanted;
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::PauseMode;
 use kelvin_node_api::{Base, Create, Created};
-use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
-use tokio::sync::watch;
+use kelvin_store::snapshot::{Draft, Durability, Origin, Snapshot};
 
-use crate::Inner;
-use crate::console::Console;
-use crate::create::Seed;
 use crate::error::Error;
-use crate::record::SandboxRecord;
+use crate::sandbox::paused::Paused;
 use crate::snapshots::Lease;
-
-/// A sandbox that is paused.
-pub struct Paused {
-    /// Under which the ledger has its record.
-    pub owner: VmId,
-    /// What is known of it; `snapshot` is what it is frozen in.
-    pub record: SandboxRecord,
-    /// Keeps that snapshot; none when its files are not there, which a resume then says.
-    _lease: Option<Lease>,
-    /// What was seen of its console.
-    pub console: Console,
-    gate: tokio::sync::Mutex<()>,
-    /// Held by who ends it until that is on the disk: whoever wants the same meanwhile finds it done, or not.
-    ending: tokio::sync::Mutex<()>,
-    over: AtomicBool,
-    /// Whether somebody wants it ended: a resume that is under way gives up.
-    killed: watch::Sender<bool>,
-}
-
-impl Paused {
-    /// The sandbox of `record`, which is in the ledger already.
-    pub fn new(owner: VmId, record: SandboxRecord, lease: Option<Lease>, console: Console) -> Self {
-        Self {
-            owner,
-            record,
-            _lease: lease,
-            console,
-            gate: tokio::sync::Mutex::default(),
-            ending: tokio::sync::Mutex::default(),
-            over: AtomicBool::new(false),
-            killed: watch::Sender::new(false),
-        }
-    }
-
-    /// Waits until somebody wants it ended.
-    pub async fn killed(&self) {
-        let mut killed = self.killed.subscribe();
-        // The sender is this one's.
-        let _ = killed.wait_for(|killed| *killed).await;
-    }
-}
+use crate::start::source::StartSource;
+use crate::state::Inner;
 
 impl Inner {
     /// The sandbox called `id`, when it is paused.
     pub fn paused(&self, id: &SandboxId) -> Option<Arc<Paused>> {
-        self.paused_sandboxes().get(id).cloned()
+        self.sandboxes.paused().get(id).cloned()
     }
 
     /// Whether what `paused` is frozen in can go on.
@@ -90,13 +45,13 @@ impl Inner {
         let unknown = || Error::Unknown(id.to_string());
         let paused = match self.paused(id) {
             Some(paused) => paused,
-            None if self.sandboxes().contains_key(id) => return Ok(None),
+            None if self.sandboxes.running().contains_key(id) => return Ok(None),
             None if self.is_unreadable(id) => return Err(Error::Unreadable(id.to_string())),
             None => return Err(unknown()),
         };
         let _gate = paused.gate.lock().await;
         if paused.over.load(Ordering::Acquire) {
-            return if self.sandboxes().contains_key(id) { Ok(None) } else { Err(unknown()) };
+            return if self.sandboxes.running().contains_key(id) { Ok(None) } else { Err(unknown()) };
         }
         let record = &paused.record;
         let for_as_long = || self.clock.wall() + std::time::Duration::from_secs(record.timeout_s);
@@ -104,7 +59,7 @@ impl Inner {
         let request = Create {
             sandbox: id.clone(),
             project: record.project.clone(),
-            base: Base::Snapshot(image),
+            base: Base::Snapshot(image.clone()),
             vcpus: None,
             memory_mib: None,
             env_vars: record.env_vars.clone(),
@@ -116,13 +71,17 @@ impl Inner {
             lifecycle: record.lifecycle,
             timeout: std::time::Duration::from_secs(record.timeout_s),
         };
-        let created = match self.create(request, Seed::Resume(Arc::clone(&paused), mode)).await {
+        let resumed = async {
+            let image = self.find_snapshot(&image)?;
+            self.create(request, StartSource::resume(Arc::clone(&paused), image, mode)).await
+        };
+        let created = match resumed.await {
             // It was killed meanwhile, whatever else went wrong.
             Err(_) if paused.over.load(Ordering::Acquire) => return Err(unknown()),
             other => other?,
         };
         paused.over.store(true, Ordering::Release);
-        self.paused_sandboxes().remove(id);
+        self.sandboxes.paused().remove(id);
         Ok(Some(created))
     }
 
@@ -179,7 +138,7 @@ impl Inner {
             };
             let kept = cloned()
                 .map_err(|source| Error::Io { what: "cloning a paused sandbox's snapshot", source })
-                .and_then(|()| Ok(store.publish_snapshot(&staged, draft, Care::Durable)?));
+                .and_then(|()| Ok(store.publish_snapshot(&staged, draft, Durability::Durable)?));
             kept.map_err(|error| (Some(staged), error))
         });
         let kept = copied.await.map_err(|error| Error::Io {
@@ -190,7 +149,7 @@ impl Inner {
             Ok(kept) => kept,
             Err((staged, error)) => {
                 if let Some(staged) = staged {
-                    self.keeper.remove_staged(staged).await;
+                    self.allocator.remove_staged(staged).await;
                 }
                 return Err(error);
             }
@@ -199,27 +158,5 @@ impl Inner {
         let kept = Arc::new(kept);
         drop(self.snapshots.add_leased(Arc::clone(&kept)));
         Ok((kept, timings))
-    }
-
-    /// Ends a sandbox that is paused, also one that is being resumed. Nothing is waited for but who ends it already: whether it ended or was
-    /// resumed is decided by who takes its record out of the ledger. A resume that comes too late finds none, and one that
-    /// waits for a silent guest gives up: its machine is released.
-    ///
-    /// # Errors
-    /// `Unknown` when it was resumed or ended meanwhile, `Ledger`.
-    pub async fn end_paused(&self, id: &SandboxId) -> Result<(), Error> {
-        let unknown = || Error::Unknown(id.to_string());
-        let paused = self.paused(id).ok_or_else(unknown)?;
-        let _ending = paused.ending.lock().await;
-        if paused.over.load(Ordering::Acquire) || !self.keeper.ledger.strike_record(&paused.owner).await? {
-            // A resume that has taken the record is about to be seen.
-            drop(paused.gate.lock().await);
-            return Err(unknown());
-        }
-        paused.over.store(true, Ordering::Release);
-        paused.killed.send_replace(true);
-        self.paused_sandboxes().remove(id);
-        self.changes.add(id.clone(), "it was killed while it was paused");
-        Ok(())
     }
 }

@@ -13,7 +13,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kelvin_api::error::chain;
@@ -22,15 +22,17 @@ use kelvin_api::id::SnapshotId;
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{Capture, PauseMode};
 use kelvin_host::clock::Clock;
-use kelvin_store::snapshot::{Care, Draft, Origin, Snapshot};
-use kelvin_vmm::{Paused, Saved};
+use kelvin_store::identity::Identity;
+use kelvin_store::snapshot::{Draft, Durability, Origin, Snapshot};
+use kelvin_vmm::{MachineSpec, Saved};
 use tracing::Instrument;
 
-use crate::clock::right_clock;
-use crate::create::wake;
 use crate::error::Error;
-use crate::sandbox::Keeping;
-use crate::snapshots::Lease;
+use crate::machine::clock::{sync_clock, wake};
+use crate::machine::live::LiveMachine;
+use crate::sandbox::record::SandboxRecord;
+use crate::snapshots::{CaptureOptions, Captured};
+use crate::state::Inner;
 
 /// How long a guest may take to write everything back, and how long when its owner wants no snapshot without that: its
 /// disk may be slow.
@@ -42,29 +44,6 @@ const STAYS_FROZEN: Duration = Duration::from_secs(15);
 const FREEZES: u32 = 3;
 /// How long the agent of a machine that goes on may take to say so.
 const AWAKE: Duration = Duration::from_secs(10);
-
-/// A snapshot that was taken.
-pub struct Captured {
-    /// It.
-    pub snapshot: Arc<Snapshot>,
-    /// Keeps it.
-    pub _lease: Lease,
-    /// What it cost its source.
-    pub capture: Capture,
-    /// The same by phase.
-    pub timings: Timings,
-}
-
-/// What is wanted beside the snapshot.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Then {
-    /// The machine stays stopped when all went well: it is to be paused.
-    pub stay: bool,
-    /// Refuse when the guest's agent does not flush and freeze its file system.
-    pub healthy: bool,
-    /// What is kept.
-    pub mode: PauseMode,
-}
 
 async fn blocking<T: Send + 'static>(
     what: &'static str,
@@ -80,6 +59,22 @@ async fn blocking<T: Send + 'static>(
 /// stopped.
 async fn flush(disk: PathBuf) -> Result<(), Error> {
     blocking("flushing the disk", move || kelvin_host::file::read_plain(&disk)?.sync_data()).await
+}
+
+/// A machine that snapshots are taken of, as its task lends it.
+pub struct Capturing<'a> {
+    /// The node.
+    pub inner: &'a Arc<Inner>,
+    /// Its place.
+    pub spec: &'a MachineSpec,
+    /// It.
+    pub machine: &'a mut LiveMachine,
+    /// What is known of its sandbox.
+    pub record: &'a SandboxRecord,
+    /// What a snapshot of it must be restored as; none when that is not known any more.
+    pub identity: Option<&'a Identity>,
+    /// Whether its guest did not say that it goes on when it was asked last.
+    pub is_silent: &'a AtomicBool,
 }
 
 /// What freezing a file system on its disk takes.
@@ -110,13 +105,13 @@ async fn freeze_on_disk(clock: &Clock, of: &mut impl Freeze) -> Result<bool, Err
     Ok(false)
 }
 
-struct Freezing<'a> {
-    of: &'a mut Keeping,
+struct Freezing<'a, 'b> {
+    of: &'a mut Capturing<'b>,
     disk: PathBuf,
     limit: Duration,
 }
 
-impl Freeze for Freezing<'_> {
+impl Freeze for Freezing<'_, '_> {
     async fn freeze(&mut self) -> bool {
         self.of.freeze(self.limit).await
     }
@@ -126,12 +121,12 @@ impl Freeze for Freezing<'_> {
     }
 
     async fn thaw(&mut self) {
-        self.of.awake().await;
+        self.of.await_wake_ack().await;
     }
 }
 
-impl Keeping {
-    /// Takes a snapshot called `id`. With `then.stay`, the machine stays stopped when that succeeds, in `self.held`.
+impl Capturing<'_> {
+    /// Takes a snapshot called `id`. With `then.stay`, the machine stays stopped when that succeeds, in `self.machine`.
     ///
     /// # Errors
     /// Of the step that failed; then the machine runs and nothing is left of the snapshot. When it cannot go on,
@@ -140,8 +135,8 @@ impl Keeping {
         &mut self,
         id: SnapshotId,
         origin: Origin,
-        care: Care,
-        then: Then,
+        durability: Durability,
+        then: CaptureOptions,
     ) -> Result<Captured, Error> {
         self.inner.check_disk()?;
         let store = self.inner.store.clone();
@@ -150,9 +145,9 @@ impl Keeping {
             what: "making a staging directory",
             source: std::io::Error::other(error),
         })??;
-        let result = self.capture_to(&staged, id, origin, care, then).await;
+        let result = self.capture_to(&staged, id, origin, durability, then).await;
         if result.is_err() {
-            self.inner.keeper.remove_staged(staged).await;
+            self.inner.allocator.remove_staged(staged).await;
         }
         result
     }
@@ -162,11 +157,11 @@ impl Keeping {
         staged: &Path,
         id: SnapshotId,
         origin: Origin,
-        care: Care,
-        Then { stay, healthy, mode }: Then,
+        durability: Durability,
+        CaptureOptions { stay, healthy, mode }: CaptureOptions,
     ) -> Result<Captured, Error> {
         let (mut timings, mut since) = (Timings::default(), Instant::now());
-        let inner = Arc::clone(&self.inner);
+        let inner = Arc::clone(self.inner);
         let begin = |phase: Phase| {
             inner.crash_point(phase);
             tracing::info_span!("phase", name = phase.name())
@@ -176,31 +171,27 @@ impl Keeping {
         timings.lap(Phase::Quiesce, &mut since);
         if healthy && !quiesced {
             // It may still come to it.
-            self.awake().await;
+            self.await_wake_ack().await;
             return Err(Error::Unhealthy(self.record.sandbox.to_string()));
         }
 
         // Not before: a guest that does not answer asks for no processor.
-        let _work = inner.work();
+        let _work = inner.activity.work();
         let span = begin(Phase::Pause);
         let stopped = Instant::now();
-        let Some(running) = self.running.take() else {
-            return Err(Error::Unknown(self.record.sandbox.to_string()));
-        };
-        let paused = match running.pause().instrument(span).await {
-            Ok(paused) => paused,
-            Err((running, error)) => {
-                self.running = Some(running);
-                self.awake().await;
+        match self.machine.stop().instrument(span).await {
+            Some(Ok(())) => {}
+            Some(Err(error)) => {
+                self.await_wake_ack().await;
                 return Err(error.into());
             }
-        };
+            None => return Err(Error::Unknown(self.record.sandbox.to_string())),
+        }
         timings.lap(Phase::Pause, &mut since);
 
         let span = begin(Phase::Save);
-        let saved = self.save(&paused, staged, mode).instrument(span).await;
+        let saved = self.save(staged, mode).instrument(span).await;
         timings.lap(Phase::Save, &mut since);
-        self.held = Some(paused);
         if !stay || saved.is_err() {
             let span = begin(Phase::Resume);
             self.go_on().instrument(span).await?;
@@ -209,19 +200,19 @@ impl Keeping {
         let paused_ms = stopped.elapsed().as_secs_f64() * 1e3;
         let saved = saved?;
         if !stay {
-            self.awake().await;
+            self.await_wake_ack().await;
         }
 
         let span = begin(Phase::Publish);
         since = Instant::now();
-        let published = self.publish(staged, id, origin, mode, care).instrument(span).await;
+        let published = self.publish(staged, id, origin, mode, durability).instrument(span).await;
         timings.lap(Phase::Publish, &mut since);
         let snapshot = match published {
             Ok(snapshot) => Arc::new(snapshot),
             Err(error) => {
                 if stay {
                     self.go_on().await?;
-                    self.awake().await;
+                    self.await_wake_ack().await;
                 }
                 return Err(error);
             }
@@ -235,7 +226,7 @@ impl Keeping {
 
     /// What can be done while the machine runs. Whether its file system is frozen, and on the disk.
     async fn quiesce(&mut self, staged: &Path, mode: PauseMode, healthy: bool) -> Result<bool, Error> {
-        let Some(running) = &self.running else {
+        let Some(running) = self.machine.running() else {
             return Err(Error::Unknown(self.record.sandbox.to_string()));
         };
         // A slow disk is waited for ahead of the freeze: what is frozen has little left to write.
@@ -255,9 +246,9 @@ impl Keeping {
 
     async fn freeze(&mut self, limit: Duration) -> bool {
         // What was posted before and not waited for is answered first, and passed over.
-        self.posted = None;
-        let Some(control) = &mut self.control else { return false };
-        let freezing = control.call("freezing the file system", &Request::Freeze, limit);
+        let Some(guest) = self.machine.guest() else { return false };
+        guest.posted = None;
+        let freezing = guest.control.call("freezing the file system", &Request::Freeze, limit);
         match self.inner.hurry.run_until_cancelled(freezing).await {
             Some(Ok(_)) => true,
             Some(Err(error)) => {
@@ -269,7 +260,10 @@ impl Keeping {
         }
     }
 
-    async fn save(&self, paused: &Paused, staged: &Path, mode: PauseMode) -> Result<Saved, Error> {
+    async fn save(&self, staged: &Path, mode: PauseMode) -> Result<Saved, Error> {
+        let Some(paused) = self.machine.stopped() else {
+            return Err(Error::Unknown(self.record.sandbox.to_string()));
+        };
         let (from, to) = (self.spec.absolute().join("disk"), staged.join("disk"));
         let (memory, state) = (staged.join("memory"), staged.join("state"));
         let save = async {
@@ -292,14 +286,14 @@ impl Keeping {
         id: SnapshotId,
         origin: Origin,
         mode: PauseMode,
-        care: Care,
+        durability: Durability,
     ) -> Result<Snapshot, Error> {
-        let record = &self.record;
+        let record = self.record;
         let missing = || kelvin_store::Error::Missing {
             kind: "snapshot",
             name: record.snapshot.as_ref().map(ToString::to_string).unwrap_or_default(),
         };
-        let identity = self.identity.clone().ok_or_else(missing)?;
+        let identity = self.identity.cloned().ok_or_else(missing)?;
         let draft = Draft {
             id,
             template: record.template.clone(),
@@ -311,47 +305,30 @@ impl Keeping {
             arguments: self.inner.driver.layout(record.shape, self.spec.network.is_some()),
         };
         let (store, staged) = (self.inner.store.clone(), staged.to_owned());
-        kelvin_host::blocking::spawn(move || store.publish_snapshot(&staged, draft, care))
+        kelvin_host::blocking::spawn(move || store.publish_snapshot(&staged, draft, durability))
             .await
             .map_err(|error| Error::Io { what: "publishing", source: std::io::Error::other(error) })?
             .map_err(Error::from)
     }
 
-    /// Lets a machine that is held go on as who it is.
+    /// Lets a machine that stands still go on as who it is.
     pub async fn go_on(&mut self) -> Result<(), Error> {
-        let Some(paused) = self.held.take() else {
-            return Ok(());
-        };
-        // Posted while the vCPUs stand still: the guest wakes up once.
-        self.posted = match (wake(&self.inner.clock, false), &mut self.control) {
-            (Ok(wake), Some(control)) => control.post(&Request::Wake(wake)).await.ok(),
-            _ => None,
-        };
-        match paused.resume().await {
-            Ok(running) => {
-                self.running = Some(running);
-                Ok(())
-            }
-            Err((paused, error)) => {
-                self.held = Some(paused);
-                Err(error.into())
-            }
-        }
+        self.machine.go_on(&self.inner.clock).await
     }
 
     /// Waits until the agent of a machine that went on has stepped its clock and thawed its file system. One that does
     /// not answer is reported, and runs on; a node that stops does not wait for it.
-    pub async fn awake(&mut self) {
-        let (posted, hurry) = (self.posted.take(), self.inner.hurry.clone());
-        let clock = self.inner.clock.clone();
-        let Some(control) = &mut self.control else { return };
+    pub async fn await_wake_ack(&mut self) {
+        let (clock, hurry) = (self.inner.clock.clone(), self.inner.hurry.clone());
+        let Some(guest) = self.machine.guest() else { return };
+        let (posted, control) = (guest.posted.take(), &mut guest.control);
         let told = async {
             let asked = match posted {
                 Some(asked) => asked,
                 None => control.post(&Request::Wake(wake(&clock, false)?)).await?,
             };
             let done = control.wait("going on", asked, AWAKE).await?;
-            right_clock(&clock, control, done, AWAKE).await
+            sync_clock(&clock, control, done, AWAKE).await
         };
         match hurry.run_until_cancelled(told).await {
             None => {}

@@ -52,7 +52,7 @@ impl Users {
 
 /// What making and releasing needs.
 #[derive(Clone)]
-pub struct Keeper {
+pub struct MachineAllocator {
     /// Where everything is declared.
     pub ledger: Ledger,
     /// Where directories are.
@@ -89,25 +89,25 @@ pub struct Unreleased {
 
 /// The resources of one machine.
 #[derive(Debug)]
-pub struct Home {
+pub struct MachineResources {
     /// For the driver.
     pub spec: MachineSpec,
     /// The ledger's entry of the VMM.
     vmm_entry: i64,
 }
 
-impl Home {
+impl MachineResources {
     /// Notes which process the VMM is.
     ///
     /// # Errors
     /// As the ledger gives them.
-    pub async fn started(&self, keeper: &Keeper, key: ProcessKey) -> Result<(), Error> {
+    pub async fn started(&self, allocator: &MachineAllocator, key: ProcessKey) -> Result<(), Error> {
         let resource = Resource::Vmm { marker: self.spec.marker(), key: Some(key) };
-        Ok(keeper.ledger.amend(self.vmm_entry, &resource).await?)
+        Ok(allocator.ledger.amend(self.vmm_entry, &resource).await?)
     }
 }
 
-impl Keeper {
+impl MachineAllocator {
     /// Sets the limits of a machine that is there already: this server's, and those that were lifted when the last
     /// one ended.
     ///
@@ -131,7 +131,7 @@ impl Keeper {
         guest: &str,
         parent: PathBuf,
         network: bool,
-    ) -> Result<Home, Error> {
+    ) -> Result<MachineResources, Error> {
         let (home, disk) = self.begin(shape, guest, parent, network).await?;
         match disk.await {
             Ok(()) => Ok(home),
@@ -145,14 +145,14 @@ impl Keeper {
     /// The same, but the disk is still on its way when it returns. Network and directory are made at once.
     ///
     /// # Errors
-    /// As [`Keeper::build`].
+    /// As [`MachineAllocator::build`].
     pub async fn begin(
         &self,
         shape: Shape,
         guest: &str,
         parent: PathBuf,
         network: bool,
-    ) -> Result<(Home, Disk), Error> {
+    ) -> Result<(MachineResources, Disk), Error> {
         let networks = self.networks.as_ref().filter(|_| network);
         let claiming = async {
             match networks {
@@ -188,7 +188,12 @@ impl Keeper {
     }
 
     /// Declares and makes the directory of a machine without a network; its disk is on its way.
-    async fn place(&self, shape: Shape, guest: &str, parent: PathBuf) -> Result<(Home, Disk), Error> {
+    async fn place(
+        &self,
+        shape: Shape,
+        guest: &str,
+        parent: PathBuf,
+    ) -> Result<(MachineResources, Disk), Error> {
         let user = self.users.take(self.first_user);
         let vm = VmId::random();
         let limits = self
@@ -218,7 +223,7 @@ impl Keeper {
             }
         };
         let (directory, vm) = (spec.absolute(), spec.vm.clone());
-        let home = Home { spec, vmm_entry };
+        let home = MachineResources { spec, vmm_entry };
         let made = kelvin_host::blocking::spawn(move || {
             if let Some((cgroups, limits)) = limits {
                 cgroups.create(&vm, &limits)?;
@@ -276,7 +281,7 @@ impl Keeper {
         }
     }
 
-    /// [`Keeper::release`] for where nobody can be told: what failed is logged, stays in the ledger, and is
+    /// [`MachineAllocator::release`] for where nobody can be told: what failed is logged, stays in the ledger, and is
     /// tried again by the reaper.
     pub async fn release_or_log(&self, spec: &MachineSpec, key: Option<ProcessKey>) {
         if let Err(error) = self.release(spec, key).await {
@@ -375,11 +380,11 @@ mod tests {
 
     use super::*;
 
-    fn keeper(root: &Path) -> Keeper {
+    fn allocator(root: &Path) -> MachineAllocator {
         let store = Store::open(root, true).unwrap();
         let ledger = Ledger::open(&root.join("ledger.db")).unwrap();
         std::fs::write(root.join("parent"), "disk").unwrap();
-        Keeper {
+        MachineAllocator {
             ledger,
             store,
             users: Arc::default(),
@@ -396,18 +401,18 @@ mod tests {
     #[tokio::test]
     async fn a_machine_is_released_twice_and_from_every_half() {
         let dir = tempfile::tempdir().unwrap();
-        let keeper = keeper(dir.path());
-        let home = keeper.build(SHAPE, "guest", dir.path().join("parent"), false).await.unwrap();
+        let allocator = allocator(dir.path());
+        let home = allocator.build(SHAPE, "guest", dir.path().join("parent"), false).await.unwrap();
         assert_eq!(std::fs::read_to_string(home.spec.absolute().join("disk")).unwrap(), "disk");
-        assert_eq!(keeper.ledger.count().await.unwrap(), 2);
+        assert_eq!(allocator.ledger.count().await.unwrap(), 2);
         // Half of it is gone already.
         std::fs::remove_dir_all(home.spec.absolute()).unwrap();
-        keeper.release(&home.spec, None).await.unwrap();
-        keeper.release(&home.spec, None).await.unwrap();
-        assert_eq!(keeper.ledger.count().await.unwrap(), 0);
+        allocator.release(&home.spec, None).await.unwrap();
+        allocator.release(&home.spec, None).await.unwrap();
+        assert_eq!(allocator.ledger.count().await.unwrap(), 0);
         // What cannot be built leaves nothing.
-        keeper.build(SHAPE, "guest", dir.path().join("absent"), false).await.unwrap_err();
-        assert_eq!(keeper.ledger.count().await.unwrap(), 0);
+        allocator.build(SHAPE, "guest", dir.path().join("absent"), false).await.unwrap_err();
+        assert_eq!(allocator.ledger.count().await.unwrap(), 0);
         assert_eq!(std::fs::read_dir(dir.path().join("sandboxes")).unwrap().count(), 0);
     }
 
@@ -418,17 +423,17 @@ mod tests {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
-        let keeper = keeper(dir.path());
-        let home = keeper.build(SHAPE, "guest", dir.path().join("parent"), false).await.unwrap();
+        let allocator = allocator(dir.path());
+        let home = allocator.build(SHAPE, "guest", dir.path().join("parent"), false).await.unwrap();
         let stuck = home.spec.absolute().join("stuck");
         std::fs::create_dir(&stuck).unwrap();
         rustix::mount::mount("none", &stuck, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
-        keeper.release_or_log(&home.spec, None).await;
-        keeper.reap().await;
-        assert_eq!(keeper.ledger.count().await.unwrap(), 2, "still declared while it exists");
+        allocator.release_or_log(&home.spec, None).await;
+        allocator.reap().await;
+        assert_eq!(allocator.ledger.count().await.unwrap(), 2, "still declared while it exists");
         rustix::mount::unmount(&stuck, rustix::mount::UnmountFlags::empty()).unwrap();
-        keeper.reap().await;
+        allocator.reap().await;
         assert!(!home.spec.absolute().exists());
-        assert_eq!(keeper.ledger.count().await.unwrap(), 0);
+        assert_eq!(allocator.ledger.count().await.unwrap(), 0);
     }
 }
