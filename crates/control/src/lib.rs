@@ -27,8 +27,11 @@ mod network;
 mod once;
 mod openapi;
 mod people;
+mod placement;
 mod reply;
 mod service;
+#[cfg(test)]
+mod testing;
 mod wake;
 
 pub use auth::ApiKey;

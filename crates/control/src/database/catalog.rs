@@ -6,6 +6,7 @@ use kelvin_host::db::Error;
 use rusqlite::OptionalExtension;
 
 use super::{Database, Exceeded, More, Quota, time};
+use crate::placement::NodeName;
 
 /// A snapshot that is to be taken.
 #[derive(Debug)]
@@ -16,6 +17,8 @@ pub struct NewSnapshot {
     pub mib: u64,
     /// What it is to be called.
     pub name: Option<String>,
+    /// Where it is to be.
+    pub node: NodeName,
 }
 
 /// Whose a snapshot is.
@@ -52,8 +55,8 @@ impl Database {
                 }
                 transaction
                     .prepare_cached(
-                        "INSERT INTO snapshots (id, project, created_ms, key, mib, wanted, state) \
-                         VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'taking')",
+                        "INSERT INTO snapshots (id, project, created_ms, key, mib, wanted, node, state) \
+                         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 'taking')",
                     )?
                     .execute((
                         &snapshot.id,
@@ -62,6 +65,7 @@ impl Database {
                         &quota.key,
                         i64::try_from(snapshot.mib).unwrap_or(i64::MAX),
                         &snapshot.name,
+                        snapshot.node.as_str(),
                     ))?;
                 if let Some(key) = key {
                     transaction
@@ -95,21 +99,27 @@ impl Database {
             .await
     }
 
-    /// Snapshots that are being taken: after a start, those whose end the last server did not live to see.
-    pub async fn unfinished_snapshots(&self) -> Result<Vec<String>, Error> {
+    /// Snapshots that are being taken on `node`: after a start, those whose end the last server did not live to see.
+    pub async fn unfinished_snapshots(&self, node: &NodeName) -> Result<Vec<String>, Error> {
+        let node = node.clone();
         self.db
             .call(move |connection| {
                 connection
-                    .prepare_cached("SELECT id FROM snapshots WHERE state = 'taking'")?
-                    .query_map([], |row| row.get(0))?
+                    .prepare_cached("SELECT id FROM snapshots WHERE state = 'taking' AND node = ?1")?
+                    .query_map([node.as_str()], |row| row.get(0))?
                     .collect()
             })
             .await
     }
 
-    /// Gives what has no owner to the default project: once, for a database from before there were projects. Since then
+    /// Gives what has no owner on `node` to the default project: once, for a database from before there were projects. Since then
     /// every snapshot has had an owner before it was there, and what has none is nobody's.
-    pub async fn adopt_snapshots(&self, there: Vec<(String, Option<String>, i64)>) -> Result<(), Error> {
+    pub async fn adopt_snapshots(
+        &self,
+        node: &NodeName,
+        there: Vec<(String, Option<String>, i64)>,
+    ) -> Result<(), Error> {
+        let node = node.clone();
         self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
@@ -120,10 +130,10 @@ impl Database {
                     for (id, name, created_ms) in there {
                         transaction
                             .prepare_cached(
-                                "INSERT OR IGNORE INTO snapshots (id, project, name, created_ms) \
-                                 VALUES (?1, 'default', ?2, ?3)",
+                                "INSERT OR IGNORE INTO snapshots (id, project, name, created_ms, node) \
+                                 VALUES (?1, 'default', ?2, ?3, ?4)",
                             )?
-                            .execute((id, name, created_ms))?;
+                            .execute((id, name, created_ms, node.as_str()))?;
                     }
                 }
                 transaction.commit()
@@ -131,18 +141,22 @@ impl Database {
             .await
     }
 
-    /// Forgets whose a snapshot was, and its name with it: a database of an older build may have others of that name.
-    pub async fn forget_snapshot(&self, id: String) -> Result<(), Error> {
+    /// Forgets whose a snapshot of `node` was, and its name with it: a database of an older build may have others of that
+    /// name. Nothing when it is another node's.
+    pub async fn forget_snapshot(&self, node: &NodeName, id: String) -> Result<(), Error> {
+        let node = node.clone();
         self.db
             .call_durable(move |connection| {
                 let transaction = connection.transaction()?;
                 transaction
                     .prepare_cached(
                         "UPDATE snapshots SET name = NULL WHERE (project, name) IN \
-                         (SELECT project, name FROM snapshots WHERE id = ?1)",
+                         (SELECT project, name FROM snapshots WHERE id = ?1 AND node = ?2)",
                     )?
-                    .execute([&id])?;
-                transaction.prepare_cached("DELETE FROM snapshots WHERE id = ?1")?.execute([&id])?;
+                    .execute((&id, node.as_str()))?;
+                transaction
+                    .prepare_cached("DELETE FROM snapshots WHERE id = ?1 AND node = ?2")?
+                    .execute((&id, node.as_str()))?;
                 transaction.commit()
             })
             .await

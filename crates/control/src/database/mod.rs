@@ -22,7 +22,9 @@ use kelvin_host::clock::Clock;
 use kelvin_host::db::{Db, Error};
 use kelvin_node_api::Live;
 use rusqlite::types::{Type, Value};
-use rusqlite::{Connection, OptionalExtension, Row, params_from_iter};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, params_from_iter};
+
+use crate::placement::{Epoch, Placement};
 
 const MIGRATIONS: &[&str] = &[
     "
@@ -187,6 +189,12 @@ const MIGRATIONS: &[&str] = &[
     DROP INDEX idempotency_by_age;
     CREATE INDEX idempotency_by_age ON idempotency (boot_ms);
 ",
+    // What was there before there were nodes is on the one that there was.
+    "
+    ALTER TABLE sandboxes ADD COLUMN node TEXT NOT NULL DEFAULT 'local';
+    ALTER TABLE sandboxes ADD COLUMN epoch INTEGER NOT NULL DEFAULT 1;
+    ALTER TABLE snapshots ADD COLUMN node TEXT NOT NULL DEFAULT 'local';
+",
 ];
 
 /// One sandbox.
@@ -211,6 +219,8 @@ pub struct SandboxRow {
     pub project: Project,
     /// Id of the key that made it.
     pub key: String,
+    /// Who alone can change it, or say that it is gone.
+    pub placement: Placement,
 }
 
 /// How a create, or a fork, began.
@@ -274,7 +284,7 @@ fn bad(error: Box<dyn std::error::Error + Send + Sync>) -> rusqlite::Error {
 
 const COLUMNS: &str = "id, template, metadata, access_token, allow_internet, vcpus, memory_mib, disk_mib, \
                        start_path, started_ms, ends_ms, traffic_token, state, on_timeout, auto_resume, parent, pause_memory, \
-                       project, key";
+                       project, key, node, epoch";
 
 fn sandbox(row: &Row<'_>) -> Result<SandboxRow, rusqlite::Error> {
     let (id, metadata, path): (String, String, String) = (row.get(0)?, row.get(2)?, row.get(8)?);
@@ -312,6 +322,7 @@ fn sandbox(row: &Row<'_>) -> Result<SandboxRow, rusqlite::Error> {
             .map_err(|error: kelvin_api::id::ParseIdError| bad(error.into()))?,
         project: row.get::<_, String>(17)?.parse().map_err(|error: &str| bad(error.into()))?,
         key: row.get(18)?,
+        placement: Placement { node: row.get::<_, String>(19)?.into(), epoch: Epoch(row.get(20)?) },
     })
 }
 
@@ -320,8 +331,8 @@ fn insert(connection: &Connection, row: &SandboxRow, metadata: &str) -> Result<(
         .prepare_cached(
             "INSERT INTO sandboxes (id, state, template, metadata, access_token, allow_internet, \
              started_ms, ends_ms, traffic_token, on_timeout, auto_resume, parent, pause_memory, \
-             project, key, disk_mib, memory_mib) VALUES (?1, 'creating', ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, \
-             ?12, ?13, ?14, ?15, ?16)",
+             project, key, disk_mib, memory_mib, node, epoch) VALUES (?1, 'creating', ?2, ?3, ?4, ?5, ?6, ?7, ?8, \
+             ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18)",
         )?
         .execute(rusqlite::params![
             row.id.as_str(),
@@ -340,8 +351,17 @@ fn insert(connection: &Connection, row: &SandboxRow, metadata: &str) -> Result<(
             &row.key,
             row.disk_mib,
             row.memory_mib,
+            row.placement.node.as_str(),
+            row.placement.epoch.0,
         ])
         .map(drop)
+}
+
+/// Whether a row is there that is not `by`'s to change.
+fn is_anothers(transaction: &Transaction<'_>, id: &str, by: &Placement) -> Result<bool, rusqlite::Error> {
+    transaction
+        .prepare_cached("SELECT 1 FROM sandboxes WHERE id = ?1 AND NOT (node = ?2 AND epoch <= ?3)")?
+        .exists((id, by.node.as_str(), by.epoch.0))
 }
 
 impl Database {
@@ -387,21 +407,23 @@ impl Database {
             .await
     }
 
-    /// Makes a sandbox visible, with the reply that its key gives from now on, and notes in the audit log that it was made.
+    /// Makes a sandbox visible that `by` has, with the reply that its key gives from now on, and notes in the audit log that
+    /// it was made. Fails when its row is another's by now.
     pub async fn commit(
         &self,
+        by: &Placement,
         live: &Live,
         reply: Option<String>,
         ended: Option<Ended>,
     ) -> Result<(), Error> {
-        let live = live.clone();
+        let (by, live) = (by.clone(), live.clone());
         self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
-                transaction
+                let changed = transaction
                     .prepare_cached(
                         "UPDATE sandboxes SET state = ?7, vcpus = ?2, memory_mib = ?3, disk_mib = ?4, \
-                         start_path = ?5, started_ms = ?6, rank = ?8 WHERE id = ?1",
+                         start_path = ?5, started_ms = ?6, rank = ?8 WHERE id = ?1 AND node = ?9 AND epoch <= ?10",
                     )?
                     .execute((
                         live.sandbox.as_str(),
@@ -412,7 +434,12 @@ impl Database {
                         live.started_at.as_millisecond(),
                         word(live.state),
                         i64::try_from(live.rank()).unwrap_or(i64::MAX),
+                        by.node.as_str(),
+                        by.epoch.0,
                     ))?;
+                if changed == 0 && is_anothers(&transaction, live.sandbox.as_str(), &by)? {
+                    return Err(rusqlite::Error::StatementChangedRows(changed));
+                }
                 transaction
                     .prepare_cached(
                         "INSERT INTO spawns (template, count, last_ms) SELECT template, 1, ?2 FROM sandboxes \
@@ -437,10 +464,10 @@ impl Database {
         self.db.flush().await
     }
 
-    /// Notes that a sandbox was paused or resumed, unless something newer is known. That it was paused, and whose it is,
-    /// survives a power failure.
-    pub async fn set_live(&self, live: &Live) -> Result<(), Error> {
-        let live = live.clone();
+    /// Notes that a sandbox of `by` was paused or resumed, unless something newer is known. That it was paused, and whose it
+    /// is, survives a power failure.
+    pub async fn set_live(&self, by: &Placement, live: &Live) -> Result<(), Error> {
+        let (by, live) = (by.clone(), live.clone());
         // What is known already costs no write, and no sync: a start tells everything again.
         let outlives_a_boot = live.state == SandboxState::Paused;
         let job = move |connection: &mut Connection| {
@@ -448,34 +475,39 @@ impl Database {
                 .prepare_cached(
                     "UPDATE sandboxes SET state = ?2, ends_ms = ?3, rank = ?4 \
                      WHERE id = ?1 AND state != 'creating' AND rank <= ?4 \
-                     AND (state, ends_ms, rank) IS NOT (?2, ?3, ?4)",
+                     AND (state, ends_ms, rank) IS NOT (?2, ?3, ?4) AND node = ?5 AND epoch <= ?6",
                 )?
                 .execute((
                     live.sandbox.as_str(),
                     word(live.state),
                     live.ends_at.as_millisecond(),
                     i64::try_from(live.rank()).unwrap_or(i64::MAX),
+                    by.node.as_str(),
+                    by.epoch.0,
                 ))
                 .map(drop)
         };
         if outlives_a_boot { self.db.call_durable(job).await } else { self.db.call(job).await }
     }
 
-    /// Forgets a sandbox that was not made, and its key: a retry starts afresh.
-    pub async fn undo(&self, id: &SandboxId) -> Result<(), Error> {
-        self.forget(id, "DELETE FROM idempotency WHERE sandbox = ?1").await
+    /// Forgets a sandbox that `by` has not made, and its key: a retry starts afresh. Nothing when it is another's.
+    pub async fn undo(&self, by: &Placement, id: &SandboxId) -> Result<(), Error> {
+        self.forget(by, id, "DELETE FROM idempotency WHERE sandbox = ?1").await
     }
 
-    /// Forgets a sandbox that has ended; its key stays, and with it the reply.
-    pub async fn end(&self, id: &SandboxId) -> Result<(), Error> {
-        self.forget(id, "DELETE FROM metrics WHERE sandbox = ?1").await
+    /// Forgets a sandbox that has ended at `by`; its key stays, and with it the reply. Nothing when it is another's.
+    pub async fn end(&self, by: &Placement, id: &SandboxId) -> Result<(), Error> {
+        self.forget(by, id, "DELETE FROM metrics WHERE sandbox = ?1").await
     }
 
-    async fn forget(&self, id: &SandboxId, with_it: &'static str) -> Result<(), Error> {
-        let id = id.to_string();
+    async fn forget(&self, by: &Placement, id: &SandboxId, with_it: &'static str) -> Result<(), Error> {
+        let (by, id) = (by.clone(), id.to_string());
         self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
+                if is_anothers(&transaction, &id, &by)? {
+                    return Ok(());
+                }
                 transaction.prepare_cached(with_it)?.execute([&id])?;
                 transaction.prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?.execute([&id])?;
                 transaction.commit()
@@ -596,27 +628,32 @@ impl Database {
             .await
     }
 
-    /// Forgets what was claimed by a server before this one.
-    pub async fn forget_claims(&self) -> Result<(), Error> {
+    /// Forgets what of the sandboxes of `by` was claimed by a server before this one.
+    pub async fn forget_claims(&self, by: &Placement) -> Result<(), Error> {
+        let by = by.clone();
         self.db
-            .call(|connection| {
+            .call(move |connection| {
                 connection
                     .execute(
-                        "UPDATE sandboxes SET claims = 0, pausing = 0 WHERE claims > 0 OR pausing > 0",
-                        [],
+                        "UPDATE sandboxes SET claims = 0, pausing = 0 \
+                         WHERE (claims > 0 OR pausing > 0) AND node = ?1 AND epoch <= ?2",
+                        (by.node.as_str(), by.epoch.0),
                     )
                     .map(drop)
             })
             .await
     }
 
-    /// Ids of all rows, with whether they are still being made. For start-up.
-    pub async fn all(&self) -> Result<Vec<(SandboxId, bool)>, Error> {
+    /// Ids of all rows of `by`, with whether they are still being made. For start-up.
+    pub async fn all(&self, by: &Placement) -> Result<Vec<(SandboxId, bool)>, Error> {
+        let by = by.clone();
         self.db
-            .call(|connection| {
+            .call(move |connection| {
                 connection
-                    .prepare_cached("SELECT id, state = 'creating' FROM sandboxes")?
-                    .query_map([], |row| {
+                    .prepare_cached(
+                        "SELECT id, state = 'creating' FROM sandboxes WHERE node = ?1 AND epoch <= ?2",
+                    )?
+                    .query_map((by.node.as_str(), by.epoch.0), |row| {
                         let id: String = row.get(0)?;
                         let id =
                             id.parse().map_err(|error: kelvin_api::id::ParseIdError| bad(error.into()))?;
@@ -625,5 +662,55 @@ impl Database {
                     .collect()
             })
             .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The schema of before there were nodes, with something in it.
+    fn before_nodes(path: &Path) {
+        let connection = Connection::open(path).unwrap();
+        for sql in &MIGRATIONS[..7] {
+            connection.execute_batch(sql).unwrap();
+        }
+        connection.pragma_update(None, "user_version", 7).unwrap();
+        connection
+            .execute_batch(
+                "INSERT INTO sandboxes (id, state, template, metadata, started_ms, ends_ms, project, key, rank) VALUES \
+                 ('sbx0000000000000000r', 'running', 'base', '{\"a\":\"b\"}', 1000, 2000, 'blue', 'ci', 3), \
+                 ('sbx0000000000000000c', 'creating', 'base', '{}', 1000, 2000, 'blue', 'ci', 0), \
+                 ('sbx0000000000000000p', 'paused', 'base', '{}', 1000, 2000, 'blue', 'ci', 2); \
+                 INSERT INTO snapshots (id, project, name, created_ms, state) VALUES \
+                 ('s1', 'blue', 'ready', 1, 'kept'), ('s2', 'blue', NULL, 1, 'taking');",
+            )
+            .unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_was_there_before_there_were_nodes_is_on_the_one_that_there_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kelvin.db");
+        before_nodes(&path);
+        let here = Placement::local();
+        // Twice: it is migrated once.
+        for _ in 0..2 {
+            let database = Database::open(&path, Clock::system().unwrap()).unwrap();
+            assert_eq!(database.all(&here).await.unwrap().len(), 3);
+            let rows = database.list(Filter { limit: 10, ..Filter::default() }).await.unwrap();
+            assert_eq!(rows.len(), 2);
+            assert!(rows.iter().all(|row| row.placement == here && row.project.as_str() == "blue"));
+            assert!(rows.iter().any(|row| row.metadata.get("a").is_some_and(|value| value == "b")));
+            assert_eq!(database.unfinished_snapshots(&here.node).await.unwrap(), ["s2"]);
+            let owners = database.snapshot_owners().await.unwrap();
+            assert_eq!(owners["s1"].name.as_deref(), Some("ready"));
+        }
+        let database = Database::open(&path, Clock::system().unwrap()).unwrap();
+        let rows = database.list(Filter { limit: 10, ..Filter::default() }).await.unwrap();
+        for row in rows {
+            database.end(&here, &row.id).await.unwrap();
+        }
+        assert_eq!(database.all(&here).await.unwrap().len(), 1);
     }
 }
