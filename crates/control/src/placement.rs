@@ -59,66 +59,20 @@ impl Placement {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
     use std::path::Path;
     use std::time::Duration;
 
-    use jiff::SignedDuration;
     use kelvin_api::error::ErrorCode;
     use kelvin_api::id::SandboxId;
-    use kelvin_api::sandbox::{Lifecycle, SandboxState, StartPath};
-    use kelvin_api::units::{DiskMib, MemoryMib, Shape};
+    use kelvin_api::sandbox::SandboxState;
     use kelvin_host::clock::Clock;
-    use kelvin_node_api::{Changes, Live};
+    use kelvin_node_api::Changes;
 
     use super::*;
-    use crate::database::{Begun, Claim, Database, Filter, NewKey, NewSnapshot, SandboxRow};
+    use crate::database::suite::{begin, live, quota, row};
+    use crate::database::{Claim, Database, Filter, NewSnapshot};
     use crate::testing::ScriptedNode;
     use crate::{ApiKey, Control};
-
-    fn live(id: &SandboxId, state: SandboxState, generation: u64) -> Live {
-        Live {
-            sandbox: id.clone(),
-            ends_at: jiff::Timestamp::now() - SignedDuration::from_hours(1),
-            shape: Shape { vcpus: 1, memory_mib: MemoryMib(128), disk_mib: DiskMib(64) },
-            start_path: StartPath::Clone,
-            started_at: jiff::Timestamp::now(),
-            state,
-            generation,
-        }
-    }
-
-    /// A row of a sandbox whose time is over by the wall clock: whether it is, its node says.
-    fn row(placement: &Placement) -> SandboxRow {
-        let at = jiff::Timestamp::from_millisecond(jiff::Timestamp::now().as_millisecond()).unwrap();
-        SandboxRow {
-            id: SandboxId::random(),
-            template: "base".into(),
-            metadata: BTreeMap::new(),
-            access_token: None,
-            allow_internet: None,
-            traffic_token: None,
-            vcpus: 1,
-            memory_mib: 128,
-            disk_mib: 64,
-            start_path: StartPath::Clone,
-            started_at: at,
-            ends_at: at - SignedDuration::from_hours(1),
-            state: SandboxState::Running,
-            lifecycle: Lifecycle::default(),
-            parent: None,
-            project: "blue".parse().unwrap(),
-            key: "ci".into(),
-            placement: placement.clone(),
-        }
-    }
-
-    async fn begin(database: &Database, row: &SandboxRow) {
-        let subjects = vec![row.id.to_string()];
-        let key = NewKey { key: row.id.to_string(), fingerprint: "f".into(), subjects };
-        let begun = database.begin(std::slice::from_ref(row), Some(key), None, None).await.unwrap();
-        assert!(matches!(begun, Begun::Done(None)));
-    }
 
     /// One that is being made, one that runs, one that is paused and being resumed; and a snapshot that is being taken.
     async fn settle(database: &Database, at: &Placement) -> [SandboxId; 3] {
@@ -131,12 +85,7 @@ mod tests {
         assert_eq!(database.claim(&paused.id, None).await.unwrap(), Claim::Held);
         let snapshot =
             NewSnapshot { id: format!("of-{}", running.id), mib: 1, name: None, node: at.node.clone() };
-        let quota = crate::database::Quota {
-            key: "ci".into(),
-            of_key: Default::default(),
-            project: "blue".parse().unwrap(),
-            of_project: Default::default(),
-        };
+        let quota = quota(Default::default(), Default::default());
         assert!(database.begin_snapshot(snapshot, quota, None).await.unwrap().is_none());
         [creating, running, paused].map(|row| row.id)
     }

@@ -20,7 +20,6 @@ use kelvin_api::sandbox::{
 };
 use kelvin_api::units::MemoryMib;
 use kelvin_host::clock::Clock;
-use kelvin_host::db;
 use kelvin_node_api::{ConsoleLine, Create, Created, Live, NodeService, Source};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -28,7 +27,7 @@ use tokio_util::task::TaskTracker;
 use crate::accounts::{Account, Accounts};
 use crate::audit::Audit;
 use crate::changes::Changes;
-use crate::database::{Begun, Claim, Database, Exceeded, Filter, Limited, NewKey, Quota, SandboxRow};
+use crate::database::{self, Begun, Claim, Database, Exceeded, Filter, Limited, NewKey, Quota, SandboxRow};
 use crate::placement::Placement;
 use crate::wake::Wakes;
 use crate::{ApiKey, network, once};
@@ -134,16 +133,23 @@ pub(crate) struct Page {
     pub next: Option<String>,
 }
 
-pub(crate) fn database_failed(error: db::Error) -> Failure {
-    if error.is_full() {
-        return Failure::new(
+pub(crate) fn database_failed(error: database::Error) -> Failure {
+    match error {
+        database::Error::Full(_) => Failure::new(
             ErrorCode::DiskFull,
             "the database cannot be written: the disk is full",
             "free space on the data directory's file system, `kelvin gc` removes what nothing needs",
-        );
+        ),
+        database::Error::Fenced => Failure::new(
+            ErrorCode::SandboxChanging,
+            "the sandbox was given to another node meanwhile",
+            "try again",
+        ),
+        database::Error::Failed(_) => {
+            let remedy = "check the disk of the data directory";
+            Failure::new(ErrorCode::Database, "the database cannot be used", remedy).with_cause(&error)
+        }
     }
-    Failure::new(ErrorCode::Database, "the database cannot be used", "check the disk of the data directory")
-        .with_cause(&error)
 }
 
 pub(crate) fn invalid(
@@ -248,7 +254,7 @@ impl Inner {
     }
 
     /// Commits a sandbox whose create the last daemon did not live to see the end of.
-    async fn finish(&self, live: &Live) -> Result<(), db::Error> {
+    async fn finish(&self, live: &Live) -> Result<(), database::Error> {
         self.database.commit(&self.placement, live, None, None).await?;
         let Some(row) = self.database.get(&live.sandbox).await? else {
             return Ok(());

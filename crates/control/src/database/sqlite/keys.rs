@@ -1,15 +1,12 @@
-//! API keys and the audit log.
+//! API keys and the limits of projects in SQLite.
 
-use kelvin_api::account::{ApiKeyInfo, AuditEntry};
-use kelvin_host::db::Error;
-use rusqlite::{Connection, Row};
+use async_trait::async_trait;
+use kelvin_api::account::{ApiKeyInfo, Limits, Project, ProjectInfo, Used};
+use rusqlite::Row;
 
-use super::{Database, Ended, bad, time};
-
-/// Entries of the audit log that are kept.
-const AUDIT_ROWS: i64 = 1_000_000;
-/// Every how many entries the oldest go.
-const AUDIT_TRIM: i64 = 256;
+use super::quota::used;
+use super::{Sqlite, bad, time};
+use crate::database::{Error, Keys, Limited};
 
 fn key(row: &Row<'_>) -> Result<(String, ApiKeyInfo), rusqlite::Error> {
     let (project, mask): (String, String) = (row.get(2)?, row.get(4)?);
@@ -30,38 +27,9 @@ fn key(row: &Row<'_>) -> Result<(String, ApiKeyInfo), rusqlite::Error> {
     Ok((row.get(1)?, info))
 }
 
-/// Writes an entry of the audit log, and returns its number.
-pub(super) fn note(connection: &Connection, entry: &AuditEntry) -> Result<i64, rusqlite::Error> {
-    connection
-        .prepare_cached(
-            "INSERT INTO audit (at_ms, project, key, action, target, status) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-        )?
-        .execute((
-            entry.at.as_millisecond(),
-            &entry.project,
-            &entry.key_id,
-            &entry.action,
-            &entry.target,
-            entry.status,
-        ))?;
-    let id = connection.last_insert_rowid();
-    if id % AUDIT_TRIM == 0 {
-        connection.prepare_cached("DELETE FROM audit WHERE id <= ?1")?.execute([id - AUDIT_ROWS])?;
-    }
-    Ok(id)
-}
-
-/// Writes how a request ended.
-pub(super) fn note_end(connection: &Connection, ended: &Ended) -> Result<(), rusqlite::Error> {
-    connection
-        .prepare_cached("UPDATE audit SET status = ?2, target = ?3 WHERE id = ?1")?
-        .execute((ended.entry, ended.status, &ended.target))
-        .map(drop)
-}
-
-impl Database {
-    /// The hash of each key and what it is, oldest first; of one project, or of all.
-    pub async fn keys(&self, project: Option<String>) -> Result<Vec<(String, ApiKeyInfo)>, Error> {
+#[async_trait]
+impl Keys for Sqlite {
+    async fn keys(&self, project: Option<String>) -> Result<Vec<(String, ApiKeyInfo)>, Error> {
         self.db
             .call(move |connection| {
                 connection
@@ -75,8 +43,7 @@ impl Database {
             .await
     }
 
-    /// Remembers a key by its hash.
-    pub async fn add_key(&self, hash: String, info: ApiKeyInfo) -> Result<(), Error> {
+    async fn add_key(&self, hash: String, info: ApiKeyInfo) -> Result<(), Error> {
         let mask = serde_json::to_string(&info.mask).unwrap_or_default();
         self.db
             .call_durable(move |connection| {
@@ -105,8 +72,7 @@ impl Database {
             .await
     }
 
-    /// Gives a key another name; whether there is one of this id.
-    pub async fn rename_key(&self, id: String, name: String) -> Result<bool, Error> {
+    async fn rename_key(&self, id: String, name: String) -> Result<bool, Error> {
         self.db
             .call_durable(move |connection| {
                 let changed = connection
@@ -117,8 +83,7 @@ impl Database {
             .await
     }
 
-    /// Forgets a key; whether there was one of this id.
-    pub async fn remove_key(&self, id: String) -> Result<bool, Error> {
+    async fn remove_key(&self, id: String) -> Result<bool, Error> {
         self.db
             .call_durable(move |connection| {
                 Ok(connection.prepare_cached("DELETE FROM keys WHERE id = ?1")?.execute([id])? > 0)
@@ -126,18 +91,7 @@ impl Database {
             .await
     }
 
-    /// Writes an entry of the audit log, and returns its number.
-    pub async fn note(&self, entry: AuditEntry) -> Result<i64, Error> {
-        self.db.call(move |connection| note(connection, &entry)).await
-    }
-
-    /// Writes how a request ended.
-    pub async fn note_end(&self, ended: Ended) -> Result<(), Error> {
-        self.db.call(move |connection| note_end(connection, &ended)).await
-    }
-
-    /// Writes down when keys were used last.
-    pub async fn note_used(&self, used: Vec<(String, i64)>) -> Result<(), Error> {
+    async fn note_used(&self, used: Vec<(String, i64)>) -> Result<(), Error> {
         self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
@@ -151,27 +105,63 @@ impl Database {
             .await
     }
 
-    /// The newest entries of the audit log below `before`, newest first.
-    pub async fn audit(&self, before: Option<i64>, limit: usize) -> Result<Vec<AuditEntry>, Error> {
-        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    async fn project_limits(&self) -> Result<Vec<(Project, Limits)>, Error> {
         self.db
-            .call(move |connection| {
+            .call(|connection| {
                 connection
-                    .prepare_cached(
-                        "SELECT id, at_ms, project, key, action, target, status FROM audit \
-                         WHERE id < ?1 ORDER BY id DESC LIMIT ?2",
-                    )?
-                    .query_map((before.unwrap_or(i64::MAX), limit), |row| {
-                        Ok(AuditEntry {
-                            id: row.get(0)?,
-                            at: time(row.get(1)?)?,
-                            project: row.get(2)?,
-                            key_id: row.get(3)?,
-                            action: row.get(4)?,
-                            target: row.get(5)?,
-                            status: row.get(6)?,
-                        })
+                    .prepare_cached("SELECT name, limits FROM projects")?
+                    .query_map([], |row| {
+                        let (name, limits): (String, String) = (row.get(0)?, row.get(1)?);
+                        let name = name.parse().map_err(|error: &str| bad(error.into()))?;
+                        Ok((name, serde_json::from_str(&limits).map_err(|error| bad(error.into()))?))
                     })?
+                    .collect()
+            })
+            .await
+    }
+
+    async fn set_project_limits(&self, project: &Project, limits: Limits) -> Result<(), Error> {
+        let (name, limits) = (project.to_string(), serde_json::to_string(&limits).unwrap_or_default());
+        self.db
+            .call_durable(move |connection| {
+                connection
+                    .prepare_cached("INSERT OR REPLACE INTO projects (name, limits) VALUES (?1, ?2)")?
+                    .execute((name, limits))
+                    .map(drop)
+            })
+            .await
+    }
+
+    async fn projects(&self) -> Result<Vec<ProjectInfo>, Error> {
+        self.db
+            .call(|connection| {
+                let names: Vec<(String, Option<String>)> = connection
+                    .prepare_cached(
+                        "SELECT name, (SELECT limits FROM projects WHERE projects.name = all_names.name) FROM \
+                         (SELECT name FROM projects UNION SELECT project FROM keys UNION SELECT project FROM sandboxes \
+                         UNION SELECT project FROM snapshots) AS all_names ORDER BY name",
+                    )?
+                    .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+                    .collect::<Result<_, _>>()?;
+                names
+                    .into_iter()
+                    .map(|(name, limits)| {
+                        let of = ("project", name.as_str());
+                        let narrow = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+                        let used = Used {
+                            sandboxes: narrow(used(connection, of, Limited::Sandboxes)?),
+                            creating: narrow(used(connection, of, Limited::Creating)?),
+                            paused: narrow(used(connection, of, Limited::Paused)?),
+                            snapshots: narrow(used(connection, of, Limited::Snapshots)?),
+                            disk_mib: used(connection, of, Limited::Disk)?,
+                        };
+                        let limits = limits.map(|text| serde_json::from_str(&text)).transpose();
+                        Ok(ProjectInfo {
+                            name: name.parse().map_err(|error: &str| bad(error.into()))?,
+                            limits: limits.map_err(|error| bad(error.into()))?.unwrap_or_default(),
+                            used,
+                        })
+                    })
                     .collect()
             })
             .await

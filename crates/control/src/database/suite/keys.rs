@@ -1,0 +1,142 @@
+//! Idempotency keys, API keys and the audit log.
+
+use std::time::Duration;
+
+use kelvin_api::account::{ApiKeyInfo, Limits, Mask};
+use kelvin_host::clock::Simulated;
+
+use super::{HOUR, Subject, blue, entry, new, open};
+use crate::database::Ended;
+use crate::database::answers::KEY_LIFE_MS;
+
+const LIFE: Duration = Duration::from_millis(KEY_LIFE_MS as u64);
+
+pub(crate) async fn a_key_gives_its_answer_until_it_is_forgotten(subject: &impl Subject) {
+    let database = open(subject);
+    database.count_from_this_boot().await.unwrap();
+    assert!(database.key("k".into()).await.unwrap().is_none());
+    database.add_key_of(new("k")).await.unwrap();
+    database.note_subjects("k".into(), vec!["a".into(), "b".into()]).await.unwrap();
+    let known = database.key("k".into()).await.unwrap().unwrap();
+    assert_eq!((known.fingerprint.as_str(), known.reply), ("f", None));
+    assert_eq!(known.subjects, ["a", "b"]);
+    database.answer("k".into(), "yes".into()).await.unwrap();
+    assert_eq!(database.key("k".into()).await.unwrap().unwrap().reply.as_deref(), Some("yes"));
+    database.forget_key("k".into()).await.unwrap();
+    database.forget_key("k".into()).await.unwrap();
+    assert!(database.key("k".into()).await.unwrap().is_none());
+}
+
+pub(crate) async fn a_wall_clock_that_jumps_and_a_restart_end_no_key_early_or_late(subject: &impl Subject) {
+    for jump in [HOUR, -HOUR] {
+        let time = Simulated::start();
+        let database = subject.open(time.clock());
+        database.count_from_this_boot().await.unwrap();
+        database.add_key_of(new("old")).await.unwrap();
+        time.jump_wall(jump);
+        drop(database);
+        let database = subject.open(time.clock());
+        database.count_from_this_boot().await.unwrap();
+        tokio::time::advance(LIFE - Duration::from_secs(1)).await;
+        // To remember one forgets those that are too old.
+        database.add_key_of(new("young")).await.unwrap();
+        assert!(database.key("old".into()).await.unwrap().is_some(), "early after {jump}");
+        tokio::time::advance(Duration::from_secs(2)).await;
+        assert!(database.key("old".into()).await.unwrap().is_none(), "late after {jump}");
+        assert!(database.key("young".into()).await.unwrap().is_some());
+        for key in ["old", "young"] {
+            database.forget_key(key.into()).await.unwrap();
+        }
+    }
+}
+
+pub(crate) async fn after_a_reboot_keys_are_as_old_as_the_wall_clock_and_the_boot_say(
+    subject: &impl Subject,
+) {
+    let time = Simulated::start();
+    let database = subject.open(time.clock());
+    database.count_from_this_boot().await.unwrap();
+    database.add_key_of(new("a")).await.unwrap();
+    tokio::time::advance(LIFE / 2).await;
+    time.reboot();
+    database.count_from_this_boot().await.unwrap();
+    assert!(database.key("a".into()).await.unwrap().is_some());
+    // The wall clock is set back: the key is older than this boot all the same.
+    time.jump_wall(-HOUR * 48);
+    tokio::time::advance(LIFE / 2 + Duration::from_secs(1)).await;
+    assert!(database.key("a".into()).await.unwrap().is_none());
+    database.add_key_of(new("b")).await.unwrap();
+    time.reboot();
+    tokio::time::advance(LIFE + Duration::from_secs(1)).await;
+    time.jump_wall(-HOUR * 48);
+    database.count_from_this_boot().await.unwrap();
+    assert!(database.key("b".into()).await.unwrap().is_none());
+}
+
+pub(crate) async fn api_keys_and_limits_are_there_until_they_are_removed(subject: &impl Subject) {
+    let database = open(subject);
+    let info = |id: &str, project: &str, ms| ApiKeyInfo {
+        id: id.into(),
+        name: "ci".into(),
+        mask: Mask {
+            prefix: "e2b_".into(),
+            value_length: 40,
+            masked_value_prefix: "ab".into(),
+            masked_value_suffix: "cdef".into(),
+        },
+        created_at: jiff::Timestamp::from_millisecond(ms).unwrap(),
+        last_used: None,
+        project: project.parse().unwrap(),
+        max_sandboxes: Some(1),
+        requests_per_second: Some(2),
+        max_creating: Some(3),
+        max_paused: Some(4),
+        max_snapshots: Some(5),
+        max_disk_mib: Some(6),
+    };
+    let (young, old) = (info("y", "blue", 2000), info("o", "green", 1000));
+    database.add_key("h1".into(), young.clone()).await.unwrap();
+    database.add_key("h2".into(), old.clone()).await.unwrap();
+    // A key is one key's.
+    database.add_key("h1".into(), info("z", "blue", 1)).await.unwrap_err();
+    let known = |keys: Vec<(String, ApiKeyInfo)>| {
+        keys.into_iter().map(|(hash, info)| format!("{hash} {info:?}")).collect::<Vec<_>>()
+    };
+    let [shown_old, shown_young] = [format!("h2 {old:?}"), format!("h1 {young:?}")];
+    assert_eq!(known(database.keys(None).await.unwrap()), [shown_old, shown_young.clone()]);
+    assert_eq!(known(database.keys(Some("blue".into())).await.unwrap()), [shown_young]);
+    assert!(database.rename_key("y".into(), "laptop".into()).await.unwrap());
+    assert!(!database.rename_key("nobody".into(), "laptop".into()).await.unwrap());
+    database.note_used(vec![("y".into(), 5000), ("nobody".into(), 1)]).await.unwrap();
+    let (_, now) = database.keys(Some("blue".into())).await.unwrap().remove(0);
+    assert_eq!(now.name, "laptop");
+    assert_eq!(now.last_used, Some(jiff::Timestamp::from_millisecond(5000).unwrap()));
+    assert!(database.remove_key("y".into()).await.unwrap());
+    assert!(!database.remove_key("y".into()).await.unwrap());
+    assert!(database.keys(Some("blue".into())).await.unwrap().is_empty());
+    let limits = Limits { max_paused: Some(7), max_disk_mib: Some(1 << 40), ..Limits::default() };
+    database.set_project_limits(&blue(), Limits::default()).await.unwrap();
+    database.set_project_limits(&blue(), limits).await.unwrap();
+    assert_eq!(database.project_limits().await.unwrap(), [(blue(), limits)]);
+    let projects = database.projects().await.unwrap();
+    let names: Vec<_> = projects.iter().map(|info| (info.name.as_str(), info.limits)).collect();
+    assert_eq!(names, [("blue", limits), ("green", Limits::default())]);
+}
+
+pub(crate) async fn the_audit_log_is_read_backwards(subject: &impl Subject) {
+    let database = open(subject);
+    let mut numbers = Vec::new();
+    for action in ["a", "b", "c"] {
+        numbers.push(database.note(entry(action)).await.unwrap());
+    }
+    assert!(numbers.is_sorted() && numbers[0] < numbers[2]);
+    database.note_end(Ended { entry: numbers[1], status: 204, target: "t".into() }).await.unwrap();
+    let read = async |before, limit| {
+        let found = database.audit(before, limit).await.unwrap();
+        found.into_iter().map(|entry| entry.action).collect::<Vec<_>>()
+    };
+    assert_eq!(read(None, 2).await, ["c", "b"]);
+    assert_eq!(read(Some(numbers[1]), 2).await, ["a"]);
+    let second = database.audit(Some(numbers[2]), 1).await.unwrap().remove(0);
+    assert_eq!((second.id, second.status, second.target.as_str()), (numbers[1], 204, "t"));
+}
