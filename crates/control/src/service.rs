@@ -55,7 +55,8 @@ pub(crate) struct Inner {
     /// Sandboxes that were started since the last measurement, by project.
     pub(crate) started: Mutex<HashMap<Project, u32>>,
     domain: Option<String>,
-    /// One lock for each idempotency key that is in use: a second request waits for the first.
+    /// One lock for each idempotency key that is in use: a second request waits for the first, and is not told that it is under
+    /// way. That there is one is decided by the database.
     keys: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// Changes of sandboxes that are under way.
     pub(crate) changes: Arc<Changes>,
@@ -345,11 +346,7 @@ impl Inner {
         let reply = known.reply.and_then(|reply| serde_json::from_str(&reply).ok());
         match reply {
             Some(sandbox) => Ok(Reply { sandbox, timings: Timings::default() }),
-            None => Err(Failure::new(
-                ErrorCode::IdempotencyKeyInUse,
-                "a request with this idempotency key is under way",
-                "try again",
-            )),
+            None => Err(once::in_use()),
         }
     }
 
@@ -423,6 +420,7 @@ impl Inner {
                 Ok(())
             }
             Begun::Exceeded(limit) => Err(exceeded(limit)),
+            Begun::KeyTaken => Err(once::in_use()),
         }
     }
 

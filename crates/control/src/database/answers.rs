@@ -37,8 +37,9 @@ pub trait Answers: Send + Sync {
     async fn count_from_this_boot(&self) -> Result<(), Error>;
     /// What is known of an idempotency key.
     async fn key(&self, key: String) -> Result<Option<KeyRow>, Error>;
-    /// Remembers what a key is used for, before anything of it is done.
-    async fn add_key_of(&self, key: NewKey) -> Result<(), Error>;
+    /// Remembers what a key is used for, before anything of it is done. Whether it was free: else another request has it, of
+    /// this server or of another.
+    async fn add_key_of(&self, key: NewKey) -> Result<bool, Error>;
     /// Remembers what a key's request makes, before it is made.
     async fn note_subjects(&self, key: String, subjects: Vec<String>) -> Result<(), Error>;
     /// Remembers what was answered.

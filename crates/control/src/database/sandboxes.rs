@@ -42,6 +42,8 @@ pub enum Begun {
     Done(Option<i64>),
     /// There is no room, and nothing was written.
     Exceeded(Exceeded),
+    /// Another request has the idempotency key, and nothing was written.
+    KeyTaken,
 }
 
 /// What a list is narrowed by.

@@ -13,20 +13,20 @@ fn boot_ms(stamp: &Stamp) -> i64 {
     i64::try_from(stamp.boot_ms).unwrap_or(i64::MAX)
 }
 
-/// Remembers a key, and forgets those that are too old. `sandbox`: what a create makes.
+/// Remembers a key that is free, after those that are too old are forgotten. Whether it was. `sandbox`: what a create makes.
 pub(super) fn remember(
     connection: &Connection,
     key: &NewKey,
     sandbox: &str,
     now: &Stamp,
-) -> Result<(), rusqlite::Error> {
+) -> Result<bool, rusqlite::Error> {
     connection
         .prepare_cached("DELETE FROM idempotency WHERE boot_ms < ?1")?
         .execute([boot_ms(now) - KEY_LIFE_MS])?;
-    connection
+    let added = connection
         .prepare_cached(
-            "INSERT OR REPLACE INTO idempotency (key, fingerprint, sandbox, created_ms, subjects, boot_ms) \
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            "INSERT INTO idempotency (key, fingerprint, sandbox, created_ms, subjects, boot_ms) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT (key) DO NOTHING",
         )?
         .execute((
             &key.key,
@@ -35,8 +35,8 @@ pub(super) fn remember(
             now.wall.as_millisecond(),
             serde_json::to_string(&key.subjects).unwrap_or_default(),
             boot_ms(now),
-        ))
-        .map(drop)
+        ))?;
+    Ok(added == 1)
 }
 
 #[async_trait]
@@ -80,9 +80,15 @@ impl Answers for Sqlite {
             .await
     }
 
-    async fn add_key_of(&self, key: NewKey) -> Result<(), Error> {
+    async fn add_key_of(&self, key: NewKey) -> Result<bool, Error> {
         let now = self.clock.stamp(self.clock.now());
-        self.db.call(move |connection| remember(connection, &key, "", &now)).await
+        self.db
+            .call(move |connection| {
+                let transaction = connection.transaction()?;
+                let is_new = remember(&transaction, &key, "", &now)?;
+                transaction.commit().map(|()| is_new)
+            })
+            .await
     }
 
     async fn note_subjects(&self, key: String, subjects: Vec<String>) -> Result<(), Error> {

@@ -148,7 +148,10 @@ impl Sandboxes for Sqlite {
                     insert(&transaction, row, metadata)?;
                 }
                 if let (Some(key), Some((first, _))) = (key, rows.first()) {
-                    answers::remember(&transaction, &key, first.id.as_str(), &now)?;
+                    let is_new = answers::remember(&transaction, &key, first.id.as_str(), &now)?;
+                    if !is_new {
+                        return Ok(Begun::KeyTaken);
+                    }
                 }
                 let entry = audit.map(|entry| audit::note(&transaction, &entry)).transpose()?;
                 transaction.commit().map(|()| Begun::Done(entry))

@@ -5,9 +5,10 @@ use std::time::Duration;
 use kelvin_api::account::{ApiKeyInfo, Limits, Mask};
 use kelvin_host::clock::Simulated;
 
-use super::{HOUR, Subject, blue, entry, new, open};
-use crate::database::Ended;
+use super::{HOUR, Subject, blue, entry, new, open, row};
 use crate::database::answers::KEY_LIFE_MS;
+use crate::database::{Begun, Ended, NewKey};
+use crate::placement::Placement;
 
 const LIFE: Duration = Duration::from_millis(KEY_LIFE_MS as u64);
 
@@ -25,6 +26,21 @@ pub(crate) async fn a_key_gives_its_answer_until_it_is_forgotten(subject: &impl 
     database.forget_key("k".into()).await.unwrap();
     database.forget_key("k".into()).await.unwrap();
     assert!(database.key("k".into()).await.unwrap().is_none());
+}
+
+pub(crate) async fn a_key_is_one_requests_whoever_asks_first(subject: &impl Subject) {
+    let (database, here) = (open(subject), Placement::local());
+    database.count_from_this_boot().await.unwrap();
+    assert!(database.add_key_of(new("k")).await.unwrap());
+    let second = NewKey { fingerprint: "second".into(), ..new("k") };
+    assert!(!database.add_key_of(second.clone()).await.unwrap());
+    let begun = database.begin(&[row(&here)], Some(second), None, Some(entry("create"))).await.unwrap();
+    assert!(matches!(begun, Begun::KeyTaken), "{begun:?}");
+    assert!(database.all(&here).await.unwrap().is_empty());
+    assert!(database.audit(None, 10).await.unwrap().is_empty());
+    assert_eq!(database.key("k".into()).await.unwrap().unwrap().fingerprint, "f");
+    database.forget_key("k".into()).await.unwrap();
+    assert!(database.add_key_of(new("k")).await.unwrap());
 }
 
 pub(crate) async fn a_wall_clock_that_jumps_and_a_restart_end_no_key_early_or_late(subject: &impl Subject) {
