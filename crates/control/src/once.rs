@@ -9,8 +9,8 @@
 //!
 //! Whose a key is, is decided by the database: of two requests that find it new, on whatever servers, one writes it down and
 //! the other is told that it is in use. A create writes its key and its answer in its own transactions (`service`); the
-//! rest is here. Who writes: the task of the
-//! request. What makes a secret (an API key) takes no key: its answer would have to be kept.
+//! rest is here. Who writes: the task of the request. What makes a secret (an API key) takes no key: its answer would have to
+//! be kept.
 
 use axum::body::{Body, Bytes};
 use axum::extract::Request;
