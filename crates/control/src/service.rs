@@ -213,6 +213,11 @@ impl Control {
             let stop = follower.stop.clone();
             stop.run_until_cancelled(follower.follow()).await;
         });
+        let cache = Arc::clone(&inner);
+        inner.tasks.spawn(async move {
+            let stop = cache.stop.clone();
+            stop.run_until_cancelled(cache.accounts.follow(&cache.database)).await;
+        });
         let meter = Arc::clone(&inner);
         inner.tasks.spawn(async move {
             let stop = meter.stop.clone();

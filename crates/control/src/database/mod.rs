@@ -26,7 +26,7 @@ mod usage;
 pub use answers::{Answers, KeyRow, NewKey};
 pub use audit::{AuditLog, Ended};
 pub use catalog::{Catalog, NewSnapshot, Owner, TagRow};
-pub use keys::Keys;
+pub use keys::{Keys, Known};
 pub use limits::{Exceeded, Limited, Quota};
 pub use sandboxes::{Begun, Claim, Filter, SandboxRow, Sandboxes};
 pub use usage::Usage;

@@ -2,11 +2,11 @@
 
 use async_trait::async_trait;
 use kelvin_api::account::{ApiKeyInfo, Limits, Project, ProjectInfo, Used};
-use rusqlite::Row;
+use rusqlite::{Connection, Row, Transaction};
 
 use super::quota::used;
 use super::{Sqlite, bad, time};
-use crate::database::{Error, Keys, Limited};
+use crate::database::{Error, Keys, Known, Limited};
 
 fn key(row: &Row<'_>) -> Result<(String, ApiKeyInfo), rusqlite::Error> {
     let (project, mask): (String, String) = (row.get(2)?, row.get(4)?);
@@ -27,18 +27,58 @@ fn key(row: &Row<'_>) -> Result<(String, ApiKeyInfo), rusqlite::Error> {
     Ok((row.get(1)?, info))
 }
 
+fn keys(
+    connection: &Connection,
+    project: Option<&str>,
+) -> Result<Vec<(String, ApiKeyInfo)>, rusqlite::Error> {
+    connection
+        .prepare_cached(
+            "SELECT id, hash, project, name, mask, created_ms, used_ms, max_sandboxes, requests_per_s, \
+             max_creating, max_paused, max_snapshots, max_disk_mib FROM keys \
+             WHERE ?1 IS NULL OR project = ?1 ORDER BY created_ms, id",
+        )?
+        .query_map([project], key)?
+        .collect()
+}
+
+/// The limits of each project that has some.
+fn limits(connection: &Connection) -> Result<Vec<(Project, Limits)>, rusqlite::Error> {
+    connection
+        .prepare_cached("SELECT name, limits FROM projects")?
+        .query_map([], |row| {
+            let (name, limits): (String, String) = (row.get(0)?, row.get(1)?);
+            let name = name.parse().map_err(|error: &str| bad(error.into()))?;
+            Ok((name, serde_json::from_str(&limits).map_err(|error| bad(error.into()))?))
+        })?
+        .collect()
+}
+
+/// Commits a change of keys or limits, for whoever has cached them.
+fn commit(transaction: Transaction<'_>) -> Result<(), rusqlite::Error> {
+    transaction
+        .prepare_cached("UPDATE revisions SET number = number + 1 WHERE name = 'accounts'")?
+        .execute([])?;
+    transaction.commit()
+}
+
 #[async_trait]
 impl Keys for Sqlite {
     async fn keys(&self, project: Option<String>) -> Result<Vec<(String, ApiKeyInfo)>, Error> {
+        self.db.call(move |connection| keys(connection, project.as_deref())).await
+    }
+
+    async fn known_since(&self, revision: Option<i64>) -> Result<Option<Known>, Error> {
         self.db
             .call(move |connection| {
-                connection
-                    .prepare_cached(
-                        "SELECT id, hash, project, name, mask, created_ms, used_ms, max_sandboxes, requests_per_s, \
-                         max_creating, max_paused, max_snapshots, max_disk_mib FROM keys WHERE ?1 IS NULL OR project = ?1 ORDER BY created_ms, id",
-                    )?
-                    .query_map([project], key)?
-                    .collect()
+                let transaction = connection.transaction()?;
+                let now: i64 = transaction
+                    .prepare_cached("SELECT number FROM revisions WHERE name = 'accounts'")?
+                    .query_row([], |row| row.get(0))?;
+                if revision == Some(now) {
+                    return Ok(None);
+                }
+                let (keys, limits) = (keys(&transaction, None)?, limits(&transaction)?);
+                Ok(Some(Known { revision: now, keys, limits }))
             })
             .await
     }
@@ -47,7 +87,8 @@ impl Keys for Sqlite {
         let mask = serde_json::to_string(&info.mask).unwrap_or_default();
         self.db
             .call_durable(move |connection| {
-                connection
+                let transaction = connection.transaction()?;
+                transaction
                     .prepare_cached(
                         "INSERT INTO keys (id, hash, project, name, mask, created_ms, max_sandboxes, requests_per_s, \
                          max_creating, max_paused, max_snapshots, max_disk_mib) \
@@ -66,8 +107,8 @@ impl Keys for Sqlite {
                         info.max_paused,
                         info.max_snapshots,
                         info.max_disk_mib.map(|mib| i64::try_from(mib).unwrap_or(i64::MAX)),
-                    ))
-                    .map(drop)
+                    ))?;
+                commit(transaction)
             })
             .await
     }
@@ -86,7 +127,12 @@ impl Keys for Sqlite {
     async fn remove_key(&self, id: String) -> Result<bool, Error> {
         self.db
             .call_durable(move |connection| {
-                Ok(connection.prepare_cached("DELETE FROM keys WHERE id = ?1")?.execute([id])? > 0)
+                let transaction = connection.transaction()?;
+                let removed = transaction.prepare_cached("DELETE FROM keys WHERE id = ?1")?.execute([id])?;
+                if removed > 0 {
+                    commit(transaction)?;
+                }
+                Ok(removed > 0)
             })
             .await
     }
@@ -105,29 +151,15 @@ impl Keys for Sqlite {
             .await
     }
 
-    async fn project_limits(&self) -> Result<Vec<(Project, Limits)>, Error> {
-        self.db
-            .call(|connection| {
-                connection
-                    .prepare_cached("SELECT name, limits FROM projects")?
-                    .query_map([], |row| {
-                        let (name, limits): (String, String) = (row.get(0)?, row.get(1)?);
-                        let name = name.parse().map_err(|error: &str| bad(error.into()))?;
-                        Ok((name, serde_json::from_str(&limits).map_err(|error| bad(error.into()))?))
-                    })?
-                    .collect()
-            })
-            .await
-    }
-
     async fn set_project_limits(&self, project: &Project, limits: Limits) -> Result<(), Error> {
         let (name, limits) = (project.to_string(), serde_json::to_string(&limits).unwrap_or_default());
         self.db
             .call_durable(move |connection| {
-                connection
+                let transaction = connection.transaction()?;
+                transaction
                     .prepare_cached("INSERT OR REPLACE INTO projects (name, limits) VALUES (?1, ?2)")?
-                    .execute((name, limits))
-                    .map(drop)
+                    .execute((name, limits))?;
+                commit(transaction)
             })
             .await
     }

@@ -169,6 +169,14 @@ pub(super) const MIGRATIONS: &[&str] = &[
     ALTER TABLE sandboxes ADD COLUMN epoch INTEGER NOT NULL DEFAULT 1;
     ALTER TABLE snapshots ADD COLUMN node TEXT NOT NULL DEFAULT 'local';
 ",
+    // Grows with each change of keys and limits: what is cached of them asks for it.
+    "
+    CREATE TABLE revisions (
+        name TEXT PRIMARY KEY,
+        number INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    INSERT INTO revisions (name, number) VALUES ('accounts', 0);
+",
 ];
 
 #[cfg(test)]

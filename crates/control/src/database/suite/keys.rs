@@ -28,6 +28,52 @@ pub(crate) async fn a_key_gives_its_answer_until_it_is_forgotten(subject: &impl 
     assert!(database.key("k".into()).await.unwrap().is_none());
 }
 
+fn key_info(id: &str, project: &str, ms: i64) -> ApiKeyInfo {
+    ApiKeyInfo {
+        id: id.into(),
+        name: "ci".into(),
+        mask: Mask {
+            prefix: "e2b_".into(),
+            value_length: 40,
+            masked_value_prefix: "ab".into(),
+            masked_value_suffix: "cdef".into(),
+        },
+        created_at: jiff::Timestamp::from_millisecond(ms).unwrap(),
+        last_used: None,
+        project: project.parse().unwrap(),
+        max_sandboxes: Some(1),
+        requests_per_second: Some(2),
+        max_creating: Some(3),
+        max_paused: Some(4),
+        max_snapshots: Some(5),
+        max_disk_mib: Some(6),
+    }
+}
+
+pub(crate) async fn what_is_cached_of_keys_and_limits_learns_of_each_change(subject: &impl Subject) {
+    let database = open(subject);
+    let mut revision = database.known_since(None).await.unwrap().expect("nothing is known yet").revision;
+    let info = key_info("a", "blue", 1000);
+    let learn = async |revision| database.known_since(Some(revision)).await.unwrap();
+    assert!(learn(revision).await.is_none());
+    database.add_key("h".into(), info.clone()).await.unwrap();
+    let known = learn(revision).await.expect("a key is new");
+    assert_eq!((known.keys, known.limits), (vec![("h".into(), info)], Vec::new()));
+    revision = known.revision;
+    // Of these nothing is cached.
+    database.rename_key("a".into(), "laptop".into()).await.unwrap();
+    database.note_used(vec![("a".into(), 5000)]).await.unwrap();
+    database.remove_key("nobody".into()).await.unwrap();
+    assert!(learn(revision).await.is_none());
+    let limits = Limits { max_paused: Some(7), ..Limits::default() };
+    database.set_project_limits(&blue(), limits).await.unwrap();
+    let known = learn(revision).await.expect("limits are new");
+    assert_eq!((known.keys.len(), known.limits), (1, vec![(blue(), limits)]));
+    revision = known.revision;
+    database.remove_key("a".into()).await.unwrap();
+    assert!(learn(revision).await.expect("a key is gone").keys.is_empty());
+}
+
 pub(crate) async fn a_key_is_one_requests_whoever_asks_first(subject: &impl Subject) {
     let (database, here) = (open(subject), Placement::local());
     database.count_from_this_boot().await.unwrap();
@@ -91,30 +137,11 @@ pub(crate) async fn after_a_reboot_keys_are_as_old_as_the_wall_clock_and_the_boo
 
 pub(crate) async fn api_keys_and_limits_are_there_until_they_are_removed(subject: &impl Subject) {
     let database = open(subject);
-    let info = |id: &str, project: &str, ms| ApiKeyInfo {
-        id: id.into(),
-        name: "ci".into(),
-        mask: Mask {
-            prefix: "e2b_".into(),
-            value_length: 40,
-            masked_value_prefix: "ab".into(),
-            masked_value_suffix: "cdef".into(),
-        },
-        created_at: jiff::Timestamp::from_millisecond(ms).unwrap(),
-        last_used: None,
-        project: project.parse().unwrap(),
-        max_sandboxes: Some(1),
-        requests_per_second: Some(2),
-        max_creating: Some(3),
-        max_paused: Some(4),
-        max_snapshots: Some(5),
-        max_disk_mib: Some(6),
-    };
-    let (young, old) = (info("y", "blue", 2000), info("o", "green", 1000));
+    let (young, old) = (key_info("y", "blue", 2000), key_info("o", "green", 1000));
     database.add_key("h1".into(), young.clone()).await.unwrap();
     database.add_key("h2".into(), old.clone()).await.unwrap();
     // A key is one key's.
-    database.add_key("h1".into(), info("z", "blue", 1)).await.unwrap_err();
+    database.add_key("h1".into(), key_info("z", "blue", 1)).await.unwrap_err();
     let known = |keys: Vec<(String, ApiKeyInfo)>| {
         keys.into_iter().map(|(hash, info)| format!("{hash} {info:?}")).collect::<Vec<_>>()
     };
@@ -133,7 +160,8 @@ pub(crate) async fn api_keys_and_limits_are_there_until_they_are_removed(subject
     let limits = Limits { max_paused: Some(7), max_disk_mib: Some(1 << 40), ..Limits::default() };
     database.set_project_limits(&blue(), Limits::default()).await.unwrap();
     database.set_project_limits(&blue(), limits).await.unwrap();
-    assert_eq!(database.project_limits().await.unwrap(), [(blue(), limits)]);
+    let known = database.known_since(None).await.unwrap().expect("nothing is known yet");
+    assert_eq!(known.limits, [(blue(), limits)]);
     let projects = database.projects().await.unwrap();
     let names: Vec<_> = projects.iter().map(|info| (info.name.as_str(), info.limits)).collect();
     assert_eq!(names, [("blue", limits), ("green", Limits::default())]);

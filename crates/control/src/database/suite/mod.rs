@@ -48,6 +48,7 @@ macro_rules! keeps_its_promises {
             what_is_resumed_or_paused_counts_as_both
             a_key_gives_its_answer_until_it_is_forgotten
             a_key_is_one_requests_whoever_asks_first
+            what_is_cached_of_keys_and_limits_learns_of_each_change
             a_wall_clock_that_jumps_and_a_restart_end_no_key_early_or_late
             after_a_reboot_keys_are_as_old_as_the_wall_clock_and_the_boot_say
             api_keys_and_limits_are_there_until_they_are_removed
