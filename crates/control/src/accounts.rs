@@ -2,7 +2,8 @@
 //!
 //! Keys are kept as hashes (SHA-256 of 160 random bits: there is nothing to guess) in `kelvin.db` and in memory, where
 //! each request is looked up. The server's own key is in the file `api-key`, stays out of the database, and is the
-//! only one that may change what belongs to everybody. Who writes: `create`, `revoke` and `limit_project`, each on a task
+//! only one that may change what belongs to everybody. What another server on the same database changes, a revocation too, is
+//! known here within [`STALENESS`], as long as the database answers. Who writes: `create`, `revoke` and `limit_project`, each on a task
 //! that no caller can end half-way, and the meter for the times of last use; a crash loses the last of those, never a key.
 
 use std::collections::HashMap;
@@ -16,7 +17,7 @@ use governor::clock::Clock as _;
 use governor::{DefaultDirectRateLimiter, RateLimiter};
 use http::HeaderMap;
 use kelvin_api::account::{ApiKeyInfo, CreatedApiKey, Limits, Mask, NewApiKey, Project, ProjectInfo};
-use kelvin_api::error::{ErrorCode, Failure};
+use kelvin_api::error::{ErrorCode, Failure, chain};
 use kelvin_host::clock::Clock;
 
 use crate::ApiKey;
@@ -27,6 +28,8 @@ use crate::service::{database_failed, invalid};
 const PREFIX: &str = "e2b_";
 /// Characters of a name.
 const NAME: usize = 120;
+/// How old what is cached of keys and limits may be, beside the time that the database takes.
+const STALENESS: Duration = Duration::from_secs(10);
 /// The id of the server's own key.
 const OWN: &str = "server";
 
@@ -61,8 +64,9 @@ pub struct Accounts {
     known: RwLock<Arc<Known>>,
     /// What projects may have; those without limits are not in it.
     projects: RwLock<HashMap<Project, Limits>>,
-    /// Held while the database and what is in memory change together: whoever is later in one is later in the other.
-    writing: tokio::sync::Mutex<()>,
+    /// Held while the database and what is in memory change together: whoever is later in one is later in the other. The
+    /// revision of the database that is in memory; what was changed here since is, too.
+    writing: tokio::sync::Mutex<Option<i64>>,
 }
 
 fn hash(key: &str) -> String {
@@ -81,8 +85,6 @@ impl Accounts {
     /// # Errors
     /// When the database cannot be read.
     pub async fn open(own: ApiKey, database: &Database) -> Result<Self, Failure> {
-        let keys = database.keys(None).await.map_err(database_failed)?;
-        let known = keys.into_iter().map(|(hash, info)| (hash, Arc::new(account(&info)))).collect();
         let owner = Account {
             key: OWN.to_owned(),
             project: Project::default(),
@@ -91,15 +93,50 @@ impl Accounts {
             rate: None,
             last_used: AtomicI64::default(),
         };
-        let projects = database.project_limits().await.map_err(database_failed)?.into_iter().collect();
-        Ok(Self {
+        let accounts = Self {
             clock: database.clock.clone(),
             own,
             owner: Arc::new(owner),
-            known: RwLock::new(Arc::new(known)),
-            projects: RwLock::new(projects),
+            known: RwLock::default(),
+            projects: RwLock::default(),
             writing: tokio::sync::Mutex::default(),
-        })
+        };
+        accounts.refresh(database).await?;
+        Ok(accounts)
+    }
+
+    /// Learns what another server has changed. A key that stays keeps its rate.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    async fn refresh(&self, database: &Database) -> Result<(), Failure> {
+        let mut revision = self.writing.lock().await;
+        let Some(now) = database.known_since(*revision).await.map_err(database_failed)? else {
+            return Ok(());
+        };
+        let former = self.known();
+        let stays = |(hash, info): (String, ApiKeyInfo)| {
+            let account = former.get(&hash).cloned().unwrap_or_else(|| Arc::new(account(&info)));
+            (hash, account)
+        };
+        let known = now.keys.into_iter().map(stays).collect();
+        *self.known.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(known);
+        let projects = now.limits.into_iter().collect();
+        *self.projects.write().unwrap_or_else(PoisonError::into_inner) = projects;
+        *revision = Some(now.revision);
+        Ok(())
+    }
+
+    /// Keeps what is cached no older than [`STALENESS`], for ever.
+    pub async fn follow(&self, database: &Database) {
+        let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + STALENESS, STALENESS);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            if let Err(failure) = self.refresh(database).await {
+                tracing::warn!(error = chain(&failure), "keys and limits may be older than they should be");
+            }
+        }
     }
 
     fn known(&self) -> Arc<Known> {
@@ -393,6 +430,46 @@ mod tests {
                 kelvin_api::error::Kind::Invalid
             );
         }
+    }
+
+    /// Waits until `condition` holds: in virtual time, which goes on while the database's thread works.
+    async fn soon(condition: impl Fn() -> bool) {
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        while !condition() {
+            assert!(std::time::Instant::now() < deadline, "it stays unknown");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_another_server_changes_becomes_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Database::open(&dir.path().join("kelvin.db"), Clock::system().unwrap()).unwrap();
+        let own = ApiKey::open(&dir.path().join("api-key")).unwrap();
+        let (one, other) = (open(), open());
+        let accounts = Arc::new(Accounts::open(own.clone(), &one).await.unwrap());
+        let others = Accounts::open(own, &other).await.unwrap();
+        let wanted = NewApiKey { name: "a".into(), requests_per_second: Some(2), ..NewApiKey::default() };
+        let made = others.create(wanted, &other).await.unwrap();
+        let mut headers = HeaderMap::new();
+        headers.insert("x-api-key", made.key.parse().unwrap());
+        // Nobody follows yet.
+        accounts.admit(&headers).unwrap_err();
+        let follower = tokio::spawn({
+            let (accounts, one) = (Arc::clone(&accounts), one.clone());
+            async move { accounts.follow(&one).await }
+        });
+        soon(|| accounts.admit(&headers).is_ok()).await;
+        let caller = accounts.admit(&headers).unwrap();
+        let limits = Limits { max_paused: Some(1), ..Limits::default() };
+        others.limit_project(&caller.project, limits, &other).await.unwrap();
+        soon(|| accounts.quota(&caller).of_project == limits).await;
+        // The same account, with what is left of its rate.
+        assert!(Arc::ptr_eq(&caller, &accounts.admit(&headers).unwrap()));
+        assert!(others.revoke(&made.info.id, &other).await.unwrap());
+        soon(|| accounts.admit(&headers).is_err()).await;
+        assert_eq!(accounts.admit(&headers).unwrap_err().error_code, ErrorCode::WrongApiKey);
+        follower.abort();
     }
 
     #[tokio::test]

@@ -229,11 +229,12 @@ impl Inner {
                 (info.snapshot_id.clone(), name, info.created_at.as_millisecond())
             })
             .collect();
-        self.database.adopt_snapshots(known).await.map_err(database_failed)?;
-        for id in self.database.unfinished_snapshots().await.map_err(database_failed)? {
+        let node = &self.placement.node;
+        self.database.adopt_snapshots(node, known).await.map_err(database_failed)?;
+        for id in self.database.unfinished_snapshots(node).await.map_err(database_failed)? {
             let ended = match there.iter().any(|info| info.snapshot_id == id) {
                 true => self.database.finish_snapshot(id).await,
-                false => self.database.forget_snapshot(id).await,
+                false => self.database.forget_snapshot(node, id).await,
             };
             ended.map_err(database_failed)?;
         }
@@ -271,7 +272,7 @@ impl Inner {
     pub(crate) async fn forget_owners(&self, before: HashSet<String>) -> Result<(), Failure> {
         let there = self.there().await?;
         for id in before.difference(&there) {
-            self.database.forget_snapshot(id.clone()).await.map_err(database_failed)?;
+            self.database.forget_snapshot(&self.placement.node, id.clone()).await.map_err(database_failed)?;
         }
         Ok(())
     }

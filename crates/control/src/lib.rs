@@ -1,8 +1,8 @@
 //! The control plane: the public API and the database of intent.
 //!
-//! Read in this order: [`Control`], `api` (the routes), `service` (what they do), `database` (what is
-//! remembered), `wake` (traffic to what is paused). It never links a node: [`kelvin_node_api::NodeService`] is what it needs of
-//! one, and the binary joins the two.
+//! Read in this order: [`Control`], `api` (the routes), `service` (what they do), `database` (what is remembered: an
+//! interface, and SQLite behind it), `placement` (whose node may change what), `wake` (traffic to what is paused). It never
+//! links a node: [`kelvin_node_api::NodeService`] is what it needs of one, and the binary joins the two.
 //!
 //! What changes something runs on a task of its own to its end, whoever leaves: its owner and its entry in the audit log are
 //! written before its effect is there (`audit`, `once`, `changes`).
@@ -27,8 +27,11 @@ mod network;
 mod once;
 mod openapi;
 mod people;
+mod placement;
 mod reply;
 mod service;
+#[cfg(test)]
+mod testing;
 mod wake;
 
 pub use auth::ApiKey;

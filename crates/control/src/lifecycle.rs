@@ -38,7 +38,7 @@ impl Inner {
         healthy: bool,
     ) -> Result<Paused, Failure> {
         let _change = self.changes.begin(id, "pause").await?;
-        let row = self.row(id).await?;
+        let row = self.row_here(id).await?;
         if row.state == SandboxState::Paused {
             return self.node.pause(id, mode, healthy).await;
         }
@@ -62,7 +62,7 @@ impl Inner {
     /// state than what was replied.
     pub(crate) async fn refresh(&self, id: &SandboxId) -> Result<(), Failure> {
         match self.node.one(id).await? {
-            Some(live) => self.database.set_live(&live).await.map_err(database_failed),
+            Some(live) => self.database.set_live(&self.placement, &live).await.map_err(database_failed),
             None => Ok(()),
         }
     }
@@ -87,7 +87,7 @@ impl Inner {
         timeout_s: u64,
         mode: PauseMode,
     ) -> Result<Reply, Failure> {
-        let row = self.row(id).await?;
+        let row = self.row_here(id).await?;
         let ends_at = deadline(&self.clock, timeout_s)?;
         // An operator resumes within the limits of the owner.
         let quota = match caller.is_admin {
@@ -157,7 +157,7 @@ impl Inner {
             }
         };
         let _change = self.changes.begin(id, "snapshot").await?;
-        let row = self.row(id).await?;
+        let row = self.row_here(id).await?;
         let mode = PauseMode::of(body.memory);
         // The sandbox's project owns it, whoever asks.
         let quota = match caller.project == row.project {
@@ -170,6 +170,7 @@ impl Inner {
             id: snapshot.to_string(),
             mib: u64::from(row.disk_mib) + memory,
             name: name.as_ref().map(ToString::to_string),
+            node: self.placement.node.clone(),
         };
         if let Some(limit) = self.database.begin_snapshot(new, quota, key).await.map_err(database_failed)? {
             return Err(exceeded(limit));
@@ -190,7 +191,7 @@ impl Inner {
     }
 
     async fn forget_snapshot(&self, snapshot: &SnapshotId) {
-        if let Err(error) = self.database.forget_snapshot(snapshot.to_string()).await {
+        if let Err(error) = self.database.forget_snapshot(&self.placement.node, snapshot.to_string()).await {
             // It counts until the next start, which finds that it is not there.
             tracing::error!(%snapshot, error = chain(&error), "a snapshot that was not taken was not forgotten");
         }
@@ -241,7 +242,7 @@ impl Inner {
         check_map("envVars", &env_vars, ENV_BYTES)?;
         check_env(&env_vars)?;
         let _change = self.changes.begin(id, "fork").await?;
-        let source = self.row(id).await?;
+        let source = self.row_here(id).await?;
         let ends_at = deadline(&self.clock, timeout_s)?;
         let metadata = body.metadata.unwrap_or_else(|| source.metadata.clone());
         check_map("metadata", &metadata, METADATA_BYTES)?;
@@ -257,6 +258,7 @@ impl Inner {
                 state: SandboxState::Running,
                 parent: Some(id.clone()),
                 key: caller.key.clone(),
+                placement: self.placement.clone(),
                 ..source.clone()
             };
             children.push(Child {
@@ -329,7 +331,7 @@ impl Inner {
             state: SandboxState::Running,
             generation: 0,
         };
-        if let Err(error) = self.database.commit(&live, None, None).await {
+        if let Err(error) = self.database.commit(&self.placement, &live, None, None).await {
             let _ = self.node.kill(&row.id).await;
             return Err(database_failed(error));
         }
@@ -338,7 +340,7 @@ impl Inner {
     }
 
     async fn undo(&self, id: &SandboxId) {
-        if let Err(error) = self.database.undo(id).await {
+        if let Err(error) = self.database.undo(&self.placement, id).await {
             tracing::error!(sandbox = %id, error = chain(&error), "a failed fork was not forgotten");
         }
     }

@@ -7,8 +7,10 @@
 //!                                          └──> else: forgotten, a retry starts afresh
 //! ```
 //!
-//! A create writes its key and its answer in its own transactions (`service`); the rest is here. Who writes: the task of the
-//! request. What makes a secret (an API key) takes no key: its answer would have to be kept.
+//! Whose a key is, is decided by the database: of two requests that find it new, on whatever servers, one writes it down and
+//! the other is told that it is in use. A create writes its key and its answer in its own transactions (`service`); the
+//! rest is here. Who writes: the task of the request. What makes a secret (an API key) takes no key: its answer would have to
+//! be kept.
 
 use axum::body::{Body, Bytes};
 use axum::extract::Request;
@@ -63,6 +65,15 @@ pub(crate) fn key_of(headers: &HeaderMap) -> Result<Option<String>, Failure> {
     }
 }
 
+/// That a request with a key has not ended yet.
+pub(crate) fn in_use() -> Failure {
+    Failure::new(
+        ErrorCode::IdempotencyKeyInUse,
+        "a request with this idempotency key is under way",
+        "try again",
+    )
+}
+
 /// That a key was used for another request.
 pub(crate) fn reused() -> Failure {
     Failure::new(
@@ -104,8 +115,10 @@ impl Inner {
                 }
                 Ok(None) => {
                     let new = NewKey { key: key.clone(), fingerprint, subjects: Vec::new() };
-                    if let Err(error) = self.database.add_key_of(new).await {
-                        return reply(&database_failed(error));
+                    match self.database.add_key_of(new).await {
+                        Ok(true) => {}
+                        Ok(false) => return reply(&in_use()),
+                        Err(error) => return reply(&database_failed(error)),
                     }
                 }
             }

@@ -20,7 +20,6 @@ use kelvin_api::sandbox::{
 };
 use kelvin_api::units::MemoryMib;
 use kelvin_host::clock::Clock;
-use kelvin_host::db;
 use kelvin_node_api::{ConsoleLine, Create, Created, Live, NodeService, Source};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -28,7 +27,8 @@ use tokio_util::task::TaskTracker;
 use crate::accounts::{Account, Accounts};
 use crate::audit::Audit;
 use crate::changes::Changes;
-use crate::database::{Begun, Claim, Database, Exceeded, Filter, Limited, NewKey, Quota, SandboxRow};
+use crate::database::{self, Begun, Claim, Database, Exceeded, Filter, Limited, NewKey, Quota, SandboxRow};
+use crate::placement::Placement;
 use crate::wake::Wakes;
 use crate::{ApiKey, network, once};
 
@@ -49,11 +49,14 @@ pub(crate) struct Inner {
     pub(crate) clock: Clock,
     pub(crate) database: Database,
     pub(crate) node: Arc<dyn NodeService>,
+    /// Which node that is.
+    pub(crate) placement: Placement,
     pub(crate) accounts: Accounts,
     /// Sandboxes that were started since the last measurement, by project.
     pub(crate) started: Mutex<HashMap<Project, u32>>,
     domain: Option<String>,
-    /// One lock for each idempotency key that is in use: a second request waits for the first.
+    /// One lock for each idempotency key that is in use: a second request waits for the first, and is not told that it is under
+    /// way. That there is one is decided by the database.
     keys: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// Changes of sandboxes that are under way.
     pub(crate) changes: Arc<Changes>,
@@ -131,16 +134,23 @@ pub(crate) struct Page {
     pub next: Option<String>,
 }
 
-pub(crate) fn database_failed(error: db::Error) -> Failure {
-    if error.is_full() {
-        return Failure::new(
+pub(crate) fn database_failed(error: database::Error) -> Failure {
+    match error {
+        database::Error::Full(_) => Failure::new(
             ErrorCode::DiskFull,
             "the database cannot be written: the disk is full",
             "free space on the data directory's file system, `kelvin gc` removes what nothing needs",
-        );
+        ),
+        database::Error::Fenced => Failure::new(
+            ErrorCode::SandboxChanging,
+            "the sandbox was given to another node meanwhile",
+            "try again",
+        ),
+        database::Error::Failed(_) => {
+            let remedy = "check the disk of the data directory";
+            Failure::new(ErrorCode::Database, "the database cannot be used", remedy).with_cause(&error)
+        }
     }
-    Failure::new(ErrorCode::Database, "the database cannot be used", "check the disk of the data directory")
-        .with_cause(&error)
 }
 
 pub(crate) fn invalid(
@@ -187,6 +197,7 @@ impl Control {
             clock,
             database,
             node,
+            placement: Placement::local(),
             accounts,
             started: Mutex::default(),
             domain,
@@ -201,6 +212,11 @@ impl Control {
         inner.tasks.spawn(async move {
             let stop = follower.stop.clone();
             stop.run_until_cancelled(follower.follow()).await;
+        });
+        let cache = Arc::clone(&inner);
+        inner.tasks.spawn(async move {
+            let stop = cache.stop.clone();
+            stop.run_until_cancelled(cache.accounts.follow(&cache.database)).await;
         });
         let meter = Arc::clone(&inner);
         inner.tasks.spawn(async move {
@@ -222,39 +238,41 @@ impl Inner {
     /// Brings the database to what the node has: after a start, or when the node's log was too short. Only
     /// at a start are rows that are being made somebody's who died.
     async fn compare(&self, at_start: bool) -> Result<(), Failure> {
+        let by = &self.placement;
         if at_start {
-            self.database.forget_claims().await.map_err(database_failed)?;
+            self.database.forget_claims(by).await.map_err(database_failed)?;
             self.compare_snapshots().await?;
         }
         let live: BTreeMap<SandboxId, Live> =
             self.node.live().await?.into_iter().map(|live| (live.sandbox.clone(), live)).collect();
-        for (id, creating) in self.database.all().await.map_err(database_failed)? {
+        for (id, creating) in self.database.all(by).await.map_err(database_failed)? {
             if creating && !at_start {
                 continue;
             }
             match (live.get(&id), creating) {
                 (Some(live), true) => self.finish(live).await.map_err(database_failed)?,
-                (Some(live), false) => self.database.set_live(live).await.map_err(database_failed)?,
-                (None, true) => self.database.undo(&id).await.map_err(database_failed)?,
-                (None, false) => self.database.end(&id).await.map_err(database_failed)?,
+                (Some(live), false) => self.database.set_live(by, live).await.map_err(database_failed)?,
+                (None, true) => self.database.undo(by, &id).await.map_err(database_failed)?,
+                (None, false) => self.database.end(by, &id).await.map_err(database_failed)?,
             }
         }
         Ok(())
     }
 
     /// Commits a sandbox whose create the last daemon did not live to see the end of.
-    async fn finish(&self, live: &Live) -> Result<(), db::Error> {
-        self.database.commit(live, None, None).await?;
+    async fn finish(&self, live: &Live) -> Result<(), database::Error> {
+        self.database.commit(&self.placement, live, None, None).await?;
         let Some(row) = self.database.get(&live.sandbox).await? else {
             return Ok(());
         };
         let reason = format!("{}: the server was restarted meanwhile", live.start_path.name());
         let sandbox = self.reply_of(&row, live.start_path, reason, &Timings::default());
-        self.database.commit(live, serde_json::to_string(&sandbox).ok(), None).await
+        self.database.commit(&self.placement, live, serde_json::to_string(&sandbox).ok(), None).await
     }
 
     /// Follows what ends on the node.
     async fn follow(&self) {
+        let by = &self.placement;
         let mut generation = 0;
         loop {
             match self.node.changes(generation).await {
@@ -262,10 +280,10 @@ impl Inner {
                     generation = changes.generation;
                     let mut result = Ok(());
                     for live in changes.changed.values() {
-                        result = result.and(self.database.set_live(live).await.map_err(database_failed));
+                        result = result.and(self.database.set_live(by, live).await.map_err(database_failed));
                     }
                     for id in changes.ended.keys() {
-                        result = result.and(self.database.end(id).await.map_err(database_failed));
+                        result = result.and(self.database.end(by, id).await.map_err(database_failed));
                     }
                     if changes.resync {
                         result = result.and(self.compare(false).await);
@@ -333,11 +351,7 @@ impl Inner {
         let reply = known.reply.and_then(|reply| serde_json::from_str(&reply).ok());
         match reply {
             Some(sandbox) => Ok(Reply { sandbox, timings: Timings::default() }),
-            None => Err(Failure::new(
-                ErrorCode::IdempotencyKeyInUse,
-                "a request with this idempotency key is under way",
-                "try again",
-            )),
+            None => Err(once::in_use()),
         }
     }
 
@@ -351,14 +365,14 @@ impl Inner {
         let mut since = Instant::now();
         let mut timings = Timings::default();
         let source = self.base(caller, &body.template_id).await?;
-        let (row, mut request) = prepare(&self.clock, caller, body, source)?;
+        let (row, mut request) = prepare(&self.clock, self.placement.clone(), caller, body, source)?;
         self.begin(self.accounts.quota(caller), std::slice::from_ref(&row), key, Some(audit)).await?;
         request.ends_at = row.ends_at;
         timings.lap(Phase::Reserve, &mut since);
         let created = match self.node.create(request).await {
             Ok(created) => created,
             Err(failure) => {
-                if let Err(error) = self.database.undo(&row.id).await {
+                if let Err(error) = self.database.undo(&row.placement, &row.id).await {
                     tracing::error!(sandbox = %row.id, error = chain(&error), "a failed create was not forgotten");
                 }
                 return Err(failure);
@@ -381,10 +395,10 @@ impl Inner {
         let sandbox = self.reply_of(&row, start_path, reason, &timings);
         let text = serde_json::to_string(&sandbox).ok();
         let ended = audit.to_end(StatusCode::CREATED, row.id.as_str());
-        if let Err(error) = self.database.commit(&live, text, ended.clone()).await {
+        if let Err(error) = self.database.commit(&row.placement, &live, text, ended.clone()).await {
             let _ = self.node.kill(&row.id).await;
             // What cannot be written now is undone at the next start.
-            let _ = self.database.undo(&row.id).await;
+            let _ = self.database.undo(&row.placement, &row.id).await;
             return Err(database_failed(error));
         }
         audit.ended(ended);
@@ -411,6 +425,7 @@ impl Inner {
                 Ok(())
             }
             Begun::Exceeded(limit) => Err(exceeded(limit)),
+            Begun::KeyTaken => Err(once::in_use()),
         }
     }
 
@@ -453,10 +468,23 @@ impl Inner {
         }
     }
 
+    /// The same of one that is to be changed, or looked into: only its own node can.
+    pub(crate) async fn row_here(&self, id: &SandboxId) -> Result<SandboxRow, Failure> {
+        let row = self.row(id).await?;
+        if row.placement.node == self.placement.node {
+            return Ok(row);
+        }
+        Err(Failure::new(
+            ErrorCode::NodeUnreachable,
+            format!("sandbox {id} is on node {}, which this server does not reach", row.placement.node),
+            "ask a server that reaches this node; the sandbox is as it was",
+        ))
+    }
+
     pub(crate) async fn kill(&self, id: &SandboxId) -> Result<(), Failure> {
-        self.row(id).await?;
+        self.row_here(id).await?;
         self.node.kill(id).await?;
-        self.database.end(id).await.map_err(database_failed)
+        self.database.end(&self.placement, id).await.map_err(database_failed)
     }
 
     pub(crate) async fn set_timeout(
@@ -477,7 +505,7 @@ impl Inner {
         may_shorten: bool,
     ) -> Result<SandboxDetail, Failure> {
         let ends_at = deadline(&self.clock, seconds)?;
-        let mut row = self.row(id).await?;
+        let mut row = self.row_here(id).await?;
         let moves = may_shorten || {
             // By the wall clock as it is now: what is recorded may be from before it was set.
             ends_at > self.node.one(id).await?.map_or(row.ends_at, |live| live.ends_at)
@@ -492,19 +520,19 @@ impl Inner {
 
     pub(crate) async fn set_network(&self, id: &SandboxId, update: NetworkUpdate) -> Result<(), Failure> {
         let _change = self.changes.begin(id, "change of its network").await?;
-        self.row(id).await?;
+        self.row_here(id).await?;
         let allowed = update.allow_internet_access;
         self.node.set_policy(id, network::policy(update)?).await?;
         self.database.set_internet(id, allowed).await.map_err(database_failed)
     }
 
     pub(crate) async fn network(&self, id: &SandboxId) -> Result<NetworkState, Failure> {
-        self.row(id).await?;
+        self.row_here(id).await?;
         self.node.network(id).await
     }
 
     pub(crate) async fn logs(&self, id: &SandboxId) -> Result<SandboxLogs, Failure> {
-        self.row(id).await?;
+        self.row_here(id).await?;
         let console = match self.node.console(id).await {
             // It has said nothing since it was paused.
             Err(failure) if failure.error_code == ErrorCode::SandboxPaused => Vec::new(),
@@ -554,7 +582,9 @@ impl Inner {
     async fn is_there(&self, row: &SandboxRow) -> Result<bool, Failure> {
         let is_over = row.state == SandboxState::Running
             && row.lifecycle.on_timeout == OnTimeout::Kill
-            && row.ends_at <= self.clock.wall();
+            && row.ends_at <= self.clock.wall()
+            // Another's end is for its own node to say.
+            && row.placement.node == self.placement.node;
         Ok(!is_over || self.node.one(&row.id).await?.is_some())
     }
 }
@@ -607,6 +637,7 @@ pub(crate) fn memory_of(wanted: Option<u64>) -> Result<Option<MemoryMib>, Failur
 /// Checks a request and makes its row and what the node is asked. Every field is honoured or refused.
 fn prepare(
     clock: &Clock,
+    placement: Placement,
     caller: &Account,
     body: NewSandbox,
     source: Source,
@@ -665,6 +696,7 @@ fn prepare(
         parent: None,
         project: caller.project.clone(),
         key: caller.key.clone(),
+        placement,
     };
     let create = Create {
         sandbox: id,

@@ -44,7 +44,7 @@ impl Drop for Under {
 
 impl Inner {
     async fn wake(self: &Arc<Self>, id: &SandboxId) -> Result<(), Failure> {
-        let row = self.row(id).await?;
+        let row = self.row_here(id).await?;
         if !row.lifecycle.auto_resume {
             return Err(Failure::new(
                 ErrorCode::SandboxPaused,

@@ -50,7 +50,7 @@ const MUTATIONS: &[Mutation] = &[
     },
     Mutation {
         name: "the row that says whose a snapshot is",
-        file: "crates/control/src/database/catalog.rs",
+        file: "crates/control/src/database/sqlite/catalog.rs",
         from: "                    return Ok(Some(exceeded));\n                }\n",
         to: "                    return Ok(Some(exceeded));\n                }\n                if OFF {\n                    return Ok(None);\n                }\n",
     },

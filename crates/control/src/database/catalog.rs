@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 
-use kelvin_host::db::Error;
-use rusqlite::OptionalExtension;
+use async_trait::async_trait;
 
-use super::{Database, Exceeded, More, Quota, time};
+use super::{Error, Exceeded, Quota};
+use crate::placement::NodeName;
 
 /// A snapshot that is to be taken.
 #[derive(Debug)]
@@ -16,6 +16,8 @@ pub struct NewSnapshot {
     pub mib: u64,
     /// What it is to be called.
     pub name: Option<String>,
+    /// Where it is to be.
+    pub node: NodeName,
 }
 
 /// Whose a snapshot is.
@@ -33,233 +35,53 @@ pub struct TagRow {
     pub created_at: jiff::Timestamp,
 }
 
-impl Database {
+/// Owners and tags survive a power failure.
+#[async_trait]
+pub trait Catalog: Send + Sync {
     /// Notes whose a snapshot is to be, when `quota` has room for it, and what its idempotency key is about: before it is
     /// there. Until it is, its name means what it meant. The limit that it would exceed.
-    pub async fn begin_snapshot(
+    async fn begin_snapshot(
         &self,
         snapshot: NewSnapshot,
         quota: Quota,
         key: Option<String>,
-    ) -> Result<Option<Exceeded>, Error> {
-        let now = self.clock.wall().as_millisecond();
-        self.db
-            .call_durable(move |connection| {
-                let transaction = connection.transaction()?;
-                let more = More { snapshots: 1, disk_mib: snapshot.mib, ..More::default() };
-                if let Some(exceeded) = quota.check(&transaction, more)? {
-                    return Ok(Some(exceeded));
-                }
-                transaction
-                    .prepare_cached(
-                        "INSERT INTO snapshots (id, project, created_ms, key, mib, wanted, state) \
-                         VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'taking')",
-                    )?
-                    .execute((
-                        &snapshot.id,
-                        quota.project.as_str(),
-                        now,
-                        &quota.key,
-                        i64::try_from(snapshot.mib).unwrap_or(i64::MAX),
-                        &snapshot.name,
-                    ))?;
-                if let Some(key) = key {
-                    transaction
-                        .prepare_cached("UPDATE idempotency SET subjects = ?2 WHERE key = ?1")?
-                        .execute((key, serde_json::to_string(&[&snapshot.id]).unwrap_or_default()))?;
-                }
-                transaction.commit().map(|()| None)
-            })
-            .await
-    }
-
+    ) -> Result<Option<Exceeded>, Error>;
     /// Notes that a snapshot is there now, and gives it its name. A name is one snapshot's: who had it before keeps its id
     /// alone, so that a name which is deleted means nothing and never an older snapshot.
-    pub async fn finish_snapshot(&self, id: String) -> Result<(), Error> {
-        self.db
-            .call_durable(move |connection| {
-                let transaction = connection.transaction()?;
-                transaction
-                    .prepare_cached(
-                        "UPDATE snapshots SET name = NULL WHERE (project, name) IN \
-                         (SELECT project, wanted FROM snapshots WHERE id = ?1 AND wanted IS NOT NULL)",
-                    )?
-                    .execute([&id])?;
-                transaction
-                    .prepare_cached(
-                        "UPDATE snapshots SET name = COALESCE(wanted, name), wanted = NULL, state = 'kept' WHERE id = ?1",
-                    )?
-                    .execute([&id])?;
-                transaction.commit()
-            })
-            .await
-    }
-
-    /// Snapshots that are being taken: after a start, those whose end the last server did not live to see.
-    pub async fn unfinished_snapshots(&self) -> Result<Vec<String>, Error> {
-        self.db
-            .call(move |connection| {
-                connection
-                    .prepare_cached("SELECT id FROM snapshots WHERE state = 'taking'")?
-                    .query_map([], |row| row.get(0))?
-                    .collect()
-            })
-            .await
-    }
-
-    /// Gives what has no owner to the default project: once, for a database from before there were projects. Since then
+    async fn finish_snapshot(&self, id: String) -> Result<(), Error>;
+    /// Snapshots that are being taken on `node`: after a start, those whose end the last server did not live to see.
+    async fn unfinished_snapshots(&self, node: &NodeName) -> Result<Vec<String>, Error>;
+    /// Gives what has no owner on `node` to the default project: once, for a database from before there were projects. Since then
     /// every snapshot has had an owner before it was there, and what has none is nobody's.
-    pub async fn adopt_snapshots(&self, there: Vec<(String, Option<String>, i64)>) -> Result<(), Error> {
-        self.db
-            .call(move |connection| {
-                let transaction = connection.transaction()?;
-                let first = transaction
-                    .prepare_cached("INSERT OR IGNORE INTO facts (name) VALUES ('snapshots have owners')")?
-                    .execute([])?;
-                if first == 1 {
-                    for (id, name, created_ms) in there {
-                        transaction
-                            .prepare_cached(
-                                "INSERT OR IGNORE INTO snapshots (id, project, name, created_ms) \
-                                 VALUES (?1, 'default', ?2, ?3)",
-                            )?
-                            .execute((id, name, created_ms))?;
-                    }
-                }
-                transaction.commit()
-            })
-            .await
-    }
-
-    /// Forgets whose a snapshot was, and its name with it: a database of an older build may have others of that name.
-    pub async fn forget_snapshot(&self, id: String) -> Result<(), Error> {
-        self.db
-            .call_durable(move |connection| {
-                let transaction = connection.transaction()?;
-                transaction
-                    .prepare_cached(
-                        "UPDATE snapshots SET name = NULL WHERE (project, name) IN \
-                         (SELECT project, name FROM snapshots WHERE id = ?1)",
-                    )?
-                    .execute([&id])?;
-                transaction.prepare_cached("DELETE FROM snapshots WHERE id = ?1")?.execute([&id])?;
-                transaction.commit()
-            })
-            .await
-    }
-
+    async fn adopt_snapshots(
+        &self,
+        node: &NodeName,
+        there: Vec<(String, Option<String>, i64)>,
+    ) -> Result<(), Error>;
+    /// Forgets whose a snapshot of `node` was, and its name with it: a database of an older build may have others of that
+    /// name. Nothing when it is another node's.
+    async fn forget_snapshot(&self, node: &NodeName, id: String) -> Result<(), Error>;
     /// The snapshot of a project that `text` names: its id, or its name.
-    pub async fn snapshot(&self, project: &str, text: &str) -> Result<Option<String>, Error> {
-        let (project, text) = (project.to_owned(), text.to_owned());
-        self.db
-            .call(move |connection| {
-                let by_id: Option<String> = connection
-                    .prepare_cached("SELECT id FROM snapshots WHERE id = ?2 AND project = ?1")?
-                    .query_row((&project, &text), |row| row.get(0))
-                    .optional()?;
-                match by_id {
-                    Some(id) => Ok(Some(id)),
-                    None => connection
-                        .prepare_cached(
-                            "SELECT id FROM snapshots WHERE project = ?1 AND name = ?2 \
-                             ORDER BY created_ms DESC, id LIMIT 1",
-                        )?
-                        .query_row((&project, &text), |row| row.get(0))
-                        .optional(),
-                }
-            })
-            .await
-    }
-
+    async fn snapshot(&self, project: &str, text: &str) -> Result<Option<String>, Error>;
     /// The owner of each snapshot, and its name.
-    pub async fn snapshot_owners(&self) -> Result<HashMap<String, Owner>, Error> {
-        self.db
-            .call(move |connection| {
-                connection
-                    .prepare_cached("SELECT id, project, name FROM snapshots")?
-                    .query_map([], |row| {
-                        Ok((row.get(0)?, Owner { project: row.get(1)?, name: row.get(2)? }))
-                    })?
-                    .collect()
-            })
-            .await
-    }
-
+    async fn snapshot_owners(&self) -> Result<HashMap<String, Owner>, Error>;
     /// Gives a template tags; one that it has already moves to this build.
-    pub async fn add_tags(
+    async fn add_tags(
         &self,
         project: String,
         template: String,
         build: String,
         tags: Vec<String>,
-    ) -> Result<(), Error> {
-        let now = self.clock.wall().as_millisecond();
-        self.db
-            .call_durable(move |connection| {
-                let transaction = connection.transaction()?;
-                for tag in &tags {
-                    transaction
-                        .prepare_cached(
-                            "INSERT OR REPLACE INTO tags (project, template, tag, build, created_ms) \
-                             VALUES (?1, ?2, ?3, ?4, ?5)",
-                        )?
-                        .execute((&project, &template, tag, &build, now))?;
-                }
-                transaction.commit()
-            })
-            .await
-    }
-
+    ) -> Result<(), Error>;
     /// Takes tags from a template; the first that it does not have, and then none is taken.
-    pub async fn remove_tags(
+    async fn remove_tags(
         &self,
         project: String,
         template: String,
         tags: Vec<String>,
-    ) -> Result<Option<String>, Error> {
-        self.db
-            .call_durable(move |connection| {
-                let transaction = connection.transaction()?;
-                for tag in tags {
-                    let removed = transaction
-                        .prepare_cached("DELETE FROM tags WHERE project = ?1 AND template = ?2 AND tag = ?3")?
-                        .execute((&project, &template, &tag))?;
-                    if removed == 0 {
-                        return Ok(Some(tag));
-                    }
-                }
-                transaction.commit().map(|()| None)
-            })
-            .await
-    }
-
+    ) -> Result<Option<String>, Error>;
     /// The tags of a template, newest first.
-    pub async fn tags(&self, project: &str, template: &str) -> Result<Vec<TagRow>, Error> {
-        let (project, template) = (project.to_owned(), template.to_owned());
-        self.db
-            .call(move |connection| {
-                connection
-                    .prepare_cached(
-                        "SELECT tag, build, created_ms FROM tags WHERE project = ?1 AND template = ?2 \
-                         ORDER BY created_ms DESC, tag",
-                    )?
-                    .query_map((project, template), |row| {
-                        Ok(TagRow { tag: row.get(0)?, build: row.get(1)?, created_at: time(row.get(2)?)? })
-                    })?
-                    .collect()
-            })
-            .await
-    }
-
+    async fn tags(&self, project: &str, template: &str) -> Result<Vec<TagRow>, Error>;
     /// How often each template was started, and when last.
-    pub async fn spawns(&self) -> Result<HashMap<String, (i64, jiff::Timestamp)>, Error> {
-        self.db
-            .call(move |connection| {
-                connection
-                    .prepare_cached("SELECT template, count, last_ms FROM spawns")?
-                    .query_map([], |row| Ok((row.get(0)?, (row.get(1)?, time(row.get(2)?)?))))?
-                    .collect()
-            })
-            .await
-    }
+    async fn spawns(&self) -> Result<HashMap<String, (i64, jiff::Timestamp)>, Error>;
 }

@@ -9,6 +9,7 @@ use kelvin_powercut::{Disk, Loss};
 use super::{Database, NewSnapshot};
 use crate::ApiKey;
 use crate::accounts::Accounts;
+use crate::placement::NodeName;
 
 const LOSSES: [Loss; 2] = [Loss::Everything, Loss::ContentAlone];
 
@@ -73,7 +74,8 @@ async fn replies(lost: &'static str) -> Option<[bool; 4]> {
     accounts.revoke(&made.info.id, &database).await.unwrap();
     let is_gone = ground.holds(async |database, root| !is_known(database, root).await).await;
     let quota = accounts.quota_of("server", &"blue".parse().unwrap());
-    let snapshot = NewSnapshot { id: "s1".into(), mib: 1, name: Some("ready".into()) };
+    let snapshot =
+        NewSnapshot { id: "s1".into(), mib: 1, name: Some("ready".into()), node: NodeName::local() };
     assert!(database.begin_snapshot(snapshot, quota, None).await.unwrap().is_none());
     // Before the snapshot is taken; and when it was, with its name.
     let is_owned = async |database: &Database, name: Option<&str>| {

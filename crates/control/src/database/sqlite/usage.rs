@@ -1,11 +1,12 @@
-//! What sandboxes and projects used, over time.
+//! Measurements in SQLite.
 
+use async_trait::async_trait;
 use kelvin_api::account::Project;
 use kelvin_api::id::SandboxId;
 use kelvin_api::sandbox::{ProjectMetric, SandboxMetric};
-use kelvin_host::db::Error;
 
-use super::{Database, bad};
+use super::{Sqlite, bad};
+use crate::database::{Error, Usage};
 
 /// Measurements of a project that are given at once: the newest.
 const ROWS: i64 = 10_000;
@@ -16,10 +17,9 @@ fn second(at: i64) -> Result<jiff::Timestamp, rusqlite::Error> {
     jiff::Timestamp::from_second(at).map_err(|error| bad(error.into()))
 }
 
-impl Database {
-    /// Writes down measurements of sandboxes that are there, and how many of each project run and were started within
-    /// the last `span_s` seconds.
-    pub async fn add_metrics(
+#[async_trait]
+impl Usage for Sqlite {
+    async fn add_metrics(
         &self,
         metrics: Vec<(SandboxId, SandboxMetric)>,
         started: Vec<(Project, u32)>,
@@ -71,8 +71,7 @@ impl Database {
             .await
     }
 
-    /// Measurements of one sandbox from `start` to `end`, in seconds since 1970; the newest `most`, oldest first.
-    pub async fn metrics(
+    async fn metrics(
         &self,
         id: &SandboxId,
         start: i64,
@@ -108,8 +107,7 @@ impl Database {
             .await
     }
 
-    /// What a project used from `start` to `end`, in seconds since 1970; oldest first.
-    pub async fn project_metrics(
+    async fn project_metrics(
         &self,
         project: &Project,
         start: i64,
