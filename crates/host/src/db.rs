@@ -24,6 +24,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
+use rusqlite::config::DbConfig;
 use tokio::sync::oneshot;
 
 /// Calls that may wait for the database at one time.
@@ -281,6 +282,7 @@ fn connect(path: &Path) -> Result<Connection, Error> {
         tracing::warn!(%error, path = %path.display(), "cannot restrict the database's mode");
     }
     connection.set_prepared_statement_cache_capacity(STATEMENTS);
+    keep_plans(&connection)?;
     connection.busy_timeout(Duration::from_secs(5))?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "NORMAL")?;
@@ -291,6 +293,12 @@ fn connect(path: &Path) -> Result<Connection, Error> {
     Ok(connection)
 }
 
+/// A statement keeps the plan it was compiled with. Without this SQLite compiles one again each time that it is given
+/// other values, to look whether they would be worth another plan.
+pub(crate) fn keep_plans(connection: &Connection) -> Result<(), rusqlite::Error> {
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true).map(drop)
+}
+
 /// Brings the schema to what it is to be.
 fn migrate(connection: &mut Connection, migrations: &[&str]) -> Result<(), Error> {
     let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
@@ -299,6 +307,9 @@ fn migrate(connection: &mut Connection, migrations: &[&str]) -> Result<(), Error
     let Some(missing) = migrations.get(done..) else {
         return Err(Error::Version { found: version, known });
     };
+    if missing.is_empty() {
+        return Ok(());
+    }
     let transaction = connection.transaction()?;
     for sql in missing {
         transaction.execute_batch(sql)?;

@@ -387,7 +387,7 @@ fn replace_record(
 fn enter_boot(connection: &mut Connection, boot: &str) -> Result<(), rusqlite::Error> {
     let transaction = connection.transaction()?;
     let last: Option<String> =
-        transaction.query_row("SELECT id FROM boot", [], |row| row.get(0)).optional()?;
+        transaction.prepare_cached("SELECT id FROM boot")?.query_row([], |row| row.get(0)).optional()?;
     if last.as_deref() == Some(boot) {
         return Ok(());
     }

@@ -125,6 +125,7 @@ impl Database {
                 let connection = Connection::open_in_memory()?;
                 // All stay compiled, from daemon to daemon: those of the program, and those of a restore.
                 connection.set_prepared_statement_cache_capacity(1000);
+                crate::db::keep_plans(&connection)?;
                 connection.pragma_update(None, "foreign_keys", true)?;
                 connection
             }
@@ -170,11 +171,11 @@ fn each_database(
     })
 }
 
-/// Names of its tables.
+/// Names of its tables, in the order in which they were made: a table refers to older ones.
 fn tables(connection: &Connection) -> Result<Vec<String>, rusqlite::Error> {
     connection
         .prepare_cached(
-            "SELECT name FROM main.sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%'",
+            "SELECT name FROM main.sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY rowid",
         )?
         .query_map([], |row| row.get(0))?
         .collect()
@@ -203,8 +204,9 @@ pub fn restore_databases(root: &Path) -> Result<(), rusqlite::Error> {
         let tables = tables(connection)?;
         let run = |sql: &str| connection.prepare_cached(sql)?.execute([]).map(drop);
         run("BEGIN")?;
-        connection.pragma_update(None, "defer_foreign_keys", true)?;
-        for table in &tables {
+        // In an order that keeps every reference whole: to put the check off is a pragma, after which SQLite compiles
+        // every statement anew.
+        for table in tables.iter().rev() {
             run(&format!("DELETE FROM main.{table}"))?;
         }
         for table in &tables {

@@ -46,14 +46,17 @@ impl Answers for Sqlite {
         self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
-                transaction.execute(
-                    "UPDATE idempotency SET boot_ms = ?1 - \
-                     MAX(?2 - created_ms, CASE WHEN boot_ms IS NULL THEN 0 ELSE ?1 END) \
-                     WHERE boot_ms IS NULL OR NOT EXISTS (SELECT 1 FROM boot WHERE id = ?3)",
-                    (boot_ms(&now), now.wall.as_millisecond(), now.boot.to_string()),
-                )?;
-                transaction.execute("DELETE FROM boot WHERE id != ?1", [now.boot.to_string()])?;
-                transaction.execute("INSERT OR IGNORE INTO boot (id) VALUES (?1)", [now.boot.to_string()])?;
+                transaction
+                    .prepare_cached(
+                        "UPDATE idempotency SET boot_ms = ?1 - \
+                         MAX(?2 - created_ms, CASE WHEN boot_ms IS NULL THEN 0 ELSE ?1 END) \
+                         WHERE boot_ms IS NULL OR NOT EXISTS (SELECT 1 FROM boot WHERE id = ?3)",
+                    )?
+                    .execute((boot_ms(&now), now.wall.as_millisecond(), now.boot.to_string()))?;
+                for sql in ["DELETE FROM boot WHERE id != ?1", "INSERT OR IGNORE INTO boot (id) VALUES (?1)"]
+                {
+                    transaction.prepare_cached(sql)?.execute([now.boot.to_string()])?;
+                }
                 transaction.commit()
             })
             .await

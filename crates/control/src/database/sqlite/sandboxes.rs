@@ -355,11 +355,11 @@ impl Sandboxes for Sqlite {
         self.db
             .call(move |connection| {
                 connection
-                    .execute(
+                    .prepare_cached(
                         "UPDATE sandboxes SET claims = 0, pausing = 0 \
                          WHERE (claims > 0 OR pausing > 0) AND node = ?1 AND epoch <= ?2",
-                        (by.node.as_str(), by.epoch.0),
-                    )
+                    )?
+                    .execute((by.node.as_str(), by.epoch.0))
                     .map(drop)
             })
             .await
