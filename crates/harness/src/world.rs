@@ -83,7 +83,7 @@ pub fn live<T: Send + 'static>(
     faults: &Arc<Faults>,
     life: impl Future<Output = T> + Send + 'static,
 ) -> Result<Option<T>, Broken> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build()?;
     let _virtual = Virtual::enter(Scripted(Arc::clone(faults)));
     let watched = Arc::clone(faults);
     let outcome = runtime.block_on(async move {
