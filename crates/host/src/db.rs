@@ -24,7 +24,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
-use rusqlite::config::DbConfig;
 use tokio::sync::oneshot;
 
 /// Calls that may wait for the database at one time.
@@ -282,7 +281,7 @@ fn connect(path: &Path) -> Result<Connection, Error> {
         tracing::warn!(%error, path = %path.display(), "cannot restrict the database's mode");
     }
     connection.set_prepared_statement_cache_capacity(STATEMENTS);
-    keep_plans(&connection)?;
+    crate::sqlite::keep_plans(&connection)?;
     connection.busy_timeout(Duration::from_secs(5))?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "NORMAL")?;
@@ -291,12 +290,6 @@ fn connect(path: &Path) -> Result<Connection, Error> {
     // What a burst has made of the log is given back when it begins anew.
     connection.pragma_update(None, "journal_size_limit", i64::from(STEP) * 4096)?;
     Ok(connection)
-}
-
-/// A statement keeps the plan it was compiled with. Without this SQLite compiles one again each time that it is given
-/// other values, to look whether they would be worth another plan.
-pub(crate) fn keep_plans(connection: &Connection) -> Result<(), rusqlite::Error> {
-    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true).map(drop)
 }
 
 /// Brings the schema to what it is to be.

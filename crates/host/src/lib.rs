@@ -19,5 +19,6 @@ pub mod ledger;
 pub mod memory;
 pub mod net;
 pub mod process;
+mod sqlite;
 #[cfg(feature = "testing")]
 pub mod testing;

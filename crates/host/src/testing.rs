@@ -125,7 +125,7 @@ impl Database {
                 let connection = Connection::open_in_memory()?;
                 // All stay compiled, from daemon to daemon: those of the program, and those of a restore.
                 connection.set_prepared_statement_cache_capacity(1000);
-                crate::db::keep_plans(&connection)?;
+                crate::sqlite::keep_plans(&connection)?;
                 connection.pragma_update(None, "foreign_keys", true)?;
                 connection
             }

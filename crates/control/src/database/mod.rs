@@ -13,10 +13,12 @@
 mod answers;
 mod audit;
 mod catalog;
+mod error;
 mod keys;
 mod limits;
 #[cfg(test)]
 mod power;
+mod repository;
 mod sandboxes;
 mod sqlite;
 #[cfg(test)]
@@ -26,8 +28,10 @@ mod usage;
 pub use answers::{Answers, KeyRow, NewKey};
 pub use audit::{AuditLog, Ended};
 pub use catalog::{Catalog, NewSnapshot, Owner, TagRow};
+pub use error::Error;
 pub use keys::{Keys, Known};
 pub use limits::{Exceeded, Limited, Quota};
+pub use repository::Repository;
 pub use sandboxes::{Begun, Claim, Filter, SandboxRow, Sandboxes};
 pub use usage::Usage;
 
@@ -35,32 +39,7 @@ use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
 
-use async_trait::async_trait;
 use kelvin_host::clock::Clock;
-
-/// What is below an error of the database.
-type Source = Box<dyn std::error::Error + Send + Sync>;
-
-/// Why a call failed. But for `Failed` and `Full` of a call that survives a power failure, nothing of it was done.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// There is no space left to write to.
-    #[error(transparent)]
-    Full(Source),
-    /// The row is another node's, or of a later epoch of the node.
-    #[error("the sandbox was given to another node")]
-    Fenced,
-    /// The database does not answer, or refused.
-    #[error(transparent)]
-    Failed(Source),
-}
-
-/// All that is remembered.
-#[async_trait]
-pub trait Repository: Sandboxes + Keys + Catalog + Usage + Answers + AuditLog {
-    /// Returns when everything that was written before survives a power failure.
-    async fn flush(&self) -> Result<(), Error>;
-}
 
 /// A cheap handle.
 #[derive(Clone)]

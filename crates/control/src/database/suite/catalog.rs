@@ -4,7 +4,7 @@ use kelvin_api::account::Limits;
 use kelvin_api::id::SandboxId;
 use kelvin_api::sandbox::{SandboxMetric, SandboxState};
 
-use super::{Subject, blue, make, new, open, quota, row};
+use super::data::{Subject, blue, make, new, open, quota, row};
 use crate::database::{Exceeded, Limited, NewSnapshot, Quota};
 use crate::placement::{NodeName, Placement};
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use kelvin_api::account::{ApiKeyInfo, Limits, Mask};
 use kelvin_host::clock::Simulated;
 
-use super::{HOUR, Subject, blue, entry, new, open, row};
+use super::data::{HOUR, Subject, blue, entry, new, open, row};
 use crate::database::answers::KEY_LIFE_MS;
 use crate::database::{Begun, Ended, NewKey};
 use crate::placement::Placement;

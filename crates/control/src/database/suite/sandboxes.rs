@@ -7,7 +7,7 @@ use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::sandbox::{Lifecycle, OnTimeout, PauseMode, SandboxState};
 use kelvin_host::clock::Simulated;
 
-use super::{HOUR, Subject, all, begin, blue, entry, live, make, open, quota, row};
+use super::data::{HOUR, Subject, all, begin, blue, entry, live, make, open, quota, row};
 use crate::database::{Begun, Claim, Ended, Error, Exceeded, Filter, Limited, NewKey, SandboxRow};
 use crate::placement::{Epoch, Placement};
 

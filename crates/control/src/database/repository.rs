@@ -1,0 +1,12 @@
+//! All of the interface.
+
+use async_trait::async_trait;
+
+use super::{Answers, AuditLog, Catalog, Error, Keys, Sandboxes, Usage};
+
+/// All that is remembered.
+#[async_trait]
+pub trait Repository: Sandboxes + Keys + Catalog + Usage + Answers + AuditLog {
+    /// Returns when everything that was written before survives a power failure.
+    async fn flush(&self) -> Result<(), Error>;
+}
