@@ -8,6 +8,12 @@
 //! the disk lie, so that a test shows which syncs it needs. A crash of the test leaves a dead mount point
 //! (`umount -l`); a test that ends unmounts.
 //!
+//! The disk is served by threads of the program that uses it. While a mapping of a file is undone the kernel writes its
+//! pages back, and no thread of the program can get memory meanwhile: a thread that serves and needs some would be waited
+//! for by what it is to answer. So nothing may map a file of such a disk and write to it. SQLite maps the index of its log;
+//! from the first [`Disk`] on it has that in memory, for all databases of the program. The index is in no promise: a
+//! power failure takes it, and it is made anew.
+//!
 //! Deliberately absent: reflinks (FUSE has none; clones are copies), links, devices, extended attributes. A whole server with
 //! its machines gets a [`Block`].
 
@@ -17,7 +23,7 @@ mod tree;
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -69,6 +75,18 @@ fn unmount(directory: &Path) {
     }
 }
 
+/// See the documentation of the crate.
+fn keep_index_of_log_in_memory() {
+    static ONCE: Once = Once::new();
+    // SAFETY: the name ends with a zero byte, and the file system that SQLite finds by it is never taken away.
+    #[allow(unsafe_code)]
+    ONCE.call_once(|| unsafe {
+        let found = rusqlite::ffi::sqlite3_vfs_find(c"unix-excl".as_ptr());
+        assert!(!found.is_null(), "SQLite has no such file system");
+        assert_eq!(rusqlite::ffi::sqlite3_vfs_register(found, 1), rusqlite::ffi::SQLITE_OK);
+    });
+}
+
 fn lock<T>(state: &Mutex<T>) -> MutexGuard<'_, T> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -91,6 +109,7 @@ impl Disk {
         if !is_there() {
             return Ok(None);
         }
+        keep_index_of_log_in_memory();
         let state = Arc::new(Mutex::new(State { tree, ..State::default() }));
         let session = fuser::spawn_mount(Server(Arc::clone(&state)), directory, &Config::default())?;
         Ok(Some(Self { state, directory: directory.to_owned(), _session: session }))
