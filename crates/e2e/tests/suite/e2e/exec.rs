@@ -84,12 +84,14 @@ async fn deadlines_end_what_does_not_listen_and_clients_come_and_go() {
     sh(&agent, gone).await;
 
     // A client that goes away leaves the process running; what it said meanwhile is there for the next.
-    let mut process =
-        agent.start(&shell("echo first; sleep 2; echo second; sleep 1; exit 5")).await.expect("a start");
+    // It says nothing before: what was sent to a client is not sent to the next.
+    let talk = "until [ -e /tmp/left ]; do sleep 0.1; done; echo first; sleep 2; echo second; sleep 1; exit 5";
+    let mut process = agent.start(&shell(talk)).await.expect("a start");
     let Ok(Some(Told::Started { pid })) = process.next().await else { panic!("no start") };
     drop(process);
     assert!(agent.processes().await.expect("a list").iter().any(|process| process.pid == pid));
-    sh(&agent, "sleep 2.5").await;
+    // The second in which the agent may learn that nobody reads any more is seen nowhere.
+    sh(&agent, "sleep 1; touch /tmp/left; sleep 2.5").await;
     let mut attached = agent.attach(pid).await.expect("it still runs");
     let (mut text, mut code) = (String::new(), None);
     while let Some(told) = attached.next().await.expect("a stream") {
