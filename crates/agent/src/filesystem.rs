@@ -199,7 +199,7 @@ impl Filesystem for Files {
     ) -> ServiceResult<StatResponse> {
         let (_, path) = self.path(&ctx, request.path)?;
         let mut entry = at(&path, |path| entry(path).map_err(|error| failed(path, &error))).await?;
-        // A Stat follows the link. Source: `../shared/specs/e2b.md`, "Files"; clients show what has the flag as a link.
+        // A Stat follows the link. Source: envd; clients show what has the flag as a link.
         entry.is_symlink = false;
         Response::ok(StatResponse { entry: entry.into(), ..Default::default() })
     }

@@ -6,7 +6,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-/// The reply, in envd's names. Source: `../shared/specs/e2b/envd.yaml`, `Metrics`.
+/// The reply, in envd's names. Source: E2B's `envd.yaml`, `Metrics`.
 #[derive(Debug, Serialize)]
 pub struct Metrics {
     ts: u64,

@@ -1,6 +1,6 @@
 //! A virtio-serial port as an asynchronous byte stream, one stream for each connection of the host.
 //!
-//! Three traps (each seen, see `../shared/vmm-notes.md`): a port without a host end reports HUP, which
+//! Three traps (each seen on QEMU 7.2): a port without a host end reports HUP, which
 //! tokio takes as final, so each connection registers a fresh duplicate; a write then returns EAGAIN
 //! for ever, so after the end of input writes fail; closing the port discards what has just arrived,
 //! so it stays open.

@@ -2,7 +2,7 @@
 //!
 //! It exists beside HTTP/2 because the first answer of a restored machine is guest code that an
 //! emulator still has to translate: this exchange is a few hundred lines, an HTTP/2 server is not
-//! (10 against 32 ms, see `../shared/vmm-notes.md`). One request is in flight at a time, each has an
+//! (10 against 32 ms under emulation). One request is in flight at a time, each has an
 //! id, so that a reply to a request that was given up is never taken for another's.
 //!
 //! ```text

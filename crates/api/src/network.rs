@@ -2,7 +2,7 @@
 //!
 //! Order: what is never reachable (the host, other sandboxes, private, link-local and metadata addresses;
 //! enforced by the node, no list opens it), then what is allowed, then what is denied, then open. Source:
-//! `../shared/specs/e2b/openapi.yml`, `SandboxNetworkConfig`; additions are marked.
+//! E2B's `openapi.yml`, `SandboxNetworkConfig`; additions are marked.
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,6 +1,6 @@
 //! Bodies of the control API: E2B's names on the wire, Kelvin's additions in the same style.
 //!
-//! Source: `../shared/specs/e2b/openapi.yml`; additions are marked.
+//! Source: E2B's `openapi.yml`; additions are marked.
 
 use std::collections::BTreeMap;
 
@@ -492,7 +492,7 @@ pub struct ProjectMetric {
     pub sandbox_start_rate: f64,
 }
 
-/// What the guest's agent says of itself. Source: `../shared/specs/e2b/envd.yaml`, `Metrics`.
+/// What the guest's agent says of itself. Source: E2B's `envd.yaml`, `Metrics`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[allow(missing_docs)]

@@ -1,5 +1,5 @@
 //! Signed URLs of `/files`: whoever holds one may read or write one path as one user until it expires,
-//! without the sandbox's access token. Source: `../shared/specs/e2b.md`, "Where the clients look".
+//! without the sandbox's access token. Source: E2B's SDKs, `get_signature`.
 
 use std::collections::HashMap;
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -1,8 +1,8 @@
 //! The bare sequence: what a restore costs with nothing but the VMM in the way.
 //!
 //! A VMM is spawned on the spot with the arguments of the bake, the disk is cloned, device state loaded,
-//! vCPUs started, the agent activated: the sequence of `../shared/prototypes/qemu_clone.py` with this
-//! platform's machine; or that of `firecracker_clone.py` beside it, see `firecracker.rs`. It is the floor that creates
+//! vCPUs started, the agent activated: the shortest sequence there is, with this
+//! platform's machine; Firecracker's is in `firecracker.rs`. It is the floor that creates
 //! are measured against, so it takes every shortcut that a program may take: blocking calls, no ledger, no checks, no
 //! user of its own.
 
@@ -125,7 +125,7 @@ impl Bare {
         forgotten.map_err(at("forgetting a bare machine"))
     }
 
-    /// One restore, and the fork of `../shared/prototypes/qemu_clone.py`: stop, save device state, clone the memory
+    /// One restore, and a bare fork: stop, save device state, clone the memory
     /// file, copy the pages that the machine has written over it, continue. Milliseconds from the stop to the end, and
     /// how many pages those were. Nothing is left of it.
     ///

@@ -1,4 +1,4 @@
-//! The bare sequence in Firecracker: that of `../shared/prototypes/firecracker_clone.py`, with this platform's machine.
+//! The bare sequence in Firecracker, with this platform's machine.
 //!
 //! Spawn, `PUT /snapshot/load` that resumes too, connect, activate: no jail, no checks, no user of its own.
 

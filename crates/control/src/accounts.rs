@@ -24,7 +24,7 @@ use crate::ApiKey;
 use crate::database::{Database, Quota};
 use crate::service::{database_failed, invalid};
 
-/// What stands before every key. Source: `../shared/specs/e2b.md`: clients insist on it.
+/// What stands before every key. Source: E2B's SDKs, which insist on it.
 const PREFIX: &str = "e2b_";
 /// Characters of a name.
 const NAME: usize = 120;

@@ -58,7 +58,7 @@ impl Problem {
         response
     }
 
-    /// The body that E2B's clients recognise, with what to do. Source: `../shared/specs/e2b.md`.
+    /// The body that E2B's clients recognise, with what to do. Source: E2B's SDKs, which tell by it.
     fn json(&self) -> String {
         serde_json::json!({
             "sandboxId": self.sandbox,

@@ -2,7 +2,7 @@
 //!
 //! Opening `/dev/kvm` proves nothing: page-table hypervisors offer the device and cannot run an
 //! unmodified guest. KVM counts as usable when the processor says that it virtualises *and* the device
-//! opens. Source: `../shared/vmm-notes.md`.
+//! opens.
 
 use std::fmt;
 use std::str::FromStr;

@@ -2,7 +2,7 @@
 //!
 //! They are the operator's: `kelvin doctor` shows them, `kelvin setup --tune` changes those that can be changed while
 //! the host runs. Nothing here outlives a reboot. Source: Linux, Documentation/admin-guide/hw-vuln/multihit,
-//! cgroup-v2 (`favordynmods`), RCU's `rcu_expedited`; what they cost: `../shared/vmm-notes.md`.
+//! cgroup-v2 (`favordynmods`), RCU's `rcu_expedited`.
 
 use std::fs;
 use std::io;

@@ -108,7 +108,7 @@ impl Node {
     }
 
     /// Whose token signed a URL that does not name its sandbox. Looks through all of them: a signature is the only
-    /// thing that such a URL carries, see `../shared/specs/e2b.md`.
+    /// thing that such a URL carries.
     pub fn signer(&self, signature: &Signature) -> Option<SandboxId> {
         let signed = signature.signed();
         let is_of = |token: Option<&Token>| token.is_some_and(|token| signed.is_of(token.expose()));

@@ -1,18 +1,19 @@
 //! The prototype that Firecracker's figures are measured against, and its guest.
 //!
-//! `.cache/kvm-host/prototype/`: what `../shared/prototypes/guest-initrd.sh` makes. Made under another name and renamed:
-//! what has its name is whole. Absent where the prototypes are.
+//! Both are optional and no part of this repository: whoever has them puts `firecracker_clone.py` and `guest-initrd.sh`
+//! into `.cache/prototypes/`. `.cache/kvm-host/prototype/` is what the second makes. Made under another name and renamed:
+//! what has its name is whole.
 
 use std::path::PathBuf;
 use std::process::Command;
 
 use crate::guest::{digest, is_fresh};
 use crate::packages;
-use crate::{Result, cache, files as fs, root, run, say};
+use crate::{Result, cache, files as fs, run, say};
 
 /// The program.
 pub fn program() -> PathBuf {
-    root().join("../shared/prototypes/firecracker_clone.py")
+    cache().join("prototypes/firecracker_clone.py")
 }
 
 /// Its guest's initial RAM disk: for the kernel that our guests have.
@@ -22,7 +23,7 @@ pub fn initrd() -> PathBuf {
 
 /// Makes its guest, when it is missing or out of date. After our own guest.
 pub fn ensure() -> Result<()> {
-    let recipe = root().join("../shared/prototypes/guest-initrd.sh");
+    let recipe = cache().join("prototypes/guest-initrd.sh");
     if !program().exists() || !recipe.exists() {
         return Ok(());
     }

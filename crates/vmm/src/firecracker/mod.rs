@@ -14,7 +14,7 @@
 //! A clone maps a snapshot's memory private. Its own snapshots are diffs that Firecracker lays over a reflink of that
 //! memory, from KVM's dirty log; the log begins anew with each, so from the second on the pages are those that
 //! `/proc/<pid>/pagemap` shows to be the machine's own. Never `mincore`, which takes every cached page for a written
-//! one. Source: Firecracker, `docs/snapshotting/snapshot-support.md`; `../shared/vmm-notes.md`.
+//! one. Source: Firecracker, `docs/snapshotting/snapshot-support.md`.
 //!
 //! A machine that is parked is stopped as a process: a pause resets its guest's connections, and a resume is an exchange
 //! with the VMM where this is one signal. (Its control group could do it, but has a thread of KVM that never freezes, so

@@ -3,7 +3,7 @@
 //! Guest RAM is a file. A boot maps it shared, so that the file is the memory; a clone maps a snapshot's
 //! file private, so that all clones share its page cache and none writes it. Device state travels alone
 //! (`xen-save-devices-state` writes no RAM) and loads as an incoming migration into a VMM that was
-//! started with `-incoming defer`. Source: `../shared/vmm-notes.md` and `prototypes/qemu_clone.py`.
+//! started with `-incoming defer`.
 //!
 //! A VMM runs in a jail ([`kelvin_host::jail`]), under QEMU's own seccomp filters, in a control group where the host has
 //! them. The machine's directory is its root:

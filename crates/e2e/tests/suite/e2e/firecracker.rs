@@ -75,13 +75,13 @@ async fn firecracker_sandboxes_are_not_lost_to_a_server_of_qemu() {
     server.stop().await;
 }
 
-/// Restores of `../shared/prototypes/firecracker_clone.py` in milliseconds, p50 of fifty; `None`, and a line that says why,
-/// where it is not.
+/// Restores of `firecracker_clone.py` (see `crates/xtask/src/prototype.rs`) in milliseconds, p50 of fifty; `None`, and a
+/// line that says why, where it is not.
 fn prototype(server: &Server) -> Option<f64> {
     let named = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.exists());
     let (Some(program), Some(initrd)) = (named("KELVIN_E2E_PROTOTYPE"), named("KELVIN_E2E_PROTOTYPE_INITRD"))
     else {
-        println!("skipped: no ../shared/prototypes/firecracker_clone.py with its guest to compare with");
+        println!("skipped: no .cache/prototypes/firecracker_clone.py with its guest to compare with");
         return None;
     };
     let guests = fs::read_dir(server.data_dir().join("guests")).expect("guests").flatten();
