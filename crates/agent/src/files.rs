@@ -30,10 +30,10 @@ use tokio::fs::File;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncSeekExt, AsyncWriteExt, BufReader};
 use tokio_util::io::{ReaderStream, StreamReader};
 
+use crate::entries::{clean, make_dirs};
 use crate::fault::{FILE_SYSTEM, Fault, blocking};
-use crate::filesystem::{clean, make_dirs};
-use crate::http::{Body, error, json};
 use crate::metadata;
+use crate::reply::{Body, error, json};
 use crate::state::State;
 use crate::users::User;
 
