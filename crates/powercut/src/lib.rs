@@ -12,12 +12,13 @@
 //! its machines gets a [`Block`].
 
 mod block;
+mod fuse;
 mod tree;
 
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -27,7 +28,7 @@ use fuser::{
 };
 
 pub use block::Block;
-use rustix::mount::UnmountFlags;
+use fuse::{is_there, lock, unmount};
 pub use tree::Loss;
 use tree::Tree;
 
@@ -58,24 +59,6 @@ impl Drop for Disk {
     fn drop(&mut self) {
         unmount(&self.directory);
     }
-}
-
-/// By force: threads that are still in a call (a database that closes) get an error. Without it they would wait for a server in
-/// their own process, which then could not end.
-fn unmount(directory: &Path) {
-    let flags = UnmountFlags::FORCE | UnmountFlags::DETACH;
-    if let Err(error) = rustix::mount::unmount(directory, flags) {
-        eprintln!("{} stays mounted: {error}", directory.display());
-    }
-}
-
-fn lock<T>(state: &Mutex<T>) -> MutexGuard<'_, T> {
-    state.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Whether there is FUSE, and the right to use it.
-fn is_there() -> bool {
-    std::fs::File::options().read(true).write(true).open("/dev/fuse").is_ok()
 }
 
 impl Disk {
