@@ -43,7 +43,6 @@ const CIRCLES_LEFT: &[(&str, usize)] = &[
     ("cli", 2),
     ("control", 13),
     ("harness", 2),
-    ("host", 8),
     ("node-api", 6),
     ("store", 2),
     ("vmm", 9),
