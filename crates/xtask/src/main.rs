@@ -5,6 +5,7 @@
 
 mod base;
 mod circles;
+mod cores;
 mod deps;
 mod distribution;
 mod docs;
@@ -25,6 +26,7 @@ mod prototype;
 mod roots;
 mod sdk;
 mod server;
+mod stamps;
 mod suite;
 mod times;
 
