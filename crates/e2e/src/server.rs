@@ -236,7 +236,7 @@ impl Server {
         child.wait().expect("it can be waited for");
     }
 
-    /// The device that it is on, see [`Ground::server_on_block`].
+    /// The device that it is on, see [`crate::Ground::server_on_block`].
     pub fn block(&self) -> &Block {
         &self.block.as_ref().expect("a device whose power can fail").0
     }

@@ -1,11 +1,12 @@
 //! Dependencies between the crates point down only: an edge that is not in this table fails the build. So does
-//! a circle of files inside a crate (`circles`), unless it was there before they were looked for.
+//! a circle of files inside a crate (`circles`), unless it was there before they were looked for, and a file that is long
+//! without a reason (`lengths`).
 
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
 
 use crate::circles::{self, Circle};
-use crate::{Result, files as fs, root, say};
+use crate::{Result, files as fs, lengths, root, say};
 
 /// Who may use whom. The picture is in ARCHITECTURE.md; tests may use more.
 const ALLOWED: &[(&str, &[&str])] = &[
@@ -99,6 +100,7 @@ pub fn check() -> Result<()> {
             }
         }
     }
+    wrong.extend(lengths::check()?);
     if wrong.is_empty() {
         say(&format!(
             "{crates} crates, every dependency points down; {left} circles of files are left, and none is new"

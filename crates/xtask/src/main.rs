@@ -17,6 +17,7 @@ mod ground;
 mod guest;
 mod kernel;
 mod kvm_host;
+mod lengths;
 mod mutate;
 mod package;
 mod package_test;
