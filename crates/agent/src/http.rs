@@ -5,28 +5,24 @@ use std::io;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use bytes::Bytes;
 use connectrpc::{ConnectRpcService, Router};
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use kelvin_api::guest;
 use kelvin_api::sandbox::EnvVars;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use tower::Service;
 
 use crate::control::{Channel, Control};
 use crate::filesystem::Files;
 use crate::metrics::{self, CpuMeter};
 use crate::process::Processes;
+use crate::reply::{Body, empty, error, json};
 use crate::state::State;
 use crate::{files, hooks, port, services, tunnel, vsock};
-
-/// The body of every reply.
-pub type Body = UnsyncBoxBody<Bytes, io::Error>;
 
 /// The largest JSON body that is read whole.
 const MAX_JSON: usize = 1 << 20;
@@ -276,30 +272,4 @@ fn unauthorized(path: &str) -> Response<Body> {
         );
     }
     error(StatusCode::UNAUTHORIZED, text)
-}
-
-/// A reply without a body.
-pub fn empty(status: StatusCode) -> Response<Body> {
-    let mut reply = Response::new(Full::default().map_err(|never: Infallible| match never {}).boxed_unsync());
-    *reply.status_mut() = status;
-    reply
-}
-
-/// A JSON reply.
-pub fn json(status: StatusCode, body: &impl Serialize) -> Response<Body> {
-    let Ok(bytes) = serde_json::to_vec(body) else {
-        return empty(StatusCode::INTERNAL_SERVER_ERROR);
-    };
-    let mut reply =
-        Response::new(Full::from(bytes).map_err(|never: Infallible| match never {}).boxed_unsync());
-    *reply.status_mut() = status;
-    reply
-        .headers_mut()
-        .insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
-    reply
-}
-
-/// envd's error body.
-pub fn error(status: StatusCode, message: &str) -> Response<Body> {
-    json(status, &serde_json::json!({ "code": status.as_u16(), "message": message }))
 }

@@ -16,6 +16,7 @@
 
 mod activation;
 mod control;
+mod entries;
 mod fault;
 mod files;
 mod filesystem;
@@ -31,6 +32,7 @@ mod network;
 mod port;
 mod process;
 mod pty;
+mod reply;
 mod services;
 mod spawn;
 mod state;

@@ -97,6 +97,23 @@ mod tests {
         of_headers(&headers)
     }
 
+    proptest::proptest! {
+        #[test]
+        fn any_metadata_is_within_its_limits(pairs in proptest::collection::vec(("[a-zA-Z-]{0,260}", ".{0,40}"), 0..20)) {
+            let mut headers = HeaderMap::new();
+            for (name, value) in pairs {
+                let name = format!("x-metadata-{name}").parse::<http::HeaderName>();
+                if let (Ok(name), Ok(value)) = (name, value.parse::<http::HeaderValue>()) {
+                    headers.append(name, value);
+                }
+            }
+            if let Ok(found) = of_headers(&headers) {
+                let bytes: usize = found.iter().map(|(key, value)| key.len() + value.len()).sum();
+                proptest::prop_assert!(bytes <= 4096);
+            }
+        }
+    }
+
     #[test]
     fn the_first_of_two_values_counts_and_limits_hold() {
         assert_eq!(

@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 
 use crate::guest_file;
-use crate::http::{Body, empty, error};
+use crate::reply::{Body, empty, error};
 
 /// How long a server may take to accept.
 const CONNECT: Duration = Duration::from_secs(10);

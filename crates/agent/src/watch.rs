@@ -24,7 +24,7 @@ use rustix::fs::inotify::{CreateFlags, ReadFlags, Reader, WatchFlags, add_watch,
 use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
 
-use crate::filesystem::{entry, failed};
+use crate::entries::{entry, failed};
 use crate::port::watched;
 
 /// Watches at one time.

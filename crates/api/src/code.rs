@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::Kind;
+use crate::kind::Kind;
 
 /// A text that is none of the codes of this build.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -13,10 +13,7 @@ use kelvin_api::guest::CONTROL_VSOCK;
 use kelvin_host::net::ns;
 use serde_json::{Value, json};
 
-use crate::bare::{Error, Network, activate, at, clone_disk, connect};
-
-/// How long a guest may take to answer.
-const LIMIT: Duration = Duration::from_secs(60);
+use crate::restore::{Error, LIMIT, Network, activate, at, clone_disk, connect};
 
 /// The binary that the server uses: its own copy.
 fn binary(data_dir: &Path) -> Result<PathBuf, Error> {

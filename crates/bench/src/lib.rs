@@ -9,6 +9,7 @@ mod firecracker;
 pub mod fork;
 pub mod load;
 pub mod pause;
+mod restore;
 pub mod sdk;
 pub mod slots;
 

@@ -19,25 +19,12 @@
 mod dns;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+mod options;
 mod proxy;
 mod server;
 mod slot;
 pub mod wire;
 
-use std::net::SocketAddr;
-
 pub use dns::system_resolver;
+pub use options::Options;
 pub use server::run;
-
-/// How this process reaches the outside.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Options {
-    /// The link that outgoing connections are bound to; `None` leads nowhere.
-    pub uplink: Option<String>,
-    /// Where questions are sent.
-    pub resolver: Option<SocketAddr>,
-    /// Proxied connections of one sandbox at one time.
-    pub max_connections: u32,
-    /// Which build speaks: another one is replaced at the daemon's start.
-    pub build: String,
-}

@@ -13,6 +13,7 @@
 //! The agent checks the access token; private ports are checked here; what belongs to the platform alone is
 //! refused here. Writes nothing; a crash cuts streams, processes go on.
 
+mod headers;
 mod hold;
 pub mod listen;
 mod page;
@@ -27,7 +28,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri, Version, header};
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version, header};
 use http_body_util::BodyExt;
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -39,6 +40,7 @@ use kelvin_node_api::{Cut, Route, SandboxTraffic, Wake};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use headers::{host_for, shows, strip, takes_trailers, upgrade_of};
 use hold::Hold;
 use page::Problem;
 use reach::{Awake, Dialer};
@@ -50,18 +52,6 @@ pub struct Secure;
 
 /// Paths of the agent that only the platform may call. Source: `x-internal` in envd's OpenAPI.
 const INTERNAL: [&str; 6] = ["/init", "/freeze", "/unfreeze", "/collapse", "/fsfreeze", "/fsthaw"];
-
-/// Headers that belong to one connection. Source: RFC 9110, 7.6.1.
-const HOP_BY_HOP: [HeaderName; 8] = [
-    header::CONNECTION,
-    header::PROXY_AUTHENTICATE,
-    header::PROXY_AUTHORIZATION,
-    header::TE,
-    header::TRAILER,
-    header::TRANSFER_ENCODING,
-    header::UPGRADE,
-    HeaderName::from_static("keep-alive"),
-];
 
 /// What callers of a private port show. Source: E2B's clients.
 pub const TRAFFIC_TOKEN: &str = "e2b-traffic-access-token";
@@ -510,40 +500,6 @@ fn uri(authority: &str, path: &str) -> Result<Uri, Failure> {
     })
 }
 
-/// The `Host` that a server in the sandbox sees: as it is masked, else the public name, else its own.
-fn host_for(target: &Target, route: &Route, port: u16, host: Option<&str>) -> HeaderValue {
-    let own = format!("localhost:{port}");
-    let text = match (&route.mask_request_host, target.way, host) {
-        (Some(mask), ..) => mask.replace("${PORT}", &port.to_string()),
-        (None, Way::Host, Some(host)) => host.to_owned(),
-        _ => own.clone(),
-    };
-    HeaderValue::from_str(&text)
-        .or_else(|_| HeaderValue::from_str(&own))
-        .unwrap_or(HeaderValue::from_static("localhost"))
-}
-
-/// Whether a request shows `token`, when there is one to show.
-fn shows(headers: &HeaderMap, name: &str, token: Option<&Token>) -> bool {
-    let Some(token) = token else {
-        return true;
-    };
-    headers.get(name).and_then(|value| value.to_str().ok()).is_some_and(|value| token.matches(value))
-}
-
-/// The protocol that an HTTP/1.1 request wants to be upgraded to.
-fn upgrade_of(request: &Request<Body>) -> Option<HeaderValue> {
-    let named = request
-        .headers()
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .any(|name| name.trim().eq_ignore_ascii_case("upgrade"));
-    let usual = request.version() == Version::HTTP_11 && request.method() != Method::CONNECT;
-    request.headers().get(header::UPGRADE).filter(|_| named && usual).cloned()
-}
-
 /// The access token of a request for an agent that names no sandbox.
 fn token_alone(request: &Request<Body>, path: &str) -> Option<Token> {
     let headers = request.headers();
@@ -572,45 +528,9 @@ fn was_cut(error: &(dyn std::error::Error + 'static)) -> bool {
     false
 }
 
-/// Whether the caller takes trailers.
-fn takes_trailers(headers: &HeaderMap) -> bool {
-    let values = headers.get_all(header::TE).iter().filter_map(|value| value.to_str().ok());
-    values
-        .flat_map(|value| value.split(','))
-        .any(|coding| coding.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("trailers"))
-}
-
-fn strip(headers: &mut HeaderMap) {
-    let named: Vec<HeaderName> = headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
-        .collect();
-    for name in HOP_BY_HOP.iter().chain(&named) {
-        headers.remove(name);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_belongs_to_one_connection_stays_there() {
-        let mut headers = HeaderMap::new();
-        for (name, value) in [
-            ("connection", "close, x-private"),
-            ("x-private", "1"),
-            ("transfer-encoding", "chunked"),
-            ("x-access-token", "t"),
-        ] {
-            headers.insert(name, value.parse().unwrap());
-        }
-        strip(&mut headers);
-        assert_eq!(headers.keys().collect::<Vec<_>>(), ["x-access-token"]);
-    }
 
     #[test]
     fn only_what_was_cut_and_changes_nothing_is_sent_again() {
@@ -624,22 +544,5 @@ mod tests {
         assert!(!is_repeatable(&parts("POST", "accept"), &Body::empty()));
         assert!(!is_repeatable(&parts("GET", "upgrade"), &Body::empty()));
         assert!(!is_repeatable(&parts("GET", "accept"), &Body::from("x")));
-    }
-
-    #[test]
-    fn trailers_are_asked_for_by_name() {
-        let takes = |text: &str| takes_trailers(&[(header::TE, text.parse().unwrap())].into_iter().collect());
-        assert!(takes("trailers") && takes("gzip;q=0.5, Trailers;q=1"));
-        assert!(!takes("gzip") && !takes_trailers(&HeaderMap::new()));
-    }
-
-    #[test]
-    fn a_server_sees_the_host_that_was_asked_for() {
-        let target = |way| Target { shown: "x".into(), port: Some(80), way, path: "/".into() };
-        let mut route = Route { access_token: None, traffic_token: None, mask_request_host: None };
-        assert_eq!(host_for(&target(Way::Host), &route, 80, Some("80-x.test")), "80-x.test");
-        assert_eq!(host_for(&target(Way::Path), &route, 80, Some("api.test")), "localhost:80");
-        route.mask_request_host = Some("app.local:${PORT}".into());
-        assert_eq!(host_for(&target(Way::Host), &route, 80, Some("80-x.test")), "app.local:80");
     }
 }

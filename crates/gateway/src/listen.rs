@@ -14,6 +14,7 @@
 //! Writes nothing; a crash closes every connection.
 
 mod activity;
+mod limits;
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -43,54 +44,22 @@ use tokio_util::task::TaskTracker;
 use tower::Service;
 
 use activity::{Activity, Download, Exchange, Upload, Watched, is_stream};
+pub use limits::Limits;
+use limits::{BODY_RATE, LINGER};
 
 /// Connections that are told at one time why they are refused; more are closed without a word.
 const REFUSALS: usize = 64;
 /// How long telling one may take.
 const REFUSAL: Duration = Duration::from_secs(5);
-/// How long a connection may take to end in good order.
-const LINGER: Duration = Duration::from_secs(1);
 /// How long a TLS handshake may take, and how many there are at one time.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 const HANDSHAKES: usize = 256;
-/// Bytes a second that a body has to bring on average, beyond its first time limit.
-const BODY_RATE: u64 = 512;
 /// Requests at one time on one HTTP/2 connection.
 const STREAMS: u32 = 256;
 /// When TCP asks whether a silent peer is still there, how often, and how many times in vain.
 const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(15), 4);
 /// Refusals are logged at most this often.
 const LOG_EVERY: Duration = Duration::from_secs(1);
-
-/// What a connection may take. Every time is for nothing happening, not for a whole request.
-#[derive(Debug, Clone)]
-pub struct Limits {
-    /// Connections at one time.
-    pub connections: usize,
-    /// Of those the ones of one address (IPv6: of one /64). Loopback has no limit of its own.
-    pub per_address: usize,
-    /// A request's head, from its first byte; and the first request of a connection.
-    pub header: Duration,
-    /// The next bytes of a body that is waited for.
-    pub body: Duration,
-    /// The next request.
-    pub idle: Duration,
-    /// The next bytes of a reply being read.
-    pub unread: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            connections: 10_000,
-            per_address: 2048,
-            header: Duration::from_secs(30),
-            body: Duration::from_secs(60),
-            idle: Duration::from_secs(75),
-            unread: Duration::from_secs(300),
-        }
-    }
-}
 
 /// Asked for the descriptor of each new connection.
 pub type Descriptors = Arc<dyn Fn() -> Result<(), Failure> + Send + Sync>;

@@ -18,6 +18,7 @@
 pub mod case;
 pub mod check;
 pub mod client;
+pub mod course;
 pub mod faults;
 pub mod known;
 pub mod world;

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use kelvin_harness::case::{Case, Report, Scenario, Steps, run};
+use kelvin_harness::case::{Case, Scenario, Steps};
+use kelvin_harness::course::{Report, run};
 use kelvin_harness::known::KNOWN;
 use kelvin_harness::world::{Broken, World};
 

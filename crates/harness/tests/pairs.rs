@@ -7,8 +7,9 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use kelvin_harness::case::{Again, Beside, Case, Report, Scenario, beside, request, run};
+use kelvin_harness::case::{Again, Beside, Case, Scenario, beside, request};
 use kelvin_harness::client::Ask;
+use kelvin_harness::course::{Report, run};
 use kelvin_harness::faults::{Plan, What};
 use kelvin_harness::world::World;
 

@@ -4,6 +4,8 @@
 //! `setsid setpriv ... program`: both exec in place, so the pid is the program's from the start. A bare
 //! pid is never signalled: a process is (pid, start time), checked after its pidfd is open.
 
+mod key;
+
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io;
@@ -19,11 +21,11 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
-use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 use tokio::signal::unix::{SignalKind, signal};
 
+pub use self::key::ProcessKey;
 use crate::jail::{Jail, Launched, MAX_GIVEN};
 use crate::net::ns;
 
@@ -42,15 +44,6 @@ pub const MARKER: &str = "KELVIN_MARKER";
 /// When the kernel refuses.
 pub fn adopt_orphans() -> io::Result<()> {
     Ok(rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?)
-}
-
-/// What names a process beyond the reuse of its pid.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct ProcessKey {
-    /// Process id.
-    pub pid: i32,
-    /// Start time in clock ticks since boot. Source: proc(5), `stat` field 22.
-    pub start_time: u64,
 }
 
 /// A process to start.

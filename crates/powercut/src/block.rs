@@ -25,8 +25,8 @@ use fuser::{
     WriteFlags,
 };
 
+use crate::fuse::{is_there, lock, unmount};
 use crate::tree::ROOT;
-use crate::{is_there, lock, unmount};
 
 const IMAGE: u64 = 2;
 const NAME: &str = "image";

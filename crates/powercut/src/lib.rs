@@ -18,12 +18,13 @@
 //! its machines gets a [`Block`].
 
 mod block;
+mod fuse;
 mod tree;
 
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Arc, Mutex, Once};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -33,7 +34,7 @@ use fuser::{
 };
 
 pub use block::Block;
-use rustix::mount::UnmountFlags;
+use fuse::{is_there, lock, unmount};
 pub use tree::Loss;
 use tree::Tree;
 
@@ -66,15 +67,6 @@ impl Drop for Disk {
     }
 }
 
-/// By force: threads that are still in a call (a database that closes) get an error. Without it they would wait for a server in
-/// their own process, which then could not end.
-fn unmount(directory: &Path) {
-    let flags = UnmountFlags::FORCE | UnmountFlags::DETACH;
-    if let Err(error) = rustix::mount::unmount(directory, flags) {
-        eprintln!("{} stays mounted: {error}", directory.display());
-    }
-}
-
 /// See the documentation of the crate.
 fn keep_index_of_log_in_memory() {
     static ONCE: Once = Once::new();
@@ -85,15 +77,6 @@ fn keep_index_of_log_in_memory() {
         assert!(!found.is_null(), "SQLite has no such file system");
         assert_eq!(rusqlite::ffi::sqlite3_vfs_register(found, 1), rusqlite::ffi::SQLITE_OK);
     });
-}
-
-fn lock<T>(state: &Mutex<T>) -> MutexGuard<'_, T> {
-    state.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Whether there is FUSE, and the right to use it.
-fn is_there() -> bool {
-    std::fs::File::options().read(true).write(true).open("/dev/fuse").is_ok()
 }
 
 impl Disk {

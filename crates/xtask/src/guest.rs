@@ -8,20 +8,18 @@
 //!
 //! Everything is made under another name and renamed: what has its name is whole.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::distribution::Distribution;
 use crate::kernel::{self, Wanted};
 use crate::packages::{as_root, codename, debian_sources, feed};
+use crate::stamps::{EPOCH, digest, is_fresh};
 use crate::{Result, cache, cargo, files as fs, is_prebuilt, output, root, run, say, shared};
 
 /// Sizes of the images' disks: about 0.5 and 1 GiB of files, the rest is free.
 const BASE_MIB: u64 = 2560;
 const INTERPRETER_MIB: u64 = 3584;
-/// So that the same files give the same image.
-pub const EPOCH: &str = "1767225600";
 const UUID: &str = "6b656c76-696e-4000-8000-000000000001";
 
 /// Paths of a whole guest.
@@ -59,18 +57,6 @@ pub fn ensure() -> Result<Guest> {
 /// Makes the image of the code interpreter, when it is missing or out of date.
 pub fn ensure_interpreter() -> Result<PathBuf> {
     ensure_image(&cache().join("guest"), "code-interpreter", &["base", "code-interpreter"], INTERPRETER_MIB)
-}
-
-/// Whether `stamp` holds `key`; the thing beside it is then up to date.
-pub fn is_fresh(stamp: &Path, key: &str) -> bool {
-    fs::read_to_string(stamp).is_ok_and(|text| text == key)
-}
-
-/// A short digest of `parts`, for stamps.
-pub fn digest(parts: &[&[u8]]) -> String {
-    let mut hasher = DefaultHasher::new();
-    parts.hash(&mut hasher);
-    format!("{:016x}", hasher.finish())
 }
 
 /// Builds the agent: static, small. One target directory with everything else.

@@ -19,8 +19,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use crate::guest::{EPOCH, digest};
 use crate::packages::{ensure_all, with_lists};
+use crate::stamps::{EPOCH, digest};
 use crate::{Result, files as fs, output, run, say, shared};
 
 /// What is wanted of a kernel: lists of modules, a line each. `?name` is taken where the kernel has it; text after `#` is

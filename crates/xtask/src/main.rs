@@ -5,6 +5,7 @@
 
 mod base;
 mod circles;
+mod cores;
 mod deps;
 mod distribution;
 mod docs;
@@ -16,6 +17,7 @@ mod ground;
 mod guest;
 mod kernel;
 mod kvm_host;
+mod lengths;
 mod mutate;
 mod package;
 mod package_test;
@@ -25,6 +27,7 @@ mod prototype;
 mod roots;
 mod sdk;
 mod server;
+mod stamps;
 mod suite;
 mod times;
 

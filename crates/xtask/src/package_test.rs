@@ -16,9 +16,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::guest::{digest, is_fresh};
+use crate::cores::cores;
 use crate::packages::{self, as_root, debian_sources, feed};
-use crate::{Result, files as fs, kvm_host, package, root, run as run_command, say, shared};
+use crate::stamps::{digest, is_fresh};
+use crate::{Result, files as fs, package, root, run as run_command, say, shared};
 
 /// The releases, by age: a package is for the one that it was built on and for those after it.
 const SUITES: [&str; 2] = ["bookworm", "trixie"];
@@ -65,7 +66,7 @@ pub fn run(wanted: &[String]) -> Result<()> {
         }
         machines.push(Machine::make(&directory, suite, &first, &second, &template)?);
     }
-    let cores = kvm_host::cores()?;
+    let cores = cores()?;
     std::thread::scope(|scope| {
         let tried: Vec<_> = machines
             .iter()

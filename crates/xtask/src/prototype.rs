@@ -7,8 +7,8 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use crate::guest::{digest, is_fresh};
 use crate::packages;
+use crate::stamps::{digest, is_fresh};
 use crate::{Result, cache, files as fs, run, say};
 
 /// The program.

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::guest::digest;
+use crate::stamps::digest;
 use crate::{Result, files as fs, output, run, say, shared};
 
 /// The newest Python SDK, the code interpreter's client over it, and what runs the tests.

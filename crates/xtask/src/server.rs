@@ -107,7 +107,7 @@ fn running(data: &Path) -> Option<Server> {
 /// What `run/server-build` holds for a server of `binary` that runs as `pid`. Digests, not times: a build that changes
 /// nothing leaves a server alone.
 fn build_stamp(binary: &Path, pid: &str) -> Result<String> {
-    Ok(format!("{pid} {}", guest::digest(&[&fs::read(binary)?])))
+    Ok(format!("{pid} {}", crate::stamps::digest(&[&fs::read(binary)?])))
 }
 
 /// Starts the server, or takes the one that runs when it is of this build. It has this guest then, too.

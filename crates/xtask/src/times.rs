@@ -3,7 +3,7 @@
 //! The stable test program tells a test's end and not its time (`--report-time` is for nightly compilers). Two sources
 //! are honest all the same:
 //!
-//! - end-to-end tests say it of themselves (`NAME took 12.3 s`: `Ground` in `crates/e2e/src/lib.rs`);
+//! - end-to-end tests say it of themselves (`NAME took 12.3 s`: `Ground` in `crates/e2e/src/ground.rs`);
 //! - a test program takes its tests in the order of their names, as many at once as it has threads, and begins the next one
 //!   when one has ended. So the moments at which the ends are printed give each beginning: the first ones begin with
 //!   the program, number `threads + n` when the n-th has ended. Where output is mixed in and a line is missing, none of

@@ -8,8 +8,8 @@ use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::sandbox::{ForkSandbox, NewSandbox, Sandbox};
 use kelvin_client::{Client, Error};
 
+use super::book::{Shared, Up};
 use super::seed::Seed;
-use super::{Shared, Up};
 use crate::{LIMIT, shell};
 
 /// Sandboxes that a client keeps at once.

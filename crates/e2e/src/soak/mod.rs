@@ -11,20 +11,20 @@
 //! killed when; how they meet is the machine's. `cargo xtask soak` runs it, and the suite for two minutes. What a run that
 //! was killed leaves is cleared by the next `cargo xtask test` or `soak`.
 
+mod book;
 mod inventory;
 mod load;
 mod seed;
 mod truth;
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kelvin_api::sandbox::{NodeInfo, SetPool};
-use kelvin_client::{Client, Error};
 use tokio::sync::watch;
 
 use crate::{Ground, LIMIT, Server, new_sandbox};
+use book::{Shared, Up};
 use inventory::Inventory;
 use load::Worker;
 use seed::Seed;
@@ -67,76 +67,6 @@ impl Round {
             Self::Stopped => "server stopped",
             Self::ServerKilled => "server killed",
         }
-    }
-}
-
-/// How the server can be reached now; `None` while there is none.
-#[derive(Clone)]
-struct Up {
-    /// Counts restarts.
-    life: u32,
-    client: Client,
-}
-
-/// What clients and the main loop tell each other.
-struct Shared {
-    up: watch::Sender<Option<Up>>,
-    book: Mutex<Book>,
-}
-
-/// What was done and what was wrong.
-#[derive(Debug, Default)]
-struct Book {
-    /// How often each operation was done, by its name.
-    done: BTreeMap<&'static str, u64>,
-    /// How often each was answered by an error that is to be expected: operation and why.
-    excused: BTreeMap<String, u64>,
-    /// Whether this is a round in which VMMs are killed: their sandboxes are gone, and nobody is told which.
-    vmms_die: bool,
-    faults: Vec<String>,
-}
-
-impl Shared {
-    fn book(&self) -> std::sync::MutexGuard<'_, Book> {
-        self.book.lock().expect("no panic while it is held")
-    }
-
-    fn did(&self, what: &'static str) {
-        *self.book().done.entry(what).or_default() += 1;
-    }
-
-    fn done(&self, what: &str) -> u64 {
-        self.book().done.get(what).copied().unwrap_or_default()
-    }
-
-    fn fault(&self, text: String) {
-        println!("FAULT: {text}");
-        self.book().faults.push(text);
-    }
-
-    /// The server, as soon as there is one.
-    async fn up(&self) -> Up {
-        let mut seen = self.up.subscribe();
-        let found = seen.wait_for(Option::is_some).await.expect("the main loop holds the sender");
-        found.clone().expect("there is one")
-    }
-
-    /// Judges an error of `what`, which was asked of `asked`: to be expected (and why), or a fault.
-    fn judge(&self, what: &str, asked: &Up, error: &Error) {
-        let now = self.up.borrow().as_ref().map(|up| up.life);
-        let why = if now != Some(asked.life) {
-            "the server went away".to_owned()
-        } else if let Error::Refused(refused) = error
-            && matches!(refused.code, 429 | 503)
-        {
-            format!("{} {}", refused.code, refused.error_code.as_deref().unwrap_or("no code"))
-        } else if self.book().vmms_die {
-            "beside killed VMMs".to_owned()
-        } else {
-            self.fault(format!("{what}: {}", kelvin_api::error::chain(error)));
-            return;
-        };
-        *self.book().excused.entry(format!("{what}: {why}")).or_default() += 1;
     }
 }
 

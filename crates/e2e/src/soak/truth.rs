@@ -7,8 +7,8 @@ use kelvin_api::id::SandboxId;
 use kelvin_api::sandbox::SandboxState;
 use kelvin_client::Client;
 
+use super::book::{Shared, Up};
 use super::load::{Belief, Kept, Worker, is_itself};
-use super::{Shared, Up};
 use crate::{LIMIT, Server};
 
 /// How much later than its time a sandbox may end.

@@ -19,7 +19,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep};
 
-use super::{BODY_RATE, LINGER, Limits};
+use super::limits::{BODY_RATE, LINGER, Limits};
 
 /// Whether a message of this type is a stream, which may be silent: events, streaming calls of Connect and gRPC.
 pub fn is_stream(headers: &HeaderMap) -> bool {

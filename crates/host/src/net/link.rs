@@ -10,8 +10,20 @@ use netlink_packet_route::link::{InfoData, InfoVeth, LinkAttribute};
 use netlink_packet_route::neighbour::NeighbourState;
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
+use super::addresses::{GUEST, GUEST_GATEWAY, GUEST_MAC, PROXY_PORT, Range, TAP, TAP_MAC, UP};
 use super::rules::{self, Setting};
-use super::{GUEST, GUEST_GATEWAY, GUEST_MAC, PROXY_PORT, Range, Sockets, TAP, TAP_MAC, UP, nft, ns};
+use super::{nft, ns};
+
+/// The sockets in a slot that answer its guest.
+#[derive(Debug)]
+pub struct Sockets {
+    /// Questions over UDP.
+    pub dns: UdpSocket,
+    /// Questions over TCP.
+    pub dns_tcp: TcpListener,
+    /// Connections that are allowed by name.
+    pub proxy: TcpListener,
+}
 
 fn failed(error: rtnetlink::Error) -> io::Error {
     match error {

@@ -17,7 +17,7 @@ use std::net::Ipv4Addr;
 use ipnet::Ipv4Net;
 use kelvin_api::network::{NEVER, Names, Policy};
 
-use super::{GUEST, GUEST_GATEWAY, PROXY_PORT, Range, TAP, UP};
+use super::addresses::{GUEST, GUEST_GATEWAY, PROXY_PORT, Range, TAP, UP};
 
 /// Why something is refused: name of the counter after `denied_`, prefix in the log, key in the API.
 pub const REASONS: [&str; 13] = [

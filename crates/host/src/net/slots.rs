@@ -12,8 +12,12 @@ use std::time::{Duration, Instant};
 use kelvin_api::id::VmId;
 use tokio::sync::Notify;
 
+use super::addresses::{Range, SLOTS};
+use super::error::Error;
+use super::host::check;
 use super::rules::{self, Setting};
-use super::{Error, Range, SLOTS, Slot, check, link, netfilter, nft, ns};
+use super::slot::Slot;
+use super::{link, netfilter, nft, ns};
 use crate::ledger::{Ledger, Resource};
 use crate::process::ProcessKey;
 

@@ -18,7 +18,9 @@ use kelvin_api::signature::Signature;
 
 use super::convert::{self, json, read, text, time};
 use super::failure::refused;
-use super::{CONNECTION_WINDOW, KEEP_ALIVE, MAX_MESSAGE, STREAM_WINDOW, VERSION_HEADER, pb, stream};
+use super::generated::pb;
+use super::limits::{CONNECTION_WINDOW, KEEP_ALIVE, MAX_MESSAGE, STREAM_WINDOW, VERSION_HEADER};
+use super::stream;
 use crate::{
     Bake, Changes, Child, ConsoleLine, Create, Created, Forked, Garbage, Inbound, Io, Live, NodeService,
     Outbound, Paused, Route, SandboxTraffic, Source, Taken, Unanswered, VERSION,

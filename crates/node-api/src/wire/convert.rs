@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::failure::{from_wire, missing, odd, to_wire};
-use super::pb;
+use super::generated::pb;
 use crate::{Base, Changes, Child, Create, Created, Forked, Live, Source};
 
 /// JSON of a resource.

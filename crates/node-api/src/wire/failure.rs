@@ -6,7 +6,7 @@ use buffa::Message as _;
 use connectrpc::{ConnectError, ErrorDetail};
 use kelvin_api::error::{ErrorCode, Failure, Kind};
 
-use super::pb;
+use super::generated::pb;
 
 /// The name of the detail.
 const DETAIL: &str = "kelvin.node.v1.Failure";

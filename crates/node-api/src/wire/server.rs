@@ -25,7 +25,9 @@ use tower::Service;
 
 use super::convert::{self, json, mode, read, text, timestamp};
 use super::failure::refuse;
-use super::{CONNECTION_WINDOW, KEEP_ALIVE, MAX_MESSAGE, STREAM_WINDOW, STREAMS, VERSION_HEADER, pb, stream};
+use super::generated::pb;
+use super::limits::{CONNECTION_WINDOW, KEEP_ALIVE, MAX_MESSAGE, STREAM_WINDOW, STREAMS, VERSION_HEADER};
+use super::stream;
 use crate::{NodeService, SandboxTraffic, VERSION};
 
 /// Serves `node` and the way into its sandboxes on `listener` until `stop` is cancelled; calls that are under way end first.

@@ -31,9 +31,10 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::convert::text;
 use super::failure::{from_wire, missing, odd, refuse, refused, to_wire};
-use super::pb::__buffa::oneof::dial_piece::Piece as Dialled;
-use super::pb::__buffa::oneof::send_piece::Piece as Sent;
-use super::{STRETCH, pb};
+use super::generated::pb;
+use super::generated::pb::__buffa::oneof::dial_piece::Piece as Dialled;
+use super::generated::pb::__buffa::oneof::send_piece::Piece as Sent;
+use super::limits::STRETCH;
 use crate::{Cut, Inbound, Io, Outbound, SandboxTraffic, Unanswered};
 
 /// Pieces that wait between a body and its stream.

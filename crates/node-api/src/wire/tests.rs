@@ -19,7 +19,8 @@ use tokio::net::TcpListener;
 use tokio::sync::{Mutex, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::{Remote, STREAM_WINDOW, serve};
+use super::limits::STREAM_WINDOW;
+use super::{Remote, serve};
 use crate::{Inbound, Io, NodeService, Outbound, Route, SandboxTraffic, Unanswered};
 
 /// Longer than anything here takes.

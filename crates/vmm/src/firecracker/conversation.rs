@@ -19,7 +19,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-use super::Dialer;
+use super::dialer::Dialer;
 use crate::Error;
 use crate::control::greeting;
 

@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{PROGRAM, unusable};
+use super::program::{PROGRAM, unusable};
 use crate::Error;
 
 const QBOOT: &str = "qboot.rom";

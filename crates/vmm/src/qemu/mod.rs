@@ -28,14 +28,16 @@
 //! fill a disk with either.
 
 mod firmware;
+mod machine;
+mod program;
 pub(crate) mod qmp;
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::sync::{Arc, Mutex as StdMutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -46,37 +48,27 @@ use kelvin_host::file::{open_plain, read_plain};
 use kelvin_host::jail::{Access, Bind, FIRST_GIVEN, Jail, is_dynamic};
 use kelvin_host::process::{Network, Process, ProcessKey};
 use serde_json::json;
-use tokio::net::UnixStream;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::Mutex;
 
-use crate::control::{Control, Dial, Dialed};
 use crate::process::{Sockets, Tail, close_directory, readers};
-use crate::stream::GuestStream;
-use crate::{
-    COMMAND_LINE, Disk, Driver, Error, GuestEnd, Handle, MachineSpec, Running, Saved, Waiting, pages,
-};
+use crate::{COMMAND_LINE, Disk, Driver, Error, Handle, MachineSpec, Running, Waiting, pages};
+use machine::{CONSOLE, CONTROL_SOCKET, DISK, HTTP_SOCKET, MAX_STATE, Machine};
+pub use program::build;
+use program::{find_modules, find_program, look, unusable};
 use qmp::Qmp;
 
-const PROGRAM: &str = "qemu-system-x86_64";
 const STDERR: usize = 16 << 10;
-const CONSOLE: u32 = 64 << 10;
 const SHIM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ro_ram.so"));
 /// Relative to the data directory.
 const SHIM_PATH: &str = "run/ro_ram.so";
 /// Names in the machine's directory.
-const DISK: &str = "disk";
 const MEMORY_FILE: &str = "memory";
 const SHIM_FILE: &str = "ro_ram.so";
 const GUEST_DIRECTORY: &str = "guest";
 const PARENT: &str = "parent";
 const QMP_SOCKET: &str = "qmp.sock";
-const CONTROL_SOCKET: &str = "control.sock";
-const HTTP_SOCKET: &str = "http.sock";
-/// QEMU's sets of descriptors: the disk's, and that of device state that is saved.
+/// The disk's set of descriptors; [`machine::STATE_SET`] is another.
 const DISK_SET: u32 = 1;
-const STATE_SET: u32 = 2;
-/// The longest device state, in bytes: those of this machine have some 100 KiB.
-const MAX_STATE: u64 = 64 << 20;
 /// The longest name of a snapshot's memory, in bytes.
 const MAX_PARENT: u64 = 4096;
 /// QEMU's translation cache, in MiB; in the layout.
@@ -115,14 +107,6 @@ pub struct Qemu {
     launcher: PathBuf,
 }
 
-/// The build of the installed QEMU, as in identities.
-///
-/// # Errors
-/// `Unusable` when it is missing or older than 7.2.
-pub fn build() -> Result<String, Error> {
-    look().map(|(_, build)| build)
-}
-
 /// The firmware that machines of the installed QEMU boot with, for people: its file, and whether QEMU takes it by itself.
 ///
 /// # Errors
@@ -131,23 +115,6 @@ pub fn firmware() -> Result<String, Error> {
     let found = firmware::find()?;
     let how = if found.is_default { "this QEMU's own choice" } else { "named to this QEMU" };
     Ok(format!("{}, {how}", found.path.display()))
-}
-
-fn unusable(reason: String) -> Error {
-    Error::Unusable { program: PROGRAM.to_owned(), reason }
-}
-
-fn look() -> Result<((u32, u32), String), Error> {
-    let output = std::process::Command::new(PROGRAM)
-        .arg("--version")
-        .output()
-        .map_err(|error| unusable(format!("{error}; install the package qemu-system-x86")))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let (version, package) = version(&text).ok_or_else(|| unusable(format!("no version in {text:?}")))?;
-    if version < (7, 2) {
-        return Err(unusable(format!("version {}.{} is older than 7.2", version.0, version.1)));
-    }
-    Ok((version, package))
 }
 
 impl Qemu {
@@ -414,41 +381,6 @@ impl Qemu {
     }
 }
 
-/// QEMU in the search path, absolute.
-fn find_program() -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    let found = std::env::split_paths(&path).map(|directory| directory.join(PROGRAM));
-    found.into_iter().find(|path| path.is_file())?.canonicalize().ok()
-}
-
-/// The directory of the modules of `program`, which is in `<prefix>/bin`, as distributions place them: Debian and Ubuntu,
-/// Fedora, Arch.
-fn find_modules(program: &Path) -> Option<PathBuf> {
-    let prefix = program.parent()?.parent()?;
-    let named = ["lib/x86_64-linux-gnu/qemu", "lib64/qemu", "lib/qemu"].map(|name| prefix.join(name));
-    named.into_iter().find(|path| path.is_dir())
-}
-
-/// A file in memory that a VMM is to write, and the way for it to do so. Not one on the disk: whoever has once been
-/// given a descriptor may keep it, and a snapshot's files are never written again.
-fn scratch() -> io::Result<(File, OwnedFd)> {
-    let file = File::from(rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC)?);
-    // QEMU asks for a descriptor that can be written and nothing else.
-    let writer = File::options().write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-    Ok((file, writer.into()))
-}
-
-/// Copies what a VMM has written to the new file `to`.
-fn take(mut from: File, to: &Path) -> io::Result<()> {
-    let length = from.metadata()?.len();
-    if length == 0 || length > MAX_STATE {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("it has {length} bytes")));
-    }
-    let mut target = File::options().write(true).create_new(true).mode(0o600).open(to)?;
-    // It may still be written by a VMM that was taken over: no more than that is read.
-    io::copy(&mut io::Read::take(&mut from, length), &mut target).map(drop)
-}
-
 /// Which snapshot's memory the machine in `directory` maps, when the daemon that started it noted it: nobody else can.
 fn parent_of(directory: &Path) -> io::Result<Option<PathBuf>> {
     let file = match read_plain(&directory.join(PARENT)) {
@@ -459,15 +391,6 @@ fn parent_of(directory: &Path) -> io::Result<Option<PathBuf>> {
         return Err(io::Error::other("the machine's parent was noted by somebody else"));
     }
     Ok(Some(io::read_to_string(io::Read::take(file, MAX_PARENT))?.into()))
-}
-
-/// `(major, minor)` and the whole version with the package's. Example of the text:
-/// `QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)`.
-fn version(text: &str) -> Option<((u32, u32), String)> {
-    let line = text.lines().next()?;
-    let (_, rest) = line.split_once("version ")?;
-    let mut numbers = rest.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
-    Some(((numbers.next()?.ok()?, numbers.next()?.ok()?), rest.trim().to_owned()))
 }
 
 fn install_shim(path: &Path) -> io::Result<()> {
@@ -570,246 +493,5 @@ impl Driver for Qemu {
         };
         machine.go_on().await?;
         Ok(Running::new(Box::new(machine)))
-    }
-}
-
-/// One VMM.
-struct Machine {
-    process: Arc<Process>,
-    qmp: Mutex<Qmp>,
-    /// Set when the guest has ended its machine.
-    guest_end: watch::Receiver<Option<GuestEnd>>,
-    /// The end of the console: QEMU forgets what was read of it.
-    console: StdMutex<String>,
-    sockets: Arc<Sockets>,
-    tail: Tail,
-    directory: PathBuf,
-    /// The file behind guest RAM.
-    memory: PathBuf,
-    /// Whether that file is mapped private: only a machine that a former version booted writes to it.
-    private: bool,
-    /// What the save that has begun has copied already.
-    ahead: StdMutex<Option<pages::Ahead>>,
-}
-
-impl Machine {
-    /// A broken connection means that the VMM has ended or is about to: then say so, with its last words.
-    async fn explain<T>(&self, what: &'static str, result: Result<T, Error>) -> Result<T, Error> {
-        match result {
-            Err(Error::Io { what: _, source: _ }) if self.ends_soon().await => {
-                Err(Error::Ended { what, stderr: self.tail.text() })
-            }
-            other => other,
-        }
-    }
-
-    /// What has ended cannot go on from a snapshot.
-    fn check_guest(&self, what: &'static str) -> Result<(), Error> {
-        match *self.guest_end.borrow() {
-            None => Ok(()),
-            Some(_) => Err(Error::Ended { what, stderr: "its guest has ended".to_owned() }),
-        }
-    }
-
-    async fn ends_soon(&self) -> bool {
-        tokio::time::timeout(Duration::from_secs(2), self.process.ended()).await.is_ok()
-    }
-
-    async fn try_load(&self, state: &Path) -> Result<(), Error> {
-        let file =
-            File::open(state).map_err(|source| Error::Io { what: "opening the device state", source })?;
-        let mut qmp = self.qmp.lock().await;
-        qmp.call_with("getfd", json!({ "fdname": "state" }), file.as_fd()).await?;
-        qmp.call("migrate-incoming", json!({ "uri": "fd:state" })).await?;
-        let loaded = qmp
-            .event("MIGRATION", |data| match data["status"].as_str() {
-                Some("completed") => Some(true),
-                Some("failed") => Some(false),
-                _ => None,
-            })
-            .await?;
-        if loaded {
-            return Ok(());
-        }
-        let reason = self.tail.text();
-        Err(Error::Refused { command: "migrate-incoming", reason })
-    }
-
-    async fn try_save(&self, memory: &Path, state: &Path) -> Result<Saved, Error> {
-        let io = |what| move |source| Error::Io { what, source };
-        let (written, writer) = scratch().map_err(io("making a file for the device state"))?;
-        let (pid, from, to) = (self.process.key().pid, self.memory.clone(), memory.to_owned());
-        let private = self.private;
-        // Side by side: writing device state touches no page of the guest.
-        let ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
-        let copying =
-            tokio::task::spawn_blocking(move || pages::save_memory(pid, &from, &to, private, ahead));
-        let saved = self.write_state(writer).await;
-        let dirty_pages = copying
-            .await
-            .map_err(|error| io("copying memory")(io::Error::other(error)))?
-            .map_err(io("copying memory"))?;
-        saved?;
-        let state = state.to_owned();
-        tokio::task::spawn_blocking(move || take(written, &state))
-            .await
-            .unwrap_or_else(|error| Err(io::Error::other(error)))
-            .map_err(io("copying the device state"))?;
-        Ok(Saved { dirty_pages })
-    }
-
-    /// Has the VMM write its device state to `writer`.
-    async fn write_state(&self, writer: OwnedFd) -> Result<(), Error> {
-        let mut qmp = self.qmp.lock().await;
-        let set = json!({ "fdset-id": STATE_SET });
-        qmp.call_with("add-fd", set.clone(), writer.as_fd()).await?;
-        let file = json!({ "filename": format!("/dev/fdset/{STATE_SET}"), "live": false });
-        let saved = qmp.call("xen-save-devices-state", file).await;
-        if matches!(saved, Ok(_) | Err(Error::Refused { .. })) {
-            // The next save brings its own.
-            qmp.call("remove-fd", set).await?;
-        }
-        saved.map(drop)
-    }
-
-    /// A VMM that opened another disk than its machine's must not run: paths are baked into device state.
-    fn check_disk(&self) -> io::Result<()> {
-        let own = fs::symlink_metadata(self.directory.join(DISK))?;
-        let open = std::fs::read_dir(format!("/proc/{}/fd", self.process.key().pid))?;
-        let mut files = open.flatten().filter_map(|entry| std::fs::metadata(entry.path()).ok());
-        match files.any(|file| (file.dev(), file.ino()) == (own.dev(), own.ino())) {
-            true => Ok(()),
-            false => Err(io::Error::other("the VMM has opened another disk than its machine's")),
-        }
-    }
-}
-
-/// Connects to the guest's ports.
-#[derive(Debug)]
-struct Dialer {
-    sockets: Arc<Sockets>,
-    process: Arc<Process>,
-}
-
-impl Dialer {
-    async fn port(&self, name: &str) -> Result<UnixStream, Error> {
-        let connected = self.sockets.connect(name, &self.process).await;
-        connected.map_err(|source| Error::Io { what: "connecting to the guest", source })
-    }
-}
-
-#[async_trait]
-impl Dial for Dialer {
-    async fn dial(&self) -> Result<Dialed, Error> {
-        Ok(Dialed { stream: self.port(CONTROL_SOCKET).await?.into(), greets: false })
-    }
-
-    async fn connect(&self) -> Result<GuestStream, Error> {
-        self.port(HTTP_SOCKET).await.map(GuestStream::from)
-    }
-}
-
-#[async_trait]
-impl Handle for Machine {
-    fn process(&self) -> &Process {
-        &self.process
-    }
-
-    async fn load(&self, state: &Path) -> Result<(), Error> {
-        self.check_disk().map_err(|source| Error::Io { what: "checking the VMM's disk", source })?;
-        self.explain("loading", self.try_load(state).await).await
-    }
-
-    async fn resume(&self) -> Result<(), Error> {
-        let result = self.qmp.lock().await.call("cont", json!({})).await;
-        self.explain("resuming", result.map(drop)).await
-    }
-
-    async fn pause(&self) -> Result<(), Error> {
-        let result = self.qmp.lock().await.call("stop", json!({})).await;
-        self.explain("pausing", result.map(drop)).await?;
-        self.check_guest("pausing")
-    }
-
-    async fn go_on(&self) -> Result<(), Error> {
-        let mut qmp = self.qmp.lock().await;
-        let status = qmp.call("query-status", json!({})).await?;
-        match status["status"].as_str() {
-            // One whose guest has ended it while nobody looked: a former daemon had it stay.
-            Some("shutdown") => {
-                Err(Error::Ended { what: "going on", stderr: "its guest has ended".to_owned() })
-            }
-            Some("paused" | "io-error" | "postmigrate") => qmp.call("cont", json!({})).await.map(drop),
-            _ => Ok(()),
-        }
-    }
-
-    async fn begin_save(&self, memory: &Path) -> Result<(), Error> {
-        let (from, to, private) = (self.memory.clone(), memory.to_owned(), self.private);
-        let pid = self.process.key().pid;
-        let ahead = tokio::task::spawn_blocking(move || pages::begin_memory(pid, &from, &to, private))
-            .await
-            .unwrap_or_else(|error| Err(io::Error::other(error)))
-            .map_err(|source| Error::Io { what: "beginning to copy memory", source })?;
-        *self.ahead.lock().unwrap_or_else(PoisonError::into_inner) = Some(ahead);
-        Ok(())
-    }
-
-    async fn save(&self, memory: &Path, state: &Path) -> Result<Saved, Error> {
-        let saved = self.explain("saving", self.try_save(memory, state).await).await?;
-        self.check_guest("saving")?;
-        Ok(saved)
-    }
-
-    async fn control(&self) -> Result<Control, Error> {
-        // Held open: a guest without its host end has to poll.
-        Control::open(self.dialer()).await
-    }
-
-    fn dialer(&self) -> Arc<dyn Dial> {
-        Arc::new(Dialer { sockets: Arc::clone(&self.sockets), process: Arc::clone(&self.process) })
-    }
-
-    async fn console(&self) -> Result<String, Error> {
-        let arguments = json!({ "device": "console", "size": CONSOLE, "format": "utf8" });
-        let fresh = self.qmp.lock().await.call("ringbuf-read", arguments).await?;
-        let mut console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
-        console.push_str(fresh.as_str().unwrap_or_default());
-        let excess = console.len().saturating_sub(CONSOLE as usize);
-        let cut = (excess..=console.len()).find(|at| console.is_char_boundary(*at)).unwrap_or(excess);
-        console.drain(..cut);
-        Ok(console.clone())
-    }
-
-    async fn guest_ended(&self) -> GuestEnd {
-        let mut told = self.guest_end.clone();
-        loop {
-            let now = *told.borrow_and_update();
-            if let Some(end) = now {
-                return end;
-            }
-            if told.changed().await.is_err() {
-                // The connection has ended: whoever waits sees that of the process.
-                std::future::pending::<()>().await;
-            }
-        }
-    }
-
-    fn stderr(&self) -> String {
-        self.tail.text()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn versions_are_read_from_what_qemu_prints() {
-        let (version, build) =
-            version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)\nCopyright\n").unwrap();
-        assert_eq!(version, (7, 2));
-        assert_eq!(build, "7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)");
-        assert!(super::version("not qemu").is_none());
     }
 }

@@ -15,8 +15,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use kelvin_api::guest::{self, Reply, Request};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf};
 
-use super::Call;
 use super::machine::Machine;
+use super::script::Call;
 use crate::Error;
 
 /// One message of a streamed reply, `process.StartResponse` with an `EndEvent` whose `exited` is true, and the end of

@@ -1,23 +1,17 @@
-//! One machine: its VMM's process, its vCPUs, and what its guest's memory holds.
+//! One machine: its VMM's process, its vCPUs, and what its guest's memory holds; and the record of all of them.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use async_trait::async_trait;
 use kelvin_api::id::VmId;
-use kelvin_host::process::{Process, ProcessKey};
+use kelvin_host::process::ProcessKey;
 use kelvin_host::testing::FakeProcess;
 use serde::{Deserialize, Serialize};
-use tokio::io::DuplexStream;
 use tokio::sync::watch;
 
-use super::{Call, Lives, Script, Step, guest};
-use crate::control::{Control, Dial, Dialed};
-use crate::stream::GuestStream;
-use crate::{Error, GuestEnd, Handle, MachineSpec, Saved};
-
-/// Bytes that a connection takes which nobody reads, each way.
-const CONNECTION: usize = 64 << 10;
+use super::script::{Call, Script, Step};
+use crate::{Error, GuestEnd, MachineSpec, Saved};
 
 /// What a guest's memory holds.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -119,10 +113,6 @@ impl Machine {
         self.process.kill();
     }
 
-    pub(super) fn handle(self: &Arc<Self>) -> Box<FakeHandle> {
-        Box::new(FakeHandle { process: Process::fake(Arc::clone(&self.process)), machine: Arc::clone(self) })
-    }
-
     /// Does what the script wants of `call`.
     pub(super) async fn step(&self, call: Call) -> Result<(), Error> {
         let over = || Error::Ended { what: call.name(), stderr: "the process was killed".to_owned() };
@@ -169,7 +159,7 @@ impl Machine {
         Ok(())
     }
 
-    fn load(&self, path: &Path) -> Result<(), Error> {
+    pub(super) fn load(&self, path: &Path) -> Result<(), Error> {
         let io = |what| move |source| Error::Io { what, source };
         let refused = |reason: &str| Error::Refused { command: "load", reason: reason.to_owned() };
         let mapped = self.state.borrow().mapped.clone().ok_or_else(|| refused("no memory is mapped"))?;
@@ -195,7 +185,7 @@ impl Machine {
         }
     }
 
-    fn save(&self, memory: &Path, state: &Path) -> Result<Saved, Error> {
+    pub(super) fn save(&self, memory: &Path, state: &Path) -> Result<Saved, Error> {
         let (bytes, is_clone) = {
             let state = self.state.borrow();
             if state.running {
@@ -237,104 +227,27 @@ impl Machine {
     }
 }
 
-/// Makes connections to a machine's guest.
-#[derive(Debug)]
-pub(super) struct Dialer(Arc<Machine>);
-
-#[async_trait]
-impl Dial for Dialer {
-    async fn dial(&self) -> Result<Dialed, Error> {
-        self.0.step(Call::Control).await?;
-        let (host, guest) = pair();
-        tokio::spawn(guest::serve_control(Arc::clone(&self.0), guest));
-        Ok(Dialed { stream: host, greets: false })
-    }
-
-    async fn connect(&self) -> Result<GuestStream, Error> {
-        self.0.step(Call::Connect).await?;
-        let (host, guest) = pair();
-        tokio::spawn(guest::serve_http(Arc::clone(&self.0), guest));
-        Ok(host)
-    }
+/// The machines of a driver, and what went wrong among them.
+#[derive(Default)]
+pub(super) struct Lives {
+    pub(super) machines: Mutex<Vec<Arc<Machine>>>,
+    /// Who the guest of each machine was last.
+    pub(super) names: Mutex<BTreeMap<VmId, String>>,
+    pub(super) violations: Mutex<Vec<String>>,
 }
 
-fn pair() -> (GuestStream, DuplexStream) {
-    let (host, guest) = tokio::io::duplex(CONNECTION);
-    (GuestStream::Memory(host), guest)
-}
-
-/// What a driver does to a machine.
-pub(super) struct FakeHandle {
-    machine: Arc<Machine>,
-    process: Process,
-}
-
-#[async_trait]
-impl Handle for FakeHandle {
-    fn process(&self) -> &Process {
-        &self.process
+impl Lives {
+    fn violated(&self, what: String) {
+        self.violations.lock().unwrap_or_else(PoisonError::into_inner).push(what);
     }
 
-    async fn load(&self, state: &Path) -> Result<(), Error> {
-        self.machine.step(Call::Load).await?;
-        self.machine.load(state)
-    }
-
-    async fn resume(&self) -> Result<(), Error> {
-        self.machine.step(Call::Resume).await?;
-        self.machine.resume();
-        Ok(())
-    }
-
-    async fn pause(&self) -> Result<(), Error> {
-        self.machine.step(Call::Pause).await?;
-        self.machine.state.send_modify(|state| state.running = false);
-        Ok(())
-    }
-
-    async fn park(&self) -> Result<(), Error> {
-        self.machine.step(Call::Park).await?;
-        self.machine.state.send_modify(|state| state.running = false);
-        Ok(())
-    }
-
-    async fn go_on(&self) -> Result<(), Error> {
-        self.machine.step(Call::GoOn).await
-    }
-
-    async fn begin_save(&self, memory: &Path) -> Result<(), Error> {
-        self.machine.step(Call::BeginSave).await?;
-        std::fs::write(memory, "begun").map_err(|source| Error::Io { what: "beginning to save", source })
-    }
-
-    async fn save(&self, memory: &Path, state: &Path) -> Result<Saved, Error> {
-        self.machine.step(Call::Save).await?;
-        self.machine.save(memory, state)
-    }
-
-    async fn control(&self) -> Result<Control, Error> {
-        Control::open(self.dialer()).await
-    }
-
-    fn dialer(&self) -> Arc<dyn Dial> {
-        Arc::new(Dialer(Arc::clone(&self.machine)))
-    }
-
-    async fn console(&self) -> Result<String, Error> {
-        self.machine.step(Call::Console).await?;
-        Ok(format!("{} says nothing\n", self.machine.vm))
-    }
-
-    fn stderr(&self) -> String {
-        String::new()
-    }
-
-    async fn guest_ended(&self) -> GuestEnd {
-        let mut state = self.machine.state.subscribe();
-        let ended = state.wait_for(|state| state.ended.is_some()).await.ok().and_then(|state| state.ended);
-        match ended {
-            Some(end) => end,
-            None => std::future::pending().await,
+    /// Notices when two guests are the same sandbox at one time.
+    fn check(&self, vm: &VmId, name: &str) {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.clone(), name.to_owned());
+        let machines = self.machines.lock().unwrap_or_else(PoisonError::into_inner);
+        let lives = machines.iter().filter(|machine| machine.lives_as(name)).count();
+        if lives > 1 {
+            self.violated(format!("{lives} machines run as {name} at one time"));
         }
     }
 }

@@ -12,12 +12,12 @@
 //! Absent on purpose: networks, limits, and anything that takes time by itself.
 
 mod guest;
+mod handle;
 mod machine;
+mod script;
 
-use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, PoisonError};
 
 use async_trait::async_trait;
 use kelvin_api::id::VmId;
@@ -25,121 +25,12 @@ use kelvin_api::units::Shape;
 use kelvin_host::accel::Accelerator;
 use kelvin_host::process::ProcessKey;
 
+use handle::FakeHandle;
+use machine::Lives;
 pub use machine::{Machine, Seen};
+pub use script::{Call, Script, Step};
 
 use crate::{Disk, Driver, Error, MachineSpec, Running, Waiting};
-
-/// What a driver, its machines and their guests are asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[allow(missing_docs)] // each is the function or the request of that name
-pub enum Call {
-    Boot,
-    Prepare,
-    Adopt,
-    Load,
-    Resume,
-    Pause,
-    Park,
-    GoOn,
-    BeginSave,
-    Save,
-    Control,
-    Connect,
-    Console,
-    Ping,
-    Activate,
-    Quiesce,
-    Freeze,
-    Wake,
-    Http,
-}
-
-impl Call {
-    /// Its name, for errors.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Boot => "boot",
-            Self::Prepare => "prepare",
-            Self::Adopt => "adopt",
-            Self::Load => "load",
-            Self::Resume => "resume",
-            Self::Pause => "pause",
-            Self::Park => "park",
-            Self::GoOn => "go_on",
-            Self::BeginSave => "begin_save",
-            Self::Save => "save",
-            Self::Control => "control",
-            Self::Connect => "connect",
-            Self::Console => "console",
-            Self::Ping => "ping",
-            Self::Activate => "activate",
-            Self::Quiesce => "quiesce",
-            Self::Freeze => "freeze",
-            Self::Wake => "wake",
-            Self::Http => "http",
-        }
-    }
-
-    /// Whether the guest does it, and not the VMM.
-    pub fn is_guests(self) -> bool {
-        matches!(self, Self::Ping | Self::Activate | Self::Quiesce | Self::Freeze | Self::Wake | Self::Http)
-    }
-}
-
-/// What becomes of a call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// It is done at once.
-    Go,
-    /// It is done after this long.
-    After(Duration),
-    /// It is refused, with an error.
-    Fail,
-    /// The VMM ends instead.
-    Crash,
-    /// The guest says nothing any more, from here on; what the VMM does by itself is done.
-    Silence,
-    /// The guest powers its machine off instead.
-    PowerOff,
-}
-
-/// Decides what becomes of each call.
-pub trait Script: Send + Sync + 'static {
-    /// Asked before `call` is done for the machine `vm`.
-    fn step(&self, call: Call, vm: &VmId) -> Step;
-}
-
-/// Everything goes well.
-impl Script for () {
-    fn step(&self, _: Call, _: &VmId) -> Step {
-        Step::Go
-    }
-}
-
-/// The machines of a driver, and what went wrong among them.
-#[derive(Default)]
-struct Lives {
-    machines: Mutex<Vec<Arc<Machine>>>,
-    /// Who the guest of each machine was last.
-    names: Mutex<BTreeMap<VmId, String>>,
-    violations: Mutex<Vec<String>>,
-}
-
-impl Lives {
-    fn violated(&self, what: String) {
-        self.violations.lock().unwrap_or_else(PoisonError::into_inner).push(what);
-    }
-
-    /// Notices when two guests are the same sandbox at one time.
-    fn check(&self, vm: &VmId, name: &str) {
-        self.names.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.clone(), name.to_owned());
-        let machines = self.machines.lock().unwrap_or_else(PoisonError::into_inner);
-        let lives = machines.iter().filter(|machine| machine.lives_as(name)).count();
-        if lives > 1 {
-            self.violated(format!("{lives} machines run as {name} at one time"));
-        }
-    }
-}
 
 /// The driver.
 pub struct FakeDriver {
@@ -218,7 +109,7 @@ impl Driver for FakeDriver {
             machine.boot()
         };
         match booted.await {
-            Ok(()) => Ok(Running::new(machine.handle())),
+            Ok(()) => Ok(Running::new(FakeHandle::of(machine))),
             Err(error) => {
                 machine.kill();
                 Err(error)
@@ -231,7 +122,7 @@ impl Driver for FakeDriver {
         let prepared =
             machine.step(Call::Prepare).await.and_then(|()| machine.map(&spec.data_dir.join(memory)));
         match prepared {
-            Ok(()) => Ok(Waiting::new(machine.handle())),
+            Ok(()) => Ok(Waiting::new(FakeHandle::of(machine))),
             Err(error) => {
                 machine.kill();
                 Err(error)
@@ -248,6 +139,6 @@ impl Driver for FakeDriver {
         let machine = machine.ok_or_else(gone)?;
         machine.step(Call::Adopt).await?;
         machine.resume();
-        Ok(Running::new(machine.handle()))
+        Ok(Running::new(FakeHandle::of(machine)))
     }
 }

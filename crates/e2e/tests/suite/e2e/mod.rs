@@ -22,6 +22,7 @@ mod power;
 mod restart;
 mod run;
 mod sdk;
+mod snapshots;
 mod soak;
 mod speed;
 mod tenants;

@@ -8,185 +8,50 @@
 //! A process is known from its start until its end was read; nothing is written to disk. A crash of the
 //! agent leaves the processes to init and loses the streams.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+mod entry;
+mod output;
+mod streams;
+
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use connectrpc::{
     ConnectError, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
 };
-use futures::StreamExt;
-use futures::stream;
+use futures::{StreamExt, stream};
 use kelvin_api::envd::process::__buffa::oneof::{
-    process_event::{Event, data_event::Output},
-    process_input::Input,
-    process_selector::Selector,
-    stream_input_request::Event as InputEvent,
+    process_selector::Selector, stream_input_request::Event as InputEvent,
 };
 use kelvin_api::envd::process::{
     CloseStdinRequest, CloseStdinResponse, ConnectRequest, ConnectResponse, ListRequest, ListResponse,
-    Process, ProcessConfig, ProcessEvent, ProcessInfo, ProcessInput, ProcessSelector, SendInputRequest,
-    SendInputResponse, SendSignalRequest, SendSignalResponse, StartRequest, StartResponse,
-    StreamInputRequest, StreamInputResponse, UpdateRequest, UpdateResponse, process_event,
+    Process, ProcessInfo, ProcessSelector, SendInputRequest, SendInputResponse, SendSignalRequest,
+    SendSignalResponse, StartRequest, StartResponse, StreamInputRequest, StreamInputResponse, UpdateRequest,
+    UpdateResponse,
 };
-use rustix::io::Errno;
-use rustix::process::{Pid, Signal, WaitIdStatus, kill_process_group};
-use tokio::io::unix::AsyncFd;
-use tokio::sync::{mpsc, watch};
+use rustix::process::Signal;
+use tokio::sync::watch;
 
+use self::entry::{Entry, end_at, events, feed, pump};
+use self::output::{Hub, end_of};
+use self::streams::Streams;
 use crate::groups::Place;
-use crate::port::watched;
 use crate::pty;
 use crate::spawn::{self, Child, Program};
 use crate::state::State;
 use crate::users::User;
 
-/// Output kept while nobody is attached, in bytes.
-const BACKLOG: usize = 1 << 20;
-/// Chunks on their way to one client.
-const QUEUE: usize = 8;
-/// The size of one chunk, in bytes.
-const CHUNK: usize = 32 << 10;
-/// How long a process may take to obey SIGTERM at its deadline.
-const GRACE: Duration = Duration::from_secs(1);
 /// Processes at one time that were started here.
 const MAX_PROCESSES: usize = 4096;
 /// How soon the kernel ends a command when memory is out: before what the image runs. Source: envd.
 const OOM_SCORE: i16 = 100;
-/// More than a terminal holds of what was written to it, in bytes.
-const TERMINAL: u64 = 128 << 10;
-/// Pipes of commands that have ended, held open by what they left running.
-const MAX_LEFT_OPEN: usize = 4096;
-/// How many of those there are.
-static LEFT_OPEN: AtomicUsize = AtomicUsize::new(0);
-
-#[derive(Debug, Clone)]
-enum Chunk {
-    Stdout(Vec<u8>),
-    Stderr(Vec<u8>),
-    Pty(Vec<u8>),
-    End { exit_code: i32, exited: bool, status: String, error: Option<String> },
-}
-
-impl Chunk {
-    fn size(&self) -> usize {
-        match self {
-            Self::Stdout(bytes) | Self::Stderr(bytes) | Self::Pty(bytes) => bytes.len(),
-            Self::End { .. } => 0,
-        }
-    }
-
-    fn event(self) -> ProcessEvent {
-        let event = match self {
-            Self::Stdout(bytes) => data(Output::Stdout(bytes)),
-            Self::Stderr(bytes) => data(Output::Stderr(bytes)),
-            Self::Pty(bytes) => data(Output::Pty(bytes)),
-            Self::End { exit_code, exited, status, error } => Event::End(Box::new(process_event::EndEvent {
-                exit_code,
-                exited,
-                status,
-                error,
-                ..Default::default()
-            })),
-        };
-        ProcessEvent { event: Some(event), ..Default::default() }
-    }
-}
-
-fn data(output: Output) -> Event {
-    Event::Data(Box::new(process_event::DataEvent { output: Some(output), ..Default::default() }))
-}
-
-#[derive(Debug, Default)]
-struct HubState {
-    clients: Vec<mpsc::Sender<Chunk>>,
-    backlog: VecDeque<Chunk>,
-    backlog_bytes: usize,
-}
 
 /// How long the end of a process is kept for a client that comes back for it.
 const UNSEEN_END: Duration = Duration::from_secs(300);
-
-/// Spreads the output of one process over its clients.
-#[derive(Debug, Default)]
-struct Hub {
-    state: Mutex<HubState>,
-    attached: tokio::sync::Notify,
-}
-
-impl Hub {
-    fn lock(&self) -> MutexGuard<'_, HubState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A new client; what nobody has seen comes first.
-    fn attach(&self) -> (Vec<Chunk>, mpsc::Receiver<Chunk>) {
-        let (sender, receiver) = mpsc::channel(QUEUE);
-        let mut state = self.lock();
-        state.clients.push(sender);
-        state.backlog_bytes = 0;
-        self.attached.notify_one();
-        (state.backlog.drain(..).collect(), receiver)
-    }
-
-    /// Waits until somebody has taken the backlog.
-    async fn collected(&self) {
-        while !self.lock().backlog.is_empty() {
-            self.attached.notified().await;
-        }
-    }
-
-    /// Delivers to every client, waiting for the slow ones; keeps it when there is none.
-    async fn push(&self, chunk: Chunk) {
-        let clients = self.lock().clients.clone();
-        let mut delivered = false;
-        for client in clients {
-            delivered |= client.send(chunk.clone()).await.is_ok();
-        }
-        let mut state = self.lock();
-        state.clients.retain(|client| !client.is_closed());
-        if !delivered {
-            state.backlog_bytes += chunk.size();
-            state.backlog.push_back(chunk);
-            while state.backlog_bytes > BACKLOG {
-                let Some(dropped) = state.backlog.pop_front() else {
-                    break;
-                };
-                state.backlog_bytes -= dropped.size();
-            }
-        }
-    }
-}
-
-/// One process that was started here.
-#[derive(Debug)]
-struct Entry {
-    pid: u32,
-    config: ProcessConfig,
-    tag: Option<String>,
-    hub: Hub,
-    /// Where input goes; `None` when the process takes none, or no more.
-    stdin: tokio::sync::Mutex<Option<End>>,
-    /// The terminal, when it has one: the same file as `stdin`.
-    pty: Option<End>,
-    ended: watch::Sender<bool>,
-}
-
-impl Entry {
-    fn signal(&self, signal: Signal) -> io::Result<()> {
-        let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::NotFound)?;
-        kill_process_group(pid, signal).map_err(io::Error::from)
-    }
-}
-
-/// Our end of a pipe or a terminal.
-type End = Arc<AsyncFd<OwnedFd>>;
 
 type Table = Arc<Mutex<HashMap<u32, Arc<Entry>>>>;
 
@@ -380,207 +245,6 @@ fn not_started(command: &str, cwd: &Path, error: &spawn::Error) -> ConnectError 
     }
 }
 
-/// What a process reads and writes, and our ends of it.
-struct Streams {
-    child: [OwnedFd; 3],
-    input: Option<End>,
-    outputs: Vec<(End, Wrap)>,
-}
-
-type Wrap = fn(Vec<u8>) -> Chunk;
-
-impl Streams {
-    /// Pipes of `user`'s own: who is given one may open it again, by `/dev/stdout`.
-    fn pipes(with_stdin: bool, user: &User) -> io::Result<Self> {
-        let pipe = || {
-            let ends = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-            std::os::unix::fs::fchown(&ends.0, Some(user.uid), Some(user.gid))?;
-            Ok::<_, io::Error>(ends)
-        };
-        let (stdout, stdout_child) = pipe()?;
-        let (stderr, stderr_child) = pipe()?;
-        let (input, stdin_child) = if with_stdin {
-            let (reader, writer) = pipe()?;
-            (Some(end(writer)?), reader)
-        } else {
-            (None, File::open("/dev/null")?.into())
-        };
-        Ok(Self {
-            child: [stdin_child, stdout_child, stderr_child],
-            input,
-            outputs: vec![(end(stdout)?, Chunk::Stdout), (end(stderr)?, Chunk::Stderr)],
-        })
-    }
-
-    fn terminal(size: rustix::termios::Winsize, user: &User) -> io::Result<Self> {
-        let (ours, theirs) = pty::open(size, user)?;
-        let ours = end(ours)?;
-        Ok(Self {
-            child: [theirs.try_clone()?, theirs.try_clone()?, theirs],
-            input: Some(Arc::clone(&ours)),
-            outputs: vec![(ours, Chunk::Pty)],
-        })
-    }
-}
-
-fn end(fd: OwnedFd) -> io::Result<End> {
-    let flags = rustix::fs::fcntl_getfl(fd.as_fd())?;
-    rustix::fs::fcntl_setfl(fd.as_fd(), flags | rustix::fs::OFlags::NONBLOCK)?;
-    Ok(Arc::new(watched(fd)?))
-}
-
-/// Copies a pipe or a terminal to the hub until it ends, or until what was in it when the process exited is read: what
-/// it left running may hold the other end open, and write to it, for ever. That is read on, so that it does not die of
-/// a pipe without a reader, and nobody is told of it. A terminal hangs up with its process.
-async fn pump(end: End, wrap: Wrap, entry: Arc<Entry>, mut exited: watch::Receiver<bool>) {
-    let mut buffer = vec![0; CHUNK];
-    // What is left to be read, in bytes; none while the process runs.
-    let mut left: Option<u64> = None;
-    while left != Some(0) {
-        // One that writes without end, and to nobody, must not keep the others waiting.
-        tokio::task::coop::consume_budget().await;
-        if left.is_none() && *exited.borrow_and_update() {
-            left = Some(match entry.pty {
-                None => rustix::io::ioctl_fionread(end.get_ref()).unwrap_or(0),
-                // It tells of a part of what a terminal holds only.
-                Some(_) => TERMINAL,
-            });
-            continue;
-        }
-        let most = left.map_or(CHUNK, |left| CHUNK.min(usize::try_from(left).unwrap_or(CHUNK)));
-        match rustix::io::read(end.get_ref(), &mut buffer[..most]) {
-            Ok(0) => return,
-            Ok(count) => {
-                left = left.map(|left| left - count as u64);
-                entry.hub.push(wrap(buffer[..count].to_vec())).await;
-            }
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) if left.is_some() => break,
-            Err(Errno::AGAIN) => {
-                tokio::select! {
-                    // Cleared before the next read: what arrives after it makes it ready again.
-                    ready = end.readable() => match ready {
-                        Ok(mut ready) => ready.clear_ready(),
-                        Err(_) => return,
-                    },
-                    changed = exited.changed() => if changed.is_err() { return },
-                }
-            }
-            // EIO: nobody has the terminal open any more.
-            Err(_) => return,
-        }
-    }
-    if entry.pty.is_none() {
-        tokio::spawn(read_on(end));
-    }
-}
-
-/// Reads what nobody is told of, until the last writer has gone.
-async fn read_on(end: End) {
-    if LEFT_OPEN.fetch_add(1, Ordering::Relaxed) < MAX_LEFT_OPEN {
-        // Small: there may be many.
-        let mut buffer = [0; 4096];
-        loop {
-            tokio::task::coop::consume_budget().await;
-            match rustix::io::read(end.get_ref(), &mut buffer) {
-                Ok(1..) | Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => match end.readable().await {
-                    Ok(mut ready) => ready.clear_ready(),
-                    Err(_) => break,
-                },
-                Ok(0) | Err(_) => break,
-            }
-        }
-    }
-    LEFT_OPEN.fetch_sub(1, Ordering::Relaxed);
-}
-
-async fn write(end: &End, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        let mut ready = end.writable().await?;
-        match ready.try_io(|end| rustix::io::write(end.get_ref(), bytes).map_err(io::Error::from)) {
-            Ok(written) => bytes = &bytes[written?..],
-            Err(_would_block) => {}
-        }
-    }
-    Ok(())
-}
-
-fn end_of(status: io::Result<WaitIdStatus>) -> Chunk {
-    match status {
-        Ok(status) => match (status.exit_status(), status.terminating_signal()) {
-            (Some(code), _) => {
-                let status = format!("exit status {code}");
-                let error = (code != 0).then(|| status.clone());
-                Chunk::End { exit_code: code, exited: true, status, error }
-            }
-            (None, signal) => {
-                let text = kelvin_api::signal::status(signal.unwrap_or(0), status.dumped());
-                Chunk::End { exit_code: -1, exited: false, status: text.clone(), error: Some(text) }
-            }
-        },
-        Err(error) => Chunk::End {
-            exit_code: -1,
-            exited: false,
-            status: "unknown".to_owned(),
-            error: Some(error.to_string()),
-        },
-    }
-}
-
-/// Ends `entry`'s process group at `deadline`: politely, then not.
-async fn end_at(deadline: tokio::time::Instant, entry: Arc<Entry>) {
-    let mut ended = entry.ended.subscribe();
-    let mut over = async || {
-        let _ = ended.wait_for(|ended| *ended).await;
-    };
-    if tokio::time::timeout_at(deadline, over()).await.is_ok() {
-        return;
-    }
-    let _ = entry.signal(Signal::TERM);
-    if tokio::time::timeout(GRACE, over()).await.is_err() {
-        let _ = entry.signal(Signal::KILL);
-    }
-}
-
-/// The events of one client: start, what it missed, what comes, and keepalives in between.
-fn events(
-    entry: &Entry,
-    keepalive: Option<Duration>,
-) -> impl futures::Stream<Item = ProcessEvent> + Send + use<> {
-    let start = ProcessEvent {
-        event: Some(Event::Start(Box::new(process_event::StartEvent {
-            pid: entry.pid,
-            ..Default::default()
-        }))),
-        ..Default::default()
-    };
-    let (missed, receiver) = entry.hub.attach();
-    let over = missed.iter().any(|chunk| matches!(chunk, Chunk::End { .. }));
-    let first = stream::iter([start].into_iter().chain(missed.into_iter().map(Chunk::event)));
-    let rest = stream::unfold((receiver, over), move |(mut receiver, over)| async move {
-        if over {
-            return None;
-        }
-        let next = match keepalive {
-            Some(interval) => tokio::time::timeout(interval, receiver.recv()).await,
-            None => Ok(receiver.recv().await),
-        };
-        match next {
-            Ok(Some(chunk)) => {
-                let last = matches!(chunk, Chunk::End { .. });
-                Some((chunk.event(), (receiver, last)))
-            }
-            Ok(None) => None,
-            Err(_elapsed) => {
-                let event = Event::Keepalive(Box::default());
-                Some((ProcessEvent { event: Some(event), ..Default::default() }, (receiver, false)))
-            }
-        }
-    });
-    first.chain(rest)
-}
-
 /// `events` until `deadline`, and then the error that says so: whoever set it is told of it and not of the signal that
 /// the process got.
 fn until<T: Send + 'static>(
@@ -606,29 +270,6 @@ fn until<T: Send + 'static>(
 pub fn keepalive(ctx: &RequestContext) -> Option<Duration> {
     let seconds: u64 = ctx.header("keepalive-ping-interval")?.to_str().ok()?.parse().ok()?;
     (seconds > 0).then(|| Duration::from_secs(seconds))
-}
-
-async fn feed(entry: &Entry, input: ProcessInput) -> Result<(), ConnectError> {
-    let bytes = match (input.input, &entry.pty) {
-        (Some(Input::Stdin(bytes)), None) | (Some(Input::Pty(bytes)), Some(_)) => bytes,
-        (Some(Input::Stdin(_)), Some(_)) => {
-            return Err(ConnectError::failed_precondition("the process has a PTY: send the input as pty"));
-        }
-        (Some(Input::Pty(_)), None) => {
-            return Err(ConnectError::failed_precondition("the process has no PTY"));
-        }
-        (None, _) => return Err(ConnectError::invalid_argument("the input is empty")),
-    };
-    // Held while it is written: two inputs never mix.
-    let stdin = entry.stdin.lock().await;
-    let end = stdin.as_ref().ok_or_else(|| ConnectError::failed_precondition("stdin is not open"))?;
-    let mut ended = entry.ended.subscribe();
-    let written = tokio::select! {
-        written = write(end, &bytes) => written,
-        // Whatever holds the other end by now, it is not the process.
-        _ = ended.wait_for(|ended| *ended) => Err(io::ErrorKind::BrokenPipe.into()),
-    };
-    written.map_err(|error| ConnectError::failed_precondition(format!("writing to stdin: {error}")))
 }
 
 #[allow(refining_impl_trait)] // a service names its reply types
