@@ -15,13 +15,13 @@ use kelvin_node_api::{Base, Source};
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Account;
-use crate::api::{Outcome, Path, Query, Who, json, parse_required, read};
+use crate::control::{Control, Inner};
 use crate::database::TagRow;
+use crate::failures::{database_failed, unknown_template};
 use crate::list::{PAGE, page_limit, with_next};
 use crate::openapi::{Api, op};
-use crate::service::{
-    Control, Inner, database_failed, invalid, make_page_token, parse_page_token, unknown_template,
-};
+use crate::request::{Outcome, Path, Query, Who, json, parse_required, read};
+use crate::service::{make_page_token, parse_page_token};
 
 /// The tag that every template has. Source: E2B's clients.
 const DEFAULT_TAG: &str = "default";
@@ -175,7 +175,7 @@ fn split_tag(text: &str) -> (&str, Option<&str>) {
 
 fn parse_tag(text: &str) -> Result<TemplateName, Failure> {
     text.parse().map_err(|error: kelvin_api::id::ParseIdError| {
-        invalid(ErrorCode::InvalidTag, error.to_string(), "use 1 to 64 of a-z, 0-9, '.', '_' and '-'")
+        Failure::new(ErrorCode::InvalidTag, error.to_string(), "use 1 to 64 of a-z, 0-9, '.', '_' and '-'")
     })
 }
 
@@ -454,7 +454,7 @@ struct RemoveTags {
 
 fn parse_tags(tags: Vec<String>) -> Result<Vec<String>, Failure> {
     if tags.is_empty() || tags.len() > MAX_TAGS {
-        return Err(invalid(
+        return Err(Failure::new(
             ErrorCode::InvalidTags,
             format!("name 1 to {MAX_TAGS} tags"),
             "split the request",
@@ -468,7 +468,7 @@ async fn add_tags(State(control): State<Control>, Who(caller): Who, request: Req
     let tags = parse_tags(body.tags)?;
     let (name, tag) = split_tag(&body.target);
     if name.is_empty() || tag == Some("") {
-        return Err(invalid(
+        return Err(Failure::new(
             ErrorCode::InvalidTarget,
             "the target is no name:tag",
             "for example base:default",
@@ -489,7 +489,7 @@ async fn remove_tags(State(control): State<Control>, Who(caller): Who, request: 
     let tags = parse_tags(body.tags)?;
     if tags.iter().any(|tag| tag == DEFAULT_TAG) {
         let text = "the tag \"default\" cannot be taken away";
-        return Err(invalid(ErrorCode::InvalidTags, text, "leave it out").into());
+        return Err(Failure::new(ErrorCode::InvalidTags, text, "leave it out").into());
     }
     control.inner.template(&body.name).await?;
     let removed = control.inner.database.remove_tags(caller.project.to_string(), body.name.clone(), tags);

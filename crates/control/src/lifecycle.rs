@@ -13,12 +13,12 @@ use kelvin_api::sandbox::{
 use kelvin_node_api::{Child, Created, Live, Paused, Taken};
 
 use crate::accounts::Account;
+use crate::control::Inner;
+use crate::create::{DEFAULT_TIMEOUT_S, ENV_BYTES, METADATA_BYTES, Reply, check_env, check_map, deadline};
 use crate::database::{NewSnapshot, SandboxRow};
+use crate::failures::{database_failed, exceeded};
 use crate::reply;
-use crate::service::{
-    DEFAULT_TIMEOUT_S, ENV_BYTES, Inner, METADATA_BYTES, Reply, check_env, check_map, database_failed,
-    deadline, exceeded, invalid, sandbox_of,
-};
+use crate::service::sandbox_of;
 
 /// Children of one fork. Source: E2B's OpenAPI, `SandboxForkRequest.count`.
 const MAX_CHILDREN: u32 = 100;
@@ -147,7 +147,7 @@ impl Inner {
             None => None,
             Some(text) => {
                 let name: TemplateName = text.parse().map_err(|error: kelvin_api::id::ParseIdError| {
-                    invalid(
+                    Failure::new(
                         ErrorCode::InvalidName,
                         error.to_string(),
                         "use 1 to 64 of a-z, 0-9, '.', '_' and '-'; no tags",
@@ -235,7 +235,7 @@ impl Inner {
         let count = body.count.unwrap_or(1);
         if !(1..=MAX_CHILDREN).contains(&count) {
             let text = format!("a fork has 1 to {MAX_CHILDREN} children, not {count}");
-            return Err(invalid(ErrorCode::InvalidCount, text, "fork again for more"));
+            return Err(Failure::new(ErrorCode::InvalidCount, text, "fork again for more"));
         }
         let timeout_s = body.timeout.unwrap_or(DEFAULT_TIMEOUT_S);
         let env_vars = body.env_vars.unwrap_or_default();

@@ -2,13 +2,13 @@
 
 use axum::extract::State;
 use http::{Method, StatusCode};
-use kelvin_api::error::ErrorCode;
+use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::sandbox::{LogLevel, SandboxLogEntry, SandboxLogs};
 use serde::{Deserialize, Serialize};
 
-use crate::api::{Outcome, Own, Query, json};
+use crate::control::Control;
 use crate::openapi::{Api, op};
-use crate::service::{Control, invalid};
+use crate::request::{Outcome, Own, Query, json};
 
 /// Log entries that are given at once. Source: E2B's OpenAPI.
 const LOG_ENTRIES: usize = 1000;
@@ -87,9 +87,12 @@ async fn log_entries(
         None | Some("forward") => false,
         Some("backward") => true,
         Some(_) => {
-            return Err(
-                invalid(ErrorCode::InvalidQuery, "direction is not allowed", "forward or backward").into()
-            );
+            return Err(Failure::new(
+                ErrorCode::InvalidQuery,
+                "direction is not allowed",
+                "forward or backward",
+            )
+            .into());
         }
     };
     let mut entries = control.inner.logs(&id).await?.log_entries;

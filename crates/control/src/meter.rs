@@ -14,9 +14,10 @@ use kelvin_api::sandbox::{GuestMetrics, ProjectMetric, SandboxMetric, SandboxSta
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Account;
-use crate::api::{Outcome, Own, Path, Query, Who, json};
+use crate::control::{Control, Inner};
+use crate::failures::database_failed;
 use crate::openapi::{Api, op};
-use crate::service::{Control, Inner, database_failed, invalid};
+use crate::request::{Outcome, Own, Path, Query, Who, json};
 
 /// How often each sandbox is asked. Rarer than E2B's 5 s: each time wakes a machine that may be idle.
 const EVERY: Duration = Duration::from_secs(15);
@@ -183,7 +184,7 @@ impl Interval {
         let (start, end) = (self.start.unwrap_or(0), self.end.unwrap_or(i64::MAX));
         if start < 0 || end < start {
             let remedy = "seconds since 1970, start before end";
-            return Err(invalid(ErrorCode::InvalidInterval, "the interval is none", remedy));
+            return Err(Failure::new(ErrorCode::InvalidInterval, "the interval is none", remedy));
         }
         Ok((start, end))
     }
@@ -212,7 +213,7 @@ async fn of_many(
         .unwrap_or_default();
     if ids.is_empty() || ids.len() > MAX_IDS {
         let text = format!("sandbox_ids names {} sandboxes", ids.len());
-        return Err(invalid(ErrorCode::InvalidQuery, text, format!("name 1 to {MAX_IDS}")).into());
+        return Err(Failure::new(ErrorCode::InvalidQuery, text, format!("name 1 to {MAX_IDS}")).into());
     }
     let mut found = BTreeMap::new();
     for id in ids {
@@ -270,7 +271,7 @@ async fn most_of_project(
         Some("sandbox_start_rate") => |metric: &ProjectMetric| metric.sandbox_start_rate,
         _ => {
             let remedy = "concurrent_sandboxes or sandbox_start_rate";
-            return Err(invalid(ErrorCode::InvalidQuery, "metric is not allowed", remedy).into());
+            return Err(Failure::new(ErrorCode::InvalidQuery, "metric is not allowed", remedy).into());
         }
     };
     let most = found.iter().max_by(|one, other| value(one).total_cmp(&value(other)));

@@ -15,7 +15,7 @@ use schemars::generate::{SchemaGenerator, SchemaSettings};
 use schemars::{JsonSchema, Schema};
 use serde_json::{Value, json};
 
-use crate::service::Control;
+use crate::control::Control;
 
 type MakeSchema = fn(&mut SchemaGenerator) -> Schema;
 

@@ -10,9 +10,10 @@ use kelvin_api::error::{ErrorCode, Failure};
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::shown;
-use crate::api::{Outcome, Path, Query, Who, about, json, parse_required, read};
+use crate::control::Control;
+use crate::failures::database_failed;
 use crate::openapi::{Api, op};
-use crate::service::{Control, database_failed, invalid};
+use crate::request::{Outcome, Path, Query, Who, about, json, parse_required, read};
 
 /// Entries of the audit log that are given at once.
 const AUDIT_PAGE: usize = 1000;
@@ -155,7 +156,7 @@ async fn limit_project(
 ) -> Outcome {
     let project: Project = name
         .parse()
-        .map_err(|error: &str| invalid(ErrorCode::InvalidProject, error, "for example team-1"))?;
+        .map_err(|error: &str| Failure::new(ErrorCode::InvalidProject, error, "for example team-1"))?;
     let limits: Limits = parse_required(&read(request).await?)?;
     let inner = &control.inner;
     Ok(json(StatusCode::OK, &inner.accounts.limit_project(&project, limits, &inner.database).await?))

@@ -4,31 +4,16 @@
 //! Who writes: the task of the wake, which goes on when its visitors leave. A crash leaves a claim, which the next start
 //! forgets.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use futures::FutureExt;
-use futures::future::{BoxFuture, Shared};
 use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::SandboxId;
 use kelvin_api::sandbox::PauseMode;
 use kelvin_node_api::Wake;
 
-use crate::service::{Control, Inner};
-
-/// What all visitors of one sandbox wait for.
-type Waking = Shared<BoxFuture<'static, Result<(), Failure>>>;
-
-/// Wakes that are under way.
-#[derive(Default)]
-pub(crate) struct Wakes(Mutex<HashMap<SandboxId, Waking>>);
-
-impl Wakes {
-    fn lock(&self) -> MutexGuard<'_, HashMap<SandboxId, Waking>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+use crate::control::{Control, Inner};
 
 /// A wake among those that are under way, until it is dropped.
 struct Under {

@@ -44,7 +44,6 @@ const CIRCLES_LEFT: &[(&str, usize)] = &[
     ("api", 2),
     ("bench", 2),
     ("cli", 2),
-    ("control", 13),
     ("e2e", 3),
     ("egress", 6),
     ("gateway", 2),

@@ -1,0 +1,116 @@
+//! Before a handler and after it: who asks, how often, what is written down, and the idempotency key.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{MatchedPath, Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+use http::{HeaderValue, Method, StatusCode, header};
+use kelvin_api::error::{ErrorCode, Failure};
+
+use crate::accounts::Caller;
+use crate::audit::Audit;
+use crate::control::{Control, Inner};
+use crate::once;
+use crate::reply::reply;
+use crate::request::{About, Who};
+
+/// The longest wait that a caller who is over a limit is told.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+/// Routes that write their own idempotency key and audit entry, in the transactions that they have.
+const CREATES: [&str; 2] = ["/sandboxes", "/v2/sandboxes"];
+
+/// Routes whose answers are not kept: they tell a secret.
+const SECRETS: [&str; 1] = ["/api-keys"];
+
+/// Admits a request and counts it. What could change something runs to its end, whoever leaves, and is written down.
+pub(crate) async fn authenticate(
+    State(control): State<Control>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let caller = match control.inner.accounts.admit(request.headers()) {
+        Ok(caller) => caller,
+        Err(failure) => return reply(&failure),
+    };
+    if let Err(wait) = caller.count() {
+        let text = "this API key asks too often";
+        let failure = Failure::new(ErrorCode::TooManyRequests, text, "ask again after Retry-After seconds");
+        return retry_after(reply(&failure), wait);
+    }
+    request.extensions_mut().insert(Arc::clone(&caller));
+    if matches!(*request.method(), Method::GET | Method::HEAD) {
+        return next.run(request).await;
+    }
+    let inner = Arc::clone(&control.inner);
+    let changing = control.inner.tasks.spawn(async move { change(&inner, caller, request, next).await });
+    changing.await.unwrap_or_else(|error| {
+        let text = "the request was aborted";
+        reply(&Failure::new(ErrorCode::Aborted, text, "look at the server's log").with_cause(&error))
+    })
+}
+
+/// Runs a request that could change something.
+async fn change(inner: &Inner, caller: Caller, mut request: Request, next: Next) -> Response {
+    let path = request.extensions().get::<MatchedPath>().map_or("?", MatchedPath::as_str).to_owned();
+    let action = format!("{} {path}", request.method());
+    // The one parameter of a path is what it is about.
+    let named = path.split('/').position(|part| part.starts_with('{'));
+    let target = named.and_then(|at| request.uri().path().split('/').nth(at)).unwrap_or_default();
+    let target: String = target.chars().take(120).collect();
+    let audit = Arc::new(Audit::new(&caller, action, target, inner.clock.wall()));
+    request.extensions_mut().insert(Arc::clone(&audit));
+    let is_create = CREATES.contains(&path.as_str());
+    if !is_create && let Err(failure) = audit.begin(&inner.database).await {
+        return reply(&failure);
+    }
+    let key = match once::key_of(request.headers()) {
+        Ok(key) => key,
+        Err(failure) => return reply_to(inner, &caller, &audit, reply(&failure)).await,
+    };
+    let response = match key.filter(|_| !is_create) {
+        Some(_) if SECRETS.contains(&path.as_str()) => {
+            let text = "what tells a secret takes no idempotency key: its answer would have to be kept";
+            reply(&Failure::new(ErrorCode::UnsupportedHeader, text, "leave the header out"))
+        }
+        Some(key) => inner.once(&caller, &key, request, |request| next.run(request)).await,
+        None => next.run(request).await,
+    };
+    reply_to(inner, &caller, &audit, response).await
+}
+
+/// Writes down how a request ended, and tells who is over a limit when to come again.
+async fn reply_to(inner: &Inner, caller: &Caller, audit: &Audit, response: Response) -> Response {
+    let about = response.extensions().get::<About>().map(|about| about.0.clone());
+    audit.end(&inner.database, response.status(), about).await;
+    if response.status() == StatusCode::TOO_MANY_REQUESTS {
+        let first = inner.database.first_end(&caller.key).await.ok().flatten();
+        let left = first.map(|first| first.duration_since(inner.clock.wall()));
+        let wait = left.and_then(|left| Duration::try_from(left).ok()).unwrap_or(Duration::from_secs(1));
+        return retry_after(response, wait.min(LONGEST_WAIT));
+    }
+    response
+}
+
+/// Tells a caller when to come again: in whole seconds, at least one.
+fn retry_after(mut response: Response, wait: Duration) -> Response {
+    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+    response
+}
+
+pub(crate) async fn for_admins(Who(caller): Who, request: Request, next: Next) -> Response {
+    if caller.is_admin {
+        return next.run(request).await;
+    }
+    reply(&not_an_admin())
+}
+
+/// What is said to who may not do what the server's own key may.
+pub(crate) fn not_an_admin() -> Failure {
+    let text = "this is for the server's own key";
+    let remedy = "the key is in <data-dir>/api-key of the server";
+    Failure::new(ErrorCode::NotAnAdmin, text, remedy)
+}
