@@ -442,8 +442,8 @@ async fn set_pool(State(control): State<Control>, Path(name): Path<String>, requ
 
 async fn metrics(State(control): State<Control>) -> Outcome {
     let (node, pools) = (control.inner.node.info().await?, control.inner.node.pools().await?);
-    let text = metrics::text(&node, &pools);
-    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
+    let text = control.inner.metrics.text(&node, &pools)?;
+    Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
 }
 
 async fn node(State(control): State<Control>) -> Outcome {

@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 use crate::accounts::Accounts;
 use crate::changes::Changes;
 use crate::database::Database;
+use crate::metrics::Metrics;
 use crate::placement::Placement;
 
 /// What all visitors of one sandbox wait for.
@@ -53,6 +54,7 @@ pub(crate) struct Inner {
     /// Changes of sandboxes that are under way.
     pub(crate) changes: Arc<Changes>,
     pub(crate) wakes: Wakes,
+    pub(crate) metrics: Metrics,
     pub(crate) tasks: TaskTracker,
     pub(crate) stop: CancellationToken,
 }

@@ -22,6 +22,7 @@ use crate::audit::Audit;
 use crate::control::Inner;
 use crate::database::{Begun, NewKey, Quota, SandboxRow};
 use crate::failures::{database_failed, exceeded};
+use crate::metrics::Start;
 use crate::placement::Placement;
 use crate::{network, once};
 
@@ -81,7 +82,8 @@ impl Inner {
         key: Option<NewKey>,
         audit: &Audit,
     ) -> Result<Reply, Failure> {
-        let mut since = Instant::now();
+        let asked = Instant::now();
+        let mut since = asked;
         let mut timings = Timings::default();
         let source = self.base(caller, &body.template_id).await?;
         let (row, mut request) = prepare(&self.clock, self.placement.clone(), caller, body, source)?;
@@ -123,6 +125,7 @@ impl Inner {
         audit.ended(ended);
         timings.lap(Phase::Commit, &mut since);
         self.count_start(&row.project);
+        self.metrics.started(Start::Create, start_path, &timings, asked.elapsed());
         Ok(Reply { sandbox, timings })
     }
 

@@ -20,6 +20,7 @@ use crate::auth::ApiKey;
 use crate::control::{Control, Inner, Wakes};
 use crate::database::{self, Database};
 use crate::failures::database_failed;
+use crate::metrics::Metrics;
 use crate::placement::Placement;
 
 /// How long to wait before a node that failed is asked again for its changes.
@@ -55,6 +56,7 @@ impl Control {
             keys: Mutex::default(),
             changes: Arc::default(),
             wakes: Wakes::default(),
+            metrics: Metrics::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });

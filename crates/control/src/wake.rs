@@ -5,6 +5,7 @@
 //! forgets.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use async_trait::async_trait;
 use futures::FutureExt;
@@ -14,6 +15,7 @@ use kelvin_api::sandbox::PauseMode;
 use kelvin_node_api::Wake;
 
 use crate::control::{Control, Inner};
+use crate::metrics::Start;
 
 /// A wake among those that are under way, until it is dropped.
 struct Under {
@@ -29,6 +31,7 @@ impl Drop for Under {
 
 impl Inner {
     async fn wake(self: &Arc<Self>, id: &SandboxId) -> Result<(), Failure> {
+        let asked = Instant::now();
         let row = self.row_here(id).await?;
         if !row.lifecycle.auto_resume {
             return Err(Failure::new(
@@ -40,8 +43,12 @@ impl Inner {
         // It counts as one that runs until it does, or does not.
         let _permit = self.claim(id, self.accounts.quota_of(&row.key, &row.project)).await?;
         match self.node.resume(id, None, PauseMode::Full).await {
-            Err(failure) if failure.error_code != ErrorCode::SandboxRunning => Err(failure),
-            _ => Ok(()),
+            Ok(created) => {
+                self.metrics.started(Start::Resume, created.start_path, &created.timings, asked.elapsed());
+                Ok(())
+            }
+            Err(failure) if failure.error_code == ErrorCode::SandboxRunning => Ok(()),
+            Err(failure) => Err(failure),
         }
     }
 }
