@@ -24,15 +24,17 @@ pub const MAX_TIMEOUT_S: u64 = 24 * 60 * 60;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct NewSandbox {
+    /// Name of a template, or id or name of a snapshot, each with an optional `:tag`.
     #[serde(rename = "templateID")]
     pub template_id: String,
     /// Time to live in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout: Option<u64>,
+    /// Labels, which lists can be filtered by; at most 64 KiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metadata: Option<Metadata>,
+    /// Environment of its processes; at most 256 KiB.
     #[serde(rename = "envVars", default, skip_serializing_if = "Option::is_none")]
     pub env_vars: Option<EnvVars>,
     /// Whether the agent asks for an access token; true unless said otherwise.
@@ -41,18 +43,25 @@ pub struct NewSandbox {
     /// False denies everything that `network` does not allow.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allow_internet_access: Option<bool>,
+    /// True pauses it at the end of its time; else it is killed.
     #[serde(rename = "autoPause", default, skip_serializing_if = "Option::is_none")]
     pub auto_pause: Option<bool>,
+    /// False keeps the disk alone when it is paused at the end of its time.
     #[serde(rename = "autoPauseMemory", default, skip_serializing_if = "Option::is_none")]
     pub auto_pause_memory: Option<bool>,
+    /// Whether traffic resumes it when it is paused.
     #[serde(rename = "autoResume", default, skip_serializing_if = "Option::is_none")]
     pub auto_resume: Option<AutoResume>,
+    /// What it may reach, or `none` for no network.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NewNetwork>,
+    /// Read and not used: E2B's clients start the gateway that it configures themselves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mcp: Option<serde_json::Value>,
+    /// Not supported: refused when it says something.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iam: Option<serde_json::Value>,
+    /// Not supported: refused when it names one.
     #[serde(rename = "volumeMounts", default, skip_serializing_if = "Option::is_none")]
     pub volume_mounts: Option<Vec<serde_json::Value>>,
     /// Kelvin: vCPUs, instead of the template's.
@@ -96,24 +105,29 @@ impl StartPath {
 /// What a create or a connect replies.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct Sandbox {
+    /// Name of the template, or id or name of the snapshot, that it was made from.
     #[serde(rename = "templateID")]
     pub template_id: String,
+    /// Id of the sandbox.
     #[serde(rename = "sandboxID")]
     pub sandbox_id: SandboxId,
+    /// The same as `templateID`, as E2B's clients show it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alias: Option<String>,
     /// Deprecated by E2B, still required by its clients.
     #[serde(rename = "clientID")]
     pub client_id: String,
+    /// Version of envd's API that the guest's agent speaks.
     #[serde(rename = "envdVersion")]
     pub envd_version: String,
+    /// What callers of the guest's agent must show in `X-Access-Token`; absent when it was made with `secure: false`.
     #[serde(rename = "envdAccessToken", default, skip_serializing_if = "Option::is_none")]
     pub envd_access_token: Option<Token>,
     /// What callers of its ports must show; only when they are private.
     #[serde(rename = "trafficAccessToken", default, skip_serializing_if = "Option::is_none")]
     pub traffic_access_token: Option<Token>,
+    /// Domain under whose subdomains its ports are reached; absent when the server has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
     /// Kelvin: which path the create took.
@@ -183,8 +197,8 @@ impl PauseMode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct AutoResume {
+    /// Whether traffic resumes it when it is paused.
     pub enabled: bool,
 }
 
@@ -192,7 +206,6 @@ pub struct AutoResume {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct PauseSandbox {
     /// False keeps the disk alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -206,12 +219,14 @@ pub struct PauseSandbox {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct ResumeSandbox {
+    /// Time to live, in seconds from now; 15 when it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout: Option<u64>,
+    /// Refused: it is set when a sandbox is created.
     #[serde(rename = "autoPause", default, skip_serializing_if = "Option::is_none")]
     pub auto_pause: Option<bool>,
+    /// False boots it from its disk alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<bool>,
 }
@@ -220,7 +235,6 @@ pub struct ResumeSandbox {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct ForkSandbox {
     /// Seconds that each child lives.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -239,10 +253,11 @@ pub struct ForkSandbox {
 /// One element of the reply to a fork: a child, or why there is none.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct ForkResult {
+    /// The child.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sandbox: Option<Sandbox>,
+    /// Why there is no child.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<crate::error::ApiError>,
 }
@@ -251,8 +266,8 @@ pub struct ForkResult {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct SnapshotSandbox {
+    /// Name of the snapshot: 1 to 64 of a-z, 0-9, '.', '_' and '-'.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// False keeps the disk alone.
@@ -263,23 +278,28 @@ pub struct SnapshotSandbox {
 /// A snapshot that is kept. The first two fields are E2B's, the others Kelvin's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct SnapshotInfo {
+    /// Id of the snapshot.
     #[serde(rename = "snapshotID")]
     pub snapshot_id: String,
+    /// Names that it was given.
     pub names: Vec<String>,
     /// Whose memory it is.
     #[serde(rename = "sandboxID")]
     pub sandbox_id: SandboxId,
+    /// Name of the template that it descends from.
     #[serde(rename = "templateID")]
     pub template_id: String,
     /// The snapshot it descends from: kept, or a template's.
     #[serde(rename = "parentID", default, skip_serializing_if = "Option::is_none")]
     pub parent_id: Option<String>,
+    /// When it was taken.
     #[serde(rename = "createdAt")]
     pub created_at: jiff::Timestamp,
+    /// Number of vCPUs of its machine.
     #[serde(rename = "cpuCount")]
     pub cpu_count: u32,
+    /// Memory of its machine, in MiB.
     #[serde(rename = "memoryMB")]
     pub memory_mb: u32,
     /// Whether this node can restore it now; the reason if not.
@@ -308,10 +328,10 @@ pub enum FileState {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
-#[allow(missing_docs)]
 pub struct FileVerification {
     /// `memory`, `state` or `disk`.
     pub file: String,
+    /// What became of the file.
     pub state: FileState,
     /// Its length.
     pub bytes: u64,
@@ -326,12 +346,13 @@ pub struct FileVerification {
 /// The reply of `POST /snapshots/{name}/verify`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct SnapshotVerification {
+    /// Id of the snapshot.
     #[serde(rename = "snapshotID")]
     pub snapshot_id: String,
     /// Whether nothing is known to be wrong with it.
     pub intact: bool,
+    /// What became of each of its files.
     pub files: Vec<FileVerification>,
 }
 
@@ -365,29 +386,40 @@ pub enum SandboxState {
 /// One row of a list, and with the optional fields what `GET /sandboxes/{id}` replies.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct SandboxDetail {
+    /// Name of the template, or id or name of the snapshot, that it was made from.
     #[serde(rename = "templateID")]
     pub template_id: String,
+    /// The same as `templateID`, as E2B's clients show it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alias: Option<String>,
+    /// Id of the sandbox.
     #[serde(rename = "sandboxID")]
     pub sandbox_id: SandboxId,
+    /// Deprecated by E2B, still required by its clients.
     #[serde(rename = "clientID")]
     pub client_id: String,
+    /// When it was created.
     #[serde(rename = "startedAt")]
     pub started_at: jiff::Timestamp,
+    /// When its time is over; it is killed or paused then (`lifecycle`).
     #[serde(rename = "endAt")]
     pub end_at: jiff::Timestamp,
+    /// Version of envd's API that the guest's agent speaks.
     #[serde(rename = "envdVersion")]
     pub envd_version: String,
+    /// Number of vCPUs.
     #[serde(rename = "cpuCount")]
     pub cpu_count: u32,
+    /// Memory, in MiB.
     #[serde(rename = "memoryMB")]
     pub memory_mb: u32,
+    /// Size of its root disk, in MiB.
     #[serde(rename = "diskSizeMB")]
     pub disk_size_mb: u32,
+    /// Whether it runs or is paused.
     pub state: SandboxState,
+    /// Labels that it was made with.
     #[serde(default)]
     pub metadata: Metadata,
     /// Kelvin: which path the create took.
@@ -396,11 +428,13 @@ pub struct SandboxDetail {
     /// In a detail, not in a list.
     #[serde(rename = "envdAccessToken", default, skip_serializing_if = "Option::is_none")]
     pub envd_access_token: Option<Token>,
+    /// Whether it may reach the internet, when a request said so.
     #[serde(rename = "allowInternetAccess", default, skip_serializing_if = "Option::is_none")]
     pub allow_internet_access: Option<bool>,
     /// In a detail, not in a list; only when its ports are private.
     #[serde(rename = "trafficAccessToken", default, skip_serializing_if = "Option::is_none")]
     pub traffic_access_token: Option<Token>,
+    /// Domain under whose subdomains its ports are reached; absent when the server has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
     /// What happens without being asked for.
@@ -483,10 +517,12 @@ pub struct SandboxMetric {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
-#[allow(missing_docs)]
 pub struct ProjectMetric {
+    /// When.
     pub timestamp: jiff::Timestamp,
+    /// The same, in seconds since 1970.
     pub timestamp_unix: i64,
+    /// Sandboxes that ran.
     pub concurrent_sandboxes: u32,
     /// Per second.
     pub sandbox_start_rate: f64,
@@ -495,15 +531,22 @@ pub struct ProjectMetric {
 /// What the guest's agent says of itself. Source: `../shared/specs/e2b/envd.yaml`, `Metrics`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct GuestMetrics {
+    /// When, in seconds since 1970 by the guest's clock.
     pub ts: i64,
+    /// Its vCPUs.
     pub cpu_count: u32,
+    /// Percent of one vCPU, since the measurement before.
     pub cpu_used_pct: f64,
+    /// Bytes that it has.
     pub mem_total: i64,
+    /// Bytes in use.
     pub mem_used: i64,
+    /// Bytes of page cache.
     pub mem_cache: i64,
+    /// Bytes of its root disk in use.
     pub disk_used: i64,
+    /// Bytes of its root disk.
     pub disk_total: i64,
 }
 
@@ -511,45 +554,60 @@ pub struct GuestMetrics {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
-#[allow(missing_docs)]
 pub enum LogLevel {
+    /// Details.
     Debug,
+    /// What happens usually.
     Info,
+    /// What may become a problem.
     Warn,
+    /// What failed.
     Error,
 }
 
 /// One entry of `GET /v2/sandboxes/{id}/logs`. Source: E2B's `SandboxLogEntry`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct SandboxLogEntry {
+    /// When it was read: the console has no clock.
     pub timestamp: jiff::Timestamp,
+    /// The text, without its end of line.
     pub message: String,
+    /// How much it matters.
     pub level: LogLevel,
+    /// More about it: `source` is where it is from.
     pub fields: BTreeMap<String, String>,
 }
 
 /// One row of `GET /templates`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct Template {
+    /// Name of the template.
     #[serde(rename = "templateID")]
     pub template_id: String,
+    /// Id of the image that it is now.
     #[serde(rename = "buildID")]
     pub build_id: String,
+    /// Number of vCPUs of a sandbox that asks for none.
     #[serde(rename = "cpuCount")]
     pub cpu_count: u32,
+    /// Memory of a sandbox that asks for none, in MiB.
     #[serde(rename = "memoryMB")]
     pub memory_mb: u32,
+    /// Size of its disk, in MiB.
     #[serde(rename = "diskSizeMB")]
     pub disk_size_mb: u32,
+    /// Always false: every project has the same templates, and none is listed as public.
     pub public: bool,
+    /// Its names, as E2B's older clients read them.
     pub aliases: Vec<String>,
+    /// Its names.
     pub names: Vec<String>,
+    /// When it was imported.
     #[serde(rename = "createdAt")]
     pub created_at: jiff::Timestamp,
+    /// When it was imported last.
     #[serde(rename = "updatedAt")]
     pub updated_at: jiff::Timestamp,
     /// Nobody: templates are imported by whoever keeps the server.
@@ -558,12 +616,16 @@ pub struct Template {
     /// When a sandbox of it was started last.
     #[serde(rename = "lastSpawnedAt")]
     pub last_spawned_at: Option<jiff::Timestamp>,
+    /// Sandboxes that were started of it.
     #[serde(rename = "spawnCount")]
     pub spawn_count: u64,
+    /// How often it was built.
     #[serde(rename = "buildCount")]
     pub build_count: u32,
+    /// Version of envd's API that its agent speaks.
     #[serde(rename = "envdVersion")]
     pub envd_version: String,
+    /// State of its build: `ready`.
     #[serde(rename = "buildStatus")]
     pub build_status: String,
     /// Kelvin: shapes with a snapshot that this node can restore.
@@ -573,12 +635,14 @@ pub struct Template {
 /// Kelvin: one snapshot of a template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct TemplateSnapshot {
+    /// Id of the snapshot.
     #[serde(rename = "snapshotID")]
     pub snapshot_id: String,
+    /// Number of vCPUs of its machine.
     #[serde(rename = "cpuCount")]
     pub cpu_count: u32,
+    /// Memory of its machine, in MiB.
     #[serde(rename = "memoryMB")]
     pub memory_mb: u32,
     /// VMMs that wait for it, started and ready to load.
@@ -592,10 +656,11 @@ pub struct TemplateSnapshot {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct BakeTemplate {
+    /// Number of vCPUs; the template's when it is left out.
     #[serde(rename = "cpuCount", default, skip_serializing_if = "Option::is_none")]
     pub cpu_count: Option<u32>,
+    /// Memory, in MiB; the template's when it is left out.
     #[serde(rename = "memoryMB", default, skip_serializing_if = "Option::is_none")]
     pub memory_mb: Option<u64>,
     /// VMMs to keep waiting for this shape, instead of the server's default.
@@ -663,12 +728,14 @@ pub struct PoolInfo {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct SetPool {
+    /// Warm machines that are always there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min: Option<u32>,
+    /// The most warm machines; 0 turns them off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max: Option<u32>,
+    /// After how many seconds an unclaimed one is replaced.
     #[serde(rename = "maxAgeS", default, skip_serializing_if = "Option::is_none")]
     pub max_age_s: Option<u64>,
 }
@@ -676,15 +743,21 @@ pub struct SetPool {
 /// Kelvin: `GET /node`: what runs here and what is left.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct NodeInfo {
+    /// Version of the server.
     pub version: String,
+    /// VMM that runs the sandboxes, with its version.
     pub vmm: String,
+    /// What runs guest code: `kvm`, or `tcg`, which emulates.
     pub accelerator: String,
+    /// Data directory of the server.
     #[serde(rename = "dataDir")]
     pub data_dir: String,
+    /// Whether the data directory's file system shares blocks between files.
     pub reflink: bool,
+    /// Sandboxes that run.
     pub sandboxes: u32,
+    /// VMMs that wait to be loaded.
     #[serde(rename = "waitingVMMs")]
     pub waiting_vmms: u32,
     /// Warm machines that wait for a claim.
@@ -706,19 +779,25 @@ pub struct NodeInfo {
     pub unreadable: Vec<UnreadableRecord>,
     /// Whether every pool of waiting VMMs and warm machines is at its target and nothing is being prepared or torn down.
     pub settled: bool,
+    /// Memory that can be given to sandboxes, in MiB.
     #[serde(rename = "memoryMB")]
     pub memory_mb: u64,
+    /// Memory that is given to sandboxes, in MiB.
     #[serde(rename = "memoryReservedMB")]
     pub memory_reserved_mb: u64,
+    /// vCPUs that can be given to sandboxes.
     #[serde(rename = "vcpus")]
     pub vcpus: u32,
+    /// vCPUs that are given to sandboxes.
     #[serde(rename = "vcpusReserved")]
     pub vcpus_reserved: u32,
+    /// Free space of the data directory's file system, in MiB.
     #[serde(rename = "diskFreeMB")]
     pub disk_free_mb: u64,
     /// Where networks lead to; none when there are none, with the reason in `noNetwork`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NodeNetwork>,
+    /// Why sandboxes have no network.
     #[serde(rename = "noNetwork", default, skip_serializing_if = "Option::is_none")]
     pub no_network: Option<String>,
     /// Entries in the ledger of host resources.

@@ -13,6 +13,7 @@ use crate::accounts::Caller;
 use crate::audit::Audit;
 use crate::control::{Control, Inner};
 use crate::once;
+use crate::openapi::Documented;
 use crate::reply::reply;
 use crate::request::{About, Who};
 
@@ -113,4 +114,113 @@ pub(crate) fn not_an_admin() -> Failure {
     let text = "this is for the server's own key";
     let remedy = "the key is in <data-dir>/api-key of the server";
     Failure::new(ErrorCode::NotAnAdmin, text, remedy)
+}
+
+/// A failure that its route does not name (`codes`), in the extensions of the reply: tests look for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Undocumented(pub String);
+
+/// Compares each failure with what its route says that it may be. Callers get it either way.
+pub(crate) async fn check_documented(
+    State(documented): State<Arc<Documented>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let method = request.method().clone();
+    let path = request.extensions().get::<MatchedPath>().cloned();
+    let mut response = next.run(request).await;
+    let code = response.extensions().get::<ErrorCode>().copied();
+    if let (Some(path), Some(code)) = (path, code)
+        && !documented.has(&method, path.as_str(), code)
+    {
+        tracing::error!(%code, "{method} {} does not document this failure", path.as_str());
+        response.extensions_mut().insert(Undocumented(format!("{method} {} {code}", path.as_str())));
+    }
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use axum::Router;
+    use axum::body::Body;
+    use axum::middleware::from_fn_with_state;
+    use axum::routing::get;
+    use kelvin_host::clock::Clock;
+    use tower::ServiceExt as _;
+
+    use super::*;
+    use crate::openapi::Documented;
+    use crate::testing::ScriptedNode;
+    use crate::{ApiKey, api};
+
+    const KEY: &str = "e2b_0123456789abcdef0123456789abcdef01234567";
+
+    fn request(method: &str, path: &str, body: &str, key: &str) -> Request {
+        let request = Request::builder().method(method).uri(path).header("x-api-key", key);
+        request.body(Body::from(body.to_owned())).unwrap()
+    }
+
+    #[tokio::test]
+    async fn each_route_names_what_it_refuses_with() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api-key");
+        ApiKey::open(&path).unwrap();
+        std::fs::write(&path, KEY).unwrap();
+        let key = ApiKey::open(&path).unwrap();
+        let node = Arc::new(ScriptedNode::default());
+        let control = Control::open(dir.path(), node, key, None, Clock::system().unwrap()).await.unwrap();
+        let router = control.router();
+        let (mut failures, mut wrong) = (0, Vec::new());
+        let id = kelvin_api::id::SandboxId::random().to_string();
+        for (path, methods) in api::routes().document()["paths"].as_object().unwrap() {
+            let named = path.split('/').map(|part| if part.starts_with('{') { id.as_str() } else { part });
+            let named = named.collect::<Vec<_>>().join("/");
+            let query = format!(
+                "{named}?limit=x&nextToken=x&state=x&order=x&start=x&tag=x&level=x&before=x&metric=x"
+            );
+            for method in methods.as_object().unwrap().keys() {
+                let method = method.to_ascii_uppercase();
+                for (path, body, key) in [
+                    (&named, "", KEY),
+                    (&named, "", "none"),
+                    (&named, "{", KEY),
+                    (&named, "{\"nothing\": 1}", KEY),
+                    (
+                        &named,
+                        "{\"name\": \"\", \"tags\": [], \"target\": \":\", \"templateID\": \"none\"}",
+                        KEY,
+                    ),
+                    (&query, "", KEY),
+                ] {
+                    let response = router.clone().oneshot(request(&method, path, body, key)).await.unwrap();
+                    failures += u32::from(response.extensions().get::<ErrorCode>().is_some());
+                    wrong.extend(response.extensions().get::<Undocumented>().cloned());
+                }
+            }
+        }
+        control.stop().await;
+        assert!(wrong.is_empty(), "{wrong:#?}");
+        assert!(failures > 100, "only {failures} requests were refused");
+    }
+
+    #[tokio::test]
+    async fn a_failure_that_a_route_does_not_name_is_seen() {
+        let documented: Arc<Documented> = Arc::new(api::routes().documented());
+        let fails = |code| move || async move { reply(&Failure::new(code, "", "")) };
+        for (code, is_seen) in [
+            (ErrorCode::NotForked, true),
+            (ErrorCode::NodeStopping, false),
+            (ErrorCode::WrongApiKey, false),
+            (ErrorCode::VmmIo, false),
+        ] {
+            let router: Router = Router::new()
+                .route("/pools", get(fails(code)))
+                .layer(from_fn_with_state(Arc::clone(&documented), check_documented));
+            let response = router.oneshot(request("GET", "/pools", "", "")).await.unwrap();
+            let seen = response.extensions().get::<Undocumented>();
+            assert_eq!(seen.is_some(), is_seen, "{code}");
+        }
+    }
 }

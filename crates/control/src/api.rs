@@ -24,14 +24,15 @@ use kelvin_api::sandbox::{
 use kelvin_node_api::{Bake, Paused, Taken};
 use serde::{Deserialize, Serialize};
 
-use crate::admission::{authenticate, for_admins};
+use crate::admission::{authenticate, check_documented, for_admins};
 use crate::audit::Audit;
+use crate::codes;
 use crate::control::Control;
 use crate::create::{DEFAULT_TIMEOUT_S, memory_of};
 use crate::database::NewKey;
 use crate::failures::unknown_template;
 use crate::once::{self, Again, Key};
-use crate::openapi::{Api, Operation, op};
+use crate::openapi::{Api, Documented, Operation, Tag, op};
 use crate::reply::reply;
 use crate::request::{Outcome, Own, Path, Query, Who, about, json, parse, parse_required, read};
 use crate::service::sandbox_of;
@@ -48,28 +49,50 @@ fn admin() -> Api {
             &post,
             "/templates/{name}/bake",
             bake,
-            op("Make sure that a snapshot of a template exists in a shape")
+            op("bakeTemplate", Tag::Templates, "Make sure that a snapshot of a template exists in a shape")
+                .errors(&[codes::NODE, codes::START, codes::BASE, &[ErrorCode::InvalidShape]])
                 .optional::<BakeTemplate>()
-                .reply::<Baked>(200)
-                .errors(&[400, 404, 503]),
+                .reply::<Baked>(200),
         )
-        .route(&get, "/pools", pools, op("Machines that wait").reply::<Vec<PoolInfo>>(200))
+        .route(
+            &get,
+            "/pools",
+            pools,
+            op("listPools", Tag::Node, "Machines that wait")
+                .errors(&[codes::NODE])
+                .reply::<Vec<PoolInfo>>(200),
+        )
         .route(
             &put,
             "/pools/{name}",
             set_pool,
-            op("Set how many machines of a template wait")
+            op("setPool", Tag::Node, "Set how many machines of a template wait")
+                .errors(&[codes::NODE, codes::BASE, &[ErrorCode::InvalidPool]])
                 .optional::<SetPool>()
-                .empty(204)
-                .errors(&[400, 404]),
+                .empty(204),
         )
-        .route(&get, "/metrics", metrics, op("The server's metrics, as text").empty(200))
-        .route(&get, "/node", node, op("What runs here and what is left").reply::<NodeInfo>(200))
+        .route(
+            &get,
+            "/metrics",
+            metrics,
+            op("getServerMetrics", Tag::Node, "The server's metrics, as text")
+                .errors(&[codes::NODE])
+                .empty(200),
+        )
+        .route(
+            &get,
+            "/node",
+            node,
+            op("getNode", Tag::Node, "What runs here and what is left")
+                .errors(&[codes::NODE])
+                .reply::<NodeInfo>(200),
+        )
         .route(
             &post,
             "/gc",
             collect,
-            op("Remove what nothing needs")
+            op("collectGarbage", Tag::Node, "Remove what nothing needs")
+                .errors(&[codes::NODE])
                 .query(&[("dryRun", "true only says what would be removed")])
                 .reply::<serde_json::Value>(200),
         )
@@ -77,100 +100,176 @@ fn admin() -> Api {
         .for_admins(|router| router.route_layer(from_fn(for_admins)))
 }
 
-fn create_op() -> Operation {
-    op("Create a sandbox; it is ready when this replies")
+fn create_op(id: &'static str) -> Operation {
+    op(id, Tag::Sandboxes, "Create a sandbox; it is ready when this replies")
         .body::<NewSandbox>()
         .reply::<Sandbox>(201)
-        .errors(&[400, 403, 404, 409, 413, 422, 503, 504])
+        .errors(&[
+            codes::START,
+            codes::BASE,
+            codes::NETWORK,
+            codes::ENVIRONMENT,
+            codes::TIMEOUT,
+            codes::NODE,
+            &[
+                ErrorCode::InvalidLifecycle,
+                ErrorCode::InvalidShape,
+                ErrorCode::SnapshotFixed,
+                ErrorCode::StartPathImpossible,
+                ErrorCode::OtherVmm,
+                ErrorCode::SandboxChanging,
+                ErrorCode::SandboxNotFound,
+            ],
+        ])
 }
 
-fn connect_op() -> Operation {
-    op("Have a sandbox run for at least a while; resumes one that is paused")
+fn connect_op(id: &'static str) -> Operation {
+    op(id, Tag::Sandboxes, "Have a sandbox run for at least a while; resumes one that is paused")
         .optional::<ConnectSandbox>()
         .reply::<Sandbox>(200)
         .reply::<Sandbox>(201)
-        .errors(&[400, 404, 409, 503, 504])
+        .errors(&[codes::SANDBOX, codes::STATE, codes::TIMEOUT, codes::NODE, codes::START])
 }
 
+#[allow(clippy::too_many_lines, reason = "a table: one entry for each route")]
 fn sandboxes() -> Api {
     let (get, post, put, delete) = (Method::GET, Method::POST, Method::PUT, Method::DELETE);
     Api::new()
-        .route(&post, "/sandboxes", create, create_op())
-        .route(&post, "/v2/sandboxes", create, create_op())
-        .route(&get, "/sandboxes/{id}", detail, op("One sandbox").reply::<SandboxDetail>(200).errors(&[404]))
-        .route(&delete, "/sandboxes/{id}", kill, op("End a sandbox").empty(204).errors(&[404]))
+        .route(&post, "/sandboxes", create, create_op("createSandbox"))
+        .route(&post, "/v2/sandboxes", create, create_op("createSandboxV2"))
+        .route(
+            &get,
+            "/sandboxes/{id}",
+            detail,
+            op("getSandbox", Tag::Sandboxes, "One sandbox")
+                .errors(&[codes::SANDBOX, codes::NODE])
+                .reply::<SandboxDetail>(200),
+        )
+        .route(
+            &delete,
+            "/sandboxes/{id}",
+            kill,
+            op("killSandbox", Tag::Sandboxes, "End a sandbox")
+                .errors(&[codes::SANDBOX, codes::STATE, codes::NODE])
+                .empty(204),
+        )
         .route(
             &post,
             "/sandboxes/{id}/timeout",
             set_timeout,
-            op("Set when a sandbox ends").body::<SetTimeout>().empty(204).errors(&[400, 404, 409]),
+            op("setSandboxTimeout", Tag::Sandboxes, "Set when a sandbox ends")
+                .errors(&[codes::SANDBOX, codes::STATE, codes::TIMEOUT, codes::NODE])
+                .body::<SetTimeout>()
+                .empty(204),
         )
         .route(
             &post,
             "/sandboxes/{id}/refreshes",
             refresh,
-            op("Have a sandbox live for at least a while")
+            op("refreshSandbox", Tag::Sandboxes, "Have a sandbox live for at least a while")
+                .errors(&[codes::SANDBOX, codes::STATE, codes::TIMEOUT, codes::NODE])
                 .optional::<Refresh>()
-                .empty(204)
-                .errors(&[400, 404]),
+                .empty(204),
         )
-        .route(&post, "/sandboxes/{id}/connect", connect, connect_op())
-        .route(&post, "/v2/sandboxes/{id}/connect", connect, connect_op())
+        .route(&post, "/sandboxes/{id}/connect", connect, connect_op("connectSandbox"))
+        .route(&post, "/v2/sandboxes/{id}/connect", connect, connect_op("connectSandboxV2"))
         .route(
             &post,
             "/sandboxes/{id}/pause",
             pause,
-            op("Freeze a sandbox").optional::<PauseSandbox>().empty(204).errors(&[400, 404, 409, 503]),
+            op("pauseSandbox", Tag::Sandboxes, "Freeze a sandbox")
+                .errors(&[
+                    codes::SANDBOX,
+                    codes::STATE,
+                    codes::NODE,
+                    codes::CAPTURE,
+                    &[ErrorCode::GuestUnhealthy, ErrorCode::TooManyPaused],
+                ])
+                .optional::<PauseSandbox>()
+                .empty(204),
         )
         .route(
             &post,
             "/sandboxes/{id}/resume",
             resume,
-            op("Let a paused sandbox go on")
+            op("resumeSandbox", Tag::Sandboxes, "Let a paused sandbox go on")
+                .errors(&[
+                    codes::SANDBOX,
+                    codes::STATE,
+                    codes::TIMEOUT,
+                    codes::NODE,
+                    codes::START,
+                    &[ErrorCode::UnsupportedField],
+                ])
                 .optional::<ResumeSandbox>()
-                .reply::<Sandbox>(201)
-                .errors(&[400, 404, 409, 503, 504]),
+                .reply::<Sandbox>(201),
         )
         .route(
             &post,
             "/sandboxes/{id}/fork",
             fork,
-            op("Copy a sandbox that runs")
+            op("forkSandbox", Tag::Sandboxes, "Copy a sandbox that runs")
+                .errors(&[
+                    codes::SANDBOX,
+                    codes::STATE,
+                    codes::TIMEOUT,
+                    codes::NODE,
+                    codes::START,
+                    codes::CAPTURE,
+                    codes::ENVIRONMENT,
+                    &[ErrorCode::InvalidCount],
+                ])
                 .optional::<ForkSandbox>()
-                .reply::<Vec<ForkResult>>(201)
-                .errors(&[400, 404, 409, 503]),
+                .reply::<Vec<ForkResult>>(201),
         )
         .route(
             &post,
             "/sandboxes/{id}/promote",
             promote,
-            op("Kelvin: end the siblings of a fork").reply::<Promoted>(200).errors(&[404, 409]),
+            op("promoteSandbox", Tag::Sandboxes, "Kelvin: end the siblings of a fork")
+                .errors(&[codes::SANDBOX, codes::STATE, codes::NODE, &[ErrorCode::NotForked]])
+                .reply::<Promoted>(200),
         )
         .route(
             &post,
             "/sandboxes/{id}/snapshots",
             snapshot,
-            op("Take a snapshot that is kept")
+            op("createSnapshot", Tag::Snapshots, "Take a snapshot that is kept")
+                .errors(&[
+                    codes::SANDBOX,
+                    codes::STATE,
+                    codes::NODE,
+                    codes::CAPTURE,
+                    &[
+                        ErrorCode::InvalidName,
+                        ErrorCode::NameTaken,
+                        ErrorCode::AlreadyThere,
+                        ErrorCode::TooManySnapshots,
+                    ],
+                ])
                 .optional::<SnapshotSandbox>()
-                .reply::<SnapshotInfo>(201)
-                .errors(&[400, 404, 409, 503]),
+                .reply::<SnapshotInfo>(201),
         )
         .route(
             &get,
             "/sandboxes/{id}/network",
             network,
-            op("Kelvin: what a sandbox may reach and what it was refused")
-                .reply::<NetworkState>(200)
-                .errors(&[404]),
+            op(
+                "getSandboxNetwork",
+                Tag::Sandboxes,
+                "Kelvin: what a sandbox may reach and what it was refused",
+            )
+            .errors(&[codes::SANDBOX, codes::STATE, codes::NODE, &[ErrorCode::NoNetwork]])
+            .reply::<NetworkState>(200),
         )
         .route(
             &put,
             "/sandboxes/{id}/network",
             set_network,
-            op("Replace what a sandbox may reach")
+            op("setSandboxNetwork", Tag::Sandboxes, "Replace what a sandbox may reach")
+                .errors(&[codes::SANDBOX, codes::STATE, codes::NODE, codes::NETWORK])
                 .optional::<NetworkUpdate>()
-                .empty(204)
-                .errors(&[400, 404, 409]),
+                .empty(204),
         )
 }
 
@@ -189,17 +288,19 @@ impl Control {
     /// The control API; every route but `/health` and `/openapi.json` asks for an API key.
     pub fn router(&self) -> Router {
         // The same for every server of this program.
-        static API: OnceLock<(Router<Control>, Bytes)> = OnceLock::new();
+        static API: OnceLock<(Router<Control>, Bytes, Arc<Documented>)> = OnceLock::new();
         let made = || {
             let api = routes();
             let document = Bytes::from(api.document().to_string());
-            (api.router, document)
+            let documented = Arc::new(api.documented());
+            (api.router, document, documented)
         };
-        let (router, document) = API.get_or_init(made).clone();
+        let (router, document, documented) = API.get_or_init(made).clone();
         router
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
             .layer(from_fn_with_state(self.clone(), authenticate))
+            .layer(from_fn_with_state(documented, check_documented))
             .route("/health", get(async || StatusCode::NO_CONTENT))
             .route(
                 "/openapi.json",
@@ -212,6 +313,7 @@ impl Control {
 /// The reply of `POST /templates/{name}/bake`.
 #[derive(Debug, Serialize, schemars::JsonSchema)]
 struct Baked {
+    /// Id of the snapshot.
     #[serde(rename = "snapshotID")]
     snapshot_id: String,
 }
@@ -219,6 +321,7 @@ struct Baked {
 /// The reply of `POST /sandboxes/{id}/promote`.
 #[derive(Debug, Serialize, schemars::JsonSchema)]
 struct Promoted {
+    /// Siblings that ended.
     ended: Vec<SandboxId>,
 }
 
@@ -280,9 +383,11 @@ async fn set_timeout(State(control): State<Control>, Own { id, .. }: Own, reques
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
+/// `POST /sandboxes/{id}/refreshes`.
 #[derive(Debug, Default, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Refresh {
+    /// Seconds from now; 60 when it is left out; never shortens a time to live.
     duration: Option<u64>,
 }
 

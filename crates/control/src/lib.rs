@@ -19,6 +19,7 @@ mod audit;
 mod auth;
 mod catalog;
 mod changes;
+mod codes;
 mod control;
 mod create;
 mod database;
@@ -41,6 +42,7 @@ mod service;
 mod testing;
 mod wake;
 
+pub use admission::Undocumented;
 pub use auth::ApiKey;
 pub use control::Control;
 pub use reply::reply;

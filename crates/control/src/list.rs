@@ -10,9 +10,10 @@ use serde::Deserialize;
 
 use crate::accounts::Caller;
 use crate::admission::not_an_admin;
+use crate::codes;
 use crate::control::Control;
 use crate::database::Filter;
-use crate::openapi::{Api, op};
+use crate::openapi::{Api, Tag, op};
 use crate::request::{Outcome, Query, Who, json};
 
 /// Rows of a page that asks for no number, and the most. Source: E2B's OpenAPI, `paginationLimit`.
@@ -40,17 +41,21 @@ pub(crate) fn routes() -> Api {
             &get,
             "/sandboxes",
             list_running,
-            op("Sandboxes that run").query(LIST).query(PAGE).reply::<Vec<SandboxDetail>>(200).errors(&[400]),
+            op("listSandboxes", Tag::Sandboxes, "Sandboxes that run")
+                .errors(&[codes::PAGES, codes::NODE, &[ErrorCode::NotAnAdmin, ErrorCode::InvalidProject]])
+                .query(LIST)
+                .query(PAGE)
+                .reply::<Vec<SandboxDetail>>(200),
         )
         .route(
             &get,
             "/v2/sandboxes",
             list,
-            op("Sandboxes, running and paused")
+            op("listSandboxesV2", Tag::Sandboxes, "Sandboxes, running and paused")
+                .errors(&[codes::PAGES, codes::NODE, &[ErrorCode::NotAnAdmin, ErrorCode::InvalidProject]])
                 .query(LIST)
                 .query(PAGE)
-                .reply::<Vec<SandboxDetail>>(200)
-                .errors(&[400]),
+                .reply::<Vec<SandboxDetail>>(200),
         )
 }
 
