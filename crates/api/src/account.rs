@@ -180,11 +180,14 @@ impl ApiKeyInfo {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
-#[allow(missing_docs)]
 pub struct Mask {
+    /// What stands before every key.
     pub prefix: String,
+    /// Characters of the key after the prefix.
     pub value_length: u32,
+    /// Its first characters after the prefix.
     pub masked_value_prefix: String,
+    /// Its last characters.
     pub masked_value_suffix: String,
 }
 

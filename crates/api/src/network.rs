@@ -19,7 +19,6 @@ const MAX_ENTRIES: usize = 1000;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct NetworkConfig {
     /// Whether ports can be reached without a token; true unless said otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -84,20 +83,26 @@ pub enum Word {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct NetworkUpdate {
+    /// Addresses, CIDR blocks and domains that it may reach, over `denyOut`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allow_out: Option<Vec<String>>,
+    /// Addresses and CIDR blocks that it may not reach.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deny_out: Option<Vec<String>>,
+    /// Not supported: refused when it says something.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub egress_proxy: Option<serde_json::Value>,
+    /// Not supported: refused when it says something.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rules: Option<serde_json::Value>,
+    /// False denies everything that `allowOut` does not allow.
     #[serde(rename = "allow_internet_access", default, skip_serializing_if = "Option::is_none")]
     pub allow_internet_access: Option<bool>,
+    /// Kelvin: the most that it may send and receive, in Mbit/s each way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth_mbit: Option<u32>,
+    /// Kelvin: the most connections that it may have at one time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_connections: Option<u32>,
 }

@@ -38,15 +38,17 @@ pub const MAX_TIMEOUT_S: u64 = 24 * 60 * 60;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct NewSandbox {
+    /// Name of a template, or id or name of a snapshot, each with an optional `:tag`.
     #[serde(rename = "templateID")]
     pub template_id: String,
     /// Time to live in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout: Option<u64>,
+    /// Labels, which lists can be filtered by; at most 64 KiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metadata: Option<Metadata>,
+    /// Environment of its processes; at most 256 KiB.
     #[serde(rename = "envVars", default, skip_serializing_if = "Option::is_none")]
     pub env_vars: Option<EnvVars>,
     /// Whether the agent asks for an access token; true unless said otherwise.
@@ -55,18 +57,25 @@ pub struct NewSandbox {
     /// False denies everything that `network` does not allow.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allow_internet_access: Option<bool>,
+    /// True pauses it at the end of its time; else it is killed.
     #[serde(rename = "autoPause", default, skip_serializing_if = "Option::is_none")]
     pub auto_pause: Option<bool>,
+    /// False keeps the disk alone when it is paused at the end of its time.
     #[serde(rename = "autoPauseMemory", default, skip_serializing_if = "Option::is_none")]
     pub auto_pause_memory: Option<bool>,
+    /// Whether traffic resumes it when it is paused.
     #[serde(rename = "autoResume", default, skip_serializing_if = "Option::is_none")]
     pub auto_resume: Option<AutoResume>,
+    /// What it may reach, or `none` for no network.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NewNetwork>,
+    /// Read and not used: E2B's clients start the gateway that it configures themselves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mcp: Option<serde_json::Value>,
+    /// Not supported: refused when it says something.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iam: Option<serde_json::Value>,
+    /// Not supported: refused when it names one.
     #[serde(rename = "volumeMounts", default, skip_serializing_if = "Option::is_none")]
     pub volume_mounts: Option<Vec<serde_json::Value>>,
     /// Kelvin: vCPUs, instead of the template's.
@@ -110,24 +119,29 @@ impl StartPath {
 /// What a create or a connect replies.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct Sandbox {
+    /// Name of the template, or id or name of the snapshot, that it was made from.
     #[serde(rename = "templateID")]
     pub template_id: String,
+    /// Id of the sandbox.
     #[serde(rename = "sandboxID")]
     pub sandbox_id: SandboxId,
+    /// The same as `templateID`, as E2B's clients show it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alias: Option<String>,
     /// Deprecated by E2B, still required by its clients.
     #[serde(rename = "clientID")]
     pub client_id: String,
+    /// Version of envd's API that the guest's agent speaks.
     #[serde(rename = "envdVersion")]
     pub envd_version: String,
+    /// What callers of the guest's agent must show in `X-Access-Token`; absent when it was made with `secure: false`.
     #[serde(rename = "envdAccessToken", default, skip_serializing_if = "Option::is_none")]
     pub envd_access_token: Option<Token>,
     /// What callers of its ports must show; only when they are private.
     #[serde(rename = "trafficAccessToken", default, skip_serializing_if = "Option::is_none")]
     pub traffic_access_token: Option<Token>,
+    /// Domain under whose subdomains its ports are reached; absent when the server has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
     /// Kelvin: which path the create took.
@@ -197,8 +211,8 @@ impl PauseMode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct AutoResume {
+    /// Whether traffic resumes it when it is paused.
     pub enabled: bool,
 }
 
@@ -206,7 +220,6 @@ pub struct AutoResume {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct PauseSandbox {
     /// False keeps the disk alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -220,12 +233,14 @@ pub struct PauseSandbox {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct ResumeSandbox {
+    /// Time to live, in seconds from now; 15 when it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout: Option<u64>,
+    /// Refused: it is set when a sandbox is created.
     #[serde(rename = "autoPause", default, skip_serializing_if = "Option::is_none")]
     pub auto_pause: Option<bool>,
+    /// False boots it from its disk alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<bool>,
 }
@@ -234,7 +249,6 @@ pub struct ResumeSandbox {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct ForkSandbox {
     /// Seconds that each child lives.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -253,10 +267,11 @@ pub struct ForkSandbox {
 /// One element of the reply to a fork: a child, or why there is none.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct ForkResult {
+    /// The child.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sandbox: Option<Sandbox>,
+    /// Why there is no child.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<crate::error::ApiError>,
 }
@@ -275,29 +290,40 @@ pub enum SandboxState {
 /// One row of a list, and with the optional fields what `GET /sandboxes/{id}` replies.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct SandboxDetail {
+    /// Name of the template, or id or name of the snapshot, that it was made from.
     #[serde(rename = "templateID")]
     pub template_id: String,
+    /// The same as `templateID`, as E2B's clients show it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alias: Option<String>,
+    /// Id of the sandbox.
     #[serde(rename = "sandboxID")]
     pub sandbox_id: SandboxId,
+    /// Deprecated by E2B, still required by its clients.
     #[serde(rename = "clientID")]
     pub client_id: String,
+    /// When it was created.
     #[serde(rename = "startedAt")]
     pub started_at: jiff::Timestamp,
+    /// When its time is over; it is killed or paused then (`lifecycle`).
     #[serde(rename = "endAt")]
     pub end_at: jiff::Timestamp,
+    /// Version of envd's API that the guest's agent speaks.
     #[serde(rename = "envdVersion")]
     pub envd_version: String,
+    /// Number of vCPUs.
     #[serde(rename = "cpuCount")]
     pub cpu_count: u32,
+    /// Memory, in MiB.
     #[serde(rename = "memoryMB")]
     pub memory_mb: u32,
+    /// Size of its root disk, in MiB.
     #[serde(rename = "diskSizeMB")]
     pub disk_size_mb: u32,
+    /// Whether it runs or is paused.
     pub state: SandboxState,
+    /// Labels that it was made with.
     #[serde(default)]
     pub metadata: Metadata,
     /// Kelvin: which path the create took.
@@ -306,11 +332,13 @@ pub struct SandboxDetail {
     /// In a detail, not in a list.
     #[serde(rename = "envdAccessToken", default, skip_serializing_if = "Option::is_none")]
     pub envd_access_token: Option<Token>,
+    /// Whether it may reach the internet, when a request said so.
     #[serde(rename = "allowInternetAccess", default, skip_serializing_if = "Option::is_none")]
     pub allow_internet_access: Option<bool>,
     /// In a detail, not in a list; only when its ports are private.
     #[serde(rename = "trafficAccessToken", default, skip_serializing_if = "Option::is_none")]
     pub traffic_access_token: Option<Token>,
+    /// Domain under whose subdomains its ports are reached; absent when the server has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
     /// What happens without being asked for.

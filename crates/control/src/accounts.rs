@@ -7,7 +7,6 @@
 //! that no caller can end half-way, and the meter for the times of last use; a crash loses the last of those, never a key.
 
 use std::collections::HashMap;
-use std::fmt::Write as _;
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -20,12 +19,10 @@ use kelvin_api::account::{ApiKeyInfo, CreatedApiKey, Limits, Mask, NewApiKey, Pr
 use kelvin_api::error::{ErrorCode, Failure, chain};
 use kelvin_host::clock::Clock;
 
-use crate::ApiKey;
+use crate::auth::{ApiKey, PREFIX, random, random_key};
 use crate::database::{Database, Quota};
-use crate::service::{database_failed, invalid};
+use crate::failures::database_failed;
 
-/// What stands before every key. Source: E2B's SDKs, which insist on it.
-const PREFIX: &str = "e2b_";
 /// Characters of a name.
 const NAME: usize = 120;
 /// How old what is cached of keys and limits may be, beside the time that the database takes.
@@ -318,7 +315,7 @@ pub fn shown(headers: &HeaderMap) -> Option<&str> {
 }
 
 fn no_limit() -> Failure {
-    invalid(
+    Failure::new(
         ErrorCode::InvalidLimit,
         "a limit of 0 allows nothing",
         "leave it out for no limit, or revoke the key",
@@ -329,7 +326,7 @@ fn check_name(name: &str) -> Result<String, Failure> {
     let name = name.trim();
     if name.is_empty() || name.chars().count() > NAME || name.chars().any(char::is_control) {
         let text = format!("the name of a key is 1 to {NAME} characters without control characters");
-        return Err(invalid(ErrorCode::InvalidName, text, "choose another name"));
+        return Err(Failure::new(ErrorCode::InvalidName, text, "choose another name"));
     }
     Ok(name.to_owned())
 }
@@ -343,27 +340,6 @@ fn account(info: &ApiKeyInfo) -> Account {
         rate: limiter(info.requests_per_second),
         last_used: AtomicI64::default(),
     }
-}
-
-fn random<const N: usize>() -> Result<[u8; N], Failure> {
-    let mut random = [0; N];
-    getrandom::fill(&mut random).map_err(|error| {
-        Failure::new(ErrorCode::NoEntropy, "the kernel gives no random bytes", "look at the host")
-            .with_cause(&std::io::Error::other(error.to_string()))
-    })?;
-    Ok(random)
-}
-
-/// A new key.
-///
-/// # Errors
-/// When the kernel gives no random bytes.
-pub fn random_key() -> Result<String, Failure> {
-    let mut key = PREFIX.to_owned();
-    for byte in random::<20>()? {
-        let _ = write!(key, "{byte:02x}");
-    }
-    Ok(key)
 }
 
 impl Account {

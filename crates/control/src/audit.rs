@@ -15,7 +15,7 @@ use kelvin_api::error::{Failure, chain};
 
 use crate::accounts::Account;
 use crate::database::{Database, Ended};
-use crate::service::database_failed;
+use crate::failures::database_failed;
 
 /// The entry of a request that may change something.
 #[derive(Debug)]

@@ -1,11 +1,14 @@
-//! The server's own key: made at the first start, kept in a file that only its owner reads.
+//! Secrets of API keys, and the server's own: made at the first start, kept in a file that only its owner reads.
 
+use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::path::Path;
 
+use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::{Token, same_secret};
 
-use crate::accounts::random_key;
+/// What stands before every key. Source: E2B's SDKs, which insist on it.
+pub(crate) const PREFIX: &str = "e2b_";
 
 /// The key of this server.
 #[derive(Debug, Clone)]
@@ -59,6 +62,27 @@ impl ApiKey {
     pub fn matches(&self, shown: &str) -> bool {
         same_secret(shown.as_bytes(), self.0.expose().as_bytes())
     }
+}
+
+pub(crate) fn random<const N: usize>() -> Result<[u8; N], Failure> {
+    let mut random = [0; N];
+    getrandom::fill(&mut random).map_err(|error| {
+        Failure::new(ErrorCode::NoEntropy, "the kernel gives no random bytes", "look at the host")
+            .with_cause(&std::io::Error::other(error.to_string()))
+    })?;
+    Ok(random)
+}
+
+/// A new key.
+///
+/// # Errors
+/// When the kernel gives no random bytes.
+pub fn random_key() -> Result<String, Failure> {
+    let mut key = PREFIX.to_owned();
+    for byte in random::<20>()? {
+        let _ = write!(key, "{byte:02x}");
+    }
+    Ok(key)
 }
 
 #[cfg(test)]

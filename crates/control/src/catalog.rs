@@ -15,13 +15,14 @@ use kelvin_node_api::{Base, Source};
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Account;
-use crate::api::{Outcome, Path, Query, Who, json, parse_required, read};
+use crate::codes;
+use crate::control::{Control, Inner};
 use crate::database::TagRow;
+use crate::failures::{database_failed, unknown_template};
 use crate::list::{PAGE, page_limit, with_next};
-use crate::openapi::{Api, op};
-use crate::service::{
-    Control, Inner, database_failed, invalid, make_page_token, parse_page_token, unknown_template,
-};
+use crate::openapi::{self, Api, op};
+use crate::request::{Outcome, Path, Query, Who, json, parse_required, read};
+use crate::service::{make_page_token, parse_page_token};
 
 /// The tag that every template has. Source: E2B's clients.
 const DEFAULT_TAG: &str = "default";
@@ -32,37 +33,47 @@ const MAX_TAGS: usize = 100;
 #[allow(clippy::too_many_lines, reason = "a table: one entry for each route")]
 pub(crate) fn routes() -> Api {
     let (get, post, delete) = (Method::GET, Method::POST, Method::DELETE);
-    let remove = |summary| {
-        op(summary)
+    let remove = |id, tag, summary| {
+        op(id, tag, summary)
+            .errors(&[codes::NODE, codes::BASE, &[ErrorCode::InUse, ErrorCode::SandboxChanging]])
             .query(&[("cascade", "Kelvin: true deletes those that descend from it too")])
             .empty(204)
-            .errors(&[404, 409])
     };
     Api::new()
         .route(
             &get,
             "/snapshots",
             snapshots,
-            op("Snapshots that are kept, newest first")
+            op("listSnapshots", openapi::Tag::Snapshots, "Snapshots that are kept, newest first")
+                .errors(&[codes::NODE, codes::PAGES])
                 .query(&[("sandboxID", "only of this sandbox"), ("name", "only of this name")])
                 .query(PAGE)
-                .reply::<Vec<SnapshotInfo>>(200)
-                .errors(&[400]),
+                .reply::<Vec<SnapshotInfo>>(200),
         )
-        .route(&delete, "/snapshots/{name}", remove_snapshot, remove("Kelvin: delete a snapshot"))
+        .route(
+            &delete,
+            "/snapshots/{name}",
+            remove_snapshot,
+            remove("deleteSnapshot", openapi::Tag::Snapshots, "Kelvin: delete a snapshot"),
+        )
         .route(
             &post,
             "/snapshots/{name}/verify",
             verify_snapshot,
-            op("Kelvin: read all of a snapshot and compare it with what was taken")
-                .reply::<SnapshotVerification>(200)
-                .errors(&[404]),
+            op(
+                "verifySnapshot",
+                openapi::Tag::Snapshots,
+                "Kelvin: read all of a snapshot and compare it with what was taken",
+            )
+            .errors(&[codes::NODE, codes::BASE])
+            .reply::<SnapshotVerification>(200),
         )
         .route(
             &get,
             "/templates",
             templates,
-            op("Templates")
+            op("listTemplates", openapi::Tag::Templates, "Templates")
+                .errors(&[codes::NODE])
                 .query(&[("teamID", "every project has the same templates")])
                 .reply::<Vec<Template>>(200),
         )
@@ -70,73 +81,104 @@ pub(crate) fn routes() -> Api {
             &get,
             "/v2/templates",
             template_page,
-            op("Templates, by name")
+            op("listTemplatesV2", openapi::Tag::Templates, "Templates, by name")
+                .errors(&[codes::NODE, codes::PAGES])
                 .query(&[("teamID", "every project has the same templates")])
                 .query(PAGE)
-                .reply::<Vec<Template>>(200)
-                .errors(&[400]),
+                .reply::<Vec<Template>>(200),
         )
-        .route(&get, "/default-templates", templates, op("Templates").reply::<Vec<Template>>(200))
+        .route(
+            &get,
+            "/default-templates",
+            templates,
+            op("listDefaultTemplates", openapi::Tag::Templates, "Templates")
+                .errors(&[codes::NODE])
+                .reply::<Vec<Template>>(200),
+        )
         .route(
             &post,
             "/templates/tags",
             add_tags,
-            op("Give a template tags").body::<AddTags>().reply::<AddedTags>(201).errors(&[400, 404]),
+            op("addTemplateTags", openapi::Tag::Templates, "Give a template tags")
+                .errors(&[codes::NODE, codes::BASE, &[ErrorCode::InvalidTags, ErrorCode::InvalidTarget]])
+                .body::<AddTags>()
+                .reply::<AddedTags>(201),
         )
         .route(
             &delete,
             "/templates/tags",
             remove_tags,
-            op("Take tags from a template").body::<RemoveTags>().empty(204).errors(&[400, 404]),
+            op("removeTemplateTags", openapi::Tag::Templates, "Take tags from a template")
+                .errors(&[codes::NODE, codes::BASE, &[ErrorCode::InvalidTags, ErrorCode::TagNotFound]])
+                .body::<RemoveTags>()
+                .empty(204),
         )
         .route(
             &get,
             "/templates/aliases/{alias}",
             alias,
-            op("Whether a name means a template or a snapshot").reply::<Alias>(200).errors(&[404, 409]),
+            op("getTemplateAlias", openapi::Tag::Templates, "Whether a name means a template or a snapshot")
+                .errors(&[codes::NODE, codes::BASE])
+                .reply::<Alias>(200),
         )
         .route(
             &get,
             "/templates/{name}",
             template,
-            op("One template").query(PAGE).reply::<WithBuilds>(200).errors(&[404]),
+            op("getTemplate", openapi::Tag::Templates, "One template")
+                .errors(&[codes::NODE, codes::BASE])
+                .query(PAGE)
+                .reply::<WithBuilds>(200),
         )
-        .route(&delete, "/templates/{name}", remove_snapshot, remove("Delete a snapshot"))
+        .route(
+            &delete,
+            "/templates/{name}",
+            remove_snapshot,
+            remove("deleteTemplate", openapi::Tag::Templates, "Delete a snapshot"),
+        )
         .route(
             &get,
             "/templates/{name}/tags",
             tags,
-            op("Tags of a template").reply::<Vec<Tag>>(200).errors(&[404]),
+            op("listTemplateTags", openapi::Tag::Templates, "Tags of a template")
+                .errors(&[codes::NODE, codes::BASE])
+                .reply::<Vec<Tag>>(200),
         )
         .route(
             &get,
             "/templates/{name}/tags/count",
             count_tags,
-            op("How many tags a template has").reply::<TagCount>(200).errors(&[404]),
+            op("countTemplateTags", openapi::Tag::Templates, "How many tags a template has")
+                .errors(&[codes::NODE, codes::BASE])
+                .reply::<TagCount>(200),
         )
         .route(
             &get,
             "/templates/{name}/tags/exists",
             has_tag,
-            op("Whether a template has a tag")
+            op("hasTemplateTag", openapi::Tag::Templates, "Whether a template has a tag")
+                .errors(&[codes::NODE, codes::BASE])
                 .query(&[("tag", "its name")])
-                .reply::<TagExists>(200)
-                .errors(&[400, 404]),
+                .reply::<TagExists>(200),
         )
 }
 
 /// The reply of `GET /templates/aliases/{alias}`.
 #[derive(Debug, Serialize, schemars::JsonSchema)]
 struct Alias {
+    /// Name of the template, or id of the snapshot.
     #[serde(rename = "templateID")]
     template_id: String,
+    /// Whether every project may use it.
     public: bool,
 }
 
 /// The reply of `POST /templates/tags`.
 #[derive(Debug, Serialize, schemars::JsonSchema)]
 struct AddedTags {
+    /// The tags that were given.
     tags: Vec<String>,
+    /// Id of the image that the template is.
     #[serde(rename = "buildID")]
     build_id: String,
 }
@@ -144,9 +186,12 @@ struct AddedTags {
 /// A row of `GET /templates/{name}/tags`.
 #[derive(Debug, Serialize, schemars::JsonSchema)]
 struct Tag {
+    /// The tag.
     tag: String,
+    /// Id of the image that it names.
     #[serde(rename = "buildID")]
     build_id: String,
+    /// When it was given.
     #[serde(rename = "createdAt")]
     created_at: jiff::Timestamp,
 }
@@ -154,6 +199,7 @@ struct Tag {
 /// The reply of `GET /templates/{name}/tags/count`.
 #[derive(Debug, Serialize, schemars::JsonSchema)]
 struct TagCount {
+    /// How many tags there are.
     total: usize,
 }
 
@@ -161,7 +207,9 @@ struct TagCount {
 #[derive(Debug, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 struct TagExists {
+    /// Whether there is one.
     exists: bool,
+    /// The tag as it is kept.
     normalized_tag: String,
 }
 
@@ -175,7 +223,7 @@ fn split_tag(text: &str) -> (&str, Option<&str>) {
 
 fn parse_tag(text: &str) -> Result<TemplateName, Failure> {
     text.parse().map_err(|error: kelvin_api::id::ParseIdError| {
-        invalid(ErrorCode::InvalidTag, error.to_string(), "use 1 to 64 of a-z, 0-9, '.', '_' and '-'")
+        Failure::new(ErrorCode::InvalidTag, error.to_string(), "use 1 to 64 of a-z, 0-9, '.', '_' and '-'")
     })
 }
 
@@ -393,23 +441,34 @@ async fn template_page(
 struct WithBuilds {
     #[serde(flatten)]
     template: Template,
+    /// Its builds: the one that it is now.
     builds: Vec<Build>,
 }
 
+/// A build of a template. Source: E2B's `TemplateBuild`.
 #[derive(Debug, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 struct Build {
+    /// Id of the image that the template is.
     #[serde(rename = "buildID")]
     build_id: String,
+    /// State of the build: `ready`.
     status: &'static str,
+    /// When it was imported.
     created_at: jiff::Timestamp,
+    /// When it was imported last.
     updated_at: jiff::Timestamp,
+    /// When the import ended.
     finished_at: jiff::Timestamp,
+    /// Number of vCPUs of a sandbox that asks for none.
     cpu_count: u32,
+    /// Memory of a sandbox that asks for none, in MiB.
     #[serde(rename = "memoryMB")]
     memory_mb: u32,
+    /// Size of its disk, in MiB.
     #[serde(rename = "diskSizeMB")]
     disk_size_mb: u32,
+    /// Version of envd's API that its agent speaks.
     envd_version: String,
 }
 
@@ -438,23 +497,29 @@ async fn alias(State(control): State<Control>, Who(caller): Who, Path(alias): Pa
     Ok(json(StatusCode::OK, &Alias { template_id, public }))
 }
 
+/// `POST /templates/tags`.
 #[derive(Debug, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct AddTags {
+    /// Name of the template, with an optional `:tag`.
     target: String,
+    /// 1 to 100 tags.
     tags: Vec<String>,
 }
 
+/// `DELETE /templates/tags`.
 #[derive(Debug, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct RemoveTags {
+    /// Name of the template.
     name: String,
+    /// 1 to 100 tags.
     tags: Vec<String>,
 }
 
 fn parse_tags(tags: Vec<String>) -> Result<Vec<String>, Failure> {
     if tags.is_empty() || tags.len() > MAX_TAGS {
-        return Err(invalid(
+        return Err(Failure::new(
             ErrorCode::InvalidTags,
             format!("name 1 to {MAX_TAGS} tags"),
             "split the request",
@@ -468,7 +533,7 @@ async fn add_tags(State(control): State<Control>, Who(caller): Who, request: Req
     let tags = parse_tags(body.tags)?;
     let (name, tag) = split_tag(&body.target);
     if name.is_empty() || tag == Some("") {
-        return Err(invalid(
+        return Err(Failure::new(
             ErrorCode::InvalidTarget,
             "the target is no name:tag",
             "for example base:default",
@@ -489,7 +554,7 @@ async fn remove_tags(State(control): State<Control>, Who(caller): Who, request: 
     let tags = parse_tags(body.tags)?;
     if tags.iter().any(|tag| tag == DEFAULT_TAG) {
         let text = "the tag \"default\" cannot be taken away";
-        return Err(invalid(ErrorCode::InvalidTags, text, "leave it out").into());
+        return Err(Failure::new(ErrorCode::InvalidTags, text, "leave it out").into());
     }
     control.inner.template(&body.name).await?;
     let removed = control.inner.database.remove_tags(caller.project.to_string(), body.name.clone(), tags);

@@ -1,6 +1,7 @@
 //! The control plane: the public API and the database of intent.
 //!
-//! Read in this order: [`Control`], `api` (the routes), `service` (what they do), `database` (what is remembered: an
+//! Read in this order: [`Control`], `api` (the routes), `create`, `lifecycle` and `service` (what they do), `reconcile` (what the
+//! node says by itself), `database` (what is remembered: an
 //! interface, and SQLite behind it), `placement` (whose node may change what), `wake` (traffic to what is paused). It never
 //! links a node: [`kelvin_node_api::NodeService`] is what it needs of one, and the binary joins the two.
 //!
@@ -12,12 +13,17 @@
 //! gives exactly one sandbox.
 
 mod accounts;
+mod admission;
 mod api;
 mod audit;
 mod auth;
 mod catalog;
 mod changes;
+mod codes;
+mod control;
+mod create;
 mod database;
+mod failures;
 mod lifecycle;
 mod list;
 mod logs;
@@ -28,12 +34,15 @@ mod once;
 mod openapi;
 mod people;
 mod placement;
+mod reconcile;
 mod reply;
+mod request;
 mod service;
 #[cfg(test)]
 mod testing;
 mod wake;
 
+pub use admission::Undocumented;
 pub use auth::ApiKey;
+pub use control::Control;
 pub use reply::reply;
-pub use service::Control;

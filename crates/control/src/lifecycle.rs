@@ -1,7 +1,7 @@
 //! Pause, resume, snapshots and forks: intent is recorded, the node is asked, the result is recorded.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kelvin_api::error::{ErrorCode, Failure, Kind, chain};
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, Token};
@@ -13,12 +13,13 @@ use kelvin_api::sandbox::{
 use kelvin_node_api::{Child, Created, Live, Paused, Taken};
 
 use crate::accounts::Account;
+use crate::control::Inner;
+use crate::create::{DEFAULT_TIMEOUT_S, ENV_BYTES, METADATA_BYTES, Reply, check_env, check_map, deadline};
 use crate::database::{NewSnapshot, SandboxRow};
+use crate::failures::{database_failed, exceeded};
+use crate::metrics::Start;
 use crate::reply;
-use crate::service::{
-    DEFAULT_TIMEOUT_S, ENV_BYTES, Inner, METADATA_BYTES, Reply, check_env, check_map, database_failed,
-    deadline, exceeded, invalid, sandbox_of,
-};
+use crate::service::sandbox_of;
 
 /// Children of one fork. Source: E2B's OpenAPI, `SandboxForkRequest.count`.
 const MAX_CHILDREN: u32 = 100;
@@ -87,6 +88,7 @@ impl Inner {
         timeout_s: u64,
         mode: PauseMode,
     ) -> Result<Reply, Failure> {
+        let asked = Instant::now();
         let row = self.row_here(id).await?;
         let ends_at = deadline(&self.clock, timeout_s)?;
         // An operator resumes within the limits of the owner.
@@ -98,6 +100,7 @@ impl Inner {
         let created = self.node.resume(id, Some(ends_at), mode).await?;
         self.refresh(id).await?;
         drop(permit);
+        self.metrics.started(Start::Resume, created.start_path, &created.timings, asked.elapsed());
         let sandbox = self.reply_of(&row, created.start_path, created.reason, &created.timings);
         Ok(Reply { sandbox, timings: created.timings })
     }
@@ -147,7 +150,7 @@ impl Inner {
             None => None,
             Some(text) => {
                 let name: TemplateName = text.parse().map_err(|error: kelvin_api::id::ParseIdError| {
-                    invalid(
+                    Failure::new(
                         ErrorCode::InvalidName,
                         error.to_string(),
                         "use 1 to 64 of a-z, 0-9, '.', '_' and '-'; no tags",
@@ -235,7 +238,7 @@ impl Inner {
         let count = body.count.unwrap_or(1);
         if !(1..=MAX_CHILDREN).contains(&count) {
             let text = format!("a fork has 1 to {MAX_CHILDREN} children, not {count}");
-            return Err(invalid(ErrorCode::InvalidCount, text, "fork again for more"));
+            return Err(Failure::new(ErrorCode::InvalidCount, text, "fork again for more"));
         }
         let timeout_s = body.timeout.unwrap_or(DEFAULT_TIMEOUT_S);
         let env_vars = body.env_vars.unwrap_or_default();
@@ -302,11 +305,12 @@ impl Inner {
         rows: &[SandboxRow],
         children: Vec<Child>,
     ) -> Result<Forked, Failure> {
+        let asked = Instant::now();
         let forked = self.node.fork(id, children).await?;
         let mut results = Vec::new();
         for (row, child) in rows.iter().zip(forked.children) {
             let made = match child {
-                Ok(created) => self.commit_child(row, created).await,
+                Ok(created) => self.commit_child(row, created, asked).await,
                 Err(failure) => Err(failure),
             };
             results.push(match made {
@@ -320,7 +324,12 @@ impl Inner {
         Ok(Forked { results, capture: forked.capture, timings: forked.timings })
     }
 
-    async fn commit_child(&self, row: &SandboxRow, created: Created) -> Result<Sandbox, Failure> {
+    async fn commit_child(
+        &self,
+        row: &SandboxRow,
+        created: Created,
+        asked: Instant,
+    ) -> Result<Sandbox, Failure> {
         let Created { start_path, reason, timings, shape, started_at } = created;
         let live = Live {
             sandbox: row.id.clone(),
@@ -336,6 +345,7 @@ impl Inner {
             return Err(database_failed(error));
         }
         self.count_start(&row.project);
+        self.metrics.started(Start::Fork, start_path, &timings, asked.elapsed());
         Ok(self.reply_of(row, start_path, reason, &timings))
     }
 

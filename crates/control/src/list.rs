@@ -9,10 +9,12 @@ use kelvin_api::sandbox::{Metadata, SandboxDetail, SandboxState};
 use serde::Deserialize;
 
 use crate::accounts::Caller;
-use crate::api::{Outcome, Query, Who, json, not_an_admin};
+use crate::admission::not_an_admin;
+use crate::codes;
+use crate::control::Control;
 use crate::database::Filter;
-use crate::openapi::{Api, op};
-use crate::service::{Control, invalid};
+use crate::openapi::{Api, Tag, op};
+use crate::request::{Outcome, Query, Who, json};
 
 /// Rows of a page that asks for no number, and the most. Source: E2B's OpenAPI, `paginationLimit`.
 const ROWS: usize = 100;
@@ -39,23 +41,27 @@ pub(crate) fn routes() -> Api {
             &get,
             "/sandboxes",
             list_running,
-            op("Sandboxes that run").query(LIST).query(PAGE).reply::<Vec<SandboxDetail>>(200).errors(&[400]),
+            op("listSandboxes", Tag::Sandboxes, "Sandboxes that run")
+                .errors(&[codes::PAGES, codes::NODE, &[ErrorCode::NotAnAdmin, ErrorCode::InvalidProject]])
+                .query(LIST)
+                .query(PAGE)
+                .reply::<Vec<SandboxDetail>>(200),
         )
         .route(
             &get,
             "/v2/sandboxes",
             list,
-            op("Sandboxes, running and paused")
+            op("listSandboxesV2", Tag::Sandboxes, "Sandboxes, running and paused")
+                .errors(&[codes::PAGES, codes::NODE, &[ErrorCode::NotAnAdmin, ErrorCode::InvalidProject]])
                 .query(LIST)
                 .query(PAGE)
-                .reply::<Vec<SandboxDetail>>(200)
-                .errors(&[400]),
+                .reply::<Vec<SandboxDetail>>(200),
         )
 }
 
 fn not_allowed(field: &str, text: &str, remedy: &str) -> Failure {
     let shown: String = text.chars().take(80).collect();
-    invalid(ErrorCode::InvalidQuery, format!("{field}={shown:?} is not allowed"), remedy)
+    Failure::new(ErrorCode::InvalidQuery, format!("{field}={shown:?} is not allowed"), remedy)
 }
 
 /// How many rows a page has.
@@ -107,7 +113,7 @@ fn metadata_filter(text: &str) -> Result<Metadata, Failure> {
         .collect();
     if pairs.len() > MAX_PAIRS {
         let text = format!("metadata names {} pairs", pairs.len());
-        return Err(invalid(ErrorCode::InvalidQuery, text, format!("ask for at most {MAX_PAIRS}")));
+        return Err(Failure::new(ErrorCode::InvalidQuery, text, format!("ask for at most {MAX_PAIRS}")));
     }
     Ok(pairs)
 }

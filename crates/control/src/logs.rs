@@ -2,13 +2,14 @@
 
 use axum::extract::State;
 use http::{Method, StatusCode};
-use kelvin_api::error::ErrorCode;
+use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::sandbox::{LogLevel, SandboxLogEntry, SandboxLogs};
 use serde::{Deserialize, Serialize};
 
-use crate::api::{Outcome, Own, Query, json};
-use crate::openapi::{Api, op};
-use crate::service::{Control, invalid};
+use crate::codes;
+use crate::control::Control;
+use crate::openapi::{Api, Tag, op};
+use crate::request::{Outcome, Own, Query, json};
 
 /// Log entries that are given at once. Source: E2B's OpenAPI.
 const LOG_ENTRIES: usize = 1000;
@@ -21,16 +22,17 @@ pub(crate) fn routes() -> Api {
             &get,
             "/sandboxes/{id}/logs",
             logs,
-            op("The console of a sandbox")
+            op("getSandboxLogs", Tag::Sandboxes, "The console of a sandbox")
+                .errors(&[codes::SANDBOX, codes::STATE, codes::NODE])
                 .query(&[("start", "milliseconds since 1970"), ("limit", "lines")])
-                .reply::<SandboxLogs>(200)
-                .errors(&[404]),
+                .reply::<SandboxLogs>(200),
         )
         .route(
             &get,
             "/v2/sandboxes/{id}/logs",
             log_entries,
-            op("The console of a sandbox, filtered")
+            op("getSandboxLogsV2", Tag::Sandboxes, "The console of a sandbox, filtered")
+                .errors(&[codes::SANDBOX, codes::STATE, codes::NODE])
                 .query(&[
                     ("cursor", "milliseconds since 1970"),
                     ("limit", "entries, at most 1000"),
@@ -38,14 +40,14 @@ pub(crate) fn routes() -> Api {
                     ("level", "the least that is shown: debug, info, warn, error"),
                     ("search", "only with this text in them"),
                 ])
-                .reply::<LogPage>(200)
-                .errors(&[400, 404]),
+                .reply::<LogPage>(200),
         )
 }
 
 /// The reply of `GET /v2/sandboxes/{id}/logs`.
 #[derive(Debug, Serialize, schemars::JsonSchema)]
 struct LogPage {
+    /// Entries, in the order that was asked for.
     logs: Vec<SandboxLogEntry>,
 }
 
@@ -87,9 +89,12 @@ async fn log_entries(
         None | Some("forward") => false,
         Some("backward") => true,
         Some(_) => {
-            return Err(
-                invalid(ErrorCode::InvalidQuery, "direction is not allowed", "forward or backward").into()
-            );
+            return Err(Failure::new(
+                ErrorCode::InvalidQuery,
+                "direction is not allowed",
+                "forward or backward",
+            )
+            .into());
         }
     };
     let mut entries = control.inner.logs(&id).await?.log_entries;

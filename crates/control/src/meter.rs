@@ -14,9 +14,11 @@ use kelvin_api::sandbox::{GuestMetrics, ProjectMetric, SandboxMetric, SandboxSta
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Account;
-use crate::api::{Outcome, Own, Path, Query, Who, json};
-use crate::openapi::{Api, op};
-use crate::service::{Control, Inner, database_failed, invalid};
+use crate::codes;
+use crate::control::{Control, Inner};
+use crate::failures::database_failed;
+use crate::openapi::{Api, Tag, op};
+use crate::request::{Outcome, Own, Path, Query, Who, json};
 
 /// How often each sandbox is asked. Rarer than E2B's 5 s: each time wakes a machine that may be idle.
 const EVERY: Duration = Duration::from_secs(15);
@@ -38,44 +40,48 @@ pub(crate) fn routes() -> Api {
             &get,
             "/sandboxes/metrics",
             of_many,
-            op("The newest measurement of sandboxes")
+            op("listSandboxMetrics", Tag::Metrics, "The newest measurement of sandboxes")
+                .errors(&[codes::NODE])
                 .query(&[("sandbox_ids", "ids, joined by commas; at most 100")])
-                .reply::<ManyMetrics>(200)
-                .errors(&[400]),
+                .reply::<ManyMetrics>(200),
         )
         .route(
             &get,
             "/sandboxes/{id}/metrics",
             of_one,
-            op("What a sandbox used").query(INTERVAL).reply::<Vec<SandboxMetric>>(200).errors(&[400, 404]),
+            op("getSandboxMetrics", Tag::Metrics, "What a sandbox used")
+                .errors(&[codes::SANDBOX, codes::NODE, &[ErrorCode::InvalidInterval]])
+                .query(INTERVAL)
+                .reply::<Vec<SandboxMetric>>(200),
         )
         .route(
             &get,
             "/teams/{id}/metrics",
             of_project,
-            op("What a project used")
+            op("getTeamMetrics", Tag::Metrics, "What a project used")
+                .errors(&[&[ErrorCode::TeamNotFound, ErrorCode::InvalidInterval]])
                 .query(INTERVAL)
-                .reply::<Vec<ProjectMetric>>(200)
-                .errors(&[400, 403, 404]),
+                .reply::<Vec<ProjectMetric>>(200),
         )
         .route(
             &get,
             "/teams/{id}/metrics/max",
             most_of_project,
-            op("The most that a project used")
+            op("getTeamMetricsMax", Tag::Metrics, "The most that a project used")
+                .errors(&[&[ErrorCode::TeamNotFound, ErrorCode::InvalidInterval]])
                 .query(&[
                     ("start", "seconds since 1970"),
                     ("end", "seconds since 1970"),
                     ("metric", "concurrent_sandboxes or sandbox_start_rate"),
                 ])
-                .reply::<MaxMetric>(200)
-                .errors(&[400, 403, 404]),
+                .reply::<MaxMetric>(200),
         )
 }
 
 /// The reply of `GET /sandboxes/metrics`.
 #[derive(Debug, Serialize, schemars::JsonSchema)]
 struct ManyMetrics {
+    /// The newest measurement of each sandbox that has one, by its id.
     sandboxes: BTreeMap<String, SandboxMetric>,
 }
 
@@ -83,8 +89,11 @@ struct ManyMetrics {
 #[derive(Debug, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 struct MaxMetric {
+    /// When it was the most.
     timestamp: jiff::Timestamp,
+    /// The same, in seconds since 1970.
     timestamp_unix: i64,
+    /// The most.
     value: f64,
 }
 
@@ -183,7 +192,7 @@ impl Interval {
         let (start, end) = (self.start.unwrap_or(0), self.end.unwrap_or(i64::MAX));
         if start < 0 || end < start {
             let remedy = "seconds since 1970, start before end";
-            return Err(invalid(ErrorCode::InvalidInterval, "the interval is none", remedy));
+            return Err(Failure::new(ErrorCode::InvalidInterval, "the interval is none", remedy));
         }
         Ok((start, end))
     }
@@ -212,7 +221,7 @@ async fn of_many(
         .unwrap_or_default();
     if ids.is_empty() || ids.len() > MAX_IDS {
         let text = format!("sandbox_ids names {} sandboxes", ids.len());
-        return Err(invalid(ErrorCode::InvalidQuery, text, format!("name 1 to {MAX_IDS}")).into());
+        return Err(Failure::new(ErrorCode::InvalidQuery, text, format!("name 1 to {MAX_IDS}")).into());
     }
     let mut found = BTreeMap::new();
     for id in ids {
@@ -270,7 +279,7 @@ async fn most_of_project(
         Some("sandbox_start_rate") => |metric: &ProjectMetric| metric.sandbox_start_rate,
         _ => {
             let remedy = "concurrent_sandboxes or sandbox_start_rate";
-            return Err(invalid(ErrorCode::InvalidQuery, "metric is not allowed", remedy).into());
+            return Err(Failure::new(ErrorCode::InvalidQuery, "metric is not allowed", remedy).into());
         }
     };
     let most = found.iter().max_by(|one, other| value(one).total_cmp(&value(other)));

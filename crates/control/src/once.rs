@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Whose a key is, is decided by the database: of two requests that find it new, on whatever servers, one writes it down and
-//! the other is told that it is in use. A create writes its key and its answer in its own transactions (`service`); the
+//! the other is told that it is in use. A create writes its key and its answer in its own transactions (`create`); the
 //! rest is here. Who writes: the task of the request. What makes a secret (an API key) takes no key: its answer would have to
 //! be kept.
 
@@ -22,10 +22,11 @@ use kelvin_api::sandbox::CAPTURE_HEADER;
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Account;
-use crate::api::read;
+use crate::control::Inner;
 use crate::database::NewKey;
+use crate::failures::database_failed;
 use crate::reply::reply;
-use crate::service::{Inner, database_failed};
+use crate::request::read;
 
 /// The key of the request that is on its way, for handlers that note what it makes.
 #[derive(Debug, Clone)]

@@ -4,41 +4,88 @@
 //! `/openapi.json`, kept as `openapi/kelvin.json`, and compared with what E2B's own says of the same routes
 //! (`openapi/e2b.json`: names and numbers, taken from its specification) by the tests here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use axum::Router;
 use axum::handler::Handler;
 use axum::routing::{MethodFilter, MethodRouter, on};
 use http::Method;
-use kelvin_api::error::ApiError;
+use kelvin_api::error::{ApiError, ErrorCode};
 use schemars::generate::{SchemaGenerator, SchemaSettings};
 use schemars::{JsonSchema, Schema};
 use serde_json::{Value, json};
 
-use crate::service::Control;
+use crate::codes::{self, Codes};
+use crate::control::Control;
 
 type MakeSchema = fn(&mut SchemaGenerator) -> Schema;
 
+/// What an operation is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tag {
+    Sandboxes,
+    Metrics,
+    Snapshots,
+    Templates,
+    Access,
+    Node,
+}
+
+impl Tag {
+    const ALL: [Self; 6] =
+        [Self::Sandboxes, Self::Metrics, Self::Snapshots, Self::Templates, Self::Access, Self::Node];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Sandboxes => "sandboxes",
+            Self::Metrics => "metrics",
+            Self::Snapshots => "snapshots",
+            Self::Templates => "templates",
+            Self::Access => "access",
+            Self::Node => "node",
+        }
+    }
+
+    fn description(self) -> &'static str {
+        match self {
+            Self::Sandboxes => {
+                "Create, list, pause, resume, fork and end sandboxes; their networks and logs."
+            }
+            Self::Metrics => "What sandboxes and projects use.",
+            Self::Snapshots => "Snapshots that are kept.",
+            Self::Templates => "What sandboxes are made from, and tags.",
+            Self::Access => "Projects (teams), API keys, limits and the audit log.",
+            Self::Node => "The host: what runs, warm machines, garbage, metrics of the server.",
+        }
+    }
+}
+
 /// One operation, as it is described.
 pub(crate) struct Operation {
+    id: &'static str,
+    tag: Tag,
     summary: &'static str,
     query: Vec<(&'static str, &'static str)>,
     body: Option<MakeSchema>,
     body_required: bool,
     replies: Vec<(u16, Option<MakeSchema>)>,
-    errors: &'static [u16],
+    errors: Codes,
+    tells_secret: bool,
     admin: bool,
 }
 
-/// An operation with this summary.
-pub(crate) fn op(summary: &'static str) -> Operation {
+/// An operation: its id, which clients are named after, what it is about, and what it does.
+pub(crate) fn op(id: &'static str, tag: Tag, summary: &'static str) -> Operation {
     Operation {
+        id,
+        tag,
         summary,
         query: Vec::new(),
         body: None,
         body_required: true,
         replies: Vec::new(),
         errors: &[],
+        tells_secret: false,
         admin: false,
     }
 }
@@ -78,10 +125,64 @@ impl Operation {
         self
     }
 
-    /// The errors that are its own; those of every route are known.
-    pub(crate) fn errors(mut self, errors: &'static [u16]) -> Self {
+    /// The failures that are its own; those that follow from its method, path, query and body are known.
+    pub(crate) fn errors(mut self, errors: Codes) -> Self {
         self.errors = errors;
         self
+    }
+
+    /// Its reply tells a secret, so it takes no idempotency key.
+    pub(crate) fn secret(mut self) -> Self {
+        self.tells_secret = true;
+        self
+    }
+
+    /// Every failure that it can have, but for those of status 500.
+    fn codes(&self, method: &str, path: &str) -> BTreeSet<ErrorCode> {
+        let mut groups: Vec<&[ErrorCode]> = vec![codes::EVERYWHERE];
+        groups.extend(self.errors);
+        let derived: [(bool, &[ErrorCode]); 6] = [
+            (self.admin, codes::ADMIN),
+            (changes(method) && !self.tells_secret, codes::CHANGE),
+            (changes(method) && self.tells_secret, codes::SECRET_CHANGE),
+            (self.body.is_some(), codes::BODY),
+            (!self.query.is_empty(), codes::QUERY),
+            (path.contains('{'), codes::PATH),
+        ];
+        groups.extend(derived.into_iter().filter(|(has, _)| *has).map(|(_, group)| group));
+        groups.into_iter().flatten().copied().collect()
+    }
+}
+
+/// Whether requests with this method, in lower case, are taken for changes.
+fn changes(method: &str) -> bool {
+    method != "get"
+}
+
+/// What the parameter `name` of `path` is.
+fn path_parameter(path: &str, name: &str) -> &'static str {
+    match (path.split('/').find(|part| !matches!(*part, "" | "v2")), name) {
+        (Some("sandboxes"), _) => "Id of the sandbox.",
+        (Some("teams"), _) => "Id of the project.",
+        (Some("projects"), _) => "Name of the project.",
+        (Some("api-keys"), _) => "Id of the API key.",
+        (Some("snapshots"), _) => "Id or name of the snapshot.",
+        (Some("templates"), "alias") => "Name of a template, or id or name of a snapshot.",
+        (Some("templates" | "pools"), _) => "Name of the template.",
+        _ => "",
+    }
+}
+
+/// Which failures each route can have: by path, then by method.
+#[derive(Debug, Default)]
+pub(crate) struct Documented(BTreeMap<&'static str, BTreeMap<String, BTreeSet<ErrorCode>>>);
+
+impl Documented {
+    /// Whether the route may fail so. Yes where there is no such route.
+    pub(crate) fn has(&self, method: &Method, path: &str, code: ErrorCode) -> bool {
+        let method = if *method == Method::HEAD { &Method::GET } else { method };
+        let found = self.0.get(path).and_then(|methods| methods.get(&method.as_str().to_ascii_lowercase()));
+        codes::is_ours(code) || found.is_none_or(|codes| codes.contains(&code))
     }
 }
 
@@ -133,6 +234,16 @@ impl Api {
         self
     }
 
+    /// Which failures each route can have.
+    pub(crate) fn documented(&self) -> Documented {
+        let of = |(path, operations): (&&'static str, &BTreeMap<String, Operation>)| {
+            let codes =
+                |(method, operation): (&String, &Operation)| (method.clone(), operation.codes(method, path));
+            (*path, operations.iter().map(codes).collect())
+        };
+        Documented(self.operations.iter().map(of).collect())
+    }
+
     /// The OpenAPI document.
     pub(crate) fn document(&self) -> Value {
         let mut generator = SchemaSettings::openapi3().into_generator();
@@ -142,7 +253,7 @@ impl Api {
             let described: serde_json::Map<String, Value> = operations
                 .iter()
                 .map(|(method, operation)| {
-                    (method.clone(), describe(path, operation, &mut generator, &error))
+                    (method.clone(), describe(method, path, operation, &mut generator, &error))
                 })
                 .collect();
             paths.insert((*path).to_owned(), described.into());
@@ -157,6 +268,7 @@ impl Api {
                 "license": { "name": "Apache-2.0" },
             },
             "security": [{ "ApiKey": [] }],
+            "tags": Tag::ALL.map(|tag| json!({ "name": tag.name(), "description": tag.description() })),
             "paths": paths,
             "components": {
                 "schemas": schemas,
@@ -166,38 +278,77 @@ impl Api {
     }
 }
 
-fn describe(path: &str, operation: &Operation, generator: &mut SchemaGenerator, error: &Schema) -> Value {
-    let content = |schema: &Schema| json!({ "application/json": { "schema": schema } });
+/// The parameters of an operation: of its path, its query and its headers.
+fn parameters(method: &str, path: &str, operation: &Operation) -> Vec<Value> {
+    let text = json!({ "type": "string" });
     let mut parameters: Vec<Value> = path
         .split('/')
         .filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'))
-        .map(|name| json!({ "name": name, "in": "path", "required": true, "schema": { "type": "string" } }))
+        .map(|name| {
+            let what = path_parameter(path, name);
+            json!({ "name": name, "in": "path", "required": true, "description": what, "schema": text })
+        })
         .collect();
-    parameters.extend(operation.query.iter().map(|(name, what)| {
-        json!({ "name": name, "in": "query", "description": what, "schema": { "type": "string" } })
-    }));
+    parameters.extend(
+        operation
+            .query
+            .iter()
+            .map(|(name, what)| json!({ "name": name, "in": "query", "description": what, "schema": text })),
+    );
+    if changes(method) && !operation.tells_secret {
+        parameters.push(json!({
+            "name": "Idempotency-Key",
+            "in": "header",
+            "description": "Kelvin: at most 255 characters; the same request with the same key is done once within 24 hours.",
+            "schema": text,
+        }));
+    }
+    parameters
+}
+
+fn describe(
+    method: &str,
+    path: &str,
+    operation: &Operation,
+    generator: &mut SchemaGenerator,
+    error: &Schema,
+) -> Value {
+    let content = |schema: &Value| json!({ "application/json": { "schema": schema } });
     let mut replies = serde_json::Map::new();
     for (status, schema) in &operation.replies {
         let mut reply = json!({ "description": "Done." });
         if let Some(make) = schema {
-            reply["content"] = content(&make(generator));
+            reply["content"] = content(&make(generator).to_value());
         }
         replies.insert(status.to_string(), reply);
     }
-    let everywhere: &[u16] = if operation.admin { &[401, 403, 429, 500] } else { &[401, 429, 500] };
-    for status in everywhere.iter().chain(operation.errors) {
-        let text = http::StatusCode::from_u16(*status).ok().and_then(|status| status.canonical_reason());
-        let reply = json!({ "description": text.unwrap_or("Refused"), "content": content(error) });
+    let mut by_status: BTreeMap<u16, Vec<&str>> = BTreeMap::from([(500, Vec::new())]);
+    for code in operation.codes(method, path) {
+        by_status.entry(code.kind().status().as_u16()).or_default().push(code.as_str());
+    }
+    for (status, codes) in by_status {
+        let text = http::StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason());
+        let schema = match codes.is_empty() {
+            true => error.clone().to_value(),
+            false => json!({ "allOf": [error, { "properties": { "error_code": {
+                "description": "What failed, for programs.",
+                "type": "string",
+                "enum": codes,
+            } } }] }),
+        };
+        let reply = json!({ "description": text.unwrap_or("Refused"), "content": content(&schema) });
         replies.insert(status.to_string(), reply);
     }
     let mut described = json!({
+        "operationId": operation.id,
+        "tags": [operation.tag.name()],
         "summary": operation.summary,
-        "parameters": parameters,
+        "parameters": parameters(method, path, operation),
         "responses": replies,
     });
     if let Some(make) = operation.body {
         described["requestBody"] =
-            json!({ "required": operation.body_required, "content": content(&make(generator)) });
+            json!({ "required": operation.body_required, "content": content(&make(generator).to_value()) });
     }
     described
 }
@@ -218,6 +369,88 @@ mod tests {
         }
         let kept = std::fs::read_to_string(KEPT).unwrap();
         assert!(kept == now, "openapi/kelvin.json is out of date: `cargo xtask openapi` writes it");
+    }
+
+    /// What of `schema` has no description, by name.
+    fn undescribed(at: &str, schema: &Value, found: &mut Vec<String>) {
+        if !schema.is_object() {
+            return;
+        }
+        for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+            let at = format!("{at}.{name}");
+            if field["description"].as_str().is_none_or(str::is_empty) {
+                found.push(at.clone());
+            }
+            undescribed(&at, field, found);
+        }
+        for inside in ["items", "additionalProperties"] {
+            undescribed(at, &schema[inside], found);
+        }
+        for several in ["allOf", "anyOf", "oneOf"] {
+            for part in schema[several].as_array().into_iter().flatten() {
+                undescribed(at, part, found);
+            }
+        }
+    }
+
+    #[test]
+    fn operations_fields_and_parameters_say_what_they_are() {
+        let document = api::routes().document();
+        let (mut wrong, mut ids) = (Vec::new(), BTreeSet::new());
+        let tags: BTreeMap<&str, &str> = document["tags"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|tag| (tag["name"].as_str().unwrap(), tag["description"].as_str().unwrap()))
+            .collect();
+        let is_camel = |id: &str| {
+            id.starts_with(|first: char| first.is_ascii_lowercase())
+                && id.chars().all(|c| c.is_ascii_alphanumeric())
+        };
+        let operations = document["paths"].as_object().unwrap().iter().flat_map(|(path, methods)| {
+            methods
+                .as_object()
+                .unwrap()
+                .iter()
+                .map(move |(method, operation)| (format!("{method} {path}"), operation))
+        });
+        for (at, operation) in operations {
+            let id = operation["operationId"].as_str().unwrap_or_default();
+            if !is_camel(id) || !ids.insert(id) {
+                wrong.push(format!("{at}: the id {id:?} is not camelCase, or another's"));
+            }
+            let tag = operation["tags"][0].as_str().unwrap_or_default();
+            if tags.get(tag).is_none_or(|text| text.is_empty()) {
+                wrong.push(format!("{at}: the tag {tag:?} is not described"));
+            }
+            if operation["summary"].as_str().is_none_or(str::is_empty) {
+                wrong.push(format!("{at}: no summary"));
+            }
+            for parameter in operation["parameters"].as_array().unwrap() {
+                if parameter["description"].as_str().is_none_or(str::is_empty) {
+                    wrong.push(format!("{at}: the parameter {} has no description", parameter["name"]));
+                }
+            }
+            for reply in operation["responses"].as_object().unwrap().values() {
+                undescribed(&at, &reply["content"]["application/json"]["schema"], &mut wrong);
+            }
+        }
+        for (name, schema) in document["components"]["schemas"].as_object().unwrap() {
+            if schema["description"].as_str().is_none_or(str::is_empty) {
+                wrong.push(format!("the schema {name}"));
+            }
+            undescribed(name, schema, &mut wrong);
+        }
+        assert!(wrong.is_empty(), "{} are not described: {wrong:#?}", wrong.len());
+    }
+
+    #[test]
+    fn a_field_without_a_description_is_seen() {
+        let mut found = Vec::new();
+        let nested =
+            json!({ "properties": { "a": { "description": "A.", "items": { "properties": { "b": {} } } } } });
+        undescribed("S", &nested, &mut found);
+        assert_eq!(found, ["S.a.b"]);
     }
 
     /// The schema behind `value`, with its reference followed.

@@ -10,15 +10,21 @@ use kelvin_api::error::{ErrorCode, Failure};
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::shown;
-use crate::api::{Outcome, Path, Query, Who, about, json, parse_required, read};
-use crate::openapi::{Api, op};
-use crate::service::{Control, database_failed, invalid};
+use crate::control::Control;
+use crate::failures::database_failed;
+use crate::openapi::{Api, Tag, op};
+use crate::request::{Outcome, Path, Query, Who, about, json, parse_required, read};
 
 /// Entries of the audit log that are given at once.
 const AUDIT_PAGE: usize = 1000;
 /// Routes of everybody.
 pub(crate) fn routes() -> Api {
-    Api::new().route(&Method::GET, "/teams", teams, op("The project of the key").reply::<Vec<Team>>(200))
+    Api::new().route(
+        &Method::GET,
+        "/teams",
+        teams,
+        op("listTeams", Tag::Access, "The project of the key").reply::<Vec<Team>>(200),
+    )
 }
 
 /// Routes of the server's own key.
@@ -28,7 +34,7 @@ pub(crate) fn admin() -> Api {
             &Method::GET,
             "/api-keys",
             keys,
-            op("API keys")
+            op("listApiKeys", Tag::Access, "API keys")
                 .query(&[("project", "Kelvin: only of this project")])
                 .reply::<Vec<ApiKeyInfo>>(200),
         )
@@ -36,43 +42,54 @@ pub(crate) fn admin() -> Api {
             &Method::POST,
             "/api-keys",
             create_key,
-            op("Make an API key; it is told this once")
+            op("createApiKey", Tag::Access, "Make an API key; it is told this once")
+                .errors(&[&[ErrorCode::InvalidName, ErrorCode::InvalidLimit]])
+                .secret()
                 .body::<NewApiKey>()
-                .reply::<CreatedApiKey>(201)
-                .errors(&[400]),
+                .reply::<CreatedApiKey>(201),
         )
         .route(
             &Method::PATCH,
             "/api-keys/{id}",
             rename_key,
-            op("Rename an API key").body::<Rename>().empty(200).errors(&[400, 404]),
+            op("renameApiKey", Tag::Access, "Rename an API key")
+                .errors(&[&[ErrorCode::KeyNotFound, ErrorCode::InvalidName]])
+                .body::<Rename>()
+                .empty(200),
         )
         .route(
             &Method::DELETE,
             "/api-keys/{id}",
             revoke_key,
-            op("Revoke an API key").empty(204).errors(&[404]),
+            op("revokeApiKey", Tag::Access, "Revoke an API key")
+                .errors(&[&[ErrorCode::KeyNotFound]])
+                .empty(204),
         )
         .route(
             &Method::GET,
             "/projects",
             projects,
-            op("Kelvin: projects, what they may have and what they use").reply::<Vec<ProjectInfo>>(200),
+            op("listProjects", Tag::Access, "Kelvin: projects, what they may have and what they use")
+                .reply::<Vec<ProjectInfo>>(200),
         )
         .route(
             &Method::PUT,
             "/projects/{name}",
             limit_project,
-            op("Kelvin: set what all keys of a project may have together; what is left out has no limit")
-                .body::<Limits>()
-                .reply::<ProjectInfo>(200)
-                .errors(&[400]),
+            op(
+                "setProjectLimits",
+                Tag::Access,
+                "Kelvin: set what all keys of a project may have together; what is left out has no limit",
+            )
+            .errors(&[&[ErrorCode::InvalidProject, ErrorCode::InvalidLimit]])
+            .body::<Limits>()
+            .reply::<ProjectInfo>(200),
         )
         .route(
             &Method::GET,
             "/audit",
             audit,
-            op("Kelvin: who changed what, newest first")
+            op("listAuditEntries", Tag::Access, "Kelvin: who changed what, newest first")
                 .query(&[("before", "the last id of the page before"), ("limit", "entries, at most 1000")])
                 .reply::<Vec<AuditEntry>>(200),
         )
@@ -82,10 +99,14 @@ pub(crate) fn admin() -> Api {
 #[derive(Debug, Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 struct Team {
+    /// Id of the project: its name.
     #[serde(rename = "teamID")]
     team_id: Project,
+    /// Name of the project.
     name: Project,
+    /// The key that the request showed.
     api_key: String,
+    /// Whether it is the project of keys that name none.
     is_default: bool,
 }
 
@@ -123,9 +144,11 @@ fn no_key(id: &str) -> Failure {
     Failure::new(ErrorCode::KeyNotFound, format!("no API key {shown:?}"), remedy)
 }
 
+/// `PATCH /api-keys/{id}`.
 #[derive(Debug, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Rename {
+    /// The new name: 1 to 120 characters.
     name: String,
 }
 
@@ -155,7 +178,7 @@ async fn limit_project(
 ) -> Outcome {
     let project: Project = name
         .parse()
-        .map_err(|error: &str| invalid(ErrorCode::InvalidProject, error, "for example team-1"))?;
+        .map_err(|error: &str| Failure::new(ErrorCode::InvalidProject, error, "for example team-1"))?;
     let limits: Limits = parse_required(&read(request).await?)?;
     let inner = &control.inner;
     Ok(json(StatusCode::OK, &inner.accounts.limit_project(&project, limits, &inner.database).await?))

@@ -18,6 +18,8 @@ pub fn reply(failure: &Failure) -> Response {
     }
     let bytes = serde_json::to_vec(&body(failure)).unwrap_or_default();
     let mut reply = (status, [(header::CONTENT_TYPE, "application/json")], Body::from(bytes)).into_response();
+    // For the check that the route says so (`admission`).
+    reply.extensions_mut().insert(failure.error_code);
     if matches!(failure.kind, Kind::Exhausted | Kind::Busy) {
         reply.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
     }

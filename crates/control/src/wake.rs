@@ -4,31 +4,18 @@
 //! Who writes: the task of the wake, which goes on when its visitors leave. A crash leaves a claim, which the next start
 //! forgets.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::time::Instant;
 
 use async_trait::async_trait;
 use futures::FutureExt;
-use futures::future::{BoxFuture, Shared};
 use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::SandboxId;
 use kelvin_api::sandbox::PauseMode;
 use kelvin_node_api::Wake;
 
-use crate::service::{Control, Inner};
-
-/// What all visitors of one sandbox wait for.
-type Waking = Shared<BoxFuture<'static, Result<(), Failure>>>;
-
-/// Wakes that are under way.
-#[derive(Default)]
-pub(crate) struct Wakes(Mutex<HashMap<SandboxId, Waking>>);
-
-impl Wakes {
-    fn lock(&self) -> MutexGuard<'_, HashMap<SandboxId, Waking>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+use crate::control::{Control, Inner};
+use crate::metrics::Start;
 
 /// A wake among those that are under way, until it is dropped.
 struct Under {
@@ -44,6 +31,7 @@ impl Drop for Under {
 
 impl Inner {
     async fn wake(self: &Arc<Self>, id: &SandboxId) -> Result<(), Failure> {
+        let asked = Instant::now();
         let row = self.row_here(id).await?;
         if !row.lifecycle.auto_resume {
             return Err(Failure::new(
@@ -55,8 +43,12 @@ impl Inner {
         // It counts as one that runs until it does, or does not.
         let _permit = self.claim(id, self.accounts.quota_of(&row.key, &row.project)).await?;
         match self.node.resume(id, None, PauseMode::Full).await {
-            Err(failure) if failure.error_code != ErrorCode::SandboxRunning => Err(failure),
-            _ => Ok(()),
+            Ok(created) => {
+                self.metrics.started(Start::Resume, created.start_path, &created.timings, asked.elapsed());
+                Ok(())
+            }
+            Err(failure) if failure.error_code == ErrorCode::SandboxRunning => Ok(()),
+            Err(failure) => Err(failure),
         }
     }
 }

@@ -5,15 +5,21 @@ use serde::{Deserialize, Serialize};
 /// Kelvin: `GET /node`: what runs here and what is left.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct NodeInfo {
+    /// Version of the server.
     pub version: String,
+    /// VMM that runs the sandboxes, with its version.
     pub vmm: String,
+    /// What runs guest code: `kvm`, or `tcg`, which emulates.
     pub accelerator: String,
+    /// Data directory of the server.
     #[serde(rename = "dataDir")]
     pub data_dir: String,
+    /// Whether the data directory's file system shares blocks between files.
     pub reflink: bool,
+    /// Sandboxes that run.
     pub sandboxes: u32,
+    /// VMMs that wait to be loaded.
     #[serde(rename = "waitingVMMs")]
     pub waiting_vmms: u32,
     /// Warm machines that wait for a claim.
@@ -35,19 +41,25 @@ pub struct NodeInfo {
     pub unreadable: Vec<UnreadableRecord>,
     /// Whether every pool of waiting VMMs and warm machines is at its target and nothing is being prepared or torn down.
     pub settled: bool,
+    /// Memory that can be given to sandboxes, in MiB.
     #[serde(rename = "memoryMB")]
     pub memory_mb: u64,
+    /// Memory that is given to sandboxes, in MiB.
     #[serde(rename = "memoryReservedMB")]
     pub memory_reserved_mb: u64,
+    /// vCPUs that can be given to sandboxes.
     #[serde(rename = "vcpus")]
     pub vcpus: u32,
+    /// vCPUs that are given to sandboxes.
     #[serde(rename = "vcpusReserved")]
     pub vcpus_reserved: u32,
+    /// Free space of the data directory's file system, in MiB.
     #[serde(rename = "diskFreeMB")]
     pub disk_free_mb: u64,
     /// Where networks lead to; none when there are none, with the reason in `noNetwork`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NodeNetwork>,
+    /// Why sandboxes have no network.
     #[serde(rename = "noNetwork", default, skip_serializing_if = "Option::is_none")]
     pub no_network: Option<String>,
     /// Entries in the ledger of host resources.

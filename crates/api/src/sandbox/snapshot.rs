@@ -8,8 +8,8 @@ use crate::id::SandboxId;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct SnapshotSandbox {
+    /// Name of the snapshot: 1 to 64 of a-z, 0-9, '.', '_' and '-'.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// False keeps the disk alone.
@@ -20,23 +20,28 @@ pub struct SnapshotSandbox {
 /// A snapshot that is kept. The first two fields are E2B's, the others Kelvin's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct SnapshotInfo {
+    /// Id of the snapshot.
     #[serde(rename = "snapshotID")]
     pub snapshot_id: String,
+    /// Names that it was given.
     pub names: Vec<String>,
     /// Whose memory it is.
     #[serde(rename = "sandboxID")]
     pub sandbox_id: SandboxId,
+    /// Name of the template that it descends from.
     #[serde(rename = "templateID")]
     pub template_id: String,
     /// The snapshot it descends from: kept, or a template's.
     #[serde(rename = "parentID", default, skip_serializing_if = "Option::is_none")]
     pub parent_id: Option<String>,
+    /// When it was taken.
     #[serde(rename = "createdAt")]
     pub created_at: jiff::Timestamp,
+    /// Number of vCPUs of its machine.
     #[serde(rename = "cpuCount")]
     pub cpu_count: u32,
+    /// Memory of its machine, in MiB.
     #[serde(rename = "memoryMB")]
     pub memory_mb: u32,
     /// Whether this node can restore it now; the reason if not.
@@ -65,10 +70,10 @@ pub enum FileState {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
-#[allow(missing_docs)]
 pub struct FileVerification {
     /// `memory`, `state` or `disk`.
     pub file: String,
+    /// What became of the file.
     pub state: FileState,
     /// Its length.
     pub bytes: u64,
@@ -83,12 +88,13 @@ pub struct FileVerification {
 /// The reply of `POST /snapshots/{name}/verify`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct SnapshotVerification {
+    /// Id of the snapshot.
     #[serde(rename = "snapshotID")]
     pub snapshot_id: String,
     /// Whether nothing is known to be wrong with it.
     pub intact: bool,
+    /// What became of each of its files.
     pub files: Vec<FileVerification>,
 }
 

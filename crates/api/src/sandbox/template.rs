@@ -5,23 +5,32 @@ use serde::{Deserialize, Serialize};
 /// One row of `GET /templates`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct Template {
+    /// Name of the template.
     #[serde(rename = "templateID")]
     pub template_id: String,
+    /// Id of the image that it is now.
     #[serde(rename = "buildID")]
     pub build_id: String,
+    /// Number of vCPUs of a sandbox that asks for none.
     #[serde(rename = "cpuCount")]
     pub cpu_count: u32,
+    /// Memory of a sandbox that asks for none, in MiB.
     #[serde(rename = "memoryMB")]
     pub memory_mb: u32,
+    /// Size of its disk, in MiB.
     #[serde(rename = "diskSizeMB")]
     pub disk_size_mb: u32,
+    /// Always false: every project has the same templates, and none is listed as public.
     pub public: bool,
+    /// Its names, as E2B's older clients read them.
     pub aliases: Vec<String>,
+    /// Its names.
     pub names: Vec<String>,
+    /// When it was imported.
     #[serde(rename = "createdAt")]
     pub created_at: jiff::Timestamp,
+    /// When it was imported last.
     #[serde(rename = "updatedAt")]
     pub updated_at: jiff::Timestamp,
     /// Nobody: templates are imported by whoever keeps the server.
@@ -30,12 +39,16 @@ pub struct Template {
     /// When a sandbox of it was started last.
     #[serde(rename = "lastSpawnedAt")]
     pub last_spawned_at: Option<jiff::Timestamp>,
+    /// Sandboxes that were started of it.
     #[serde(rename = "spawnCount")]
     pub spawn_count: u64,
+    /// How often it was built.
     #[serde(rename = "buildCount")]
     pub build_count: u32,
+    /// Version of envd's API that its agent speaks.
     #[serde(rename = "envdVersion")]
     pub envd_version: String,
+    /// State of its build: `ready`.
     #[serde(rename = "buildStatus")]
     pub build_status: String,
     /// Kelvin: shapes with a snapshot that this node can restore.
@@ -45,12 +58,14 @@ pub struct Template {
 /// Kelvin: one snapshot of a template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[allow(missing_docs)]
 pub struct TemplateSnapshot {
+    /// Id of the snapshot.
     #[serde(rename = "snapshotID")]
     pub snapshot_id: String,
+    /// Number of vCPUs of its machine.
     #[serde(rename = "cpuCount")]
     pub cpu_count: u32,
+    /// Memory of its machine, in MiB.
     #[serde(rename = "memoryMB")]
     pub memory_mb: u32,
     /// VMMs that wait for it, started and ready to load.
@@ -64,10 +79,11 @@ pub struct TemplateSnapshot {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct BakeTemplate {
+    /// Number of vCPUs; the template's when it is left out.
     #[serde(rename = "cpuCount", default, skip_serializing_if = "Option::is_none")]
     pub cpu_count: Option<u32>,
+    /// Memory, in MiB; the template's when it is left out.
     #[serde(rename = "memoryMB", default, skip_serializing_if = "Option::is_none")]
     pub memory_mb: Option<u64>,
     /// VMMs to keep waiting for this shape, instead of the server's default.
@@ -135,12 +151,14 @@ pub struct PoolInfo {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub struct SetPool {
+    /// Warm machines that are always there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min: Option<u32>,
+    /// The most warm machines; 0 turns them off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max: Option<u32>,
+    /// After how many seconds an unclaimed one is replaced.
     #[serde(rename = "maxAgeS", default, skip_serializing_if = "Option::is_none")]
     pub max_age_s: Option<u64>,
 }
