@@ -43,7 +43,6 @@ const CIRCLES_LEFT: &[(&str, usize)] = &[
     ("agent", 5),
     ("api", 2),
     ("bench", 2),
-    ("cli", 2),
     ("control", 13),
     ("e2e", 3),
     ("egress", 6),
@@ -52,7 +51,6 @@ const CIRCLES_LEFT: &[(&str, usize)] = &[
     ("host", 8),
     ("node-api", 6),
     ("powercut", 2),
-    ("store", 2),
     ("vmm", 9),
     ("xtask", 6),
 ];
