@@ -1,5 +1,5 @@
-//! Routes of the control API. Source: E2B's OpenAPI; `/node`, `/gc` and `/templates/{name}/bake` are
-//! Kelvin's own.
+//! Routes of the control API. Source: E2B's OpenAPI; `/node`, `/gc`, `/templates/{name}/bake` and
+//! `/templates/{name}/import` are Kelvin's own.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -34,7 +34,7 @@ use crate::once::{self, Again, Key};
 use crate::openapi::{Api, Operation, op};
 use crate::reply::reply;
 use crate::service::{Control, DEFAULT_TIMEOUT_S, Inner, invalid, memory_of, sandbox_of, unknown_template};
-use crate::{catalog, list, logs, meter, metrics, people};
+use crate::{catalog, import, list, logs, meter, metrics, people};
 
 /// The largest body of a request.
 const MAX_BODY: usize = 4 << 20;
@@ -106,6 +106,7 @@ fn admin() -> Api {
                 .reply::<serde_json::Value>(200),
         )
         .merge(people::admin())
+        .merge(import::routes())
         .for_admins(|router| router.route_layer(from_fn(for_admins)))
 }
 

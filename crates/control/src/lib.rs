@@ -18,6 +18,7 @@ mod auth;
 mod catalog;
 mod changes;
 mod database;
+mod import;
 mod lifecycle;
 mod list;
 mod logs;

@@ -26,6 +26,8 @@ pub(crate) struct Operation {
     body: Option<MakeSchema>,
     body_required: bool,
     replies: Vec<(u16, Option<MakeSchema>)>,
+    /// The media type of a reply that comes in parts, and the schema of one.
+    events: Option<(&'static str, MakeSchema)>,
     errors: &'static [u16],
     admin: bool,
 }
@@ -38,6 +40,7 @@ pub(crate) fn op(summary: &'static str) -> Operation {
         body: None,
         body_required: true,
         replies: Vec::new(),
+        events: None,
         errors: &[],
         admin: false,
     }
@@ -69,6 +72,12 @@ impl Operation {
     /// A reply with a body.
     pub(crate) fn reply<T: JsonSchema>(mut self, status: u16) -> Self {
         self.replies.push((status, Some(schema_of::<T>)));
+        self
+    }
+
+    /// Its reply with status 200 in parts, for who accepts `media_type`.
+    pub(crate) fn events<T: JsonSchema>(mut self, media_type: &'static str) -> Self {
+        self.events = Some((media_type, schema_of::<T>));
         self
     }
 
@@ -181,6 +190,11 @@ fn describe(path: &str, operation: &Operation, generator: &mut SchemaGenerator, 
         let mut reply = json!({ "description": "Done." });
         if let Some(make) = schema {
             reply["content"] = content(&make(generator));
+        }
+        if let Some((media_type, make)) = operation.events
+            && *status == 200
+        {
+            reply["content"][media_type] = json!({ "schema": make(generator) });
         }
         replies.insert(status.to_string(), reply);
     }

@@ -43,7 +43,7 @@ const CIRCLES_LEFT: &[(&str, usize)] = &[
     ("agent", 5),
     ("api", 2),
     ("bench", 2),
-    ("control", 13),
+    ("control", 14),
     ("e2e", 3),
     ("egress", 6),
     ("gateway", 2),

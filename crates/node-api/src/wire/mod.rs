@@ -7,6 +7,7 @@
 mod client;
 mod convert;
 mod failure;
+mod import;
 mod server;
 mod stream;
 
