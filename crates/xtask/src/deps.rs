@@ -49,7 +49,7 @@ const CIRCLES_LEFT: &[(&str, usize)] = &[
     ("gateway", 2),
     ("harness", 2),
     ("host", 8),
-    ("node-api", 6),
+    ("node-api", 7),
     ("powercut", 2),
     ("vmm", 9),
     ("xtask", 6),
