@@ -82,6 +82,8 @@ codes! {
     InvalidCount = "invalid_count", Invalid;
     /// A name or value that no environment can have.
     InvalidEnvVar = "invalid_env_var", Invalid;
+    /// A file of an import: it is none, or too large.
+    InvalidFile = "invalid_file", Invalid;
     /// An interval of measurements.
     InvalidInterval = "invalid_interval", Invalid;
     /// Wishes of one lifecycle that contradict each other.
@@ -156,6 +158,8 @@ codes! {
     TagNotFound = "tag_not_found", NotFound;
     /// The tag names a template that was imported anew since.
     TagOutdated = "tag_outdated", Conflict;
+    /// Another import of the template is under way.
+    TemplateImporting = "template_importing", Conflict;
     /// The name is a template's.
     NameTaken = "name_taken", Conflict;
     /// A snapshot with that id is there.

@@ -75,6 +75,12 @@ pub fn client(connection: &Connection) -> Result<Client, Failed> {
     Client::new(&url, Token::from_secret(key)).map_err(Failed::from)
 }
 
+/// A client of the server at `url` whose data directory is on this machine.
+pub fn client_of(url: &str, data_dir: &Path) -> Result<Client, Failed> {
+    let key = read_key(&data_dir.join("api-key"))?;
+    Client::new(url, Token::from_secret(key)).map_err(Failed::from)
+}
+
 fn no_key() -> Failed {
     Failed::new(
         "there is no API key".to_owned(),

@@ -20,9 +20,8 @@ use kelvin_client::agent::{Agent, Command, ErrorCode, Told};
 use kelvin_client::{Client, Error};
 use tokio::io::AsyncReadExt;
 
-use crate::exec::told_to_end;
+use crate::exec::{agent, told_to_end};
 use crate::output::{Failed, progress};
-use crate::sandbox::agent;
 
 /// What is told of what a program in the guest says of its failure, in bytes.
 const WORDS: usize = 2000;

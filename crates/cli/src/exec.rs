@@ -19,6 +19,12 @@ const MARGIN_S: u64 = 60;
 /// How much longer than the deadline the agent may take to tell the end of a command.
 const LATE: Duration = Duration::from_secs(5);
 
+/// The agent of the sandbox `id`.
+pub async fn agent(client: &Client, id: &str, user: Option<String>) -> Result<Agent, Error> {
+    let detail = client.sandbox(id).await?;
+    client.agent(&detail.sandbox_id, detail.envd_access_token, user)
+}
+
 /// The body of a create.
 pub fn new_sandbox(machine: &MachineArgs, timeout: u64) -> NewSandbox {
     NewSandbox {

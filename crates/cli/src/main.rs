@@ -11,6 +11,7 @@ mod copy;
 mod doctor;
 mod exec;
 mod key;
+mod lock;
 mod network;
 mod notify;
 mod output;

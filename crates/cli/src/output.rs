@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use comfy_table::{ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -347,4 +348,48 @@ pub fn spinner(what: &str) -> ProgressBar {
     }
     bar.enable_steady_tick(std::time::Duration::from_millis(120));
     bar
+}
+
+/// How often work that is told of in lines is told of.
+const LINE_EACH: Duration = Duration::from_secs(5);
+
+/// Work in steps, each of which goes through the same bytes: a bar on a terminal, lines elsewhere; on standard error.
+pub struct Steps {
+    what: String,
+    step: &'static str,
+    bar: ProgressBar,
+    is_terminal: bool,
+    told: Instant,
+}
+
+impl Steps {
+    /// Nothing of it is done yet.
+    pub fn new(what: &str) -> Self {
+        let is_terminal = std::io::stderr().is_terminal();
+        let bar = progress(what, Some(0));
+        Self { what: what.to_owned(), step: "", bar, is_terminal, told: Instant::now() }
+    }
+
+    /// `step` is through with `done` of `total` bytes.
+    pub fn at(&mut self, step: &'static str, done: u64, total: u64) {
+        let is_new = step != self.step;
+        if is_new {
+            self.step = step;
+            self.bar.reset();
+            self.bar.set_message(format!("{}: {step}", self.what));
+        }
+        self.bar.set_length(total);
+        self.bar.set_position(done);
+        if !self.is_terminal && (is_new || self.told.elapsed() >= LINE_EACH) {
+            self.told = Instant::now();
+            let mib = |bytes: u64| bytes >> 20;
+            let mut stderr = std::io::stderr().lock();
+            let _ = writeln!(stderr, "{}: {step}, {} of {} MiB", self.what, mib(done), mib(total));
+        }
+    }
+
+    /// It has ended: the bar goes away.
+    pub fn finish(self) {
+        self.bar.finish_and_clear();
+    }
 }

@@ -6,20 +6,14 @@ use std::time::Duration;
 use kelvin_api::envd::process::ProcessInfo;
 use kelvin_api::id::SandboxId;
 use kelvin_api::sandbox::{AutoResume, ForkSandbox, SandboxState};
-use kelvin_client::agent::{Agent, Told};
+use kelvin_client::agent::Told;
 use kelvin_client::{Client, Error};
 use serde::Serialize;
 
 use crate::args::{Output, SandboxCommand};
-use crate::exec::{OnLeaving, command, follow, new_sandbox, not_run, not_started};
+use crate::exec::{OnLeaving, agent, command, follow, new_sandbox, not_run, not_started};
 use crate::output::{Failed, detail_table, line, print, sandbox_table, table};
 use crate::{copy, network, snapshot};
-
-/// The agent of the sandbox `id`.
-pub async fn agent(client: &Client, id: &str, user: Option<String>) -> Result<Agent, Error> {
-    let detail = client.sandbox(id).await?;
-    client.agent(&detail.sandbox_id, detail.envd_access_token, user)
-}
 
 fn parse(id: &str) -> Result<SandboxId, Failed> {
     id.parse().map_err(|error: kelvin_api::id::ParseIdError| {

@@ -1,10 +1,9 @@
 //! `kelvin serve`: control plane, node and gateway in one process, on one listener.
 //!
-//! One server owns a data directory, by a lock on `run/lock` that the kernel drops with the process.
+//! One server owns a data directory, by its lock (`lock`).
 //! SIGTERM and SIGINT: requests under way end, waiting VMMs are released, sandboxes keep running and are
 //! adopted by the next start.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,7 +28,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::args::{ServeArgs, data_dir};
 use crate::output::Failed;
-use crate::vmm;
+use crate::{lock, vmm};
 
 async fn options(args: &ServeArgs) -> Result<Options, Failed> {
     let mut options = Options::for_host(data_dir(args.data_dir.as_ref()));
@@ -85,27 +84,6 @@ async fn network(args: &ServeArgs, first_user: Option<u32>) -> Result<NetworkOpt
     })
 }
 
-/// Takes the data directory for this process alone.
-fn lock(data_dir: &Path) -> Result<std::fs::File, Failed> {
-    let failed = |error: std::io::Error| {
-        Failed::new(
-            format!("{}: {error}", data_dir.display()),
-            "name a directory that can be written with --data-dir",
-        )
-    };
-    std::fs::create_dir_all(data_dir.join("run")).map_err(failed)?;
-    let file = std::fs::File::create(data_dir.join("run/lock")).map_err(failed)?;
-    // A record lock: with `flock`, a child between `fork` and `exec` would hold it for a server that has just died. It
-    // ends when any descriptor of the file is closed: nothing else here opens it.
-    rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-        Failed::new(
-            format!("another server uses {}", data_dir.display()),
-            "stop it, or name another directory with --data-dir",
-        )
-    })?;
-    Ok(file)
-}
-
 /// Logs to standard error.
 pub fn start_log() {
     let filter = EnvFilter::try_from_env("KELVIN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
@@ -129,7 +107,12 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     }
     let options = options(&args).await?;
     let data_dir = options.data_dir.clone();
-    let lock = lock(&data_dir)?;
+    let lock = lock::take(&data_dir)?.ok_or_else(|| {
+        Failed::new(
+            format!("another server uses {}", data_dir.display()),
+            "stop it, or name another directory with --data-dir; an import into it ends by itself",
+        )
+    })?;
     // Bound before anything is made: a port that is taken must cost nothing.
     let listener = TcpListener::bind(args.listen).await.map_err(|error| {
         Failed::new(format!("{}: {error}", args.listen), "name another address with --listen")
@@ -174,7 +157,7 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     if !address.ip().is_loopback() {
         tracing::warn!(%address, "others can reach this address, and neither keys nor data are encrypted: put TLS in front");
     }
-    announce(&data_dir, &address.to_string())?;
+    lock.announce(&address.to_string()).map_err(|error| Failed::other(&error))?;
     crate::notify::ready();
     let service = server.service();
     let door = Door::new(limits, Arc::new(descriptor));
@@ -200,8 +183,7 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     }
     door.close();
     server.stop().await;
-    let _ = std::fs::remove_file(data_dir.join("run/server.json"));
-    drop(lock);
+    lock.release();
     Ok(())
 }
 
@@ -248,18 +230,6 @@ fn descriptor() -> Result<(), Failure> {
         Ok(_open) => Ok(()),
         Err(error) => Err(kelvin_node::no_descriptors(&error)),
     }
-}
-
-/// Tells scripts where the server is, once it answers.
-fn announce(data_dir: &Path, address: &str) -> Result<(), Failed> {
-    let write = || -> std::io::Result<()> {
-        let path = data_dir.join("run/server.json");
-        let fresh = path.with_extension("new");
-        let body = serde_json::json!({ "pid": std::process::id(), "url": format!("http://{address}") });
-        std::fs::write(&fresh, body.to_string())?;
-        std::fs::rename(fresh, path)
-    };
-    write().map_err(|error| Failed::other(&error))
 }
 
 /// What tells the server to stop.

@@ -1,5 +1,5 @@
-//! Routes of the control API. Source: E2B's OpenAPI; `/node`, `/gc` and `/templates/{name}/bake` are
-//! Kelvin's own.
+//! Routes of the control API. Source: E2B's OpenAPI; `/node`, `/gc`, `/templates/{name}/bake` and
+//! `/templates/{name}/import` are Kelvin's own.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -36,7 +36,7 @@ use crate::openapi::{Api, Documented, Operation, Tag, op};
 use crate::reply::reply;
 use crate::request::{Outcome, Own, Path, Query, Who, about, json, parse, parse_required, read};
 use crate::service::sandbox_of;
-use crate::{catalog, list, logs, meter, metrics, people};
+use crate::{catalog, import, list, logs, meter, metrics, people};
 
 /// The time to live that a connect without a timeout asks for, in seconds. Source: E2B's clients.
 const CONNECT_TIMEOUT_S: u64 = 300;
@@ -97,6 +97,7 @@ fn admin() -> Api {
                 .reply::<serde_json::Value>(200),
         )
         .merge(people::admin())
+        .merge(import::routes())
         .for_admins(|router| router.route_layer(from_fn(for_admins)))
 }
 

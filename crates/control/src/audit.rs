@@ -30,6 +30,8 @@ struct State {
     id: Option<i64>,
     /// What the log says of its end.
     ended: Option<(u16, String)>,
+    /// The reply begins before the end is known.
+    is_late: bool,
 }
 
 impl Audit {
@@ -84,16 +86,39 @@ impl Audit {
         }
     }
 
+    /// The reply begins before the change has ended, which is written by [`Audit::end_late`] alone.
+    pub fn ends_late(&self) {
+        self.state().is_late = true;
+    }
+
+    /// Writes how a change ended whose reply has begun already, or is about to.
+    pub async fn end_late(&self, database: &Database, status: StatusCode) {
+        self.write_end(database, status, self.entry.target.clone()).await;
+    }
+
     /// Writes what is still to be written, before the reply: `target` when it is another than the path says.
     pub async fn end(&self, database: &Database, status: StatusCode, target: Option<String>) {
-        let target = target.unwrap_or_else(|| self.entry.target.clone());
+        if self.state().is_late {
+            return;
+        }
+        self.write_end(database, status, target.unwrap_or_else(|| self.entry.target.clone())).await;
+    }
+
+    async fn write_end(&self, database: &Database, status: StatusCode, target: String) {
         let (id, known) = {
             let state = self.state();
             (state.id, state.ended.clone())
         };
         let written = match id {
             Some(_) if known == Some((status.as_u16(), target.clone())) => return,
-            Some(entry) => database.note_end(Ended { entry, status: status.as_u16(), target }).await,
+            Some(entry) => {
+                let ended = Ended { entry, status: status.as_u16(), target };
+                let written = database.note_end(ended.clone()).await;
+                if written.is_ok() {
+                    self.ended(Some(ended));
+                }
+                written
+            }
             None => {
                 let entry = AuditEntry { status: status.as_u16(), target, ..self.entry.clone() };
                 database.note(entry).await.map(drop)

@@ -24,6 +24,7 @@ mod control;
 mod create;
 mod database;
 mod failures;
+mod import;
 mod lifecycle;
 mod list;
 mod logs;

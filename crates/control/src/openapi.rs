@@ -69,6 +69,8 @@ pub(crate) struct Operation {
     body: Option<MakeSchema>,
     body_required: bool,
     replies: Vec<(u16, Option<MakeSchema>)>,
+    /// The media type of a reply that comes in parts, and the schema of one.
+    events: Option<(&'static str, MakeSchema)>,
     errors: Codes,
     tells_secret: bool,
     admin: bool,
@@ -84,6 +86,7 @@ pub(crate) fn op(id: &'static str, tag: Tag, summary: &'static str) -> Operation
         body: None,
         body_required: true,
         replies: Vec::new(),
+        events: None,
         errors: &[],
         tells_secret: false,
         admin: false,
@@ -116,6 +119,12 @@ impl Operation {
     /// A reply with a body.
     pub(crate) fn reply<T: JsonSchema>(mut self, status: u16) -> Self {
         self.replies.push((status, Some(schema_of::<T>)));
+        self
+    }
+
+    /// Its reply with status 200 in parts, for who accepts `media_type`.
+    pub(crate) fn events<T: JsonSchema>(mut self, media_type: &'static str) -> Self {
+        self.events = Some((media_type, schema_of::<T>));
         self
     }
 
@@ -319,6 +328,11 @@ fn describe(
         let mut reply = json!({ "description": "Done." });
         if let Some(make) = schema {
             reply["content"] = content(&make(generator).to_value());
+        }
+        if let Some((media_type, make)) = operation.events
+            && *status == 200
+        {
+            reply["content"][media_type] = json!({ "schema": make(generator).to_value() });
         }
         replies.insert(status.to_string(), reply);
     }

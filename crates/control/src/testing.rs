@@ -11,8 +11,8 @@ use kelvin_api::sandbox::{
     GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, SnapshotVerification, Template,
 };
 use kelvin_node_api::{
-    Bake, Changes, Child, ConsoleLine, Create, Created, Forked, Garbage, Live, NodeService, Paused, Source,
-    Taken,
+    Bake, Changes, Child, ConsoleLine, Create, Created, Forked, Garbage, Import, ImportTold, Live,
+    NodeService, Paused, Source, Taken,
 };
 
 #[derive(Debug, Default)]
@@ -144,6 +144,10 @@ impl NodeService for ScriptedNode {
 
     async fn templates(&self) -> Result<Vec<Template>, Failure> {
         Ok(Vec::new())
+    }
+
+    async fn import(&self, _: Import, _: ImportTold) -> Result<Template, Failure> {
+        refused()
     }
 
     async fn bake(&self, _: Bake) -> Result<SnapshotId, Failure> {

@@ -16,7 +16,7 @@ use kelvin_node::Node;
 use kelvin_node::options::{Options, Rule};
 use kelvin_server::Server;
 use kelvin_store::Store;
-use kelvin_store::image::Import;
+use kelvin_store::import::{Import, Links};
 use kelvin_vmm::testing::FakeDriver;
 use serde_json::json;
 use tempfile::TempDir;
@@ -121,10 +121,11 @@ impl World {
             rootfs: &file,
             kernel: &file,
             initrd: &file,
+            links: Links::Follow,
             vcpus: 1,
             memory_mib: MemoryMib(MEMORY),
         };
-        store.import(&import)?;
+        store.import(&import, &mut |_| ())?;
         std::fs::remove_file(&file)?;
         let options = Options {
             accelerator: Accelerator::Tcg,

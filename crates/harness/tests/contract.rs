@@ -5,13 +5,15 @@
 
 use std::sync::Arc;
 
+use kelvin_api::id::TemplateName;
+use kelvin_api::units::MemoryMib;
 use kelvin_harness::client::Book;
 use kelvin_harness::faults::{Faults, Plan, Scripted, What};
-use kelvin_harness::world::{Broken, Settings, World, live, open};
+use kelvin_harness::world::{Broken, MEMORY, Settings, World, live, open};
 use kelvin_node::Node;
 use kelvin_node_api::testing::{self, Subject};
 use kelvin_node_api::wire::{Remote, serve};
-use kelvin_node_api::{NodeService, SandboxTraffic};
+use kelvin_node_api::{Import, NodeService, SandboxTraffic};
 use kelvin_vmm::testing::FakeDriver;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -34,7 +36,19 @@ fn with_node<F: Future<Output = ()> + Send + 'static>(work: impl FnOnce(Node) ->
 
 fn subject(node: Arc<dyn NodeService>, traffic: Arc<dyn SandboxTraffic>, of: &Node) -> Subject {
     let clock = of.clock().clone();
-    Subject { node, traffic, template: "base".parse().unwrap(), now: Arc::new(move || clock.wall()) }
+    let template: TemplateName = "base".parse().unwrap();
+    // As the world has imported it.
+    let file = of.data_dir().join("file");
+    std::fs::write(&file, "").unwrap();
+    let imported = Import {
+        template: template.clone(),
+        rootfs: file.clone(),
+        kernel: file.clone(),
+        initrd: file,
+        vcpus: 1,
+        memory_mib: MemoryMib(MEMORY),
+    };
+    Subject { node, traffic, template, imported, now: Arc::new(move || clock.wall()) }
 }
 
 #[test]

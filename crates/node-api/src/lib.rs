@@ -22,7 +22,8 @@ pub mod wire;
 pub use service::NodeService;
 pub use traffic::{Cut, Inbound, Io, Outbound, Route, SandboxTraffic, Unanswered, Wake};
 pub use types::{
-    Bake, Base, Changes, Child, ConsoleLine, Create, Created, Forked, Garbage, Live, Paused, Source, Taken,
+    Bake, Base, Changes, Child, ConsoleLine, Create, Created, Forked, Garbage, Import, ImportTold, Live,
+    Paused, Source, Taken,
 };
 
 /// The version of these types and services. It grows with each change that a peer of the former version would misread: a

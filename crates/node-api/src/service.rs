@@ -9,7 +9,8 @@ use kelvin_api::sandbox::{
 };
 
 use crate::{
-    Bake, Changes, Child, ConsoleLine, Create, Created, Forked, Garbage, Live, Paused, Source, Taken,
+    Bake, Changes, Child, ConsoleLine, Create, Created, Forked, Garbage, Import, ImportTold, Live, Paused,
+    Source, Taken,
 };
 
 /// A node, as the control plane sees it. What is begun goes on to its end, also when the caller goes away.
@@ -72,6 +73,9 @@ pub trait NodeService: Send + Sync + 'static {
     async fn changes(&self, generation: u64) -> Result<Changes, Failure>;
     /// Every template.
     async fn templates(&self) -> Result<Vec<Template>, Failure>;
+    /// Makes a template of files on the node's machine, and says in `told` how far it is. `TemplateImporting` when one of that
+    /// name is being made. A create finds it as soon as this returns; on a failure the template is what it was.
+    async fn import(&self, request: Import, told: ImportTold) -> Result<Template, Failure>;
     /// Makes sure that a snapshot exists; returns its id.
     async fn bake(&self, request: Bake) -> Result<SnapshotId, Failure>;
     /// What runs and what is left.

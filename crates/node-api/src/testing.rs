@@ -13,11 +13,13 @@ use http_body_util::{BodyExt, Full};
 use kelvin_api::account::Project;
 use kelvin_api::error::{ErrorCode, Failure, Kind};
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, Token};
+use kelvin_api::import::ImportStage;
 use kelvin_api::network::{Policy, Wanted};
 use kelvin_api::sandbox::{Lifecycle, PauseMode, SandboxState, SetPool, StartPath};
 use kelvin_api::units::MemoryMib;
+use tokio::sync::watch;
 
-use crate::{Bake, Base, Child, Create, Inbound, NodeService, SandboxTraffic, Unanswered};
+use crate::{Bake, Base, Child, Create, Import, Inbound, NodeService, SandboxTraffic, Unanswered};
 
 /// How long something may take that is told later.
 const SOON: Duration = Duration::from_secs(30);
@@ -33,6 +35,8 @@ pub struct Subject {
     pub traffic: Arc<dyn SandboxTraffic>,
     /// The template that is there.
     pub template: TemplateName,
+    /// What it was imported with.
+    pub imported: Import,
     /// What time it is there.
     pub now: Arc<dyn Fn() -> jiff::Timestamp + Send + Sync>,
 }
@@ -47,6 +51,7 @@ pub async fn all(subject: &Subject) {
     what_sleeps_is_reached_once_it_was_woken_up(subject).await;
     what_carries_a_secret_alone_finds_its_sandbox(subject).await;
     resources_are_told(subject).await;
+    a_template_is_imported_while_the_node_runs(subject).await;
 }
 
 async fn soon<T>(what: &str, waiting: impl Future<Output = T>) -> T {
@@ -315,4 +320,54 @@ pub async fn resources_are_told(subject: &Subject) {
     let refused = node.set_policy(&id, Policy::default()).await;
     assert_eq!(code(refused), (Kind::Conflict, ErrorCode::NoNetwork));
     node.kill(&id).await.expect("its end");
+}
+
+/// An import tells how far it is, and goes on when its caller leaves; creates find what it made. One that fails changes nothing.
+pub async fn a_template_is_imported_while_the_node_runs(subject: &Subject) {
+    let (node, name) = (&subject.node, subject.template.as_str());
+    let has = async || node.source(name).await.expect("a look").expect("it is a template").shape.memory_mib;
+    let with = |memory_mib| Import { memory_mib, ..subject.imported.clone() };
+    let before = has().await;
+    let (other, third) = (MemoryMib(before.0 + 1), MemoryMib(before.0 + 2));
+    let (told, progress) = watch::channel(None);
+    let odd = Import { kernel: subject.imported.kernel.join("below"), ..with(other) };
+    assert_eq!(code(node.import(odd, told).await), (Kind::Invalid, ErrorCode::InvalidFile));
+    let (told, nothing) = watch::channel(None);
+    let none = with(MemoryMib(0));
+    assert_eq!(code(node.import(none, told).await), (Kind::Invalid, ErrorCode::InvalidShape));
+    assert_eq!((has().await, *progress.borrow(), *nothing.borrow()), (before, None, None));
+
+    let (told, progress) = watch::channel(None);
+    let template = node.import(with(other), told).await.expect("an import");
+    assert_eq!((template.template_id.as_str(), template.memory_mb), (name, other.0));
+    assert_eq!(has().await, other, "it is there when its import returns");
+    assert!(node.templates().await.expect("templates").contains(&template));
+    let last = progress.borrow().expect("it was told of");
+    assert_eq!((last.stage, last.done_bytes), (ImportStage::Publishing, last.total_bytes));
+
+    // A caller that leaves once it has begun.
+    let (told, mut progress) = watch::channel(None);
+    tokio::select! {
+        imported = node.import(with(third), told) => drop(imported.expect("an import")),
+        begun = progress.wait_for(Option::is_some) => drop(begun.expect("it is told of")),
+    }
+    let ended = async {
+        while has().await != third {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    soon("an import without its caller", ended).await;
+    let again = async {
+        loop {
+            match node.import(with(before), watch::channel(None).0).await {
+                // It is seen before it has ended.
+                Err(failure) if failure.error_code == ErrorCode::TemplateImporting => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                imported => return imported.expect("an import"),
+            }
+        }
+    };
+    soon("another import", again).await;
+    assert_eq!(has().await, before);
 }

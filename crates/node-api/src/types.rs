@@ -1,16 +1,19 @@
 //! What goes over the seam. Resources of the public API are those of `kelvin-api`.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use kelvin_api::account::Project;
 use kelvin_api::error::Failure;
 use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, Token};
+use kelvin_api::import::ImportProgress;
 use kelvin_api::network::Wanted;
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{Capture, EnvVars, Lifecycle, SandboxState, SnapshotInfo, StartPath};
 use kelvin_api::units::{MemoryMib, Shape};
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 /// Make one sandbox. The id is the idempotency key between control and node.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -190,6 +193,26 @@ pub struct Bake {
     /// Whether the machine has a network; true where the node has one.
     pub network: Option<bool>,
 }
+
+/// Make a template of files on the node's machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Import {
+    /// Its name; a template of that name is replaced.
+    pub template: TemplateName,
+    /// Absolute path of the root file system. Regular files all three: no link is followed to one.
+    pub rootfs: PathBuf,
+    /// Absolute path of the kernel.
+    pub kernel: PathBuf,
+    /// Absolute path of the initial RAM disk.
+    pub initrd: PathBuf,
+    /// Of machines that ask for no other.
+    pub vcpus: u32,
+    /// Of machines that ask for no other.
+    pub memory_mib: MemoryMib,
+}
+
+/// Where an import says how far it is: none before it begins. Who reads it may be slow, or gone.
+pub type ImportTold = watch::Sender<Option<ImportProgress>>;
 
 /// What a collection removed, or would remove.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

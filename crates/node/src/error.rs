@@ -93,6 +93,9 @@ pub enum Error {
         /// The most.
         most: u32,
     },
+    /// One at a time.
+    #[error("another import of template {0} is under way")]
+    Importing(String),
     /// A name that is taken.
     #[error("{0} is the name of a template")]
     NameTaken(String),
@@ -236,6 +239,7 @@ impl From<Error> for Failure {
             ),
             Error::Fixed { .. } => with(ErrorCode::SnapshotFixed, "leave the field out"),
             Error::Rule { .. } => with(ErrorCode::InvalidPool, "max 0 turns warm machines off"),
+            Error::Importing(_) => with(ErrorCode::TemplateImporting, "import it again when that is done"),
             Error::NameTaken(_) => with(ErrorCode::NameTaken, "choose another name"),
             Error::Path { .. } => with(
                 ErrorCode::StartPathImpossible,

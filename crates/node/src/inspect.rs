@@ -13,6 +13,9 @@ use crate::Node;
 use crate::error::Error;
 use crate::pool::shelf::{Pool, manifest_shape};
 
+/// A template, when it was imported, and its usable snapshots.
+pub type Known = (Template, jiff::Timestamp, Vec<TemplateSnapshot>);
+
 impl Node {
     /// One sandbox as it is now.
     pub fn one(&self, id: &SandboxId) -> Option<Live> {
@@ -48,7 +51,7 @@ impl Node {
     ///
     /// # Errors
     /// `Store` when they cannot be read.
-    pub async fn templates(&self) -> Result<Vec<(Template, jiff::Timestamp, Vec<TemplateSnapshot>)>, Error> {
+    pub async fn templates(&self) -> Result<Vec<Known>, Error> {
         let store = self.inner.store.clone();
         let templates =
             kelvin_host::blocking::spawn(move || store.templates()).await.map_err(|error| Error::Io {

@@ -14,6 +14,7 @@ mod capacity;
 mod changes;
 mod error;
 mod identities;
+mod import;
 mod inspect;
 mod lifecycle;
 mod link;

@@ -12,11 +12,35 @@ use kelvin_api::sandbox::{
 };
 use kelvin_api::signature::Signature;
 use kelvin_node_api::{
-    Bake, Changes, Child, ConsoleLine, Create, Created, Forked, Garbage, Inbound, Io, Live, NodeService,
-    Outbound, Paused, Route, SandboxTraffic, Source, Taken, Unanswered,
+    Bake, Changes, Child, ConsoleLine, Create, Created, Forked, Garbage, Import, ImportTold, Inbound, Io,
+    Live, NodeService, Outbound, Paused, Route, SandboxTraffic, Source, Taken, Unanswered,
 };
 
 use crate::Node;
+use crate::inspect::Known;
+
+/// A template as the public API tells of it.
+fn shown((template, created, snapshots): Known) -> Template {
+    Template {
+        template_id: template.name.to_string(),
+        build_id: template.image.clone(),
+        cpu_count: template.shape.vcpus,
+        memory_mb: template.shape.memory_mib.0,
+        disk_size_mb: template.shape.disk_mib.0,
+        public: false,
+        aliases: vec![template.name.to_string()],
+        names: vec![template.name.to_string()],
+        created_at: created,
+        updated_at: created,
+        created_by: None,
+        last_spawned_at: None,
+        spawn_count: 0,
+        build_count: 1,
+        envd_version: ENVD_VERSION.to_owned(),
+        build_status: "ready".to_owned(),
+        snapshots,
+    }
+}
 
 // What is called here are the node's own methods of the same names: those of a type come before those of its traits.
 #[async_trait]
@@ -115,29 +139,11 @@ impl NodeService for Node {
     }
 
     async fn templates(&self) -> Result<Vec<Template>, Failure> {
-        let templates = self.templates().await?;
-        Ok(templates
-            .into_iter()
-            .map(|(template, created, snapshots)| Template {
-                template_id: template.name.to_string(),
-                build_id: template.image.clone(),
-                cpu_count: template.shape.vcpus,
-                memory_mb: template.shape.memory_mib.0,
-                disk_size_mb: template.shape.disk_mib.0,
-                public: false,
-                aliases: vec![template.name.to_string()],
-                names: vec![template.name.to_string()],
-                created_at: created,
-                updated_at: created,
-                created_by: None,
-                last_spawned_at: None,
-                spawn_count: 0,
-                build_count: 1,
-                envd_version: ENVD_VERSION.to_owned(),
-                build_status: "ready".to_owned(),
-                snapshots,
-            })
-            .collect())
+        Ok(self.templates().await?.into_iter().map(shown).collect())
+    }
+
+    async fn import(&self, request: Import, told: ImportTold) -> Result<Template, Failure> {
+        Ok(shown(self.import(request, told).await?))
     }
 
     async fn bake(&self, request: Bake) -> Result<SnapshotId, Failure> {

@@ -1,6 +1,6 @@
 //! The templates of a node, as they were read last.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kelvin_api::id::TemplateName;
@@ -16,12 +16,25 @@ type Known = BTreeMap<TemplateName, (TemplateStamp, Arc<Template>)>;
 pub struct Templates {
     store: Store,
     known: Mutex<Known>,
+    importing: Arc<Mutex<BTreeSet<TemplateName>>>,
+}
+
+/// An import that is under way, until it is dropped.
+pub struct Importing {
+    all: Arc<Mutex<BTreeSet<TemplateName>>>,
+    name: TemplateName,
+}
+
+impl Drop for Importing {
+    fn drop(&mut self) {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.name);
+    }
 }
 
 impl Templates {
     /// None is known yet.
     pub fn new(store: Store) -> Self {
-        Self { store, known: Mutex::default() }
+        Self { store, known: Mutex::default(), importing: Arc::default() }
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -52,6 +65,17 @@ impl Templates {
         Ok(template)
     }
 
+    /// Begins an import of `name`: the only one.
+    ///
+    /// # Errors
+    /// `Importing` when there is another.
+    pub fn begin_import(&self, name: &TemplateName) -> Result<Importing, Error> {
+        if !self.importing.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone()) {
+            return Err(Error::Importing(name.to_string()));
+        }
+        Ok(Importing { all: Arc::clone(&self.importing), name: name.clone() })
+    }
+
     /// Takes over templates that were all read anew.
     pub fn know(&self, templates: &[Template]) {
         let known = templates
@@ -62,5 +86,22 @@ impl Templates {
             })
             .collect();
         *self.known() = known;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_import_of_a_name_is_under_way_at_a_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let templates = Templates::new(Store::open(directory.path(), true).unwrap());
+        let (base, other) = ("base".parse().unwrap(), "other".parse().unwrap());
+        let first = templates.begin_import(&base).unwrap();
+        drop(templates.begin_import(&other).unwrap());
+        assert!(matches!(templates.begin_import(&base), Err(Error::Importing(name)) if name == "base"));
+        drop(first);
+        drop(templates.begin_import(&base).unwrap());
     }
 }

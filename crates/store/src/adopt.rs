@@ -122,7 +122,7 @@ mod tests {
     use kelvin_api::units::MemoryMib;
 
     use super::*;
-    use crate::image::Import;
+    use crate::import::{Import, Links};
     use crate::snapshot::{Draft, FILES};
 
     /// Where a snapshot comes from, and where it is to be.
@@ -150,10 +150,11 @@ mod tests {
                     rootfs: &rootfs,
                     kernel: &kernel,
                     initrd: &initrd,
+                    links: Links::Follow,
                     vcpus: 1,
                     memory_mib: MemoryMib(256),
                 };
-                let template = store.import(&import).unwrap();
+                let template = store.import(&import, &mut |_| ()).unwrap();
                 (store, template)
             };
             let ((source, template), (store, _)) = (store("source"), store("target"));

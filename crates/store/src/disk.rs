@@ -25,7 +25,7 @@ static WARNED: AtomicBool = AtomicBool::new(false);
 /// # Errors
 /// As [`kelvin_host::file::open_plain`]; a half-made `to` is removed.
 pub fn clone_file(from: &Path, to: &Path) -> io::Result<Cloned> {
-    clone_of(&kelvin_host::file::read_plain(from)?, to)
+    clone_of(&kelvin_host::file::read_plain(from)?, to, &mut |_| ())
 }
 
 /// The same of a file that an operator names: it may be a link, and have other names.
@@ -33,10 +33,14 @@ pub fn clone_file(from: &Path, to: &Path) -> io::Result<Cloned> {
 /// # Errors
 /// As the file system gives them; a half-made `to` is removed.
 pub fn import_file(from: &Path, to: &Path) -> io::Result<Cloned> {
-    clone_of(&File::open(from)?, to)
+    clone_of(&File::open(from)?, to, &mut |_| ())
 }
 
-fn clone_of(source: &File, to: &Path) -> io::Result<Cloned> {
+/// The same of a file that is open. `told` hears how many bytes are copied, when it has to be copied.
+///
+/// # Errors
+/// As the file system gives them; a half-made `to` is removed.
+pub(crate) fn clone_of(source: &File, to: &Path, told: &mut dyn FnMut(u64)) -> io::Result<Cloned> {
     use std::os::unix::fs::OpenOptionsExt;
     let target = File::options().write(true).create_new(true).mode(0o600).open(to)?;
     let result = match ioctl_ficlone(&target, source) {
@@ -55,7 +59,7 @@ fn clone_of(source: &File, to: &Path) -> io::Result<Cloned> {
                      takes space; `kelvin setup` makes one that can"
                 );
             }
-            copy_sparse(source, &target).map(|()| Cloned::Copy)
+            copy_sparse(source, &target, told).map(|()| Cloned::Copy)
         }
         Err(error) => Err(error.into()),
     };
@@ -66,7 +70,7 @@ fn clone_of(source: &File, to: &Path) -> io::Result<Cloned> {
 }
 
 /// Copies data and leaves holes.
-fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
+fn copy_sparse(source: &File, target: &File, told: &mut dyn FnMut(u64)) -> io::Result<()> {
     let length = source.metadata()?.len();
     target.set_len(length)?;
     let mut buffer = vec![0; usize::try_from(length.min(1 << 20)).unwrap_or(0)];
@@ -84,6 +88,7 @@ fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
             source.read_exact_at(&mut buffer[..part], offset)?;
             target.write_all_at(&buffer[..part], offset)?;
             offset += part as u64;
+            told(offset);
         }
     }
     Ok(())
@@ -103,7 +108,7 @@ mod tests {
         file.set_len(64 << 20).unwrap();
         file.write_all_at(b"begin", 0).unwrap();
         file.write_all_at(b"end", (64 << 20) - 3).unwrap();
-        copy_sparse(&File::open(&from).unwrap(), &File::create(&to).unwrap()).unwrap();
+        copy_sparse(&File::open(&from).unwrap(), &File::create(&to).unwrap(), &mut |_| ()).unwrap();
         assert_eq!(std::fs::read(&from).unwrap(), std::fs::read(&to).unwrap());
         assert!(std::fs::metadata(&to).unwrap().blocks() * 512 < 4 << 20);
     }

@@ -277,14 +277,18 @@ mod tests {
             path
         };
         let template = store
-            .import(&crate::image::Import {
-                name: "base".parse().unwrap(),
-                rootfs: &file("rootfs"),
-                kernel: &file("kernel"),
-                initrd: &file("initrd"),
-                vcpus: 1,
-                memory_mib: kelvin_api::units::MemoryMib(128),
-            })
+            .import(
+                &crate::import::Import {
+                    name: "base".parse().unwrap(),
+                    rootfs: &file("rootfs"),
+                    kernel: &file("kernel"),
+                    initrd: &file("initrd"),
+                    links: crate::import::Links::Follow,
+                    vcpus: 1,
+                    memory_mib: kelvin_api::units::MemoryMib(128),
+                },
+                &mut |_| (),
+            )
             .unwrap();
         (dir, store, template)
     }

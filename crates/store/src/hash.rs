@@ -62,7 +62,10 @@ impl Chunks {
     /// # Errors
     /// As the file system gives them.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
+        Self::of(File::open(path)?)
+    }
+
+    fn of(file: File) -> io::Result<Self> {
         let bytes = file.metadata()?.len();
         // Most are short: no more is held than one has.
         let buffer = vec![0; usize::try_from(CHUNK_BYTES.min(bytes)).map_err(io::Error::other)?];
@@ -111,8 +114,20 @@ impl Chunks {
 /// # Errors
 /// When it cannot be read whole.
 pub fn digest_file(path: &Path) -> io::Result<FileDigest> {
-    let mut file = Chunks::open(path)?;
-    let chunks = (0..file.count()).map(|index| file.digest(index)).collect::<io::Result<_>>()?;
+    digest_open(File::open(path)?, &mut |_| ())
+}
+
+/// Digests a file that is open. `told` hears how many bytes are done.
+///
+/// # Errors
+/// When it cannot be read whole.
+pub(crate) fn digest_open(file: File, told: &mut dyn FnMut(u64)) -> io::Result<FileDigest> {
+    let mut file = Chunks::of(file)?;
+    let mut chunks = Vec::new();
+    for index in 0..file.count() {
+        chunks.push(file.digest(index)?);
+        told(((index + 1) * CHUNK_BYTES).min(file.bytes));
+    }
     Ok(FileDigest::of(file.bytes, chunks))
 }
 

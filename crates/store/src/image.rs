@@ -1,16 +1,14 @@
 //! Images (root file systems), guests (kernel and initial RAM disk) and templates that join them.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use kelvin_api::id::TemplateName;
 use kelvin_api::units::Shape;
-use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
-use crate::disk::import_file;
-use crate::hash::{FileDigest, digest_file, sha256};
-use crate::{Error, Store, io_error, names, publish, read_json, write_json};
+use crate::hash::FileDigest;
+use crate::{Error, Store, io_error, names, read_json};
 
 /// The root file system's name in an image.
 pub const ROOTFS: &str = "rootfs.ext4";
@@ -21,15 +19,15 @@ pub const INITRD: &str = "initrd";
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct ImageManifest {
-    rootfs: FileDigest,
+pub(crate) struct ImageManifest {
+    pub rootfs: FileDigest,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct GuestManifest {
-    kernel: FileDigest,
-    initrd: FileDigest,
+pub(crate) struct GuestManifest {
+    pub kernel: FileDigest,
+    pub initrd: FileDigest,
 }
 
 /// What a template is made of.
@@ -65,23 +63,6 @@ impl TemplateStamp {
     }
 }
 
-/// Files and shape to import as a template.
-#[derive(Debug)]
-pub struct Import<'a> {
-    /// The template's name; a template of that name is replaced.
-    pub name: TemplateName,
-    /// Root file system, ext4.
-    pub rootfs: &'a Path,
-    /// Guest kernel.
-    pub kernel: &'a Path,
-    /// Initial RAM disk with the agent.
-    pub initrd: &'a Path,
-    /// vCPUs and memory; the disk's size is the root file system's.
-    pub vcpus: u32,
-    /// Memory of a machine.
-    pub memory_mib: kelvin_api::units::MemoryMib,
-}
-
 impl Store {
     /// Path of an image's root file system.
     pub fn rootfs(&self, image: &str) -> PathBuf {
@@ -93,52 +74,7 @@ impl Store {
         self.root.join("guests").join(guest)
     }
 
-    /// Copies image and guest in, each once whatever its name, and makes the template.
-    ///
-    /// # Errors
-    /// `Io` when a file cannot be read or the store cannot be written.
-    pub fn import(&self, import: &Import<'_>) -> Result<Template, Error> {
-        // Image and guest are needed by nothing until the template is written.
-        let _uncollected = self.lock(FlockOperation::LockShared)?;
-        let rootfs = digest_file(import.rootfs).map_err(io_error("reading", import.rootfs))?;
-        let kernel = digest_file(import.kernel).map_err(io_error("reading", import.kernel))?;
-        let initrd = digest_file(import.initrd).map_err(io_error("reading", import.initrd))?;
-        let disk_mib = u32::try_from(rootfs.bytes >> 20).unwrap_or(u32::MAX);
-        let image = rootfs.digest.clone();
-        let image_dir = self.root.join("images").join(&image);
-        if !image_dir.exists() {
-            let staged = self.stage()?;
-            copy(import.rootfs, &staged.join(ROOTFS))?;
-            write_json(&staged.join("manifest.json"), &ImageManifest { rootfs })?;
-            publish(&staged, &image_dir, true)?;
-        }
-        let manifest = GuestManifest { kernel, initrd };
-        let guest = sha256(format!("{} {}", manifest.kernel.digest, manifest.initrd.digest).as_bytes());
-        let guest_dir = self.guest(&guest);
-        if !guest_dir.exists() {
-            let staged = self.stage()?;
-            copy(import.kernel, &staged.join(KERNEL))?;
-            copy(import.initrd, &staged.join(INITRD))?;
-            write_json(&staged.join("manifest.json"), &manifest)?;
-            publish(&staged, &guest_dir, true)?;
-        }
-        let template = Template {
-            name: import.name.clone(),
-            image,
-            guest,
-            kernel: manifest.kernel.digest,
-            initrd: manifest.initrd.digest,
-            shape: Shape {
-                vcpus: import.vcpus,
-                memory_mib: import.memory_mib,
-                disk_mib: kelvin_api::units::DiskMib(disk_mib),
-            },
-        };
-        write_json(&self.template_path(&import.name), &template)?;
-        Ok(template)
-    }
-
-    fn template_path(&self, name: &TemplateName) -> PathBuf {
+    pub(crate) fn template_path(&self, name: &TemplateName) -> PathBuf {
         self.root.join("templates").join(format!("{name}.json"))
     }
 
@@ -188,11 +124,4 @@ impl Store {
         found.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(found)
     }
-}
-
-fn copy(from: &Path, to: &Path) -> Result<(), Error> {
-    use std::os::unix::fs::PermissionsExt;
-    import_file(from, to).map_err(io_error("copying", from))?;
-    // VMMs of any user read it; nobody writes it again.
-    fs::set_permissions(to, fs::Permissions::from_mode(0o444)).map_err(io_error("sealing", to))
 }

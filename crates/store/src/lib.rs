@@ -21,6 +21,7 @@ pub mod gc;
 pub mod hash;
 pub mod identity;
 pub mod image;
+pub mod import;
 pub mod snapshot;
 pub mod verify;
 
@@ -70,6 +71,14 @@ pub enum Error {
         file: &'static str,
         /// What differs.
         difference: String,
+    },
+    /// A file is none that can be imported.
+    #[error("{path} cannot be imported: {reason}")]
+    Unimportable {
+        /// Which one.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
     },
     /// A snapshot with that id is there already.
     #[error("{kind} {name} is there already")]
@@ -128,6 +137,10 @@ impl From<Error> for Failure {
             Error::Unreadable { .. } => (
                 ErrorCode::MetadataUnreadable,
                 "repair what the message names, or remove it if nothing needs it, and try again",
+            ),
+            Error::Unimportable { .. } => (
+                ErrorCode::InvalidFile,
+                "name a regular file that the server sees: the package's sees nothing below /home, /root and /tmp",
             ),
             Error::Exists { .. } => (ErrorCode::AlreadyThere, "use it, or delete it first"),
             Error::Unadoptable { .. } => {
@@ -206,12 +219,16 @@ impl Store {
     /// # Errors
     /// `Io` when it cannot be made.
     pub fn stage(&self) -> Result<PathBuf, Error> {
-        use std::os::unix::fs::PermissionsExt;
         let path = self.staging_path();
-        fs::create_dir(&path).map_err(io_error("making", &path))?;
-        // What is published from it is mounted in jails, whose users pass through it.
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o711)).map_err(io_error("opening", &path))?;
+        self.make_staged(&path)?;
         Ok(path)
+    }
+
+    fn make_staged(&self, path: &Path) -> Result<(), Error> {
+        use std::os::unix::fs::PermissionsExt;
+        fs::create_dir(path).map_err(io_error("making", path))?;
+        // What is published from it is mounted in jails, whose users pass through it.
+        fs::set_permissions(path, fs::Permissions::from_mode(0o711)).map_err(io_error("opening", path))
     }
 }
 
@@ -265,7 +282,11 @@ fn publish(staged: &Path, target: &Path, durably: bool) -> Result<(), Error> {
     if target.exists() {
         return fs::remove_dir_all(staged).map_err(io_error("removing", staged));
     }
-    fs::rename(staged, target).map_err(io_error("publishing", target))?;
+    match fs::rename(staged, target) {
+        // Somebody else was faster with the same.
+        Err(_) if target.exists() => fs::remove_dir_all(staged).map_err(io_error("removing", staged))?,
+        renamed => renamed.map_err(io_error("publishing", target))?,
+    }
     if !durably {
         return Ok(());
     }

@@ -216,6 +216,21 @@ impl Digesting {
 }
 
 impl Snapshot {
+    /// Hashes every file whose digest is in the manifest: for start-up. See [`Snapshot::verify_all`] for the others.
+    ///
+    /// # Errors
+    /// `Seal` with the file's name and the chunk that differs; `Io` when a file cannot be read.
+    pub fn verify(&self) -> Result<(), Error> {
+        for (name, digest) in self.manifest.digests() {
+            let Some(digest) = digest else { continue };
+            let found = compare(&self.file(name), digest).map_err(io_error("reading", &self.file(name)))?;
+            if let Some(difference) = found.difference() {
+                return Err(Error::Seal { snapshot: self.manifest.id.to_string(), file: name, difference });
+            }
+        }
+        Ok(())
+    }
+
     /// The digest of each of its files, where there is one by now.
     fn digests(&self) -> Result<Vec<(&'static str, Option<FileDigest>)>, Error> {
         let mut later = Digests::read(&self.directory.join(DIGESTS))?;

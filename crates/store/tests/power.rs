@@ -12,7 +12,7 @@ use kelvin_api::sandbox::PauseMode;
 use kelvin_powercut::{Disk, Loss};
 use kelvin_store::Store;
 use kelvin_store::gc::References;
-use kelvin_store::image::Import;
+use kelvin_store::import::{Import, Links};
 use kelvin_store::snapshot::{Draft, Durability, FILES, Origin};
 
 const LOSSES: [Loss; 2] = [Loss::Everything, Loss::ContentAlone];
@@ -201,14 +201,18 @@ fn a_template_that_was_imported_survives() {
     let (rootfs, kernel, initrd) = (source("rootfs"), source("kernel"), source("initrd"));
     let import = |lost: fn(&Path) -> bool| {
         let ground = ground(lost)?;
-        let imported = Store::open(&ground.root(), true).unwrap().import(&Import {
-            name: "base".parse().unwrap(),
-            rootfs: &rootfs,
-            kernel: &kernel,
-            initrd: &initrd,
-            vcpus: 1,
-            memory_mib: kelvin_api::units::MemoryMib(128),
-        });
+        let imported = Store::open(&ground.root(), true).unwrap().import(
+            &Import {
+                name: "base".parse().unwrap(),
+                rootfs: &rootfs,
+                kernel: &kernel,
+                initrd: &initrd,
+                links: Links::Follow,
+                vcpus: 1,
+                memory_mib: kelvin_api::units::MemoryMib(128),
+            },
+            &mut |_| (),
+        );
         let template = imported.unwrap();
         Some(ground.after(|store| {
             let store = store.unwrap();

@@ -20,10 +20,10 @@ use super::convert::{self, json, read, text, time};
 use super::failure::refused;
 use super::generated::pb;
 use super::limits::{CONNECTION_WINDOW, KEEP_ALIVE, MAX_MESSAGE, STREAM_WINDOW, VERSION_HEADER};
-use super::stream;
+use super::{import, stream};
 use crate::{
-    Bake, Changes, Child, ConsoleLine, Create, Created, Forked, Garbage, Inbound, Io, Live, NodeService,
-    Outbound, Paused, Route, SandboxTraffic, Source, Taken, Unanswered, VERSION,
+    Bake, Changes, Child, ConsoleLine, Create, Created, Forked, Garbage, Import, ImportTold, Inbound, Io,
+    Live, NodeService, Outbound, Paused, Route, SandboxTraffic, Source, Taken, Unanswered, VERSION,
 };
 
 pub(super) type Transport = ServiceTransport<Client<HttpConnector, ClientBody>>;
@@ -213,6 +213,17 @@ impl NodeService for Remote {
 
     async fn templates(&self) -> Result<Vec<Template>, Failure> {
         read(&owned(self.node.templates(nothing()).await)?.json)
+    }
+
+    async fn import(&self, request: Import, told: ImportTold) -> Result<Template, Failure> {
+        let request = pb::Resource { json: json(&request)?, ..Default::default() };
+        let mut pieces = self.node.import(request).await.map_err(|error| refused(&error))?;
+        loop {
+            let piece = pieces.message().await.map_err(|error| refused(&error))?;
+            if let Some(template) = import::read_piece(piece.map(|piece| piece.to_owned_message()), &told)? {
+                return Ok(template);
+            }
+        }
     }
 
     async fn bake(&self, request: Bake) -> Result<SnapshotId, Failure> {

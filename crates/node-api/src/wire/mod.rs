@@ -9,6 +9,7 @@ mod convert;
 mod failure;
 #[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::large_futures, clippy::too_many_lines)]
 mod generated;
+mod import;
 mod limits;
 mod server;
 mod stream;

@@ -27,7 +27,7 @@ use super::convert::{self, json, mode, read, text, timestamp};
 use super::failure::refuse;
 use super::generated::pb;
 use super::limits::{CONNECTION_WINDOW, KEEP_ALIVE, MAX_MESSAGE, STREAM_WINDOW, STREAMS, VERSION_HEADER};
-use super::stream;
+use super::{import, stream};
 use crate::{NodeService, SandboxTraffic, VERSION};
 
 /// Serves `node` and the way into its sandboxes on `listener` until `stop` is cancelled; calls that are under way end first.
@@ -257,6 +257,15 @@ impl pb::NodeService for Node {
         }
         templates(node, _, Nothing) -> Resource { resource(&node.templates().await?) }
         info(node, _, Nothing) -> Resource { resource(&node.info().await?) }
+    }
+
+    async fn import(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, pb::Resource>,
+    ) -> ServiceResult<ServiceStream<pb::ImportPiece>> {
+        let request = read(&request.to_owned_message().json).map_err(refuse)?;
+        Response::stream_ok(import::pieces(Arc::clone(&self.0), request))
     }
 }
 

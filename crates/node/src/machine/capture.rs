@@ -1,4 +1,5 @@
-//! The one way to a snapshot of a sandbox: for a pause, for a fork, and to be kept.
+//! The one way to a snapshot: of a sandbox, for a pause, for a fork and to be kept. A bake, whose machine is nobody's yet,
+//! takes the same steps, [`flush`], [`save`] and [`publish`], from here.
 //!
 //! ```text
 //! quiesce ──> pause ──> save ──> (resume) ──> publish
@@ -22,9 +23,10 @@ use kelvin_api::id::SnapshotId;
 use kelvin_api::phase::{Phase, Timings};
 use kelvin_api::sandbox::{Capture, PauseMode};
 use kelvin_host::clock::Clock;
+use kelvin_store::Store;
 use kelvin_store::identity::Identity;
 use kelvin_store::snapshot::{Draft, Durability, Origin, Snapshot};
-use kelvin_vmm::{MachineSpec, Saved};
+use kelvin_vmm::{MachineSpec, Paused, Saved};
 use tracing::Instrument;
 
 use crate::error::Error;
@@ -57,8 +59,39 @@ async fn blocking<T: Send + 'static>(
 
 /// Writes back what the guest has written, which is in the page cache: a clone of the file would do it with the vCPUs
 /// stopped.
-async fn flush(disk: PathBuf) -> Result<(), Error> {
+pub async fn flush(disk: PathBuf) -> Result<(), Error> {
     blocking("flushing the disk", move || kelvin_host::file::read_plain(&disk)?.sync_data()).await
+}
+
+/// Saves a machine that stands still, whose disk is `disk`, to `staged`: memory and disk are of one instant.
+pub async fn save(paused: &Paused, disk: PathBuf, staged: &Path, mode: PauseMode) -> Result<Saved, Error> {
+    let (memory, state, to) = (staged.join("memory"), staged.join("state"), staged.join("disk"));
+    let save = async {
+        match mode {
+            PauseMode::Full => paused.save(&memory, &state).await,
+            PauseMode::Filesystem => Ok(Saved { dirty_pages: None }),
+        }
+    };
+    let (saved, cloned) = tokio::join!(
+        save,
+        blocking("saving the disk", move || kelvin_store::disk::clone_file(&disk, &to).map(drop)),
+    );
+    cloned?;
+    Ok(saved?)
+}
+
+/// Makes a snapshot of what was saved to `staged`.
+pub async fn publish(
+    store: Store,
+    staged: &Path,
+    draft: Draft,
+    durability: Durability,
+) -> Result<Snapshot, Error> {
+    let staged = staged.to_owned();
+    kelvin_host::blocking::spawn(move || store.publish_snapshot(&staged, draft, durability))
+        .await
+        .map_err(|error| Error::Io { what: "publishing", source: std::io::Error::other(error) })?
+        .map_err(Error::from)
 }
 
 /// A machine that snapshots are taken of, as its task lends it.
@@ -264,20 +297,7 @@ impl Capturing<'_> {
         let Some(paused) = self.machine.stopped() else {
             return Err(Error::Unknown(self.record.sandbox.to_string()));
         };
-        let (from, to) = (self.spec.absolute().join("disk"), staged.join("disk"));
-        let (memory, state) = (staged.join("memory"), staged.join("state"));
-        let save = async {
-            match mode {
-                PauseMode::Full => paused.save(&memory, &state).await,
-                PauseMode::Filesystem => Ok(Saved { dirty_pages: None }),
-            }
-        };
-        let (saved, disk) = tokio::join!(
-            save,
-            blocking("saving the disk", move || kelvin_store::disk::clone_file(&from, &to).map(drop)),
-        );
-        disk?;
-        Ok(saved?)
+        save(paused, self.spec.absolute().join("disk"), staged, mode).await
     }
 
     async fn publish(
@@ -304,11 +324,7 @@ impl Capturing<'_> {
             identity,
             arguments: self.inner.driver.layout(record.shape, self.spec.network.is_some()),
         };
-        let (store, staged) = (self.inner.store.clone(), staged.to_owned());
-        kelvin_host::blocking::spawn(move || store.publish_snapshot(&staged, draft, durability))
-            .await
-            .map_err(|error| Error::Io { what: "publishing", source: std::io::Error::other(error) })?
-            .map_err(Error::from)
+        publish(self.inner.store.clone(), staged, draft, durability).await
     }
 
     /// Lets a machine that stands still go on as who it is.

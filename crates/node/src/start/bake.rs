@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use kelvin_api::error::chain;
 use kelvin_api::id::SnapshotId;
+use kelvin_api::sandbox::PauseMode;
 use kelvin_api::units::Shape;
 use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_store::image::Template;
@@ -16,6 +17,7 @@ use kelvin_vmm::{MachineSpec, Running};
 
 use crate::capacity::Amount;
 use crate::error::Error;
+use crate::machine::capture;
 use crate::machine::warm_up::{quiesce, warm_up};
 use crate::state::Inner;
 
@@ -93,7 +95,7 @@ impl Inner {
             }
             let draft = Draft {
                 id: SnapshotId::random(),
-                mode: kelvin_api::sandbox::PauseMode::Full,
+                mode: PauseMode::Full,
                 template: template.name.clone(),
                 guest: template.guest.clone(),
                 parent: None,
@@ -101,11 +103,7 @@ impl Inner {
                 identity: self.identities.of_template(template, shape, network),
                 arguments: self.driver.layout(shape, network),
             };
-            let (store, staged) = (self.store.clone(), staged.clone());
-            kelvin_host::blocking::spawn(move || store.publish_snapshot(&staged, draft, Durability::Verified))
-                .await
-                .map_err(|error| Error::Io { what: "publishing", source: std::io::Error::other(error) })?
-                .map_err(Error::from)
+            capture::publish(self.store.clone(), staged, draft, Durability::Verified).await
         };
         let result = work.await;
         if let (Err(_), Ok(staged)) = (&result, &staged) {
@@ -130,19 +128,11 @@ impl Inner {
             tracing::warn!(vm = %spec.vm, console = tail, "the guest could not be warmed up");
             return Err(error);
         }
+        let disk = spec.absolute().join("disk");
         quiesce(&mut control).await?;
+        capture::flush(disk.clone()).await?;
         let paused = running.pause().await.map_err(|(_, error)| error)?;
-        paused.save(&staged.join("memory"), &staged.join("state")).await?;
-        let (from, to) = (spec.absolute().join("disk"), staged.join("disk"));
-        kelvin_host::blocking::spawn(move || {
-            // Outstanding writes are in the file, not yet on the disk: flushed once, here.
-            kelvin_host::file::read_plain(&from)?.sync_all()?;
-            kelvin_store::disk::clone_file(&from, &to)
-        })
-        .await
-        .map_err(std::io::Error::other)
-        .and_then(|result| result)
-        .map_err(|source| Error::Io { what: "saving the disk", source })?;
+        capture::save(&paused, disk, staged, PauseMode::Full).await?;
         paused.kill().await?;
         Ok(())
     }

@@ -46,6 +46,11 @@ const ADMIN_ROUTES: &[(&str, &str, &str)] = &[
     ("PUT", "/pools/base", "{}"),
     ("GET", "/metrics", ""),
     ("POST", "/templates/base/bake", "{}"),
+    (
+        "POST",
+        "/templates/base/import",
+        r#"{"rootfs":"/etc/passwd","kernel":"/etc/passwd","initrd":"/etc/passwd"}"#,
+    ),
     ("GET", "/api-keys", ""),
     ("POST", "/api-keys", r#"{"name":"x"}"#),
     ("PATCH", "/api-keys/x", r#"{"name":"y"}"#),

@@ -85,7 +85,8 @@ async fn deadlines_end_what_does_not_listen_and_clients_come_and_go() {
 
     // A client that goes away leaves the process running; what it said meanwhile is there for the next.
     // It says nothing before: what was sent to a client is not sent to the next.
-    let talk = "until [ -e /tmp/left ]; do sleep 0.1; done; echo first; sleep 2; echo second; sleep 1; exit 5";
+    let talk =
+        "until [ -e /tmp/left ]; do sleep 0.1; done; echo first; sleep 2; echo second; sleep 1; exit 5";
     let mut process = agent.start(&shell(talk)).await.expect("a start");
     let Ok(Some(Told::Started { pid })) = process.next().await else { panic!("no start") };
     drop(process);
