@@ -4,6 +4,7 @@
 //! SIGTERM and SIGINT: requests under way end, waiting VMMs are released, sandboxes keep running and are
 //! adopted by the next start.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,14 +13,16 @@ use http::Request;
 use kelvin_api::error::Failure;
 use kelvin_api::phase::Phase;
 use kelvin_api::units::MemoryMib;
-use kelvin_control::ApiKey;
+use kelvin_control::{ApiKey, Control};
 use kelvin_gateway::listen::{Door, Limits};
 use kelvin_gateway::{Secure, tls};
+use kelvin_host::clock::Clock;
 use kelvin_host::descriptors::{self, Budget};
 use kelvin_host::net;
 use kelvin_node::Node;
 use kelvin_node::options::{NetworkOptions, Options};
 use kelvin_server::Server;
+use kelvin_vmm::Driver;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_rustls::TlsAcceptor;
@@ -125,12 +128,7 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     let driver = tokio::task::spawn_blocking(move || vmm::open(&vmm, &absolute, accelerator))
         .await
         .map_err(|error| Failed::other(&error))??;
-    let node = Node::open(options, driver).await.map_err(|error| Failed::from(Failure::from(error)))?;
-    let key_path = node.data_dir().join("api-key");
-    let key = ApiKey::open(&key_path).map_err(|error| Failed::other(&error))?;
-    let server = Server::open(node.clone(), key, args.domain.as_deref())
-        .await
-        .map_err(|error| Failed::other(&error))?;
+    let (node, server) = open(options, driver, args.domain.as_deref()).await?;
     let info = node.info().await.map_err(|error| Failed::other(&error))?;
     if !info.reflink {
         tracing::warn!(
@@ -153,7 +151,7 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
         }
     }
     tracing::info!(url = %format!("http://{address}"), data_dir = %data_dir.display(), vmm = info.vmm,
-        accelerator = info.accelerator, api_key = %key_path.display(), "ready");
+        accelerator = info.accelerator, api_key = %key_path(node.data_dir()).display(), "ready");
     if !address.ip().is_loopback() {
         tracing::warn!(%address, "others can reach this address, and neither keys nor data are encrypted: put TLS in front");
     }
@@ -185,6 +183,34 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     server.stop().await;
     lock.release();
     Ok(())
+}
+
+fn key_path(data_dir: &Path) -> PathBuf {
+    data_dir.join("api-key")
+}
+
+/// The node, and the rest over it.
+async fn open(
+    options: Options,
+    driver: Arc<dyn Driver>,
+    domain: Option<&str>,
+) -> Result<(Node, Server), Failed> {
+    let data_dir = options.data_dir.clone();
+    let clock = Clock::system().map_err(|error| Failed::other(&error))?;
+    Control::prepare(&data_dir, clock).map_err(|error| Failed::other(&error))?;
+    let node = Node::open(options, driver).await.map_err(|error| Failed::from(Failure::from(error)))?;
+    let opened = match ApiKey::open(&key_path(node.data_dir())) {
+        Ok(key) => Server::open(node.clone(), key, domain).await.map_err(|error| Failed::other(&error)),
+        Err(error) => Err(Failed::other(&error)),
+    };
+    match opened {
+        Ok(server) => Ok((node, server)),
+        Err(failed) => {
+            // What it has started for its pools ends with it; sandboxes keep running.
+            node.stop().await;
+            Err(failed)
+        }
+    }
 }
 
 /// The listener with TLS, when one is wanted.

@@ -223,9 +223,12 @@ impl Accounts {
     /// # Errors
     /// When the database cannot be written; then it is accepted again.
     pub async fn revoke(&self, id: &str, database: &Database) -> Result<bool, Failure> {
-        let _writing = self.writing.lock().await;
         let former = self.known();
-        self.change(|known| known.retain(|_, account| account.key != id));
+        let forget = |known: &mut Known| known.retain(|_, account| account.key != id);
+        self.change(forget);
+        let _writing = self.writing.lock().await;
+        // Once more: what was being read before this one's turn knew it still.
+        self.change(forget);
         match database.remove_key(id.to_owned()).await {
             Ok(gone) => Ok(gone),
             Err(error) => {

@@ -39,6 +39,7 @@ mod reconcile;
 mod reply;
 mod request;
 mod service;
+mod tags;
 #[cfg(test)]
 mod testing;
 mod wake;

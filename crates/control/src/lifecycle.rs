@@ -50,7 +50,11 @@ impl Inner {
             return Err(exceeded(limit));
         }
         // What is paused survives a power failure, and so does whose it is.
-        self.database.flush().await.map_err(database_failed)?;
+        if let Err(error) = self.database.flush().await {
+            // It would be counted as one that is being paused for as long as it runs.
+            self.database.end_pause(id).await.map_err(database_failed)?;
+            return Err(database_failed(error));
+        }
         let paused = self.node.pause(id, mode, healthy).await;
         // In this order: it counts all the time, as one that is being paused or that is.
         let refreshed = self.refresh(id).await;

@@ -27,6 +27,15 @@ use crate::placement::Placement;
 const RETRY: Duration = Duration::from_secs(1);
 
 impl Control {
+    /// Brings the database in `data_dir` to what this build knows, or refuses it. Asked before the node is opened: that takes over
+    /// machines and acts on them, which nobody shall do for a server that does not come to start.
+    ///
+    /// # Errors
+    /// When the database is of a later version, or cannot be written.
+    pub fn prepare(data_dir: &Path, clock: Clock) -> Result<(), Failure> {
+        Database::open(&data_dir.join("kelvin.db"), clock).map(drop).map_err(database_failed)
+    }
+
     /// Opens the control plane over `node`, with its database in `data_dir`, and brings the database to what
     /// the node says.
     ///

@@ -111,6 +111,10 @@ const MIGRATIONS: &[&str] = &[
     "
     ALTER TABLE records ADD COLUMN version INTEGER NOT NULL DEFAULT 0;
 ",
+    // Keeps out releases that act on the node before they find that they cannot read the database of the control plane.
+    "
+    SELECT 1;
+",
 ];
 
 /// The schema since which the forms of records have numbers.

@@ -16,8 +16,9 @@ use std::process::{Command, Stdio};
 use crate::server::{self, Built, Server, client_of, start_at, stop};
 use crate::{Result, cache, cargo, files as fs, output, root, run, say, shared};
 
-/// Builds whose sandboxes this one has to take over: of before jails and descriptors changed, and of before records had versions.
-const FORMER: [&str; 2] = ["46a6b66", "cd7e25a"];
+/// Builds whose sandboxes this one has to take over: of before jails and descriptors changed, of before records had versions,
+/// and of before rows knew their node.
+const FORMER: [&str; 3] = ["46a6b66", "cd7e25a", "627838e"];
 
 /// One build and what it serves.
 struct Release {

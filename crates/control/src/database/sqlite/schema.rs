@@ -177,6 +177,8 @@ pub(super) const MIGRATIONS: &[&str] = &[
     ) WITHOUT ROWID;
     INSERT INTO revisions (name, number) VALUES ('accounts', 0);
 ",
+    // Measurements that are too old are looked for every few seconds.
+    "CREATE INDEX project_metrics_at ON project_metrics (at_s);",
 ];
 
 #[cfg(test)]
