@@ -402,7 +402,13 @@ mod tests {
         }
         for several in ["allOf", "anyOf", "oneOf"] {
             for part in schema[several].as_array().into_iter().flatten() {
-                undescribed(at, part, found);
+                match part["properties"].as_object() {
+                    // A variant: what is said of it is said of its content.
+                    Some(only) if only.len() == 1 && part["description"].is_string() => {
+                        only.values().for_each(|content| undescribed(at, content, found));
+                    }
+                    _ => undescribed(at, part, found),
+                }
             }
         }
     }
