@@ -207,6 +207,9 @@ impl Inner {
             self.allocator.reap().await;
             self.reap_unreadable().await;
             self.snapshots.reap(&self.store).await;
+            for dead in self.pools.all().iter().flat_map(|pool| pool.take_dead()) {
+                self.discard(dead).await;
+            }
             let sandboxes: Vec<_> = self.sandboxes.running().values().cloned().collect();
             for sandbox in sandboxes {
                 // Not waited for: one VMM that does not answer is nobody else's business.

@@ -331,9 +331,13 @@ mod tests {
         let import = Import { name, rootfs, kernel, initrd, links: Links::Refuse, vcpus, memory_mib };
         let imported = ground.store.import(&import, &mut |progress| {
             if progress.stage == ImportStage::Copying && progress.done_bytes == 0 {
-                // Later than the clock of the file system ticks.
-                std::thread::sleep(std::time::Duration::from_millis(20));
-                File::options().write(true).open(rootfs).unwrap().write_all_at(b"x", 7).unwrap();
+                let file = File::options().write(true).open(rootfs).unwrap();
+                let written = || file.metadata().unwrap().modified().unwrap();
+                let before = written();
+                // Until the clock of the file system has ticked.
+                while written() == before {
+                    file.write_all_at(b"x", 7).unwrap();
+                }
             }
         });
         assert!(imported.unwrap_err().to_string().contains("changed meanwhile"));

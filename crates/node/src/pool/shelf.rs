@@ -76,6 +76,19 @@ impl Pool {
         (taken, dead)
     }
 
+    /// Takes those that died while they waited, to be released; others are prepared for them.
+    pub fn take_dead(&self) -> VecDeque<Ready> {
+        let mut ready = self.ready();
+        let (dead, alive) = std::mem::take(&mut *ready).into_iter().partition(|one| one.waiting.is_over());
+        *ready = alive;
+        drop(ready);
+        let dead: VecDeque<Ready> = dead;
+        if !dead.is_empty() {
+            self.wake.notify_one();
+        }
+        dead
+    }
+
     /// How many wait.
     pub fn count(&self) -> u32 {
         u32::try_from(self.ready().len()).unwrap_or(u32::MAX)
