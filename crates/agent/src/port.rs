@@ -1,9 +1,9 @@
 //! A virtio-serial port as an asynchronous byte stream, one stream for each connection of the host.
 //!
 //! Three traps (each seen on QEMU 7.2): a port without a host end reports HUP, which
-//! tokio takes as final, so each connection registers a fresh duplicate; a write then returns EAGAIN
-//! for ever, so after the end of input writes fail; closing the port discards what has just arrived,
-//! so it stays open.
+//! tokio takes as final, so each connection registers a fresh duplicate; a read or a write then returns EAGAIN
+//! for ever while tokio says that it is ready, so whoever is told both has come to the end; closing the port discards
+//! what has just arrived, so it stays open.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
@@ -163,6 +163,7 @@ impl AsyncRead for Stream {
         }
         loop {
             let mut guard = ready!(self.fd.poll_read_ready(cx))?;
+            let has_hung_up = guard.ready().is_read_closed();
             let result = guard.try_io(|fd| {
                 rustix::io::read(fd.get_ref(), buf.initialize_unfilled()).map_err(io::Error::from)
             });
@@ -176,6 +177,11 @@ impl AsyncRead for Stream {
                     return Poll::Ready(Ok(()));
                 }
                 Ok(Err(error)) => return Poll::Ready(Err(error)),
+                // Another host has come since this one hung up: what it says is of the next conversation.
+                Err(_would_block) if has_hung_up => {
+                    self.ended.store(true, Ordering::Relaxed);
+                    return Poll::Ready(Ok(()));
+                }
                 Err(_would_block) => {}
             }
         }
@@ -189,9 +195,16 @@ impl AsyncWrite for Stream {
         }
         loop {
             let mut guard = ready!(self.fd.poll_write_ready(cx))?;
+            let has_hung_up = guard.ready().is_write_closed();
             let result = guard.try_io(|fd| rustix::io::write(fd.get_ref(), bytes).map_err(io::Error::from));
-            if let Ok(result) = result {
-                return Poll::Ready(result);
+            match result {
+                Ok(result) => return Poll::Ready(result),
+                // It would be tried again at once, without end, and nothing else would be done in this process. What the host
+                // said last may still be read.
+                Err(_would_block) if has_hung_up => {
+                    return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+                }
+                Err(_would_block) => {}
             }
         }
     }
@@ -202,5 +215,51 @@ impl AsyncWrite for Stream {
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    /// The near end of a terminal whose far end is closed: it has hung up, and takes no more than it has room for.
+    fn hung_up() -> OwnedFd {
+        let near =
+            rustix::pty::openpt(rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY).unwrap();
+        rustix::pty::grantpt(&near).unwrap();
+        rustix::pty::unlockpt(&near).unwrap();
+        let name = rustix::pty::ptsname(&near, Vec::new()).unwrap();
+        drop(
+            rustix::fs::open(
+                name,
+                rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY,
+                rustix::fs::Mode::empty(),
+            )
+            .unwrap(),
+        );
+        rustix::io::ioctl_fionbio(&near, true).unwrap();
+        near
+    }
+
+    /// Runs `work` and waits for it from another thread: work that never waits is not interrupted by a timer of its own.
+    fn ends<F: Future<Output = io::Result<()>>>(work: impl FnOnce() -> F + Send + 'static) -> io::Result<()> {
+        let (done, end) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let _ = done.send(runtime.block_on(async { work().await }));
+        });
+        end.recv_timeout(Duration::from_secs(20)).expect("it does not end")
+    }
+
+    #[test]
+    fn who_writes_to_a_host_that_has_hung_up_is_told() {
+        let error = ends(|| async {
+            let mut stream = Stream { fd: watched(hung_up())?, ended: Arc::default() };
+            stream.write_all(&vec![b'x'; 4 << 20]).await
+        })
+        .unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
     }
 }
