@@ -62,8 +62,17 @@ impl Ground {
 }
 
 impl Server {
-    /// Brings the snapshot in `golden` into the data directory; the server does not run.
+    /// Brings the snapshot in `golden` into the data directory; the server does not run. And the rate of the host's counter that
+    /// it was baked with: a data directory keeps the one that was measured first, a second measurement may be 1 kHz off, and
+    /// then nothing of another directory is of its identity.
     fn adopt(&self, golden: &std::path::Path) {
+        let rate =
+            golden.ancestors().nth(2).map(|data| data.join("run/tsc_khz")).filter(|rate| rate.exists());
+        if let Some(rate) = rate {
+            let kept = self.data_dir.join("run/tsc_khz");
+            fs::create_dir_all(self.data_dir.join("run")).expect("a directory");
+            fs::copy(rate, &kept).expect("a rate");
+        }
         let mut adopt = self.command();
         adopt.args(["template", "adopt", "--data-dir"]).arg(&self.data_dir).arg(golden);
         let status = adopt.stdout(Stdio::null()).status().expect("kelvin starts");
