@@ -220,7 +220,7 @@ impl AsyncWrite for Stream {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncWriteExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
 
@@ -261,5 +261,23 @@ mod tests {
         })
         .unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn who_reads_when_another_host_has_come_is_at_the_end_of_the_first() {
+        let read = ends(|| async {
+            let (near, far) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::NONBLOCK)?;
+            let again = format!("/proc/self/fd/{}", near.as_raw_fd());
+            let mut stream = Stream { fd: watched(near)?, ended: Arc::default() };
+            drop(far);
+            // The end is seen, and another has come before anybody reads: nothing is there, and nobody has gone.
+            assert!(stream.fd.readable().await?.ready().is_read_closed());
+            let another = File::options().write(true).open(again)?;
+            assert_eq!(stream.read(&mut [0; 8]).await?, 0);
+            assert!(stream.ended.load(Ordering::Relaxed));
+            drop(another);
+            Ok(())
+        });
+        read.unwrap();
     }
 }
