@@ -238,6 +238,12 @@ fn pack(
     }
 }
 
+/// Whether input was refused because the process has closed it or has ended, and not because it was lost on the way.
+fn reads_no_more(refused: &kelvin_client::Error) -> bool {
+    let kelvin_client::Error::Agent(error) = refused else { return false };
+    matches!(error.code, ErrorCode::FailedPrecondition | ErrorCode::NotFound)
+}
+
 /// Feeds the tar stream `content` to the guest's tar, which unpacks it in `directory`.
 async fn unpack_there(
     remote: &Remote,
@@ -285,7 +291,8 @@ async fn unpack_there(
             fed = feed => fed,
             signal = told_to_end() => Err(interrupted(signal)),
         };
-        if !matches!(fed, Ok(None)) {
+        // One that reads no more ends by itself, and has directories to finish before: it is let.
+        if !matches!(&fed, Ok(None)) && !matches!(&fed, Ok(Some(refused)) if reads_no_more(refused)) {
             // It would wait for the rest for ever. One that has ended does not notice.
             let _ = remote.agent.signal(pid, true).await;
         }

@@ -140,18 +140,25 @@ async fn exit_codes_copies_and_filters_are_what_people_expect() {
     assert_eq!(text(&cp(&there("tool"), "-")), "#!/bin/sh\necho tool\n");
     let archive = cp(&there("copied"), "-");
     assert!(archive.len() > 3 << 20);
-    let mut child = server
-        .cli(&["sandbox", "cp", "-", &there("unpacked/")])
-        .stdin(Stdio::piped())
-        .spawn()
-        .expect("it starts");
-    let mut input = child.stdin.take().expect("a pipe");
-    std::io::Write::write_all(&mut input, &archive).expect("a write");
-    // What comes after an archive's end is not waited for by every tar, and is no failure of the copy.
-    let _ = std::io::Write::write_all(&mut input, &[0; 1 << 20]);
-    drop(input);
-    assert!(child.wait().expect("an end").success());
+    let stream = |to: &str| {
+        let mut child =
+            server.cli(&["sandbox", "cp", "-", to]).stdin(Stdio::piped()).spawn().expect("it starts");
+        let mut input = child.stdin.take().expect("a pipe");
+        std::io::Write::write_all(&mut input, &archive).expect("a write");
+        // What comes after an archive's end is not waited for by every tar, and is no failure of the copy.
+        let _ = std::io::Write::write_all(&mut input, &[0; 1 << 20]);
+        drop(input);
+        assert!(child.wait().expect("an end").success());
+    };
+    stream(&there("unpacked/"));
     assert_eq!(sh(&agent, &listed.replace("copied", "unpacked")).await, shape);
+    // One that takes the archive's end and is busy for a while after it, as with the modes of directories, is let finish.
+    let busy = "printf '%s\\n' '#!/bin/sh' '/usr/bin/tar \"$@\"' 'exec <&-' 'sleep 1' 'touch /tmp/finished' | \
+                sudo tee /usr/local/bin/tar > /dev/null && sudo chmod 755 /usr/local/bin/tar";
+    sh(&agent, busy).await;
+    stream(&there("unpacked-late/"));
+    sh(&agent, "test -e /tmp/finished && sudo rm /usr/local/bin/tar").await;
+    assert_eq!(sh(&agent, &listed.replace("copied", "unpacked-late")).await, shape);
     for (from, to) in
         [(here("none"), there("x")), (there("none"), here("x")), (here("tree"), there("/root/x"))]
     {
