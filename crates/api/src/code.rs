@@ -192,6 +192,41 @@ codes! {
     StartPathImpossible = "start_path_impossible", Conflict;
     /// The node, or the sandbox, has none.
     NoNetwork = "no_network", Conflict;
+    // Builds.
+    /// A reference of an image, its registry's name, a path or a platform.
+    InvalidImage = "invalid_image", Invalid;
+    /// A step of a build, a start or a ready command.
+    InvalidStep = "invalid_step", Invalid;
+    /// Files of a build that their hash does not have here.
+    FilesMissing = "files_missing", Invalid;
+    /// An upload that is no archive, or has what none may have.
+    FilesRefused = "files_refused", Invalid;
+    /// No such image, tag or digest; or the registry hides it.
+    ImageNotFound = "image_not_found", NotFound;
+    /// An image that is not what it says, or larger or stranger than one may be.
+    ImageRefused = "image_refused", Invalid;
+    /// The registry does not let these credentials in, or none.
+    RegistryDenied = "registry_denied", Forbidden;
+    /// The registry does not answer, answers nonsense or wants to be asked later.
+    RegistryUnavailable = "registry_unavailable", Unavailable;
+    /// No such build, or another project's.
+    BuildNotFound = "build_not_found", NotFound;
+    /// It is not in a state for that.
+    BuildState = "build_state", Conflict;
+    /// A step, the start command or the ready command failed.
+    BuildStepFailed = "build_step_failed", Invalid;
+    /// It has taken longer than it may.
+    BuildDeadline = "build_deadline", Timeout;
+    /// Somebody has given it up.
+    BuildCancelled = "build_cancelled", Conflict;
+    /// A later build of the same name goes on instead.
+    BuildSuperseded = "build_superseded", Conflict;
+    /// The server has started anew while it ran.
+    BuildInterrupted = "build_interrupted", Unavailable;
+    /// A limit of a project.
+    TooManyBuilds = "too_many_builds", Busy;
+    /// The node makes no builds.
+    BuildUnsupported = "build_unsupported", Conflict;
     // Traffic.
     /// The guest's agent does not answer.
     AgentUnreachable = "agent_unreachable", Unavailable;

@@ -194,6 +194,109 @@ impl fmt::Display for TemplateName {
     }
 }
 
+/// A build of a template: a UUID in lower case, as official clients parse it.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(try_from = "String", into = "String")]
+pub struct BuildId(String);
+
+impl BuildId {
+    /// Lengths of its groups of hexadecimal digits. Source: RFC 9562.
+    const GROUPS: [usize; 5] = [8, 4, 4, 4, 12];
+
+    /// A new one, of version 4: random.
+    pub fn random() -> Self {
+        let digits: String = random(64)
+            .bytes()
+            .map(|letter| char::from(b"0123456789abcdef"[usize::from(letter & 15)]))
+            .take(32)
+            .collect();
+        let (a, rest) = digits.split_at(8);
+        let (b, c, d, e) = (&rest[..4], &rest[5..8], &rest[9..12], &rest[12..]);
+        Self(format!("{a}-{b}-4{c}-a{d}-{e}"))
+    }
+
+    /// The id as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for BuildId {
+    type Err = ParseIdError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIdError> {
+        let is_hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        let mut groups = text.split('-');
+        let is_one = Self::GROUPS.iter().all(|&length| {
+            groups.next().is_some_and(|group| group.len() == length && group.bytes().all(is_hex))
+        });
+        if !is_one || groups.next().is_some() {
+            return Err(ParseIdError { kind: "build", reason: "it is no UUID in lower case" });
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// What uploaded files are called: 64 hexadecimal digits in lower case, which the client has made of them.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(try_from = "String", into = "String")]
+pub struct FilesHash(String);
+
+impl FilesHash {
+    /// It as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for FilesHash {
+    type Err = ParseIdError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIdError> {
+        if text.len() != 64
+            || !text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+        {
+            let reason = "it is not 64 hexadecimal digits in lower case";
+            return Err(ParseIdError { kind: "files", reason });
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+macro_rules! as_text {
+    ($($name:ident),*) => {$(
+        impl TryFrom<String> for $name {
+            type Error = ParseIdError;
+
+            fn try_from(text: String) -> Result<Self, ParseIdError> {
+                text.parse()
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(id: $name) -> Self {
+                id.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    )*};
+}
+
+as_text!(BuildId, FilesHash);
+
 /// A secret token, shown to its owner once; `Debug` never prints it.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -253,6 +356,21 @@ mod tests {
         let ids: std::collections::BTreeSet<_> = (0..1000).map(|_| SandboxId::random()).collect();
         assert_eq!(ids.len(), 1000);
         assert!(ids.iter().all(|id| id.as_str().parse::<SandboxId>().is_ok()));
+    }
+
+    #[test]
+    fn a_build_has_a_uuid_and_files_a_hash() {
+        let ids: std::collections::BTreeSet<_> = (0..1000).map(|_| BuildId::random()).collect();
+        assert_eq!(ids.len(), 1000);
+        assert!(ids.iter().all(|id| id.as_str().parse::<BuildId>().as_ref() == Ok(id)));
+        let one = BuildId::random().to_string();
+        for bad in ["", "x", &one[1..], &one.to_uppercase(), &format!("{one}-"), &one.replace('-', "")] {
+            assert!(bad.parse::<BuildId>().is_err(), "{bad:?}");
+        }
+        assert!("a1".repeat(32).parse::<FilesHash>().is_ok());
+        for bad in ["", "../x", &"A1".repeat(32), &"a1".repeat(33), &"g1".repeat(32)] {
+            assert!(bad.parse::<FilesHash>().is_err(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //!
 //! Nothing here has a state, so a crash leaves nothing.
 
+mod build;
 mod service;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -19,6 +20,10 @@ mod types;
 #[cfg(feature = "wire")]
 pub mod wire;
 
+pub use build::{
+    Build, BuildEvent, BuildFailure, BuildFrom, BuildLevel, BuildStep, BuildTold, Built, FilesContent,
+    Instruction, RegistryCredentials,
+};
 pub use service::NodeService;
 pub use traffic::{Cut, Inbound, Io, Outbound, Route, SandboxTraffic, Unanswered, Wake};
 pub use types::{

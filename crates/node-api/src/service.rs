@@ -1,16 +1,17 @@
 //! What the control plane asks of a node.
 
 use async_trait::async_trait;
-use kelvin_api::error::Failure;
-use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
+use kelvin_api::account::Project;
+use kelvin_api::error::{ErrorCode, Failure};
+use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::sandbox::{
     GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, SnapshotVerification, Template,
 };
 
 use crate::{
-    Bake, Changes, Child, ConsoleLine, Create, Created, Forked, Garbage, Import, ImportTold, Live, Paused,
-    Source, Taken,
+    Bake, Build, BuildFailure, BuildTold, Built, Changes, Child, ConsoleLine, Create, Created, FilesContent,
+    Forked, Garbage, Import, ImportTold, Live, Paused, Source, Taken,
 };
 
 /// A node, as the control plane sees it. What is begun goes on to its end, also when the caller goes away.
@@ -78,8 +79,47 @@ pub trait NodeService: Send + Sync + 'static {
     async fn import(&self, request: Import, told: ImportTold) -> Result<Template, Failure>;
     /// Makes sure that a snapshot exists; returns its id.
     async fn bake(&self, request: Bake) -> Result<SnapshotId, Failure>;
+    /// Makes a template of an image and of steps over it, and says in `told` how that goes. It goes on when nobody reads
+    /// that. The later of two builds of a name wins: the former fails with `BuildSuperseded`. On a failure the template is
+    /// what it was.
+    async fn build(&self, request: Build, told: BuildTold) -> Result<Built, BuildFailure> {
+        let _ = (request, told);
+        Err(no_builds().into())
+    }
+    /// Gives a build up; returns when nothing of it runs any more. One that is not under way is `BuildNotFound`.
+    async fn cancel_build(&self, build: &BuildId) -> Result<(), Failure> {
+        let _ = build;
+        Err(no_builds())
+    }
+    /// Whether `project` has uploaded the files `hash`, and they are still there.
+    async fn has_files(&self, project: &Project, hash: &FilesHash) -> Result<bool, Failure> {
+        let _ = (project, hash);
+        Err(no_builds())
+    }
+    /// Keeps an upload of `project`, a tar, plain or gzip, under `hash`, once it has come whole. One that is there is
+    /// replaced: the hash is of the files and not of the archive, so it is not checked.
+    async fn put_files(
+        &self,
+        project: &Project,
+        hash: &FilesHash,
+        content: FilesContent,
+    ) -> Result<(), Failure> {
+        let _ = (project, hash, content);
+        Err(no_builds())
+    }
+    /// Removes a template: no create finds it. What was made of it stays: sandboxes, paused ones and kept snapshots.
+    /// `TemplateNotFound` when there is none.
+    async fn remove_template(&self, name: &TemplateName) -> Result<(), Failure> {
+        let _ = name;
+        Err(no_builds())
+    }
     /// What runs and what is left.
     async fn info(&self) -> Result<NodeInfo, Failure>;
     /// Removes what nothing needs, or says what that would be.
     async fn collect(&self, dry_run: bool) -> Result<Garbage, Failure>;
+}
+
+/// Of a node that was built without builds.
+fn no_builds() -> Failure {
+    Failure::new(ErrorCode::BuildUnsupported, "this node makes no builds", "ask a node that does")
 }
