@@ -11,8 +11,8 @@ use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use kelvin_api::guest;
 use kelvin_api::sandbox::EnvVars;
+use kelvin_api::{guest, image};
 use serde::Deserialize;
 use tower::Service;
 
@@ -201,7 +201,9 @@ impl Agent {
             (&Method::GET, "/files") => files::download(&self.state, &request).await,
             (&Method::POST, "/files") => files::upload(&self.state, request).await,
             (&Method::POST, "/files/compose") => files::compose(&self.state, request).await,
-            (_, "/metrics" | "/envs" | "/init" | "/files" | "/files/compose") => {
+            // Internal, as `/init`: a builder's.
+            (&Method::POST, image::UNPACK) => files::unpack(request).await,
+            (_, "/metrics" | "/envs" | "/init" | "/files" | "/files/compose" | image::UNPACK) => {
                 error(StatusCode::METHOD_NOT_ALLOWED, "the method is not allowed here")
             }
             _ => {

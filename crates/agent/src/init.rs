@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::activation::{self, Kept};
-use crate::{groups, network};
+use crate::{furnish, groups, network};
 
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::{MountFlags, mount, mount_move};
@@ -20,6 +20,8 @@ use rustix::process::{WaitOptions, wait};
 /// Environment variable through which the agent learns what went wrong.
 pub const PROBLEMS: &str = "KELVIN_INIT_PROBLEMS";
 
+/// In the initial RAM disk.
+const BUSYBOX: &str = "/busybox";
 const ROOT_DEVICE: &str = "/dev/vda";
 const ROOT_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -39,6 +41,8 @@ pub fn run() -> ! {
         step(target, mount_at(source, target, kind, MountFlags::empty()));
     }
     step("modules", load_modules());
+    // Open: its name goes with the initial RAM disk, and its memory when it is not needed.
+    let busybox = std::fs::File::open(BUSYBOX).ok();
     step("root disk", enter_root());
     let quiet = MountFlags::NOSUID | MountFlags::NODEV;
     // Programs that make terminals themselves are not root, and cannot give them away.
@@ -62,6 +66,8 @@ pub fn run() -> ! {
     {
         let _ = std::os::unix::fs::symlink(target, format!("/dev/{link}"));
     }
+    // Whatever it cannot do is no reason to refuse a machine.
+    furnish::furnish(Path::new("/"), busybox);
     let kept = Kept::create();
     step(
         "activation",
@@ -246,6 +252,7 @@ fn enter_root() -> io::Result<()> {
     }
     // Free the memory of what the initial RAM disk held; the agent's own file stays open.
     let _ = std::fs::remove_dir_all("/modules");
+    let _ = std::fs::remove_file(BUSYBOX);
     rustix::process::chdir("/newroot")?;
     mount_move(".", "/")?;
     rustix::process::chroot(".")?;

@@ -16,10 +16,12 @@
 
 mod activation;
 mod control;
+mod defaults;
 mod entries;
 mod fault;
 mod files;
 mod filesystem;
+mod furnish;
 mod groups;
 mod guest_file;
 mod hooks;
@@ -29,11 +31,13 @@ mod init;
 mod metadata;
 mod metrics;
 mod network;
+mod place;
 mod port;
 mod process;
 mod pty;
 mod reply;
 mod services;
+mod shell;
 mod spawn;
 mod state;
 mod tunnel;

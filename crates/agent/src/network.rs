@@ -13,7 +13,8 @@ use rustix::net::{AddressFamily, SocketType, socket};
 const LINK: &str = "eth0";
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 0, 21);
 const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 252);
-const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 0, 22);
+/// The host's end, and who answers for names.
+pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 0, 22);
 const GATEWAY_MAC: [u8; 6] = [0x02, 0x4b, 0x54, 0, 0, 1];
 
 /// `struct arpreq` of `linux/if_arp.h`.

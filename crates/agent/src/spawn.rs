@@ -25,6 +25,7 @@ use tokio::io::unix::AsyncFd;
 
 use crate::groups::Place;
 use crate::port::watched;
+use crate::shell;
 use crate::users::User;
 
 /// Where programs are looked for. Source: the `base` template of E2B.
@@ -174,14 +175,14 @@ fn candidates(name: &OsStr, path: &str) -> Vec<PathBuf> {
 }
 
 impl Plan {
-    fn of(program: &Program<'_>) -> Result<Self, Error> {
+    fn of(program: &Program<'_>, name: &OsStr, args: &[String]) -> Result<Self, Error> {
         let path = program.env.get("PATH").map_or(PATH, String::as_str);
-        let candidates = candidates(program.name, path)
+        let candidates = candidates(name, path)
             .into_iter()
             .map(|path| text("name of the command", path.into_os_string().as_bytes()))
             .collect::<Result<Vec<_>, _>>()?;
-        let mut argv = vec![text("name of the command", program.name.as_bytes())?];
-        for argument in program.args {
+        let mut argv = vec![text("name of the command", name.as_bytes())?];
+        for argument in args {
             argv.push(text("command", argument.as_bytes())?);
         }
         let mut env = Vec::with_capacity(program.env.len());
@@ -208,14 +209,29 @@ fn pointers(texts: &[CString]) -> Vec<*const libc::c_char> {
     texts.iter().map(|text| text.as_ptr()).chain([std::ptr::null()]).collect()
 }
 
-/// Starts `program`; when it returns, that program runs.
+/// Starts `program`; when it returns, that program runs. In the place of a shell that the image has not, another.
 ///
 /// Runs on a task of its own: a caller that goes away in the middle would leave a child that nobody reaps.
 ///
 /// # Errors
 /// What stood in the way; then no process is left.
 pub async fn start(program: &Program<'_>) -> Result<Child, Error> {
-    let plan = Plan::of(program)?;
+    let missing = match start_as(program, program.name, program.args).await {
+        Err(Error::Exec(error)) if error.kind() == io::ErrorKind::NotFound => error,
+        started => return started,
+    };
+    for shell in shell::instead_of(program.name) {
+        match start_as(program, OsStr::new(shell), &shell::understood(program.args)).await {
+            Err(Error::Exec(error)) if error.kind() == io::ErrorKind::NotFound => {}
+            started => return started,
+        }
+    }
+    Err(Error::Exec(missing))
+}
+
+/// Starts what is called `name`, with `args`, and everything else as `program` has it.
+async fn start_as(program: &Program<'_>, name: &OsStr, args: &[String]) -> Result<Child, Error> {
+    let plan = Plan::of(program, name, args)?;
     let step = |what| move |error: io::Error| Error::Step(what, error);
     let (mut failure, failure_child) = pipe().map_err(step("making a pipe"))?;
     let child = clone(&plan, &failure_child, program.place)?;
@@ -390,6 +406,9 @@ unsafe fn become_program(
                         *place = path.as_ptr();
                     }
                     libc::execve(c"/bin/sh".as_ptr(), script.as_ptr(), env.as_ptr());
+                    if errno() == libc::ENOENT {
+                        libc::execve(shell::BROUGHT_C.as_ptr(), script.as_ptr(), env.as_ptr());
+                    }
                     fail(EXEC, errno());
                 }
                 other => fail(EXEC, other),
@@ -517,6 +536,38 @@ mod tests {
         assert!(
             matches!(run("true", &[&huge], "/").await, Err(Error::Exec(error)) if kind(&error) == libc::E2BIG)
         );
+    }
+
+    /// As in an image without bash: the `PATH` leads to none.
+    #[tokio::test]
+    async fn a_shell_that_is_missing_has_another_in_its_place() {
+        if !rustix::process::geteuid().is_root() {
+            println!("skipped: not root, groups cannot be set");
+            return;
+        }
+        let (reader, writer) = pipe().unwrap();
+        let null = File::open("/dev/null").unwrap();
+        let args = ["--login", "-c", "echo $0 $A"].map(str::to_owned);
+        let (user, place) = (me(), Place::none());
+        let program = |name: &'static str| Program {
+            name: OsStr::new(name),
+            args: &args,
+            env: [("PATH".to_owned(), "/none".to_owned()), ("A".to_owned(), "b".to_owned())].into(),
+            cwd: Path::new("/"),
+            user: &user,
+            streams: [null.as_fd(), writer.as_fd(), null.as_fd()],
+            terminal: false,
+            place: &place,
+            oom_score: 100,
+        };
+        let child = start(&program("bash")).await.unwrap();
+        assert_eq!(child.wait().await.unwrap().exit_status(), Some(0));
+        // What is no shell is not there.
+        assert!(matches!(start(&program("python3")).await, Err(Error::Exec(_))));
+        drop(writer);
+        let mut text = String::new();
+        { reader }.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "/bin/sh b\n");
     }
 
     #[tokio::test]

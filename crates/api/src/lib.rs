@@ -9,6 +9,7 @@ pub mod digest;
 pub mod error;
 pub mod guest;
 pub mod id;
+pub mod image;
 pub mod import;
 mod kind;
 pub mod network;

@@ -51,7 +51,8 @@ use target::{Target, Way};
 pub struct Secure;
 
 /// Paths of the agent that only the platform may call. Source: `x-internal` in envd's OpenAPI.
-const INTERNAL: [&str; 6] = ["/init", "/freeze", "/unfreeze", "/collapse", "/fsfreeze", "/fsthaw"];
+// The last is ours: uploads of a build.
+const INTERNAL: [&str; 7] = ["/init", "/freeze", "/unfreeze", "/collapse", "/fsfreeze", "/fsthaw", "/unpack"];
 
 /// What callers of a private port show. Source: E2B's clients.
 pub const TRAFFIC_TOKEN: &str = "e2b-traffic-access-token";

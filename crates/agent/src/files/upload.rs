@@ -44,7 +44,7 @@ const MAX_HEAD: usize = 256 << 10;
 const PORTION: usize = 256 << 10;
 
 /// The body of an upload, unpacked, that fails when it stands still.
-fn content(request: Request<Incoming>) -> Result<Content, Box<Reply>> {
+pub(super) fn content(request: Request<Incoming>) -> Result<Content, Box<Reply>> {
     let coding = request.headers().get(CONTENT_ENCODING).map(|value| value.to_str().unwrap_or("?").trim());
     let gzip = match coding {
         None | Some("" | "identity") => false,

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-use super::place::make_way;
 use crate::guest_file;
+use crate::place::make_way;
 
 /// Where they are in memory; `/etc` has links to them, so that activation writes memory and not the disk.
 pub(super) const RUN: &str = "/run/kelvin";

@@ -15,7 +15,6 @@
 
 mod edited;
 mod mapped;
-mod place;
 
 use std::fs;
 use std::io;
@@ -24,11 +23,11 @@ use std::path::{Path, PathBuf};
 
 use self::edited::{Edited, renamed, stated};
 use self::mapped::{MOST, Mapped, ROOM, RUN, catch_sigbus};
-use self::place::{make_way, write_whole};
 use crate::guest_file;
+use crate::place::{make_way, write_whole};
 
 /// What was edited here, and who the machine was then: on the disk, for a boot that follows.
-const EDITED: &str = "/var/lib/kelvin/edited";
+pub const EDITED: &str = "/var/lib/kelvin/edited";
 /// `/etc/hosts` up to the machine's own name.
 const HOSTS: &[u8] = b"127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 ";
 /// Where the kernel shows its boot-id.

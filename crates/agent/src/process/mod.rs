@@ -16,7 +16,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -42,7 +43,7 @@ use self::streams::Streams;
 use crate::groups::Place;
 use crate::pty;
 use crate::spawn::{self, Child, Program};
-use crate::state::State;
+use crate::state::{Settings, State};
 use crate::users::User;
 
 /// Processes at one time that were started here.
@@ -116,11 +117,7 @@ impl Processes {
             return Err(ConnectError::invalid_argument("process.cmd is empty"));
         }
         let settings = self.state.settings().clone();
-        let cwd = match (config.cwd.as_deref().filter(|cwd| !cwd.is_empty()), &settings.default_workdir) {
-            (Some(cwd), _) => user.resolve(cwd),
-            (None, Some(workdir)) => user.resolve(workdir),
-            (None, None) => user.home.clone(),
-        };
+        let directories = directories(config.cwd.as_deref(), &settings, user);
         let internal = |error: io::Error| ConnectError::internal(format!("making pipes: {error}"));
         let pty = match request.pty.as_option() {
             Some(pty) => Some(pty::size(pty).map_err(ConnectError::invalid_argument)?),
@@ -131,32 +128,30 @@ impl Processes {
             None => Streams::pipes(request.stdin.unwrap_or(true), user),
         }
         .map_err(internal)?;
-        let usual = [
-            ("PATH", spawn::PATH),
-            ("LANG", "C.UTF-8"),
-            ("HOME", &user.home.to_string_lossy()),
-            ("USER", &user.name),
-            ("LOGNAME", &user.name),
-            ("SHELL", &user.shell),
-        ];
-        let mut env: BTreeMap<String, String> =
-            usual.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
-        env.extend(pty.map(|_| ("TERM".to_owned(), "xterm-256color".to_owned())));
-        env.extend(settings.environment());
+        let mut env = environment(&settings, user, pty.is_some());
         env.extend(config.envs.iter().map(|(name, value)| (name.clone(), value.clone())));
-        let program = Program {
+        let mut program = Program {
             name: OsStr::new(&config.cmd),
             args: &config.args,
             env,
-            cwd: &cwd,
+            cwd: &directories[0],
             user,
             streams: streams.child.each_ref().map(AsFd::as_fd),
             terminal: pty.is_some(),
             place: if user.uid == 0 { &self.root } else { &self.user },
             oom_score: OOM_SCORE,
         };
-        let started = spawn::start(&program).await;
-        let child = started.map_err(|error| not_started(&config.cmd, &cwd, &error))?;
+        let mut started = spawn::start(&program).await;
+        for cwd in &directories[1..] {
+            let Err(spawn::Error::Cwd(error)) = &started else { break };
+            if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) {
+                break;
+            }
+            say_once(program.cwd, error, cwd);
+            program.cwd = cwd;
+            started = spawn::start(&program).await;
+        }
+        let child = started.map_err(|error| not_started(&config.cmd, program.cwd, &error))?;
         // The child has its ends now; while these stay open here, no pipe ever ends.
         drop(streams.child);
         let pid = child.pid();
@@ -183,6 +178,43 @@ impl Processes {
         tokio::spawn(supervise(child, exited, pumps, entry.clone(), Arc::clone(&self.table)));
         Ok(entry)
     }
+}
+
+/// Where a process may be started, the best first: where it is asked to be, and nowhere else; or where it is by default, and
+/// when that is not there, at home.
+fn directories(asked: Option<&str>, settings: &Settings, user: &User) -> Vec<PathBuf> {
+    if let Some(asked) = asked.filter(|cwd| !cwd.is_empty()) {
+        return vec![user.resolve(asked)];
+    }
+    let workdir = settings.workdir().map(|workdir| user.resolve(workdir));
+    workdir.into_iter().chain([user.home.clone(), PathBuf::from("/")]).collect()
+}
+
+/// Says, once, that processes are not started in `cwd`.
+fn say_once(cwd: &Path, error: &io::Error, instead: &Path) {
+    static SAID: AtomicBool = AtomicBool::new(false);
+    if !SAID.swap(true, Ordering::Relaxed) {
+        eprintln!("agent: cwd {} of processes: {error}; {} instead", cwd.display(), instead.display());
+    }
+}
+
+/// The environment of a process of `user` that asks for nothing.
+fn environment(settings: &Settings, user: &User, terminal: bool) -> BTreeMap<String, String> {
+    let usual = [
+        ("PATH", spawn::PATH),
+        ("LANG", "C.UTF-8"),
+        ("HOME", &user.home.to_string_lossy()),
+        ("USER", &user.name),
+        ("LOGNAME", &user.name),
+        ("SHELL", &user.shell),
+    ];
+    let mut env: BTreeMap<String, String> =
+        usual.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+    if terminal {
+        env.insert("TERM".to_owned(), "xterm-256color".to_owned());
+    }
+    env.extend(settings.environment());
+    env
 }
 
 /// Waits for the end of a process, tells it, and forgets it when everybody knows.
@@ -399,5 +431,33 @@ impl Process for Processes {
         }
         entry.stdin.lock().await.take();
         Response::ok(CloseStdinResponse::default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kelvin_api::image::ImageDefaults;
+
+    use super::*;
+
+    #[test]
+    fn only_a_default_directory_has_another_in_its_place() {
+        let home = PathBuf::from("/home/user");
+        let user = User { home: home.clone(), ..User::root() };
+        let mut settings = Settings::default();
+        let of = |asked, settings: &Settings| directories(asked, settings, &user);
+        assert_eq!(of(None, &settings), [home.clone(), "/".into()]);
+        settings.image = ImageDefaults {
+            workdir: Some("/app".to_owned()),
+            env: [("HOME".to_owned(), "/h".to_owned()), ("PATH".to_owned(), "/opt".to_owned())].into(),
+            user: None,
+        };
+        assert_eq!(of(None, &settings), [PathBuf::from("/app"), home.clone(), "/".into()]);
+        assert_eq!(of(Some(""), &settings).len(), 3);
+        assert_eq!(of(Some("x"), &settings), [home.join("x")]);
+        let env = environment(&settings, &user, true);
+        let value = |name: &str| env.get(name).map(String::as_str);
+        assert_eq!((value("PATH"), value("HOME"), value("USER")), (Some("/opt"), Some("/h"), Some("root")));
+        assert_eq!(value("TERM"), Some("xterm-256color"));
     }
 }

@@ -8,7 +8,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 /// Clears `path` for a file of ours: nothing is there, and its directory is one.
-pub(super) fn make_way(path: &Path) -> io::Result<()> {
+pub fn make_way(path: &Path) -> io::Result<()> {
     if let Some(directory) = path.parent() {
         let is_one = fs::symlink_metadata(directory).is_ok_and(|found| found.is_dir());
         if !is_one {
@@ -26,13 +26,18 @@ pub(super) fn make_way(path: &Path) -> io::Result<()> {
 }
 
 /// Replaces the file at `path` by one with `content`; whose it was and who may do what stays.
-pub(super) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
+pub fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
+    write_as(path, content, 0o644)
+}
+
+/// The same; one that was not there gets `mode`.
+pub fn write_as(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let former = fs::symlink_metadata(path).ok().filter(fs::Metadata::is_file);
     let fresh = path.with_extension("kelvin-new");
     make_way(&fresh)?;
     let written = (|| {
         fs::write(&fresh, content)?;
-        let mode = former.as_ref().map_or(0o644, |found| found.mode() & 0o7777);
+        let mode = former.as_ref().map_or(mode, |found| found.mode() & 0o7777);
         if let Some(found) = &former {
             std::os::unix::fs::chown(&fresh, Some(found.uid()), Some(found.gid()))?;
         }
