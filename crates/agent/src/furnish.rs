@@ -5,6 +5,7 @@
 //! identity      /etc/hostname, hosts, machine-id: links to memory; /etc/resolv.conf
 //! accounts      `user` with a home: lines of /etc/group, /etc/shadow and, last, /etc/passwd
 //! a shell       no /bin/sh: busybox from the initial RAM disk, and a link `sh` to it, in /usr/local/lib/kelvin
+//! login shells  where something else was brought: a file in /etc/profile.d that keeps the PATH that the image says
 //! ```
 //!
 //! What the image has is never replaced. Each boot looks: where nothing is missing, nothing is written. [`STAMP`] says that
@@ -52,6 +53,9 @@ pub fn furnish(root: &Path, busybox: Option<File>) {
     // Before the account: its shell may be this one.
     image.step("a shell", |image| image.shell(busybox));
     image.step("the account", Image::account);
+    if !image.brought.is_empty() || image.is_furnished {
+        image.step(shell::PROFILE, Image::profile);
+    }
     if !image.brought.is_empty() && !image.is_furnished {
         image.step("a stamp", |image| {
             make_dirs(&image.at("/var/lib/kelvin"))?;
@@ -156,7 +160,7 @@ impl Image<'_> {
         }
         // Source: machine-id(5).
         let is_unset = || guest_file::read(&at, 64).is_ok_and(|text| text.trim_ascii() == b"uninitialized");
-        if !self.is_missing(path)? && !(path == "/etc/machine-id" && is_unset()) {
+        if !(self.is_missing(path)? || path == "/etc/machine-id" && is_unset()) {
             return Ok(());
         }
         replace_by_link(&at, target)?;
@@ -250,6 +254,15 @@ impl Image<'_> {
         chown(&fresh, Some(uid), Some(gid))?;
         fs::rename(&fresh, self.at(path))?;
         self.brought.push(path.to_owned());
+        Ok(())
+    }
+
+    /// Clients start login shells, whose profile begins with a `PATH` of its own.
+    fn profile(&mut self) -> io::Result<()> {
+        if self.at("/etc/profile.d").is_dir() && self.found(shell::PROFILE)? == Found::Nothing {
+            write_as(&self.at(shell::PROFILE), shell::PROFILE_TEXT.as_bytes(), 0o644)?;
+            self.brought.push(shell::PROFILE.to_owned());
+        }
         Ok(())
     }
 
@@ -452,6 +465,7 @@ mod tests {
         root.write("bin/sh", "");
         root.write("bin/bash", "");
         root.write("etc/sudoers.d/README", "");
+        root.write("etc/profile.d/x.sh", "");
         symlink("../run/systemd/resolve/stub-resolv.conf", root.0.join("etc/resolv.conf")).unwrap();
         fs::create_dir_all(root.0.join("tmp")).unwrap();
         fs::set_permissions(root.0.join("tmp"), Permissions::from_mode(0o700)).unwrap();
@@ -467,6 +481,7 @@ mod tests {
             assert_eq!(link, Path::new("/run/kelvin").join(name));
         }
         assert_eq!(root.mode("etc/sudoers.d/user"), 0o440);
+        assert_eq!(root.read("etc/profile.d/kelvin-path.sh"), shell::PROFILE_TEXT);
         assert!(!root.0.join("usr/local/lib/kelvin").exists(), "it has a shell");
     }
 
@@ -477,6 +492,7 @@ mod tests {
         root.write("etc/group", "root:x:0:\nuser:x:1000:\n");
         root.write("etc/resolv.conf", "nameserver 169.254.0.22\n");
         root.write("bin/sh", "");
+        root.write("etc/profile.d/x.sh", "");
         for path in ["home/user", "root", "tmp", "var/tmp", "var/log"] {
             fs::create_dir_all(root.0.join(path)).unwrap();
         }

@@ -14,6 +14,14 @@ pub const BROUGHT: &str = "/usr/local/lib/kelvin/sh";
 /// The same, for the child that becomes it.
 pub const BROUGHT_C: &CStr = c"/usr/local/lib/kelvin/sh";
 
+/// The variable that tells a login shell which `PATH` it was started with.
+pub const PATH_VARIABLE: &str = "KELVIN_PATH";
+/// What makes it keep that: the profile of most images begins with a `PATH` of its own, and clients start login shells.
+pub const PROFILE: &str = "/etc/profile.d/kelvin-path.sh";
+/// What is in there.
+pub const PROFILE_TEXT: &str = "# Kelvin: a login shell keeps the PATH that its image or its caller says.\n\
+    if [ -n \"${KELVIN_PATH-}\" ]; then\n  PATH=$KELVIN_PATH\n  export PATH\nfi\n";
+
 /// Names that mean a shell of the image.
 const SHELLS: [&str; 7] =
     ["bash", "/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash", "sh", "/bin/sh", "/usr/bin/sh"];
@@ -62,6 +70,22 @@ mod tests {
         }
         assert_eq!(BROUGHT.as_bytes(), BROUGHT_C.to_bytes());
         assert!(BROUGHT.starts_with(DIRECTORY));
+    }
+
+    #[test]
+    fn a_login_shell_keeps_its_path() {
+        assert!(PROFILE_TEXT.contains(PATH_VARIABLE));
+        let shell = |path: Option<&str>| {
+            let script = format!("set -eu; PATH=/profile; {PROFILE_TEXT}echo \"$PATH\"");
+            let mut command = std::process::Command::new("/bin/sh");
+            command.env_clear().args(["-c", &script]);
+            command.envs(path.map(|path| (PATH_VARIABLE, path)));
+            String::from_utf8(command.output().unwrap().stdout).unwrap()
+        };
+        assert_eq!(
+            (shell(Some("/go/bin:/bin")), shell(None)),
+            ("/go/bin:/bin\n".into(), "/profile\n".into())
+        );
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! .cache/guest/kernel/   vmlinuz and the modules, from the distribution's kernel for virtual machines
-//! .cache/guest/initrd    newc archive: modules in load order, the agent as /init
+//! .cache/guest/busybox/  a static shell, for images that have none
+//! .cache/guest/initrd    newc archive: modules in load order, the agent as /init, busybox
 //! .cache/guest/*.ext4    the images, each made again when its recipe under guest/ or the kernel changes
 //! ```
 //!
@@ -15,7 +16,7 @@ use crate::distribution::Distribution;
 use crate::kernel::{self, Wanted};
 use crate::packages::{as_root, codename, debian_sources, feed};
 use crate::stamps::{EPOCH, digest, is_fresh};
-use crate::{Result, cache, cargo, files as fs, is_prebuilt, output, root, run, say, shared};
+use crate::{Result, busybox, cache, cargo, files as fs, is_prebuilt, output, root, run, say, shared};
 
 /// Sizes of the images' disks: about 0.5 and 1 GiB of files, the rest is free.
 const BASE_MIB: u64 = 2560;
@@ -49,7 +50,8 @@ pub fn ensure() -> Result<Guest> {
     let package = Distribution::here()?.family().guest_kernel();
     let kernel = kernel::ensure(&directory, Wanted { package, loaded: &loaded, on_demand: &on_demand })?;
     let agent = build_agent()?;
-    let initrd = ensure_initrd(&directory, &kernel, &agent)?;
+    let busybox = busybox::ensure(&directory)?;
+    let initrd = ensure_initrd(&directory, &kernel, &agent, &busybox)?;
     let rootfs = ensure_image(&directory, "base", &["base"], BASE_MIB)?;
     Ok(Guest { kernel: kernel.join("vmlinuz"), initrd, rootfs })
 }
@@ -76,7 +78,7 @@ fn build_agent() -> Result<PathBuf> {
     Ok(built)
 }
 
-fn ensure_initrd(directory: &Path, kernel: &Path, agent: &Path) -> Result<PathBuf> {
+fn ensure_initrd(directory: &Path, kernel: &Path, agent: &Path, busybox: &Path) -> Result<PathBuf> {
     let done = directory.join("initrd");
     let mut archive = Newc::default();
     for name in ["dev", "proc", "sys", "modules", "newroot"] {
@@ -86,6 +88,7 @@ fn ensure_initrd(directory: &Path, kernel: &Path, agent: &Path) -> Result<PathBu
     archive.node("dev/console", 0o020_600, (5, 1), &[]);
     add_modules(&mut archive, kernel)?;
     archive.add("init", 0o100_755, &fs::read(agent)?);
+    archive.add("busybox", 0o100_755, &fs::read(busybox)?);
     write_if_changed(&done, &archive.finish())?;
     Ok(done)
 }

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use crate::packages::{ensure_all, with_lists};
+use crate::packages::{ensure_all, files_to_download, with_lists};
 use crate::stamps::{EPOCH, digest};
 use crate::{Result, files as fs, output, run, say, shared};
 
@@ -139,28 +139,8 @@ fn resolve(meta: &str) -> Result<(Vec<String>, Vec<String>)> {
         .into());
     }
     found.sort();
-    // 'URI' NAME SIZE DIGEST
-    let uris = output(Command::new("apt-get").args(["-q", "download", "--print-uris"]).args(&found))?;
-    let mut files: Vec<String> = uris
-        .lines()
-        .filter(|line| line.starts_with('\''))
-        .filter_map(|line| {
-            let mut words = line.split_whitespace().skip(1);
-            Some(format!("{} {}", words.next()?, words.nth(1)?))
-        })
-        .collect();
-    files.sort();
-    if files.len() == found.len() {
-        Ok((found, files))
-    } else {
-        Err(format!(
-            "apt says where to get {} of the {} packages {}",
-            files.len(),
-            found.len(),
-            found.join(", ")
-        )
-        .into())
-    }
+    let files = files_to_download(&found)?;
+    Ok((found, files))
 }
 
 /// Among what `apt-cache depends` prints, the packages that have a kernel or its modules.

@@ -4,6 +4,7 @@
 //! package managers of the machine; what is expensive is cached under `.cache/`.
 
 mod base;
+mod busybox;
 mod circles;
 mod cores;
 mod deps;

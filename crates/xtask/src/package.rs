@@ -14,7 +14,7 @@ use std::process::Command;
 
 use crate::packages;
 use crate::server::{self, Built};
-use crate::{Result, cargo, files as fs, output, root, run, say, shared};
+use crate::{Result, busybox, cargo, files as fs, output, root, run, say, shared};
 
 /// The version of cargo-deb that makes the package.
 const CARGO_DEB: &str = "3.8.0";
@@ -59,7 +59,16 @@ pub fn stage() -> Result<Built> {
     }
     let kernel = Kernel::of(&built.guest.kernel)?;
     let copyright = fs::read_to_string(root().join("packaging/copyright"))?;
-    let copyright = copyright.replace("@KERNEL@", &kernel.package).replace("@VERSION@", &kernel.version);
+    let busybox = busybox::source()?;
+    let (source, version) = busybox.split_once(' ').ok_or("the guest's busybox names no source")?;
+    let copyright = [
+        ("@KERNEL@", kernel.package.as_str()),
+        ("@VERSION@", &kernel.version),
+        ("@BUSYBOX@", source),
+        ("@BUSYBOX_VERSION@", version),
+    ]
+    .iter()
+    .fold(copyright, |text, (name, value)| text.replace(name, value));
     fs::write(stage.join("copyright"), copyright)?;
     Ok(built)
 }

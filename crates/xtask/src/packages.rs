@@ -92,6 +92,32 @@ pub fn with_lists<T>(ask: impl Fn() -> Result<T>) -> Result<T> {
     ask()
 }
 
+/// The files of `packages` that apt would download: name, which has the version, and digest of each; in order.
+pub fn files_to_download(packages: &[impl AsRef<std::ffi::OsStr>]) -> Result<Vec<String>> {
+    // 'URI' NAME SIZE DIGEST
+    let uris = output(Command::new("apt-get").args(["-q", "download", "--print-uris"]).args(packages))?;
+    let mut files: Vec<String> = uris
+        .lines()
+        .filter(|line| line.starts_with('\''))
+        .filter_map(|line| {
+            let mut words = line.split_whitespace().skip(1);
+            Some(format!("{} {}", words.next()?, words.nth(1)?))
+        })
+        .collect();
+    files.sort();
+    if files.len() == packages.len() {
+        return Ok(files);
+    }
+    let names: Vec<_> = packages.iter().map(|name| name.as_ref().to_string_lossy()).collect();
+    Err(format!(
+        "apt says where to get {} of the {} packages {}",
+        files.len(),
+        packages.len(),
+        names.join(", ")
+    )
+    .into())
+}
+
 /// This machine's sources of its distribution as lines of a `sources.list`, so that no registry's name stands here.
 pub fn debian_sources() -> Result<String> {
     let origin = Distribution::here()?.family().origin();

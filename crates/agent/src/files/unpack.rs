@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use bytes::{Buf, Bytes, BytesMut};
 use http::{Request, StatusCode};
 use hyper::body::Incoming;
+use kelvin_api::image::Unpacked;
 use kelvin_api::signature::query;
 use tokio::io::AsyncReadExt;
 use tokio::sync::{Semaphore, mpsc};
@@ -46,7 +47,7 @@ pub async fn unpack(request: Request<Incoming>) -> Reply {
     let Ok(_turn) = AT_ONCE.acquire().await else {
         return error(StatusCode::INTERNAL_SERVER_ERROR, "nothing is unpacked any more");
     };
-    match run(content, wanted).await {
+    match run(content, wanted, Path::new("/")).await {
         Ok(unpacked) => json(StatusCode::OK, &unpacked),
         Err(problem) => {
             let source = std::error::Error::source(&problem).map(|source| format!(": {source}"));
@@ -55,11 +56,12 @@ pub async fn unpack(request: Request<Incoming>) -> Reply {
     }
 }
 
-async fn run(content: Content, wanted: Wanted) -> Result<kelvin_api::image::Unpacked, Error> {
+async fn run(content: Content, wanted: Wanted, root: &Path) -> Result<Unpacked, Error> {
+    let root = root.to_owned();
     let (sender, receiver) = mpsc::channel(QUEUE);
     let work = tokio::task::spawn_blocking(move || {
         let queue = Queue { receiver, chunk: Bytes::new(), ended: false };
-        archive::unpack(queue, &wanted, Path::new("/"))
+        archive::unpack(queue, &wanted, &root)
     });
     tokio::select! {
         () = feed(content, &sender) => {}
@@ -214,5 +216,37 @@ mod tests {
         assert_eq!(read(vec![chunk("ab")]).await, Err(io::ErrorKind::UnexpectedEof));
         let failed = Err(io::ErrorKind::TimedOut.into());
         assert_eq!(read(vec![chunk("ab"), failed]).await, Err(io::ErrorKind::TimedOut));
+    }
+
+    #[tokio::test]
+    async fn an_archive_is_unpacked_as_it_comes_and_a_bad_one_is_not_waited_for() {
+        let root = std::env::temp_dir().join(format!("kelvin-unpack-run-{}", std::process::id()));
+        std::fs::create_dir_all(&root).unwrap();
+        let owner = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let to = |to: &str| Wanted { owner, ..ask(&[("from", "."), ("to", to)]).unwrap() };
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        // More than the queue holds.
+        let large = vec![7; 3 * QUEUE * CHUNK];
+        header.set_size(large.len() as u64);
+        header.set_mode(0o600);
+        builder.append_data(&mut header, "large", &large[..]).unwrap();
+        let tar = builder.into_inner().unwrap();
+        let content: Content = Box::pin(io::Cursor::new(tar));
+        let done = run(content, to("/good"), &root).await.unwrap();
+        assert_eq!((done.files, done.bytes), (1, large.len() as u64));
+        assert_eq!(std::fs::read(root.join("good/large")).unwrap(), large);
+        // Its sender goes on for ever, and sends nothing.
+        let (silent, _other) = tokio::io::duplex(64);
+        let content: Content = Box::pin(io::Cursor::new(vec![7; 1024]).chain(silent));
+        let done = tokio::time::timeout(std::time::Duration::from_secs(60), run(content, to("/bad"), &root));
+        let problem = done.await.expect("it is waited for").unwrap_err();
+        assert_eq!(status(&problem), StatusCode::BAD_REQUEST);
+        std::fs::remove_dir_all(&root).unwrap();
+        let stood_still = Error::Torn(io::Error::new(io::ErrorKind::TimedOut, StoodStill));
+        assert_eq!(status(&stood_still), StatusCode::REQUEST_TIMEOUT);
+        let source = io::Error::from_raw_os_error(libc::ENOSPC);
+        let full = Error::At { name: "a".to_owned(), source };
+        assert_eq!(status(&full), StatusCode::INSUFFICIENT_STORAGE);
     }
 }

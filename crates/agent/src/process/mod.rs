@@ -42,6 +42,7 @@ use self::output::{Hub, end_of};
 use self::streams::Streams;
 use crate::groups::Place;
 use crate::pty;
+use crate::shell;
 use crate::spawn::{self, Child, Program};
 use crate::state::{Settings, State};
 use crate::users::User;
@@ -128,8 +129,8 @@ impl Processes {
             None => Streams::pipes(request.stdin.unwrap_or(true), user),
         }
         .map_err(internal)?;
-        let mut env = environment(&settings, user, pty.is_some());
-        env.extend(config.envs.iter().map(|(name, value)| (name.clone(), value.clone())));
+        let asked = config.envs.iter().map(|(name, value)| (name.clone(), value.clone()));
+        let env = environment(&settings, user, pty.is_some(), asked);
         let mut program = Program {
             name: OsStr::new(&config.cmd),
             args: &config.args,
@@ -198,8 +199,13 @@ fn say_once(cwd: &Path, error: &io::Error, instead: &Path) {
     }
 }
 
-/// The environment of a process of `user` that asks for nothing.
-fn environment(settings: &Settings, user: &User, terminal: bool) -> BTreeMap<String, String> {
+/// The environment of a process of `user`; what is `asked` for wins.
+fn environment(
+    settings: &Settings,
+    user: &User,
+    terminal: bool,
+    asked: impl Iterator<Item = (String, String)>,
+) -> BTreeMap<String, String> {
     let usual = [
         ("PATH", spawn::PATH),
         ("LANG", "C.UTF-8"),
@@ -214,6 +220,9 @@ fn environment(settings: &Settings, user: &User, terminal: bool) -> BTreeMap<Str
         env.insert("TERM".to_owned(), "xterm-256color".to_owned());
     }
     env.extend(settings.environment());
+    env.extend(asked);
+    let path = env.get("PATH").filter(|path| *path != spawn::PATH).cloned();
+    env.extend(path.map(|path| (shell::PATH_VARIABLE.to_owned(), path)));
     env
 }
 
@@ -455,9 +464,16 @@ mod tests {
         assert_eq!(of(None, &settings), [PathBuf::from("/app"), home.clone(), "/".into()]);
         assert_eq!(of(Some(""), &settings).len(), 3);
         assert_eq!(of(Some("x"), &settings), [home.join("x")]);
-        let env = environment(&settings, &user, true);
+        let of = |settings: &Settings, asked: &[(&str, &str)]| {
+            let asked = asked.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+            environment(settings, &user, true, asked)
+        };
+        let env = of(&settings, &[("A", "asked")]);
         let value = |name: &str| env.get(name).map(String::as_str);
         assert_eq!((value("PATH"), value("HOME"), value("USER")), (Some("/opt"), Some("/h"), Some("root")));
-        assert_eq!(value("TERM"), Some("xterm-256color"));
+        assert_eq!((value("TERM"), value("A")), (Some("xterm-256color"), Some("asked")));
+        assert_eq!(value("KELVIN_PATH"), Some("/opt"), "for login shells");
+        assert!(!of(&Settings::default(), &[]).contains_key("KELVIN_PATH"), "an image that says nothing");
+        assert_eq!(of(&settings, &[("PATH", "/own")])["KELVIN_PATH"], "/own");
     }
 }
