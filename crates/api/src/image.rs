@@ -53,6 +53,9 @@ pub enum Error {
     /// Not the JSON that is expected.
     #[error("it is not the expected JSON: {0}")]
     Json(#[from] serde_json::Error),
+    /// JSON, and no object.
+    #[error("it is not a JSON object")]
+    Object,
     /// Too long.
     #[error("it has {0} bytes, more than {MAX_DEFAULTS}")]
     Size(usize),
@@ -75,6 +78,10 @@ impl ImageDefaults {
     pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
         if bytes.len() > MAX_DEFAULTS {
             return Err(Error::Size(bytes.len()));
+        }
+        // Lists are taken for structs.
+        if bytes.trim_ascii_start().first().is_some_and(|first| *first != b'{') {
+            return Err(Error::Object);
         }
         let defaults: Self = serde_json::from_slice(bytes)?;
         defaults.check()?;

@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(std::fs::read(root.join("good/large")).unwrap(), large);
         // Its sender goes on for ever, and sends nothing.
         let (silent, _other) = tokio::io::duplex(64);
-        let content: Content = Box::pin(io::Cursor::new(vec![7; 1024]).chain(silent));
+        let content: Content = Box::pin(AsyncReadExt::chain(io::Cursor::new(vec![7; 1024]), silent));
         let done = tokio::time::timeout(std::time::Duration::from_secs(60), run(content, to("/bad"), &root));
         let problem = done.await.expect("it is waited for").unwrap_err();
         assert_eq!(status(&problem), StatusCode::BAD_REQUEST);
