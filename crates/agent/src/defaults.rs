@@ -91,9 +91,13 @@ mod tests {
         assert_eq!(defaults.look(), Some(ImageDefaults::default()));
         write(&" ".repeat(MAX_DEFAULTS + 1), 0o644);
         assert_eq!(defaults.look(), Some(ImageDefaults::default()));
-        fs::remove_file(&path).unwrap();
-        std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
+        write(r#"{"workdir":"/app","user":"app"}"#, 0o644);
+        assert_ne!(defaults.look(), Some(ImageDefaults::default()));
+        let elsewhere = path.with_extension("elsewhere");
+        fs::rename(&path, &elsewhere).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
         assert_eq!(defaults.look(), Some(ImageDefaults::default()));
+        fs::remove_file(&elsewhere).unwrap();
         fs::remove_file(&path).unwrap();
         assert_eq!(defaults.look(), Some(ImageDefaults::default()));
     }

@@ -220,12 +220,12 @@ mod tests {
         };
         assert_eq!(of(&[]).unwrap(), (4_000_000, 4_000_001));
         assert_eq!(of(&[("x-kelvin-user", "4000002:4000003")]).unwrap(), (4_000_002, 4_000_003));
-        // `root:`
-        let root = ("authorization", "Basic cm9vdDo=");
+        // `0:`
+        let root = ("authorization", "Basic MDo=");
         assert_eq!(of(&[root, ("x-kelvin-user", "4000002")]).unwrap(), (0, 0));
         assert!(of(&[("x-kelvin-user", "no such user")]).is_err());
         assert!(of(&[("authorization", "Bearer x")]).is_err());
-        state.settings().default_user = Some("root".to_owned());
+        state.settings().default_user = Some("0".to_owned());
         assert_eq!(of(&[]).unwrap(), (0, 0), "what was set wins over the image");
     }
 }
