@@ -50,6 +50,13 @@ struct Found {
     metadata: Metadata,
 }
 
+/// One file or directory of a COPY.
+enum Asked<'a> {
+    /// Name and content.
+    Inline(&'a String, &'a String),
+    Found(Found),
+}
+
 /// One COPY's files, as they are collected.
 struct Collected<'a> {
     context: &'a Context,
@@ -116,34 +123,31 @@ impl Context {
         unpack: bool,
         is_directory: bool,
     ) -> Result<(Vec<Payload>, Option<String>), Fault> {
-        let mut collected =
-            Collected { context: self, tree: Tree::new(), payloads: Vec::new(), entries: 0, bytes: 0 };
-        let mut files = Vec::new();
-        let mut matched = 0;
+        let mut asked = Vec::new();
         for source in sources {
             match source {
-                Source::Inline { name, content } => {
-                    matched += 1;
+                Source::Inline { name, content } => asked.push(Asked::Inline(name, content)),
+                Source::Path(path) => asked.extend(self.find(path)?.into_iter().map(Asked::Found)),
+            }
+        }
+        let is_one = asked.len() == 1;
+        if !is_one && !is_directory {
+            return Err(Fault::syntax("the destination of more than one source ends in `/`"));
+        }
+        let mut collected = Collected::of(self);
+        let mut files = Vec::new();
+        for one in asked {
+            match one {
+                Asked::Inline(name, content) => {
                     files.push(name.clone());
                     let kind = EntryKind::Inline(content.clone());
                     collected.add(PathBuf::from(name), Entry { mode: 0o644, kind })?;
                 }
-                Source::Path(path) => {
-                    for found in self.find(path)? {
-                        matched += 1;
-                        if found.metadata.is_dir() {
-                            collected.walk(&found.real)?;
-                        } else {
-                            files.extend(collected.file(&found, unpack)?);
-                        }
-                    }
-                }
+                Asked::Found(found) if found.metadata.is_dir() => collected.walk(&found.real)?,
+                Asked::Found(found) => files.extend(collected.file(&found, unpack)?),
             }
         }
-        if matched > 1 && !is_directory {
-            return Err(Fault::syntax("the destination of more than one source ends in `/`"));
-        }
-        let single = files.pop().filter(|_| matched == 1 && !is_directory);
+        let single = files.pop().filter(|_| is_one && !is_directory);
         if !collected.tree.is_empty() || collected.payloads.is_empty() {
             collected.flush();
         }
@@ -181,15 +185,18 @@ impl Context {
         !path.as_os_str().is_empty() && self.ignore.has(&path.to_string_lossy())
     }
 
+    /// Whether a directory that is left out may have something that is not.
+    fn may_keep(&self, directory: &Path) -> bool {
+        self.ignore.may_keep_in(&directory.to_string_lossy())
+    }
+
     /// Whether a directory that is left out has something that is not.
     fn has_kept(&self, directory: &Path) -> Result<bool, Fault> {
-        if !self.ignore.brings_back() {
+        if !self.may_keep(directory) {
             return Ok(false);
         }
-        let mut collected =
-            Collected { context: self, tree: Tree::new(), payloads: Vec::new(), entries: 0, bytes: 0 };
         let mut any = false;
-        collected.each(directory, &mut |_, _, _| {
+        Collected::of(self).each(directory, &mut |_, _, _| {
             any = true;
             Ok(())
         })?;
@@ -214,7 +221,11 @@ fn ignore_of(path: &Path) -> Result<Option<Ignore>, Error> {
     read.map(Some).map_err(|(line, pattern)| Fault::Pattern { pattern }.at(line, &name))
 }
 
-impl Collected<'_> {
+impl<'a> Collected<'a> {
+    fn of(context: &'a Context) -> Self {
+        Self { context, tree: Tree::new(), payloads: Vec::new(), entries: 0, bytes: 0 }
+    }
+
     fn count(&mut self) -> Result<(), Fault> {
         self.entries += 1;
         let limit = self.context.limits.entries;
@@ -351,7 +362,7 @@ impl Collected<'_> {
                     Err(error) => return Err(Fault::io(path)(error)),
                 };
                 let left_out = self.context.left_out(&real);
-                if metadata.is_dir() && (!left_out || self.context.ignore.brings_back()) {
+                if metadata.is_dir() && (!left_out || self.context.may_keep(&real)) {
                     open.push((below.clone(), depth + 1));
                 }
                 if !left_out {

@@ -1,7 +1,7 @@
 //! COPY and ADD, as they are written.
 
 use crate::error::Fault;
-use crate::instruction::Flags;
+use crate::flags::Flags;
 use crate::lines::{self, HereDoc};
 use crate::words;
 

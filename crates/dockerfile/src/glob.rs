@@ -5,8 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::error::Fault;
+use crate::paths::clean;
 use crate::pattern;
-use crate::stage::clean;
 
 /// The paths below `root`, which is canonical, that `source` means, relative to it and in the order of their names. That of a
 /// source that is no pattern is there whether its file is or not.

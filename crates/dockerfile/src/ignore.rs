@@ -3,8 +3,8 @@
 //! Source: `github.com/moby/patternmatcher` and its `ignorefile`, whose rules these follow: the last line that matches a path or
 //! one of its parents decides.
 
+use crate::paths::clean;
 use crate::pattern::{self, Token};
-use crate::stage::clean;
 
 /// The largest `.dockerignore`, in bytes.
 pub(crate) const MOST_BYTES: u64 = 1 << 20;
@@ -19,6 +19,8 @@ pub(crate) struct Ignore {
 struct Rule {
     /// `!`: what matches is there again.
     back: bool,
+    /// The components that it begins with and that are no patterns.
+    begin: Vec<String>,
     tokens: Vec<Token>,
 }
 
@@ -41,14 +43,19 @@ impl Ignore {
             }
             let cleaned = clean(pattern);
             let cleaned = cleaned.strip_prefix('/').filter(|rest| !rest.is_empty()).unwrap_or(&cleaned);
-            rules.push(Rule { back, tokens: pattern::of_ignore(cleaned).ok_or_else(wrong)? });
+            let begin = cleaned.split('/').take_while(|component| !pattern::is_pattern(component));
+            let begin = begin.map(str::to_owned).collect();
+            rules.push(Rule { back, begin, tokens: pattern::of_ignore(cleaned).ok_or_else(wrong)? });
         }
         Ok(Self { rules })
     }
 
-    /// Whether anything that is left out may have something in it that is not.
-    pub fn brings_back(&self) -> bool {
-        self.rules.iter().any(|rule| rule.back)
+    /// Whether something in `directory`, which is left out, may be there again.
+    pub fn may_keep_in(&self, directory: &str) -> bool {
+        self.rules.iter().filter(|rule| rule.back).any(|rule| {
+            let mut both = rule.begin.iter().zip(directory.split('/'));
+            both.all(|(one, other)| one == other)
+        })
     }
 
     /// Whether the file at `path`, relative to the context, is left out.
@@ -114,6 +121,18 @@ mod tests {
         for (text, path, expected) in cases {
             assert_eq!(Ignore::read(text).unwrap().has(path), expected, "{text:?} {path}");
         }
+    }
+
+    #[test]
+    fn a_directory_is_looked_into_when_something_may_be_kept() {
+        let ignore = Ignore::read("*\n!a/b/c\n!d/*/e").unwrap();
+        for (directory, expected) in
+            [("a", true), ("a/b", true), ("a/x", false), ("d/x/y", true), ("x", false)]
+        {
+            assert_eq!(ignore.may_keep_in(directory), expected, "{directory}");
+        }
+        assert!(!Ignore::read("*").unwrap().may_keep_in("a"));
+        assert!(Ignore::read("*\n!**/x").unwrap().may_keep_in("a/b"));
     }
 
     #[test]

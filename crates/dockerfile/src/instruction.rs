@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use crate::copy::{self, Copy};
 use crate::error::{Error, Fault, Unsupported, shortened};
+use crate::flags::Flags;
 use crate::lines::{HereDoc, Line, Lines};
-use crate::words::{self, Flag};
+use crate::words;
 
 /// Instructions, as Docker writes them.
 const NAMES: [&str; 18] = [
@@ -145,50 +146,6 @@ fn instruction(line: &Line, escape: char) -> Result<Instruction, Fault> {
     };
     flags.finish(&keyword)?;
     Ok(instruction)
-}
-
-/// Flags that nobody has asked for yet.
-pub(crate) struct Flags(Vec<Flag>);
-
-impl Flags {
-    fn new(flags: Vec<Flag>) -> Result<Self, Fault> {
-        for (at, flag) in flags.iter().enumerate() {
-            // These alone may be there more than once.
-            if !["mount", "exclude"].contains(&flag.name.as_str())
-                && flags[..at].iter().any(|other| other.name == flag.name)
-            {
-                return Err(Fault::syntax(format!("--{} is there twice", flag.name)));
-            }
-        }
-        Ok(Self(flags))
-    }
-
-    /// The value of `--name=value`.
-    pub fn take(&mut self, name: &str) -> Result<Option<String>, Fault> {
-        let Some(at) = self.0.iter().position(|flag| flag.name == name) else { return Ok(None) };
-        match self.0.remove(at).value {
-            Some(value) => Ok(Some(value)),
-            None => Err(Fault::syntax(format!("--{name} has a value: --{name}=…"))),
-        }
-    }
-
-    /// `--name` or `--name=true`.
-    pub fn switch(&mut self, name: &str) -> Result<Option<bool>, Fault> {
-        let Some(at) = self.0.iter().position(|flag| flag.name == name) else { return Ok(None) };
-        match self.0.remove(at).value.as_deref().map(str::to_ascii_lowercase).as_deref() {
-            None | Some("true") => Ok(Some(true)),
-            Some("false") => Ok(Some(false)),
-            Some(_) => Err(Fault::syntax(format!("--{name} is true or false"))),
-        }
-    }
-
-    /// What is left is refused.
-    fn finish(self, keyword: &str) -> Result<(), Fault> {
-        match self.0.first() {
-            None => Ok(()),
-            Some(flag) => Err(Fault::syntax(format!("{keyword} has no flag --{}", flag.name))),
-        }
-    }
 }
 
 /// The name that is nearest to `written`, when it is near.

@@ -4,11 +4,11 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::command;
-use crate::error::{Error, Fault};
+use crate::error::{Error, Fault, shortened};
 use crate::expand::{Lookup, MOST_VALUE, Scope};
 use crate::instruction::{self, Instruction, Located};
 use crate::lines;
-use crate::plan::{Healthcheck, Options, Plan, Stage, StageFrom, Step};
+use crate::plan::{Action, Healthcheck, Options, Plan, Stage, StageFrom, Step};
 use crate::stage::{Args, State};
 use crate::text::Text;
 
@@ -199,6 +199,13 @@ struct Planner<'a> {
     images: BTreeMap<String, usize>,
 }
 
+/// A step as it is shown: ENV without its values, which a log would keep.
+fn shown(located: &Located, action: &Action) -> String {
+    let Action::Env(pairs) = action else { return located.shown() };
+    let names: Vec<&str> = pairs.iter().map(|(name, _)| name.as_str()).collect();
+    shortened(&format!("ENV {}", names.join(" ")))
+}
+
 impl Planner<'_> {
     /// The place of a stage in the plan, which it has afterwards.
     fn visit(&mut self, at: usize) -> Result<usize, Error> {
@@ -233,7 +240,7 @@ impl Planner<'_> {
             let done = state.step(located, file.escape, &args, &mut find);
             let done = done.map_err(|fault| inner.into_inner().unwrap_or_else(|| located.fault(fault)));
             if let Some(action) = done? {
-                steps.push(Step { line: located.line, shown: located.shown(), action });
+                steps.push(Step { line: located.line, shown: shown(located, &action), action });
             }
         }
         let stage = Stage {

@@ -1,31 +1,34 @@
 //! Steps as a node is asked for them, as far as the seam between the parts reaches.
 //!
-//! It has no command without a shell, no copy from another stage and no variables that are left for later: none comes back for
-//! those. Its RUN goes through a login shell where the image has bash, whose `/etc/profile` may set PATH anew.
+//! It has no command without a shell and no copy from another stage: none comes back for those. Its RUN goes through a login
+//! shell where the image has bash, whose `/etc/profile` may set PATH anew. Variables that are left for later go through ENV and
+//! WORKDIR alone, whose texts a node expands when it does the step: it knows `${NAME}`, `${NAME:-word}` and `${NAME:+word}`, and
+//! takes a backslash before what is special.
+
+use std::fmt::Write as _;
 
 use kelvin_node_api::Instruction;
 
 use crate::command::{self, quoted};
 use crate::plan::{Action, Copy, CopyFrom};
+use crate::text::{Apply, Part, Text};
 use crate::upload::Upload;
 
 /// `action` for a node, unless it is a copy: that is [`copy`] for each of its uploads.
 pub fn instruction(action: &Action) -> Option<Instruction> {
     match action {
         Action::Env(pairs) => {
-            let pairs = pairs.iter().map(|(name, value)| Some((name.clone(), value.literal()?.to_owned())));
+            let pairs = pairs.iter().map(|(name, value)| Some((name.clone(), expanded_later(value)?)));
             Some(Instruction::Env(pairs.collect::<Option<_>>()?))
         }
-        Action::Workdir(path) => Some(Instruction::Workdir(path.literal()?.to_owned())),
+        Action::Workdir(path) => Some(Instruction::Workdir(expanded_later(path)?)),
         Action::User(user) => Some(Instruction::User(user.literal()?.to_owned())),
         Action::Run { argv, variables } => {
             let mut line = String::new();
             for (name, value) in variables {
-                let is_name = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
-                    && name.starts_with(|letter: char| !letter.is_ascii_digit());
-                let value = quoted(value.literal().filter(|_| is_name)?);
+                let value = quoted(value.literal().filter(|_| is_name(name))?);
                 // A variable of the machine is stronger.
-                line.push_str(&format!("[ -n \"${{{name}+x}}\" ] || {name}={value}; export {name}; "));
+                let _ = write!(line, "[ -n \"${{{name}+x}}\" ] || {name}={value}; export {name}; ");
             }
             line.push_str(&command::line(argv));
             Some(Instruction::Run { command: line, user: None })
@@ -48,4 +51,69 @@ pub fn copy(copy: &Copy, upload: &Upload) -> Option<Instruction> {
         owner,
         mode: copy.mode,
     })
+}
+
+fn is_name(name: &str) -> bool {
+    name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        && name.starts_with(|letter: char| !letter.is_ascii_digit())
+}
+
+/// `text` as a node expands it: a literal with its special letters escaped.
+fn expanded_later(text: &Text) -> Option<String> {
+    let mut written = String::new();
+    for part in text.parts() {
+        match part {
+            Part::Literal(literal) => {
+                for letter in literal.chars() {
+                    if "$\\}".contains(letter) {
+                        written.push('\\');
+                    }
+                    written.push(letter);
+                }
+            }
+            Part::Variable { name, apply } => {
+                let name = Some(name).filter(|name| is_name(name))?;
+                let (kind, word) = match apply {
+                    Apply::Plain => ("", String::new()),
+                    Apply::Default { word, or_empty: true } => (":-", expanded_later(word)?),
+                    Apply::Alternative { word, or_empty: true } => (":+", expanded_later(word)?),
+                    _ => return None,
+                };
+                let _ = write!(written, "${{{name}{kind}{word}}}");
+            }
+        }
+    }
+    Some(written)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Dockerfile, Options};
+
+    fn of(line: &str) -> Option<Instruction> {
+        let plan = Dockerfile::parse(&format!("FROM a\n{line}")).unwrap().plan(&Options::default()).unwrap();
+        instruction(&plan.stages[0].steps[0].action)
+    }
+
+    #[test]
+    fn a_node_expands_what_is_left_and_nothing_else() {
+        let cases = [
+            ("ENV PATH=/app:$PATH", Some("/app:${PATH}")),
+            ("ENV a='$b'", Some("\\$b")),
+            ("ENV a='x\\y}'", Some("x\\\\y\\}")),
+            ("ENV a=${b:-'}'}${c:+${d}}", Some("${b:-\\}}${c:+${d}}")),
+            ("ENV a=${b#x}", None),
+            ("ENV a=${b-x}", None),
+        ];
+        for (line, value) in cases {
+            let found = of(line).map(|instruction| match instruction {
+                Instruction::Env(pairs) => pairs[0].1.clone(),
+                other => panic!("{other:?}"),
+            });
+            assert_eq!(found.as_deref(), value, "{line}");
+        }
+        assert_eq!(of("WORKDIR $HOME/a"), Some(Instruction::Workdir("${HOME}/a".to_owned())));
+        assert_eq!(of("USER $NAME"), None);
+    }
 }

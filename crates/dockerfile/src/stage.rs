@@ -8,6 +8,7 @@ use crate::error::Fault;
 use crate::expand::{Lookup, MOST_VALUE, Scope};
 use crate::instruction::{Form, Health, Instruction, Located};
 use crate::lines::{HereDoc, MOST_BYTES};
+use crate::paths::clean;
 use crate::plan::{Action, Config, Copy, CopyFrom, Healthcheck, ImageConfig, Source};
 use crate::text::Text;
 
@@ -412,25 +413,4 @@ fn octal(mode: &str) -> Result<u32, Fault> {
         !mode.is_empty() && mode.len() <= 5 && mode.bytes().all(|digit| (b'0'..=b'7').contains(&digit));
     let mode = u32::from_str_radix(mode, 8).ok().filter(|mode| digits && *mode <= 0o7777);
     mode.ok_or_else(|| Fault::syntax("--chmod is a mode in octal: --chmod=755"))
-}
-
-/// `path` without `.`, `..` and doubled slashes, as Go's `path.Clean`.
-pub(crate) fn clean(path: &str) -> String {
-    let absolute = path.starts_with('/');
-    let mut parts: Vec<&str> = Vec::new();
-    for part in path.split('/') {
-        match part {
-            "" | "." => {}
-            ".." if parts.last().is_some_and(|last| *last != "..") => {
-                parts.pop();
-            }
-            ".." if absolute => {}
-            _ => parts.push(part),
-        }
-    }
-    match (absolute, parts.is_empty()) {
-        (true, _) => format!("/{}", parts.join("/")),
-        (false, true) => ".".to_owned(),
-        (false, false) => parts.join("/"),
-    }
 }

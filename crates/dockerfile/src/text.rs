@@ -172,14 +172,9 @@ impl Text {
         other.0.into_iter().for_each(|part| self.push_part(part));
     }
 
-    /// Its last letter, when that is known.
+    /// Whether it ends with `end` for certain.
     pub(crate) fn ends_with(&self, end: &str) -> bool {
         matches!(self.0.last(), Some(Part::Literal(last)) if last.ends_with(end))
-    }
-
-    /// Whether it begins with `begin` for certain.
-    pub(crate) fn starts_with(&self, begin: &str) -> bool {
-        matches!(self.0.first(), Some(Part::Literal(first)) if first.starts_with(begin))
     }
 
     /// Reads `word` with its quotes and escapes.

@@ -46,6 +46,7 @@ fn a_python_service_of_three_stages() {
     let steps = &plan.stages[2].steps;
     let Action::Env(pairs) = &steps[2].action else { panic!("{:?}", steps[2]) };
     assert_eq!(pairs[0].1.literal(), Some("/venv/bin:/usr/local/bin:/usr/bin"));
+    assert_eq!((steps[2].shown.as_str(), steps[3].shown.as_str()), ("ENV PATH", "WORKDIR /app"));
     let Action::Copy(copy) = &steps[5].action else { panic!("{:?}", steps[5]) };
     let script = "#!/bin/sh\nset -eu\nexec \"$@\"\n".to_owned();
     assert_eq!(copy.sources, [Source::Inline { name: "ENTRY".to_owned(), content: script }]);
