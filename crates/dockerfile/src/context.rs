@@ -3,7 +3,7 @@
 //! A source never leaves the directory: neither by `..` nor by a link. Links that are copied are copied as links, and never
 //! followed; one that is named as a source is followed within the context.
 
-use std::fs::{self, Metadata};
+use std::fs::{self, FileType, Metadata};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -47,7 +47,8 @@ struct Found {
     asked: PathBuf,
     /// Where that is, without links, relative to the root.
     real: PathBuf,
-    metadata: Metadata,
+    kind: FileType,
+    mode: u32,
 }
 
 /// One file or directory of a COPY.
@@ -143,7 +144,7 @@ impl Context {
                     let kind = EntryKind::Inline(content.clone());
                     collected.add(PathBuf::from(name), Entry { mode: 0o644, kind })?;
                 }
-                Asked::Found(found) if found.metadata.is_dir() => collected.walk(&found.real)?,
+                Asked::Found(found) if found.kind.is_dir() => collected.walk(&found.real)?,
                 Asked::Found(found) => files.extend(collected.file(&found, unpack)?),
             }
         }
@@ -168,10 +169,11 @@ impl Context {
                 return Err(Fault::Outside { source_path: asked.display().to_string() });
             };
             let metadata = fs::symlink_metadata(&real).map_err(Fault::io(&real))?;
-            let one = Found { asked, real: relative.to_owned(), metadata };
+            let (kind, mode) = (metadata.file_type(), mode(&metadata));
+            let one = Found { asked, real: relative.to_owned(), kind, mode };
             // A directory that is left out is there when something in it is not.
             let left_out = self.left_out(&one.asked) || self.left_out(&one.real);
-            if !left_out || one.metadata.is_dir() && self.has_kept(&one.real)? {
+            if !left_out || one.kind.is_dir() && self.has_kept(&one.real)? {
                 found.push(one);
             }
         }
@@ -273,7 +275,7 @@ impl<'a> Collected<'a> {
     /// A file that is a source, and its name when it is not unpacked.
     fn file(&mut self, found: &Found, unpack: bool) -> Result<Option<String>, Fault> {
         let path = self.context.root.join(&found.real);
-        if !found.metadata.is_file() {
+        if !found.kind.is_file() {
             return Err(Fault::Entry { path: found.real.clone(), why: "it is a socket, a pipe or a device" });
         }
         self.count()?;
@@ -300,7 +302,7 @@ impl<'a> Collected<'a> {
             return Err(Fault::Entry { path: found.real.clone(), why: "its name is not UTF-8" });
         };
         let kind = EntryKind::File(self.content(path)?);
-        self.add(PathBuf::from(name), Entry { mode: mode(&found.metadata), kind })?;
+        self.add(PathBuf::from(name), Entry { mode: found.mode, kind })?;
         Ok(Some(shown.to_owned()))
     }
 

@@ -178,7 +178,9 @@ impl Error {
             Fault::Entry { .. } => {
                 "Leave the file out by .dockerignore, or copy it by an instruction of its own."
             }
-            Fault::TooLarge { .. } => "Leave files out by .dockerignore, or copy less.",
+            Fault::TooLarge { .. } => {
+                "Ask for less: shorter lines, or fewer files, which .dockerignore leaves out."
+            }
             Fault::Io { .. } => "Make the file readable, or leave it out by .dockerignore.",
         }
     }

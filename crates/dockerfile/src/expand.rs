@@ -9,8 +9,9 @@ use crate::text::{Apply, Error, Part, Text};
 
 /// The longest value, in bytes: `ENV a=$a$a` doubles with every line.
 pub(crate) const MOST_VALUE: usize = 64 << 10;
-/// The longest value that is searched for a pattern, in bytes: the search is quadratic.
-const MOST_SEARCHED: usize = 4 << 10;
+/// What one substitution's pattern may cost, in letters of the value times parts of the pattern; once more times letters where
+/// it may begin anywhere.
+const MOST_WORK: usize = 1 << 24;
 
 /// What is known of a variable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,8 +149,14 @@ fn variable(name: &str, apply: &Apply, scope: &dyn Scope, most: usize) -> Result
     })
 }
 
-fn tokens(pattern: &str) -> Result<Vec<Token>, Error> {
-    pattern::of_shell(pattern).ok_or_else(|| Error::Pattern(pattern.to_owned()))
+/// A pattern that is matched against `letters` letters, `times` times.
+fn tokens(pattern: &str, letters: usize, times: usize) -> Result<Vec<Token>, Error> {
+    let mut tokens = pattern::of_shell(pattern).ok_or_else(|| Error::Pattern(pattern.to_owned()))?;
+    tokens.dedup_by(|one, other| *one == Token::All && *other == Token::All);
+    match tokens.len().saturating_mul(letters).saturating_mul(times) {
+        work if work > MOST_WORK => Err(Error::TooMuchWork),
+        _ => Ok(tokens),
+    }
 }
 
 /// How many of `letters` match from the first one on: the fewest, or the most.
@@ -161,26 +168,23 @@ fn begin(tokens: &[Token], letters: &[char], longest: bool) -> Option<usize> {
 fn trim_start(value: &str, word: &str) -> Result<String, Error> {
     let (pattern, longest) = word.strip_prefix('#').map_or((word, false), |pattern| (pattern, true));
     let letters: Vec<char> = value.chars().collect();
-    let dropped = begin(&tokens(pattern)?, &letters, longest).unwrap_or(0);
+    let dropped = begin(&tokens(pattern, letters.len(), 1)?, &letters, longest).unwrap_or(0);
     Ok(letters[dropped..].iter().collect())
 }
 
 fn trim_end(value: &str, word: &str) -> Result<String, Error> {
     let (pattern, longest) = word.strip_prefix('%').map_or((word, false), |pattern| (pattern, true));
     // The same from the other end.
-    let mut tokens = tokens(pattern)?;
-    tokens.reverse();
     let letters: Vec<char> = value.chars().rev().collect();
+    let mut tokens = tokens(pattern, letters.len(), 1)?;
+    tokens.reverse();
     let dropped = begin(&tokens, &letters, longest).unwrap_or(0);
     Ok(letters[dropped..].iter().rev().collect())
 }
 
 fn replace(value: &str, pattern: &str, with: &str, all: bool, most: usize) -> Result<String, Error> {
-    if value.len() > MOST_SEARCHED {
-        return Err(Error::TooLong(MOST_SEARCHED));
-    }
-    let tokens = tokens(pattern)?;
     let letters: Vec<char> = value.chars().collect();
+    let tokens = tokens(pattern, letters.len(), letters.len())?;
     let mut made = String::new();
     let (mut at, mut done, mut end) = (0, false, None);
     while at <= letters.len() {

@@ -3,12 +3,18 @@
 use crate::error::Fault;
 use crate::words::Flag;
 
+/// The most flags of an instruction.
+const MOST: usize = 64;
+
 /// Flags that nobody has asked for yet.
 pub(crate) struct Flags(Vec<Flag>);
 
 impl Flags {
     /// What an instruction has.
     pub fn new(flags: Vec<Flag>) -> Result<Self, Fault> {
+        if flags.len() > MOST {
+            return Err(Fault::TooLarge { what: "an instruction in flags", limit: MOST as u64 });
+        }
         for (at, flag) in flags.iter().enumerate() {
             // These alone may be there more than once.
             if !["mount", "exclude"].contains(&flag.name.as_str())

@@ -32,8 +32,8 @@ const NAMES: [&str; 18] = [
     "WORKDIR",
 ];
 /// How a cache mount is to be replaced.
-const NO_MOUNT: &str = "Leave --mount away: every step's result is kept as a layer of the disk, so what it made is there when nothing before it \
-     changed. Files of the context come in by COPY; a secret has no place in a template.";
+const NO_MOUNT: &str = "Leave --mount away: every step's result is kept as a layer of the disk, so that what it made is \
+    there when nothing before it changed. Files of the context come in by COPY; a secret has no place in a template.";
 
 /// A line and what it is.
 #[derive(Debug)]

@@ -14,6 +14,8 @@ use crate::text::Text;
 
 /// What PATH is where an image does not say.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// The most variables, values of ARG, ports and volumes of a stage: each is looked for among all of them.
+const MOST: usize = 4096;
 /// Values that every build may be given without an ARG.
 const PREDEFINED: [&str; 10] = [
     "HTTP_PROXY",
@@ -167,7 +169,7 @@ impl State {
             Instruction::Volume(paths) => {
                 for path in paths {
                     let path = self.known(path, escape)?;
-                    add(&mut self.config.volumes, path);
+                    add(&mut self.config.volumes, path)?;
                 }
             }
             Instruction::StopSignal(signal) => {
@@ -192,6 +194,9 @@ impl State {
                 Some((_, old)) => old.clone_from(value),
                 None => self.env.push((name.clone(), value.clone())),
             }
+            if self.env.len() > MOST {
+                return Err(too_many("the stage in variables"));
+            }
         }
         Ok(Action::Env(made))
     }
@@ -213,8 +218,13 @@ impl State {
             made.push((name, value));
         }
         for (name, value) in made {
-            self.args.retain(|(known, _)| *known != name);
-            self.args.push((name, value));
+            match self.args.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, old)) => *old = value,
+                None => self.args.push((name, value)),
+            }
+            if self.args.len() > MOST {
+                return Err(too_many("the stage in build arguments"));
+            }
         }
         Ok(())
     }
@@ -339,7 +349,7 @@ impl State {
         for word in ports {
             let known = self.known(word, escape)?;
             for port in known.split_whitespace() {
-                add(&mut self.config.exposed, exposed(port)?);
+                add(&mut self.config.exposed, exposed(port)?)?;
             }
         }
         Ok(())
@@ -372,10 +382,18 @@ fn is_document(text: &str) -> bool {
     rest.is_empty() && first.trim_start_matches(|letter: char| letter.is_ascii_digit()).starts_with("<<")
 }
 
-fn add(list: &mut Vec<String>, item: String) {
+fn add(list: &mut Vec<String>, item: String) -> Result<(), Fault> {
     if !list.contains(&item) {
+        if list.len() == MOST {
+            return Err(too_many("the stage in ports or volumes"));
+        }
         list.push(item);
     }
+    Ok(())
+}
+
+fn too_many(what: &'static str) -> Fault {
+    Fault::TooLarge { what, limit: MOST as u64 }
 }
 
 /// `8080`, `8080/udp`, `8000-8010/tcp`.

@@ -115,6 +115,9 @@ pub enum Error {
     /// Substitutions within substitutions.
     #[error("substitutions go deeper than {}", MOST_DEPTH)]
     TooDeep,
+    /// A pattern and a value.
+    #[error("a substitution's pattern and value are too long together")]
+    TooMuchWork,
     /// The value.
     #[error("a value is longer than {0} bytes")]
     TooLong(usize),

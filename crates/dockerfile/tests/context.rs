@@ -1,5 +1,7 @@
 //! The files of a COPY: which, in what order, under which hash, and what is refused.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};

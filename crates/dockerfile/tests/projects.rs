@@ -1,5 +1,7 @@
 //! Dockerfiles as people write them, whole.
 
+#![allow(clippy::unwrap_used)]
+
 use kelvin_dockerfile::{Action, CopyFrom, Dockerfile, ImageConfig, Options, Plan, Source, StageFrom, seam};
 use kelvin_node_api::Instruction;
 
