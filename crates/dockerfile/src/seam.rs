@@ -7,12 +7,60 @@
 
 use std::fmt::Write as _;
 
-use kelvin_node_api::Instruction;
+use kelvin_node_api::{BuildStep, Instruction};
 
 use crate::command::{self, quoted};
-use crate::plan::{Action, Copy, CopyFrom};
+use crate::context::Context;
+use crate::error::{Error, Fault};
+use crate::plan::{Action, Copy, CopyFrom, Stage};
 use crate::text::{Apply, Part, Text};
 use crate::upload::Upload;
+
+/// A step for a node.
+#[derive(Debug)]
+pub struct Asked {
+    /// It.
+    pub step: BuildStep,
+    /// What has to be uploaded before, of a COPY.
+    pub upload: Option<Upload>,
+}
+
+/// The steps of a stage for a node, in order: one for each, and of a COPY one for each of its uploads.
+///
+/// # Errors
+/// With the line of the first step that a node cannot be asked for, or whose files are not there.
+pub fn steps(stage: &Stage, context: &Context) -> Result<Vec<Asked>, Error> {
+    let mut asked = Vec::new();
+    for step in &stage.steps {
+        let beyond = || {
+            let (what, instead) = match &step.action {
+                Action::Copy(Copy { from: CopyFrom::Stage(_), .. }) => (
+                    "a copy from another stage or image",
+                    "Make the files in this stage, or copy them from the context.",
+                ),
+                _ => (
+                    "a variable of the image",
+                    "Write the value, or set the variable by ARG or ENV in the same stage.",
+                ),
+            };
+            Fault::unsupported(format!("{what} in this instruction"), instead).at(step.line, &step.shown)
+        };
+        let one =
+            |instruction: Instruction| BuildStep { instruction, force: false, shown: step.shown.clone() };
+        let Action::Copy(written) = &step.action else {
+            asked.push(Asked { step: one(instruction(&step.action).ok_or_else(beyond)?), upload: None });
+            continue;
+        };
+        let uploads = context.uploads(step)?;
+        if uploads.is_empty() {
+            return Err(beyond());
+        }
+        for upload in uploads {
+            asked.push(Asked { step: one(copy(written, &upload).ok_or_else(beyond)?), upload: Some(upload) });
+        }
+    }
+    Ok(asked)
+}
 
 /// `action` for a node, unless it is a copy: that is [`copy`] for each of its uploads.
 pub fn instruction(action: &Action) -> Option<Instruction> {

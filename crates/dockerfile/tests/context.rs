@@ -354,3 +354,26 @@ fn an_upload_is_a_copy_for_a_node() {
     };
     assert_eq!(seam::copy(copy, &uploads[0]), Some(expected));
 }
+
+#[test]
+fn a_stage_is_steps_for_a_node() {
+    let directory = context(&[("a", "1"), (".dockerignore", "")]);
+    let context = Context::open(directory.path(), None, Limits::default()).unwrap();
+    let steps = |body: &str| {
+        let plan = Dockerfile::parse(&format!("FROM b\n{body}")).unwrap().plan(&Options::default()).unwrap();
+        seam::steps(&plan.stages[plan.target], &context)
+    };
+    let asked = steps("ENV k=secret\nCOPY a /x\nRUN y\nUSER u").unwrap();
+    let shown: Vec<_> = asked.iter().map(|one| (one.step.shown.as_str(), one.upload.is_some())).collect();
+    assert_eq!(shown, [("ENV k", false), ("COPY a /x", true), ("RUN y", false), ("USER u", false)]);
+    for (body, says) in [
+        ("RUN a\nCOPY --from=c /x /y", "a copy from another stage"),
+        ("RUN a\nUSER $NAME", "a variable of the image"),
+        ("RUN a\nCOPY a $HOME/", "a variable of the image"),
+        ("RUN a\nCOPY none /x", "matches no file"),
+    ] {
+        let error = steps(body).unwrap_err();
+        assert_eq!(error.line, 3, "{error}");
+        assert!(error.to_string().contains(says), "{error}");
+    }
+}
