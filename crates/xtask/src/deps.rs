@@ -15,6 +15,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("store", &["host", "api"]),
     ("vmm", &["host", "api"]),
     ("agent", &["api"]),
+    // Pure: it reads a Dockerfile and a directory.
+    ("dockerfile", &["node-api", "api"]),
     ("egress", &["api"]),
     ("node-api", &["api"]),
     ("node", &["node-api", "egress", "vmm", "store", "host", "api"]),
