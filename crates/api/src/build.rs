@@ -70,9 +70,21 @@ pub struct FilesUpload {
     pub url: String,
 }
 
+/// Says what the field is that tells the kinds apart, which no attribute can.
+#[cfg(feature = "schema")]
+fn describe_type(schema: &mut schemars::Schema) {
+    let kinds = schema.ensure_object().get_mut("oneOf").and_then(serde_json::Value::as_array_mut);
+    for kind in kinds.into_iter().flatten() {
+        if let Some(field) = kind.pointer_mut("/properties/type").and_then(serde_json::Value::as_object_mut) {
+            field.insert("description".to_owned(), "Which kind of registry.".into());
+        }
+    }
+}
+
 /// Who pulls an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(transform = describe_type))]
 #[serde(tag = "type", rename_all = "lowercase", deny_unknown_fields)]
 pub enum RegistryLogin {
     /// Of any registry.

@@ -170,7 +170,10 @@ mod tests {
         std::fs::write(&path, KEY).unwrap();
         let key = ApiKey::open(&path).unwrap();
         let node = Arc::new(ScriptedNode::default());
-        let control = Control::open(dir.path(), node, key, None, Clock::system().unwrap(), BuildOptions::default()).await.unwrap();
+        let control =
+            Control::open(dir.path(), node, key, None, Clock::system().unwrap(), BuildOptions::default())
+                .await
+                .unwrap();
         let router = control.router();
         let (mut failures, mut wrong) = (0, Vec::new());
         let id = kelvin_api::id::SandboxId::random().to_string();

@@ -21,8 +21,8 @@ use crate::accounts::Account;
 use crate::builds::routes::{listed, unbuilt};
 use crate::codes;
 use crate::control::{Control, Inner};
-use crate::failures::{database_failed, unknown_template};
 use crate::database::BuildRow;
+use crate::failures::{database_failed, unknown_template};
 use crate::list::{PAGE, page_limit, with_next};
 use crate::once::Again;
 use crate::openapi::{self, Api, op};
@@ -39,7 +39,11 @@ pub(crate) fn routes() -> Api {
     let (get, post, delete) = (Method::GET, Method::POST, Method::DELETE);
     let remove = |id, tag, summary| {
         op(id, tag, summary)
-            .errors(&[codes::NODE, codes::BASE, &[ErrorCode::InUse, ErrorCode::SandboxChanging, ErrorCode::BuildUnsupported]])
+            .errors(&[
+                codes::NODE,
+                codes::BASE,
+                &[ErrorCode::InUse, ErrorCode::SandboxChanging, ErrorCode::BuildUnsupported],
+            ])
             .query(&[("cascade", "Kelvin: true deletes those that descend from it too")])
             .empty(204)
     };
@@ -138,7 +142,11 @@ pub(crate) fn routes() -> Api {
             &delete,
             "/templates/{name}",
             delete_template,
-            remove("deleteTemplate", openapi::Tag::Templates, "Delete a template that was built, or a snapshot"),
+            remove(
+                "deleteTemplate",
+                openapi::Tag::Templates,
+                "Delete a template that was built, or a snapshot",
+            ),
         )
         .route(
             &get,

@@ -12,11 +12,11 @@ use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::sandbox::{
     GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, SnapshotVerification, Template,
 };
+use kelvin_api::units::{DiskMib, MemoryMib, Shape};
 use kelvin_node_api::{
     Bake, Base, Build, BuildFailure, BuildTold, Built, Changes, Child, ConsoleLine, Create, Created,
     FilesContent, Forked, Garbage, Import, ImportTold, Live, NodeService, Paused, Source, Taken,
 };
-use kelvin_api::units::{DiskMib, MemoryMib, Shape};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 

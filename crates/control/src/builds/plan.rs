@@ -50,9 +50,10 @@ fn is_loopback(host: &str) -> bool {
         }
         Ok(IpAddr::V6(address)) => address.is_loopback() || address.is_unspecified(),
         // `127.1`, `0x7f.1`: what the C library takes for an address, and no name of a registry.
-        Err(_) => name.rsplit('.').next().is_some_and(|last| {
-            last.bytes().all(|byte| byte.is_ascii_digit()) || last.starts_with("0x")
-        }),
+        Err(_) => name
+            .rsplit('.')
+            .next()
+            .is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit()) || last.starts_with("0x")),
     }
 }
 
@@ -75,7 +76,8 @@ fn credentials(login: RegistryLogin) -> Result<RegistryCredentials, Failure> {
     match login {
         RegistryLogin::Registry { username, password } => Ok(RegistryCredentials { username, password }),
         RegistryLogin::Gcp { service_account_json: password } => {
-            let is_json = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(password.expose());
+            let is_json =
+                serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(password.expose());
             if is_json.is_err() {
                 let text = "serviceAccountJson is no JSON object";
                 return Err(Failure::new(ErrorCode::InvalidRequest, text, "send the key's file as it is"));
@@ -221,10 +223,7 @@ mod tests {
             StartBuild { from_layout: one("/a"), ..base.clone() },
             StartBuild { from_archive: one("/a"), ..base.clone() },
         ] {
-            assert_eq!(
-                from(&caller(false), &mut body).unwrap_err().error_code,
-                ErrorCode::NotAnAdmin
-            );
+            assert_eq!(from(&caller(false), &mut body).unwrap_err().error_code, ErrorCode::NotAnAdmin);
             assert!(matches!(
                 from(&caller(true), &mut body),
                 Ok(From::Node(BuildFrom::Layout(_) | BuildFrom::Archive(_)))
@@ -246,7 +245,8 @@ mod tests {
             with(r#"{"type": "gcp", "serviceAccountJson": "x"}"#).unwrap_err().error_code,
             ErrorCode::InvalidRequest
         );
-        let amazon = r#"{"type": "aws", "awsAccessKeyId": "a", "awsSecretAccessKey": "hush", "awsRegion": "r"}"#;
+        let amazon =
+            r#"{"type": "aws", "awsAccessKeyId": "a", "awsSecretAccessKey": "hush", "awsRegion": "r"}"#;
         let refused = with(amazon).unwrap_err();
         assert_eq!(refused.error_code, ErrorCode::UnsupportedField);
         assert!(refused.remediation.contains("aws ecr get-login-password"));

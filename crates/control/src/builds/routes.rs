@@ -6,8 +6,8 @@ use axum::response::IntoResponse;
 use http::{Method, StatusCode};
 use kelvin_api::ENVD_VERSION;
 use kelvin_api::build::{
-    BuildInfo, BuildLogEntry, BuildLogs, BuildReason, BuildStatus, NewTemplate, RequestedTemplate, StartBuild,
-    TemplateBuild, UpdateTemplate, UpdatedTemplate,
+    BuildInfo, BuildLogEntry, BuildLogs, BuildReason, BuildStatus, NewTemplate, RequestedTemplate,
+    StartBuild, TemplateBuild, UpdateTemplate, UpdatedTemplate,
 };
 use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::TemplateName;
@@ -51,12 +51,7 @@ pub(crate) fn routes() -> Api {
             .errors(&[&[ErrorCode::TemplateNotFound]])
     };
     Api::new()
-        .route(
-            &post,
-            "/v3/templates",
-            request_v3,
-            request("requestBuild").reply::<RequestedTemplate>(202),
-        )
+        .route(&post, "/v3/templates", request_v3, request("requestBuild").reply::<RequestedTemplate>(202))
         .route(&post, "/v2/templates", request_v2, request("requestBuildV2").reply::<Template>(202))
         .route(
             &post,
@@ -99,9 +94,13 @@ pub(crate) fn routes() -> Api {
             &delete,
             "/templates/{name}/builds/{build}",
             cancel,
-            op("cancelBuild", Tag::Templates, "Kelvin: give a build up; nothing of it runs when this replies")
-                .errors(&[codes::NODE, own::BUILD, &[ErrorCode::BuildState]])
-                .empty(204),
+            op(
+                "cancelBuild",
+                Tag::Templates,
+                "Kelvin: give a build up; nothing of it runs when this replies",
+            )
+            .errors(&[codes::NODE, own::BUILD, &[ErrorCode::BuildState]])
+            .empty(204),
         )
         .route(
             &get,
@@ -346,8 +345,7 @@ impl Inner {
 
     async fn reason(&self, row: &BuildRow) -> Result<Option<BuildReason>, Failure> {
         let Some(error) = &row.error else { return Ok(None) };
-        let log_entries =
-            self.entries(row, Lines::LastOf(error.step), LogLevel::Debug, REASON_LINES).await?;
+        let log_entries = self.entries(row, Lines::LastOf(error.step), LogLevel::Debug, REASON_LINES).await?;
         let Failure { error_code, message, cause, remediation, .. } = error.failure.clone();
         let cause = cause.map(|cause| format!(": {cause}")).unwrap_or_default();
         Ok(Some(BuildReason {

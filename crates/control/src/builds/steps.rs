@@ -64,7 +64,9 @@ fn source(text: &str) -> Checked<&str> {
 fn copy(args: &[String], files: Option<&str>) -> Checked<Instruction> {
     let (from, to, rest) = match args {
         [from, to, rest @ ..] if rest.len() <= 2 => (from, to, rest),
-        _ => return bad("it has a source and a destination, an owner and a mode", "give it 2 to 4 arguments"),
+        _ => {
+            return bad("it has a source and a destination, an owner and a mode", "give it 2 to 4 arguments");
+        }
     };
     let given = |at: usize| rest.get(at).map(String::as_str).filter(|text| !text.is_empty());
     let mode = match given(1) {
@@ -158,9 +160,7 @@ pub(super) fn steps(steps: &[TemplateStep]) -> Result<Vec<BuildStep>, Failure> {
         return Err(Failure::new(ErrorCode::InvalidStep, text, "join commands with &&"));
     }
     let one = |(at, step): (usize, &TemplateStep)| match instruction(step) {
-        Ok(instruction) => {
-            Ok(BuildStep { instruction, force: step.force == Some(true), shown: shown(step) })
-        }
+        Ok(instruction) => Ok(BuildStep { instruction, force: step.force == Some(true), shown: shown(step) }),
         Err(Bad(text, remedy)) => {
             let text = format!("step {} ({}): {text}", at + 1, shown(step));
             Err(Failure::new(ErrorCode::InvalidStep, text, remedy))

@@ -43,7 +43,10 @@ pub(crate) fn routes() -> Api {
             "/templates/{name}/files/{hash}",
             link,
             op("getBuildUploadLink", Tag::Templates, "Where to upload files for a build")
-                .errors(&[codes::NODE, &[ErrorCode::TemplateNotFound, ErrorCode::InvalidRequest, ErrorCode::BuildUnsupported]])
+                .errors(&[
+                    codes::NODE,
+                    &[ErrorCode::TemplateNotFound, ErrorCode::InvalidRequest, ErrorCode::BuildUnsupported],
+                ])
                 .reply::<FilesUpload>(201),
         )
         .signed_route(
@@ -222,8 +225,7 @@ async fn upload(
         return Err(Failure::new(ErrorCode::TooManyRequests, text, "send it again in a second").into());
     }
     let inner = Arc::clone(&control.inner);
-    let uploading =
-        control.inner.tasks.spawn(async move { inner.upload(&caller, &hash, request).await });
+    let uploading = control.inner.tasks.spawn(async move { inner.upload(&caller, &hash, request).await });
     Ok(uploading.await.unwrap_or_else(|error| {
         let text = "the request was aborted";
         reply(&Failure::new(ErrorCode::Aborted, text, "look at the server's log").with_cause(&error))

@@ -107,7 +107,12 @@ pub struct BuildError {
 #[derive(Debug, Clone, PartialEq)]
 pub enum BuildEnd {
     /// The template is this image, on a disk of so many MiB, of this shape.
-    Ready { image: String, disk_mib: u32, vcpus: u32, memory_mib: u32 },
+    Ready {
+        image: String,
+        disk_mib: u32,
+        vcpus: u32,
+        memory_mib: u32,
+    },
     Error(BuildError),
 }
 

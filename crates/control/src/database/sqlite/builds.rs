@@ -16,7 +16,8 @@ use crate::placement::NodeName;
 
 type Sql<T> = Result<T, rusqlite::Error>;
 
-const COLUMNS: &str = "id, template, project, state, wanted, created_ms, updated_ms, ended_ms, image, error, disk_mib";
+const COLUMNS: &str =
+    "id, template, project, state, wanted, created_ms, updated_ms, ended_ms, image, error, disk_mib";
 
 fn json<T: serde::de::DeserializeOwned>(text: &str) -> Sql<T> {
     serde_json::from_str(text).map_err(|error| bad(error.into()))

@@ -1,9 +1,10 @@
 //! Builds, what they said and whose their templates are.
 
+use std::time::Duration;
+
 use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::BuildId;
 use kelvin_api::sandbox::LogLevel;
-use kelvin_host::clock::Simulated;
 
 use super::data::{Subject, new, open};
 use crate::database::{
@@ -73,7 +74,10 @@ pub(crate) async fn a_build_ends_once_and_gives_its_template_tags(subject: &impl
     assert_eq!(database.start_build(&other, CAPS).await.unwrap(), Started::Done);
     assert!(database.end_build(&other, failed()).await.unwrap());
     let row = database.build(&other).await.unwrap().unwrap();
-    assert_eq!(row.error.map(|error| (error.step, error.failure.error_code)), Some((Some(3), ErrorCode::BuildStepFailed)));
+    assert_eq!(
+        row.error.map(|error| (error.step, error.failure.error_code)),
+        Some((Some(3), ErrorCode::BuildStepFailed))
+    );
     assert_eq!(database.tags("blue", "web").await.unwrap()[0].build, "i1");
     // After a start.
     let late = requested(&database, &asked("blue", "web")).await;
@@ -113,18 +117,22 @@ pub(crate) async fn a_template_is_its_first_projects(subject: &impl Subject) {
 }
 
 pub(crate) async fn builds_that_are_too_old_are_forgotten(subject: &impl Subject) {
-    let time = Simulated::start();
-    let database = subject.open(time.clock());
+    let database = open(subject);
     let mut all = Vec::new();
     for at in 0..6 {
         let id = requested(&database, &asked("blue", "web")).await;
         database.start_build(&id, CAPS).await.unwrap();
         let end = if at == 0 { ready("i1") } else { failed() };
         database.end_build(&id, end).await.unwrap();
-        let line = BuildLine { at: jiff::Timestamp::UNIX_EPOCH, level: LogLevel::Info, step: None, message: "a".into() };
+        let line = BuildLine {
+            at: jiff::Timestamp::UNIX_EPOCH,
+            level: LogLevel::Info,
+            step: None,
+            message: "a".into(),
+        };
         database.add_build_lines(&id, 0, vec![line]).await.unwrap();
         all.push(id);
-        time.pass(std::time::Duration::from_secs(1));
+        tokio::time::advance(Duration::from_secs(1)).await;
     }
     let never_started = requested(&database, &asked("blue", "web")).await;
     let kept = database.builds_of("web", None, 100).await.unwrap();
@@ -137,7 +145,7 @@ pub(crate) async fn builds_that_are_too_old_are_forgotten(subject: &impl Subject
     let place = (first[1].created_at.as_millisecond(), first[1].id.to_string());
     let rest = database.builds_of("web", Some(place), 9).await.unwrap();
     assert_eq!(rest.into_iter().map(|row| row.id).collect::<Vec<_>>(), kept[2..]);
-    time.pass(std::time::Duration::from_secs(7200));
+    tokio::time::advance(Duration::from_secs(7200)).await;
     requested(&database, &asked("blue", "web")).await;
     assert_eq!(state(&database, &never_started).await, None);
 }
