@@ -56,7 +56,7 @@ pub(crate) struct Inner {
     pub(crate) changes: Arc<Changes>,
     pub(crate) wakes: Wakes,
     /// What builds may take.
-    pub(crate) options: BuildOptions,
+    pub(crate) build_options: BuildOptions,
     /// Builds that wait or run.
     pub(crate) builds: UnderWay,
     /// Whose templates are.

@@ -69,7 +69,7 @@ impl Control {
             keys: Mutex::default(),
             changes: Arc::default(),
             wakes: Wakes::default(),
-            options,
+            build_options: options,
             builds: UnderWay::new(options),
             owners,
             upload_secret,

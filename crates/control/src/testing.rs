@@ -51,7 +51,7 @@ impl AskedBuild {
     }
 
     /// Whether it was given up.
-    pub async fn is_given_up(mut self) {
+    pub async fn given_up(mut self) {
         self.answer.closed().await;
     }
 }

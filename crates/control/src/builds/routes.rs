@@ -284,7 +284,7 @@ async fn start(
     let commands = [command("startCmd", body.start_cmd)?, command("readyCmd", body.ready_cmd)?];
     let begins = match begins {
         Begins::Node(from) => from,
-        Begins::Template(text) => inner.from_template(&caller, &text).await?,
+        Begins::Template(text) => inner.template_to_build_on(&caller, &text).await?,
     };
     let request = Inner::new_request(&row, begins, made, body.force == Some(true), commands)?;
     inner.start_build(row, request).await?;

@@ -137,7 +137,11 @@ impl Inner {
     }
 
     /// What a build begins with when that is the template that the caller calls `text`.
-    pub(super) async fn from_template(&self, caller: &Account, text: &str) -> Result<BuildFrom, Failure> {
+    pub(super) async fn template_to_build_on(
+        &self,
+        caller: &Account,
+        text: &str,
+    ) -> Result<BuildFrom, Failure> {
         match self.base(caller, text).await?.base {
             Base::Template(name) => Ok(BuildFrom::Template(name)),
             Base::Snapshot(_) => Err(unknown_template(text)),
@@ -330,7 +334,8 @@ impl Inner {
         let Ok(template) = name.parse::<TemplateName>() else { return Ok(false) };
         let is_own = self.owners.is_own(caller, name);
         let is_imported = caller.is_admin && self.owners.of(name).is_none();
-        if !is_own && !(is_imported && self.has_template(name).await?) {
+        let is_theirs = is_own || (is_imported && self.has_template(name).await?);
+        if !is_theirs {
             return Ok(false);
         }
         let _changing = loop {

@@ -160,7 +160,7 @@ impl Inner {
 
     /// Has the node keep the body of a request, as far as it is not too long.
     async fn receive(&self, caller: &Caller, hash: &FilesHash, request: Request) -> Result<(), Failure> {
-        let most = self.options.max_upload_bytes;
+        let most = self.build_options.max_upload_bytes;
         let too_large = || {
             let text = format!("the upload is larger than {} MiB", most >> 20);
             Failure::new(ErrorCode::BodyTooLarge, text, "leave out what the build does not need")

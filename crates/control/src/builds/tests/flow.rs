@@ -174,7 +174,7 @@ async fn the_later_of_two_builds_wins_and_waits_for_the_former_to_end() {
     let second = world.asked(&world.blue, "web").await;
     let reply = world.start(&world.blue, "web", &second, json!({ "fromImage": "a" })).await;
     assert_eq!(reply.status, StatusCode::ACCEPTED);
-    soon(node.is_given_up()).await;
+    soon(node.given_up()).await;
     let later = soon(world.node.next_build()).await;
     assert_eq!(world.node.building(), 1, "the former is over when the later begins");
     let reason = world.becomes(&world.blue, "web", &first, "error").await["reason"].clone();
@@ -184,14 +184,14 @@ async fn the_later_of_two_builds_wins_and_waits_for_the_former_to_end() {
     for build in [&third, &fourth] {
         world.start(&world.blue, "web", build, json!({ "fromImage": "a" })).await;
     }
-    soon(later.is_given_up()).await;
+    soon(later.given_up()).await;
     let last = loop {
         let asked = soon(world.node.next_build()).await;
         if asked.request.build.as_str() == fourth {
             break asked;
         }
         assert_eq!(asked.request.build.as_str(), third);
-        soon(asked.is_given_up()).await;
+        soon(asked.given_up()).await;
     };
     assert_eq!(world.node.building(), 1);
     assert!(last.end(Ok(()), "i"));
@@ -261,7 +261,7 @@ async fn a_build_is_cancelled_in_each_of_its_states() {
     assert_eq!((twice.status, twice.code()), (StatusCode::CONFLICT, "build_state"));
     assert_eq!(cancel(&running).await.status, StatusCode::NO_CONTENT);
     assert_eq!(world.node.building(), 0, "nothing of it runs when that is replied");
-    soon(node.is_given_up()).await;
+    soon(node.given_up()).await;
     let status = world.status(&world.blue, "web", &running).await;
     assert_eq!(
         (&status["status"], &status["reason"]["errorCode"]),
@@ -344,7 +344,7 @@ async fn a_restart_ends_what_was_under_way_and_keeps_the_rest() {
     let never_started = world.asked(&world.blue, "web").await;
     // A server that is told to stop has its builds given up.
     soon(world.control.stop()).await;
-    soon(node.is_given_up()).await;
+    soon(node.given_up()).await;
     world.control = control_of(world.dir.path(), &world.node, BuildOptions::default()).await;
     world.router = world.control.router();
     assert_eq!(world.status(&world.blue, "web", &running).await["reason"]["errorCode"], "build_interrupted");
@@ -356,7 +356,7 @@ async fn a_restart_ends_what_was_under_way_and_keeps_the_rest() {
     world.start(&world.blue, "web", &never_started, json!({ "fromImage": "a" })).await;
     let node = soon(world.node.next_build()).await;
     let survivor = control_of(world.dir.path(), &world.node, BuildOptions::default()).await;
-    soon(node.is_given_up()).await;
+    soon(node.given_up()).await;
     let path = format!("/templates/web/builds/{never_started}/status");
     let request = World::request(&world.blue, "GET", &path, &Value::Null);
     let status = read(survivor.router().oneshot(request).await.unwrap()).await.body;

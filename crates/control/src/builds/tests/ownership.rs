@@ -96,7 +96,7 @@ async fn a_template_that_is_deleted_leaves_nothing_and_its_name_is_free() {
     let (running, node) = world.started(&world.blue, "web").await;
     let gone = world.ask(&world.blue, "DELETE", "/templates/web", Value::Null).await;
     assert_eq!(gone.status, StatusCode::NO_CONTENT);
-    soon(node.is_given_up()).await;
+    soon(node.given_up()).await;
     for build in [&build, &running] {
         assert_eq!(world.get(&world.blue, &format!("/builds/{build}")).await.status, StatusCode::NOT_FOUND);
     }

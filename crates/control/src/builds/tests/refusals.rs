@@ -6,7 +6,9 @@ use super::*;
 
 /// A body that comes in pieces, says no length, and may break off.
 fn in_pieces(pieces: Vec<Result<&'static str, std::io::ErrorKind>>) -> Body {
-    Body::from_stream(futures::stream::iter(pieces.into_iter().map(|piece| piece.map_err(std::io::Error::from))))
+    Body::from_stream(futures::stream::iter(
+        pieces.into_iter().map(|piece| piece.map_err(std::io::Error::from)),
+    ))
 }
 
 #[tokio::test]

@@ -86,7 +86,10 @@ pub(crate) async fn a_build_ends_once_and_gives_its_template_tags(subject: &impl
     let BuildEnd::Error(error) = failed() else { panic!() };
     let north = NodeName::from("north".to_owned());
     assert!(database.interrupt_builds(&north, error.clone()).await.unwrap().is_empty());
-    assert_eq!(database.interrupt_builds(&NodeName::local(), error).await.unwrap(), [late.clone()]);
+    assert_eq!(
+        database.interrupt_builds(&NodeName::local(), error).await.unwrap(),
+        std::slice::from_ref(&late)
+    );
     assert_eq!(state(&database, &late).await, Some(BuildState::Error));
     assert_eq!(state(&database, &waits).await, Some(BuildState::Requested));
 }
