@@ -32,9 +32,14 @@ fn failed(path: &Path, error: &io::Error) -> Failed {
     Failed::new(format!("{}: {error}", path.display()), "name files that can be read")
 }
 
+/// What is `below` a path; it itself has nothing below it, and no `/` after its name, which would say that it is a directory.
+fn join(path: &Path, below: &Path) -> PathBuf {
+    if below.as_os_str().is_empty() { path.to_owned() } else { path.join(below) }
+}
+
 /// Paths below `path`, it first; a directory before what is in it.
 fn walk(path: &Path, below: &Path, found: &mut Vec<PathBuf>) -> io::Result<()> {
-    let here = path.join(below);
+    let here = join(path, below);
     let kind = here.symlink_metadata()?.file_type();
     if !(kind.is_dir() || kind.is_file() || kind.is_symlink()) {
         return Err(io::Error::other(format!("{} is no file, directory or link", here.display())));
@@ -65,7 +70,7 @@ fn hash(path: &Path, entries: &[PathBuf], to: &str) -> io::Result<String> {
     add(&mut digest, to.as_bytes());
     let mut buffer = vec![0; CHUNK];
     for below in entries {
-        let here = path.join(below);
+        let here = join(path, below);
         let found = here.symlink_metadata()?;
         add(&mut digest, below.as_os_str().as_encoded_bytes());
         digest.update(found.permissions().mode().to_be_bytes());
@@ -118,7 +123,7 @@ impl Context {
 
     fn write<W: Write>(&self, mut archive: tar::Builder<W>) -> io::Result<()> {
         for below in &self.entries {
-            let (here, name) = (self.path.join(below), Path::new(&self.name).join(below));
+            let (here, name) = (join(&self.path, below), join(Path::new(&self.name), below));
             let found = here.symlink_metadata()?;
             let mut header = tar::Header::new_gnu();
             header.set_metadata(&found);
