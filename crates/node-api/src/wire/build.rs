@@ -20,6 +20,7 @@ use kelvin_api::account::Project;
 use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::FilesHash;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use super::convert::{json, read, text};
 use super::failure::{missing, refuse, refused};
@@ -138,8 +139,9 @@ pub(super) async fn upload(
         biased;
         reply = &mut replied => reply,
         sent = &mut sending => {
-            sent?;
-            replied.await
+            // Also of one that broke off: when this returns, nothing of it is left there.
+            let reply = replied.await;
+            sent.and(reply)
         }
     }
 }
@@ -161,15 +163,20 @@ pub(super) async fn receive(
         return Err(missing("whose files they are"));
     };
     let (project, hash): (Project, FilesHash) = (text(&files.project)?, text(&files.hash)?);
-    let content = stream::try_unfold(requests, |mut requests| async move {
-        match requests.next().await.and_then(Result::ok).and_then(|piece| piece.to_owned_message().piece) {
-            Some(Sent::Data(data)) => Ok(Some((Bytes::from(data), requests))),
+    // When its caller goes away, nothing more comes.
+    let gone = CancellationToken::new();
+    let caller = gone.clone().drop_guard();
+    let content = stream::try_unfold((requests, gone), |(mut requests, gone)| async move {
+        let next = gone.run_until_cancelled(requests.next()).await.flatten();
+        match next.and_then(Result::ok).and_then(|piece| piece.to_owned_message().piece) {
+            Some(Sent::Data(data)) => Ok(Some((Bytes::from(data), (requests, gone)))),
             Some(Sent::End(_)) => Ok(None),
             _ => Err(cut_off()),
         }
     });
     let keeping = tokio::spawn(async move { node.put_files(&project, &hash, Box::pin(content)).await });
     Ok(stream::once(async move {
+        let _caller = caller;
         let kept = keeping.await.unwrap_or_else(|error| {
             let text = "the upload was given up";
             Err(Failure::new(ErrorCode::Aborted, text, "look at the node's log").with_cause(&error))

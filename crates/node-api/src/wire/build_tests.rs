@@ -295,6 +295,18 @@ async fn an_upload_is_whole_or_is_not_one() {
     let cut = stream::iter([piece(), Err(std::io::ErrorKind::ConnectionReset.into())]);
     let refused = soon(world.remote.put_files(&blue, &hash('a'), Box::pin(cut))).await.unwrap_err();
     assert_eq!(refused.error_code, ErrorCode::BodyCut);
+    assert!(world.node.uploaded.lock().await.pop().unwrap().is_err(), "it was taken for a whole one");
+    // A caller that goes away in the middle, once the node has begun.
+    let (remote, (begun, mut has_begun)) = (world.remote.clone(), mpsc::channel(1));
+    let endless = stream::unfold(begun, |begun| async move {
+        let _ = begun.send(()).await;
+        Some((Ok(Bytes::from(vec![7; 1 << 20])), begun))
+    });
+    let leaving = tokio::spawn(async move { remote.put_files(&blue, &hash('a'), Box::pin(endless)).await });
+    for _ in 0..3 {
+        soon(has_begun.recv()).await.unwrap();
+    }
+    leaving.abort();
     let seen = soon(async {
         loop {
             if let Some(seen) = world.node.uploaded.lock().await.pop() {
