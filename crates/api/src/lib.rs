@@ -4,6 +4,7 @@
 //! anything a driver needs.
 
 pub mod account;
+pub mod build;
 mod code;
 pub mod digest;
 pub mod error;

@@ -6,6 +6,7 @@
 //! for a failure, 2 for wrong usage.
 
 mod args;
+mod build;
 mod config;
 mod copy;
 mod doctor;

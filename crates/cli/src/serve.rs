@@ -13,7 +13,7 @@ use http::Request;
 use kelvin_api::error::Failure;
 use kelvin_api::phase::Phase;
 use kelvin_api::units::MemoryMib;
-use kelvin_control::{ApiKey, Control};
+use kelvin_control::{ApiKey, BuildOptions, Control};
 use kelvin_gateway::listen::{Door, Limits};
 use kelvin_gateway::{Secure, tls};
 use kelvin_host::clock::Clock;
@@ -128,7 +128,8 @@ pub async fn run(args: ServeArgs) -> Result<(), Failed> {
     let driver = tokio::task::spawn_blocking(move || vmm::open(&vmm, &absolute, accelerator))
         .await
         .map_err(|error| Failed::other(&error))??;
-    let (node, server) = open(options, driver, args.domain.as_deref()).await?;
+    let builds = BuildOptions { max_builds: args.max_builds, max_upload_bytes: args.max_upload_bytes };
+    let (node, server) = open(options, driver, args.domain.as_deref(), builds).await?;
     let info = node.info().await.map_err(|error| Failed::other(&error))?;
     if !info.reflink {
         tracing::warn!(
@@ -194,13 +195,16 @@ async fn open(
     options: Options,
     driver: Arc<dyn Driver>,
     domain: Option<&str>,
+    builds: BuildOptions,
 ) -> Result<(Node, Server), Failed> {
     let data_dir = options.data_dir.clone();
     let clock = Clock::system().map_err(|error| Failed::other(&error))?;
     Control::prepare(&data_dir, clock).map_err(|error| Failed::other(&error))?;
     let node = Node::open(options, driver).await.map_err(|error| Failed::from(Failure::from(error)))?;
     let opened = match ApiKey::open(&key_path(node.data_dir())) {
-        Ok(key) => Server::open(node.clone(), key, domain).await.map_err(|error| Failed::other(&error)),
+        Ok(key) => {
+            Server::open(node.clone(), key, domain, builds).await.map_err(|error| Failed::other(&error))
+        }
         Err(error) => Err(Failed::other(&error)),
     };
     match opened {

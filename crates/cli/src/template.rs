@@ -17,7 +17,7 @@ use kelvin_store::import::{Import, Links};
 use crate::args::{Connection, Output, TemplateCommand, data_dir};
 use crate::lock::{DataDirLock, Owner};
 use crate::output::{Failed, Steps, line, print, spinner, template_table};
-use crate::{config, lock};
+use crate::{build, config, lock};
 
 /// Runs one of the commands.
 pub async fn dispatch(
@@ -29,6 +29,19 @@ pub async fn dispatch(
         TemplateCommand::List => {
             print(output, &config::client(connection)?.templates().await?, template_table)
         }
+        TemplateCommand::Build(args) => {
+            return build::build(&config::client(connection)?, output, *args).await;
+        }
+        TemplateCommand::Builds { name } => {
+            return build::builds(&config::client(connection)?, output, &name).await;
+        }
+        TemplateCommand::Logs { build: id, follow } => {
+            return build::logs(&config::client(connection)?, output, &id, follow).await;
+        }
+        TemplateCommand::Cancel { build: id } => {
+            return build::cancel(&config::client(connection)?, &id).await;
+        }
+        TemplateCommand::Delete { name } => config::client(connection)?.delete_template(&name).await?,
         TemplateCommand::Bake { name, memory_mib, cpus, waiting, no_network } => {
             let client = config::client(connection)?;
             let bar = spinner(&format!("baking {name}"));

@@ -4,6 +4,7 @@
 //! roots are trusted, or those of `SSL_CERT_FILE`.
 
 pub mod agent;
+pub mod build;
 mod import;
 
 use std::sync::Arc;

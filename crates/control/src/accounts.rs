@@ -17,6 +17,7 @@ use governor::{DefaultDirectRateLimiter, RateLimiter};
 use http::HeaderMap;
 use kelvin_api::account::{ApiKeyInfo, CreatedApiKey, Limits, Mask, NewApiKey, Project, ProjectInfo};
 use kelvin_api::error::{ErrorCode, Failure, chain};
+use kelvin_api::id::Token;
 use kelvin_host::clock::Clock;
 
 use crate::auth::{ApiKey, PREFIX, random, random_key};
@@ -171,6 +172,16 @@ impl Accounts {
     /// The account of a key by its id; none of one that was revoked.
     pub fn of(&self, id: &str) -> Option<Caller> {
         self.known().values().find(|account| account.key == id).cloned()
+    }
+
+    /// The account of a key by its id, the server's own too.
+    pub fn by_id(&self, id: &str) -> Option<Caller> {
+        if id == OWN { Some(Arc::clone(&self.owner)) } else { self.of(id) }
+    }
+
+    /// A secret for `purpose` that follows from the server's own key.
+    pub fn secret_for(&self, purpose: &str) -> Token {
+        self.own.secret_for(purpose)
     }
 
     /// Makes a key.
@@ -346,6 +357,18 @@ fn account(info: &ApiKeyInfo) -> Account {
 }
 
 impl Account {
+    #[cfg(test)]
+    pub fn for_test(is_admin: bool) -> Self {
+        Self {
+            key: "test".to_owned(),
+            project: Project::default(),
+            is_admin,
+            limits: Limits::default(),
+            rate: None,
+            last_used: AtomicI64::default(),
+        }
+    }
+
     /// Counts a request.
     ///
     /// # Errors

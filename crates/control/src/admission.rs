@@ -153,7 +153,7 @@ mod tests {
     use super::*;
     use crate::openapi::Documented;
     use crate::testing::ScriptedNode;
-    use crate::{ApiKey, api};
+    use crate::{ApiKey, BuildOptions, api};
 
     const KEY: &str = "e2b_0123456789abcdef0123456789abcdef01234567";
 
@@ -170,7 +170,10 @@ mod tests {
         std::fs::write(&path, KEY).unwrap();
         let key = ApiKey::open(&path).unwrap();
         let node = Arc::new(ScriptedNode::default());
-        let control = Control::open(dir.path(), node, key, None, Clock::system().unwrap()).await.unwrap();
+        let control =
+            Control::open(dir.path(), node, key, None, Clock::system().unwrap(), BuildOptions::default())
+                .await
+                .unwrap();
         let router = control.router();
         let (mut failures, mut wrong) = (0, Vec::new());
         let id = kelvin_api::id::SandboxId::random().to_string();

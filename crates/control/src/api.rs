@@ -36,7 +36,7 @@ use crate::openapi::{Api, Documented, Operation, Tag, op};
 use crate::reply::reply;
 use crate::request::{Outcome, Own, Path, Query, Who, about, json, parse, parse_required, read};
 use crate::service::sandbox_of;
-use crate::{catalog, import, list, logs, meter, metrics, people};
+use crate::{builds, catalog, import, list, logs, meter, metrics, people};
 
 /// The time to live that a connect without a timeout asks for, in seconds. Source: E2B's clients.
 const CONNECT_TIMEOUT_S: u64 = 300;
@@ -281,26 +281,30 @@ pub(crate) fn routes() -> Api {
         .merge(logs::routes())
         .merge(meter::routes())
         .merge(catalog::routes())
+        .merge(builds::routes::routes())
+        .merge(builds::uploads::routes())
         .merge(people::routes())
         .merge(admin())
 }
 
 impl Control {
-    /// The control API; every route but `/health` and `/openapi.json` asks for an API key.
+    /// The control API; every route but `/health`, `/openapi.json` and those with signed URLs asks for an API key.
     pub fn router(&self) -> Router {
         // The same for every server of this program.
-        static API: OnceLock<(Router<Control>, Bytes, Arc<Documented>)> = OnceLock::new();
+        static API: OnceLock<([Router<Control>; 2], Bytes, Arc<Documented>)> = OnceLock::new();
         let made = || {
             let api = routes();
             let document = Bytes::from(api.document().to_string());
             let documented = Arc::new(api.documented());
-            (api.router, document, documented)
+            ([api.router, api.signed], document, documented)
         };
-        let (router, document, documented) = API.get_or_init(made).clone();
+        let ([router, signed], document, documented) = API.get_or_init(made).clone();
         router
             .fallback(nowhere)
             .method_not_allowed_fallback(wrong_method)
             .layer(from_fn_with_state(self.clone(), authenticate))
+            // Signed URLs ask for no key.
+            .merge(signed)
             .layer(from_fn_with_state(documented, check_documented))
             .route("/health", get(async || StatusCode::NO_CONTENT))
             .route(

@@ -58,6 +58,12 @@ impl ApiKey {
         }
     }
 
+    /// A secret for `purpose` that follows from this key, and that does not tell it.
+    pub(crate) fn secret_for(&self, purpose: &str) -> Token {
+        let text = format!("{purpose}\n{}", self.0.expose());
+        Token::from_secret(kelvin_api::digest::sha256(text.as_bytes()))
+    }
+
     /// Whether `shown` is this key.
     pub fn matches(&self, shown: &str) -> bool {
         same_secret(shown.as_bytes(), self.0.expose().as_bytes())

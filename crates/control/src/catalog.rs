@@ -1,13 +1,16 @@
 //! What sandboxes are made from: templates, snapshots that are kept, and tags.
 //!
-//! Templates are everybody's; snapshots and tags are a project's. A tag is a name for what a template is today: it keeps
+//! Templates that were imported are everybody's, what was built is its project's until that says otherwise; snapshots and tags
+//! are a project's. A tag is a name for what a template is today: it keeps
 //! nothing, and once the template was imported anew a create from it is refused.
 
 use std::collections::{HashMap, HashSet};
 
+use axum::Extension;
 use axum::extract::State;
 use axum::response::IntoResponse;
 use http::{Method, StatusCode};
+use kelvin_api::build::{BuildStatus, TemplateBuild, TemplateWithBuilds};
 use kelvin_api::error::{ErrorCode, Failure, Kind};
 use kelvin_api::id::SnapshotId;
 use kelvin_api::sandbox::{SnapshotInfo, SnapshotVerification, Template};
@@ -15,10 +18,13 @@ use kelvin_node_api::{Base, Source};
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Account;
+use crate::builds::routes::{listed, unbuilt};
 use crate::codes;
 use crate::control::{Control, Inner};
+use crate::database::BuildRow;
 use crate::failures::{database_failed, unknown_template};
 use crate::list::{PAGE, page_limit, with_next};
+use crate::once::Again;
 use crate::openapi::{self, Api, op};
 use crate::request::{Outcome, Path, Query, Who, json};
 use crate::service::{make_page_token, parse_page_token};
@@ -33,7 +39,11 @@ pub(crate) fn routes() -> Api {
     let (get, post, delete) = (Method::GET, Method::POST, Method::DELETE);
     let remove = |id, tag, summary| {
         op(id, tag, summary)
-            .errors(&[codes::NODE, codes::BASE, &[ErrorCode::InUse, ErrorCode::SandboxChanging]])
+            .errors(&[
+                codes::NODE,
+                codes::BASE,
+                &[ErrorCode::InUse, ErrorCode::SandboxChanging, ErrorCode::BuildUnsupported],
+            ])
             .query(&[("cascade", "Kelvin: true deletes those that descend from it too")])
             .empty(204)
     };
@@ -124,15 +134,19 @@ pub(crate) fn routes() -> Api {
             "/templates/{name}",
             template,
             op("getTemplate", openapi::Tag::Templates, "One template")
-                .errors(&[codes::NODE, codes::BASE])
+                .errors(&[codes::NODE, codes::BASE, codes::PAGES])
                 .query(PAGE)
-                .reply::<WithBuilds>(200),
+                .reply::<TemplateWithBuilds>(200),
         )
         .route(
             &delete,
             "/templates/{name}",
-            remove_snapshot,
-            remove("deleteTemplate", openapi::Tag::Templates, "Delete a snapshot"),
+            delete_template,
+            remove(
+                "deleteTemplate",
+                openapi::Tag::Templates,
+                "Delete a template that was built, or a snapshot",
+            ),
         )
         .route(
             &get,
@@ -182,7 +196,8 @@ impl Inner {
             Err(failure) if failure.kind != Kind::NotFound => return Err(failure),
             Err(_) => None,
         };
-        let Some(source) = template else {
+        // Another project's is not there.
+        let Some(source) = template.filter(|_| self.owners.may_use(caller, name)) else {
             let kept = match self.snapshot_of(caller, name).await? {
                 Some(id) if tag.is_none() => self.node.source(id.as_str()).await?,
                 _ => None,
@@ -192,7 +207,7 @@ impl Inner {
         if let Some(tag) = tag {
             let tags = self.database.tags(caller.project.as_str(), name).await.map_err(database_failed)?;
             let known = tags.iter().find(|row| row.tag == tag).ok_or_else(|| unknown_template(text))?;
-            let now = self.template(name).await?.build_id;
+            let now = self.template(caller, name).await?.build_id;
             if known.build != now {
                 return Err(Failure::new(
                     ErrorCode::TagOutdated,
@@ -205,7 +220,11 @@ impl Inner {
     }
 
     /// The id of the snapshot that a caller calls `name`, when it has such a one. What has no owner is nobody's.
-    async fn snapshot_of(&self, caller: &Account, name: &str) -> Result<Option<SnapshotId>, Failure> {
+    pub(crate) async fn snapshot_of(
+        &self,
+        caller: &Account,
+        name: &str,
+    ) -> Result<Option<SnapshotId>, Failure> {
         let found = self.database.snapshot(caller.project.as_str(), name).await.map_err(database_failed)?;
         Ok(found.and_then(|id| id.parse().ok()))
     }
@@ -233,9 +252,14 @@ impl Inner {
         Ok(())
     }
 
-    /// Every template, with how often it was started.
-    async fn templates(&self) -> Result<Vec<Template>, Failure> {
+    /// Every template that a caller may use, with how often it was started.
+    async fn templates(&self, caller: &Account) -> Result<Vec<Template>, Failure> {
         let mut templates = self.node.templates().await?;
+        templates.retain_mut(|template| {
+            let name = &template.template_id;
+            template.public = self.owners.of(name).is_some_and(|owner| owner.public);
+            self.owners.may_use(caller, name)
+        });
         let spawns = self.database.spawns().await.map_err(database_failed)?;
         for template in &mut templates {
             if let Some((count, last)) = spawns.get(&template.template_id) {
@@ -246,8 +270,8 @@ impl Inner {
         Ok(templates)
     }
 
-    pub(crate) async fn template(&self, name: &str) -> Result<Template, Failure> {
-        let templates = self.templates().await?;
+    pub(crate) async fn template(&self, caller: &Account, name: &str) -> Result<Template, Failure> {
+        let templates = self.templates(caller).await?;
         templates
             .into_iter()
             .find(|template| template.template_id == name)
@@ -351,8 +375,8 @@ async fn remove_snapshot(
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-async fn templates(State(control): State<Control>, Who(_): Who) -> Outcome {
-    Ok(json(StatusCode::OK, &control.inner.templates().await?))
+async fn templates(State(control): State<Control>, Who(caller): Who) -> Outcome {
+    Ok(json(StatusCode::OK, &control.inner.templates(&caller).await?))
 }
 
 #[derive(Debug, Deserialize)]
@@ -364,11 +388,11 @@ struct TemplateQuery {
 
 async fn template_page(
     State(control): State<Control>,
-    Who(_): Who,
+    Who(caller): Who,
     Query(query): Query<TemplateQuery>,
 ) -> Outcome {
     let limit = page_limit(query.limit.as_ref())?;
-    let mut found = control.inner.templates().await?;
+    let mut found = control.inner.templates(&caller).await?;
     found.sort_by(|one, other| one.template_id.cmp(&other.template_id));
     if let Some(token) = &query.next_token {
         let (_, after) = parse_page_token(token)?;
@@ -380,62 +404,92 @@ async fn template_page(
     Ok(with_next(json(StatusCode::OK, &found), next))
 }
 
-/// What a template was made of, with the one build that it has.
-#[derive(Debug, Serialize, schemars::JsonSchema)]
-struct WithBuilds {
-    #[serde(flatten)]
-    template: Template,
-    /// Its builds: the one that it is now.
-    builds: Vec<Build>,
+impl Inner {
+    /// A page of the builds of a template that are the caller's to see, and where the next one begins.
+    async fn builds_of(
+        &self,
+        caller: &Account,
+        name: &str,
+        query: &TemplateQuery,
+    ) -> Result<(Vec<TemplateBuild>, Option<String>), Failure> {
+        let limit = page_limit(query.limit.as_ref())?;
+        let after = query.next_token.as_deref().map(parse_page_token).transpose()?;
+        if !self.owners.is_own(caller, name) {
+            return Ok((Vec::new(), None));
+        }
+        let mut rows = self.database.builds_of(name, after, limit + 1).await.map_err(database_failed)?;
+        let more = rows.len() > limit;
+        rows.truncate(limit);
+        let place = |row: &BuildRow| make_page_token(&(row.created_at.as_millisecond(), row.id.to_string()));
+        let next = rows.last().filter(|_| more).map(place);
+        Ok((rows.iter().map(listed).collect(), next))
+    }
 }
 
-/// A build of a template. Source: E2B's `TemplateBuild`.
-#[derive(Debug, Serialize, schemars::JsonSchema)]
-#[serde(rename_all = "camelCase")]
-struct Build {
-    /// Id of the image that the template is.
-    #[serde(rename = "buildID")]
-    build_id: String,
-    /// State of the build: `ready`.
-    status: &'static str,
-    /// When it was imported.
-    created_at: jiff::Timestamp,
-    /// When it was imported last.
-    updated_at: jiff::Timestamp,
-    /// When the import ended.
-    finished_at: jiff::Timestamp,
-    /// Number of vCPUs of a sandbox that asks for none.
-    cpu_count: u32,
-    /// Memory of a sandbox that asks for none, in MiB.
-    #[serde(rename = "memoryMB")]
-    memory_mb: u32,
-    /// Size of its disk, in MiB.
-    #[serde(rename = "diskSizeMB")]
-    disk_size_mb: u32,
-    /// Version of envd's API that its agent speaks.
-    envd_version: String,
-}
-
-async fn template(State(control): State<Control>, Who(_): Who, Path(name): Path<String>) -> Outcome {
-    let template = control.inner.template(split_tag(&name).0).await?;
-    let build = Build {
-        build_id: template.build_id.clone(),
-        status: "ready",
-        created_at: template.created_at,
-        updated_at: template.updated_at,
-        finished_at: template.updated_at,
-        cpu_count: template.cpu_count,
-        memory_mb: template.memory_mb,
-        disk_size_mb: template.disk_size_mb,
-        envd_version: template.envd_version.clone(),
+async fn template(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(name): Path<String>,
+    Query(query): Query<TemplateQuery>,
+) -> Outcome {
+    let (inner, name) = (&control.inner, split_tag(&name).0);
+    let (mut builds, next) = inner.builds_of(&caller, name, &query).await?;
+    let template = match inner.template(&caller, name).await {
+        // It was not built yet.
+        Err(failure) if failure.error_code == ErrorCode::TemplateNotFound => {
+            let owner = inner.owners.of(name).filter(|_| inner.owners.is_own(&caller, name));
+            let newest = inner.database.builds_of(name, None, 1).await.map_err(database_failed)?;
+            match (owner, newest.first()) {
+                (Some(owner), Some(row)) => unbuilt(row, &owner),
+                _ => return Err(failure.into()),
+            }
+        }
+        found => found?,
     };
-    Ok(json(StatusCode::OK, &WithBuilds { template, builds: vec![build] }))
+    if builds.is_empty() && query.next_token.is_none() {
+        // It was imported, or is another project's: the image that it is now.
+        builds.push(TemplateBuild {
+            build_id: inner.shown_build(name, &template.build_id).await?,
+            status: BuildStatus::Ready,
+            created_at: template.created_at,
+            updated_at: template.updated_at,
+            finished_at: Some(template.updated_at),
+            cpu_count: template.cpu_count,
+            memory_mb: template.memory_mb,
+            disk_size_mb: Some(template.disk_size_mb),
+            envd_version: template.envd_version.clone(),
+        });
+    }
+    Ok(with_next(json(StatusCode::OK, &TemplateWithBuilds { template, builds }), next))
+}
+
+async fn delete_template(
+    State(control): State<Control>,
+    Who(caller): Who,
+    Path(name): Path<String>,
+    query: Query<HashMap<String, String>>,
+    again: Option<Extension<Again>>,
+) -> Outcome {
+    let removed = match control.inner.remove_template(&caller, split_tag(&name).0).await? {
+        true => Ok(StatusCode::NO_CONTENT.into_response()),
+        false => remove_snapshot(State(control), Who(caller), Path(name), query).await,
+    };
+    match removed {
+        // It was done before the server died.
+        Err(failed) if again.is_some() && failed.code() == ErrorCode::SnapshotNotFound => {
+            Ok(StatusCode::NO_CONTENT.into_response())
+        }
+        removed => removed,
+    }
 }
 
 /// Whether a name means something. Another project's snapshot is not there.
 async fn alias(State(control): State<Control>, Who(caller): Who, Path(alias): Path<String>) -> Outcome {
     let (template_id, public) = match control.inner.base(&caller, &alias).await?.base {
-        Base::Template(name) => (name.to_string(), true),
+        Base::Template(name) => {
+            let public = control.inner.owners.of(name.as_str()).is_none_or(|owner| owner.public);
+            (name.to_string(), public)
+        }
         Base::Snapshot(id) => (id.to_string(), false),
     };
     Ok(json(StatusCode::OK, &Alias { template_id, public }))

@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use futures::future::{BoxFuture, Shared};
 use kelvin_api::account::Project;
 use kelvin_api::error::Failure;
-use kelvin_api::id::SandboxId;
+use kelvin_api::id::{SandboxId, Token};
 use kelvin_host::clock::Clock;
 use kelvin_node_api::NodeService;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::accounts::Accounts;
+use crate::builds::{BuildOptions, Owners, UnderWay};
 use crate::changes::Changes;
 use crate::database::Database;
 use crate::metrics::Metrics;
@@ -54,6 +55,14 @@ pub(crate) struct Inner {
     /// Changes of sandboxes that are under way.
     pub(crate) changes: Arc<Changes>,
     pub(crate) wakes: Wakes,
+    /// What builds may take.
+    pub(crate) build_options: BuildOptions,
+    /// Builds that wait or run.
+    pub(crate) builds: UnderWay,
+    /// Whose templates are.
+    pub(crate) owners: Owners,
+    /// What URLs of uploads are signed with.
+    pub(crate) upload_secret: Token,
     pub(crate) metrics: Metrics,
     pub(crate) tasks: TaskTracker,
     pub(crate) stop: CancellationToken,

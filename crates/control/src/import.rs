@@ -30,7 +30,7 @@ use tokio::task::JoinHandle;
 
 use crate::audit::Audit;
 use crate::codes;
-use crate::control::Control;
+use crate::control::{Control, Inner};
 use crate::create::memory_of;
 use crate::once::Key;
 use crate::openapi::{Api, Tag, op};
@@ -59,6 +59,7 @@ pub(crate) fn routes() -> Api {
                 ErrorCode::InvalidName,
                 ErrorCode::InvalidFile,
                 ErrorCode::InvalidShape,
+                ErrorCode::NameTaken,
                 ErrorCode::TemplateImporting,
                 ErrorCode::CapacityExhausted,
             ],
@@ -99,6 +100,13 @@ fn wants_events(headers: &HeaderMap) -> bool {
         .flat_map(|value| value.split(','))
         .filter_map(|range| range.split(';').next())
         .any(|kind| kind.trim().eq_ignore_ascii_case(IMPORT_EVENTS))
+}
+
+/// Refuses to replace what a project has built.
+fn check_owner(inner: &Inner, template: &kelvin_api::id::TemplateName) -> Result<(), Failure> {
+    let Some(owner) = inner.owners.of(template.as_str()) else { return Ok(()) };
+    let text = format!("the name {template} is that of a template of the project {}", owner.project);
+    Err(Failure::new(ErrorCode::NameTaken, text, "choose another, or have the project delete its template"))
 }
 
 /// The end of an import, whatever became of its task.
@@ -166,6 +174,7 @@ async fn import(
 ) -> Outcome {
     let is_told = key.is_none() && wants_events(request.headers());
     let request = of(&name, parse_required(&read(request).await?)?)?;
+    check_owner(&control.inner, &request.template)?;
     let (told, mut progress) = watch::channel(None);
     let (inner, late) = (Arc::clone(&control.inner), Arc::clone(&audit));
     let mut importing = control.inner.tasks.spawn(async move {

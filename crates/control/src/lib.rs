@@ -17,6 +17,7 @@ mod admission;
 mod api;
 mod audit;
 mod auth;
+mod builds;
 mod catalog;
 mod changes;
 mod codes;
@@ -46,5 +47,7 @@ mod wake;
 
 pub use admission::Undocumented;
 pub use auth::ApiKey;
+pub use builds::BuildOptions;
 pub use control::Control;
 pub use reply::reply;
+pub use request::OverTls;

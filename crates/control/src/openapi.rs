@@ -74,6 +74,8 @@ pub(crate) struct Operation {
     errors: Codes,
     tells_secret: bool,
     admin: bool,
+    /// Its URL is signed: it asks for no API key.
+    signed: bool,
 }
 
 /// An operation: its id, which clients are named after, what it is about, and what it does.
@@ -90,6 +92,7 @@ pub(crate) fn op(id: &'static str, tag: Tag, summary: &'static str) -> Operation
         errors: &[],
         tells_secret: false,
         admin: false,
+        signed: false,
     }
 }
 
@@ -146,13 +149,18 @@ impl Operation {
         self
     }
 
+    /// Whether it takes an idempotency key.
+    fn takes_key(&self, method: &str) -> bool {
+        changes(method) && !self.tells_secret && !self.signed
+    }
+
     /// Every failure that it can have, but for those of status 500.
     fn codes(&self, method: &str, path: &str) -> BTreeSet<ErrorCode> {
-        let mut groups: Vec<&[ErrorCode]> = vec![codes::EVERYWHERE];
-        groups.extend(self.errors);
-        let derived: [(bool, &[ErrorCode]); 6] = [
+        let mut groups: Vec<&[ErrorCode]> = self.errors.to_vec();
+        let derived: [(bool, &[ErrorCode]); 7] = [
+            (!self.signed, codes::EVERYWHERE),
             (self.admin, codes::ADMIN),
-            (changes(method) && !self.tells_secret, codes::CHANGE),
+            (self.takes_key(method), codes::CHANGE),
             (changes(method) && self.tells_secret, codes::SECRET_CHANGE),
             (self.body.is_some(), codes::BODY),
             (!self.query.is_empty(), codes::QUERY),
@@ -170,12 +178,14 @@ fn changes(method: &str) -> bool {
 
 /// What the parameter `name` of `path` is.
 fn path_parameter(path: &str, name: &str) -> &'static str {
-    match (path.split('/').find(|part| !matches!(*part, "" | "v2")), name) {
+    match (path.split('/').find(|part| !matches!(*part, "" | "v2" | "v3")), name) {
         (Some("sandboxes"), _) => "Id of the sandbox.",
         (Some("teams"), _) => "Id of the project.",
         (Some("projects"), _) => "Name of the project.",
         (Some("api-keys"), _) => "Id of the API key.",
         (Some("snapshots"), _) => "Id or name of the snapshot.",
+        (Some("templates"), "build") | (Some("builds"), _) => "Id of the build.",
+        (Some("templates" | "uploads"), "hash") => "What the files are called: 64 hexadecimal digits.",
         (Some("templates"), "alias") => "Name of a template, or id or name of a snapshot.",
         (Some("templates" | "pools"), _) => "Name of the template.",
         _ => "",
@@ -195,15 +205,25 @@ impl Documented {
     }
 }
 
+fn served<H, T>(method: &Method, handler: H) -> MethodRouter<Control>
+where
+    H: Handler<T, Control>,
+    T: 'static,
+{
+    on(MethodFilter::try_from(method.clone()).unwrap_or(MethodFilter::GET), handler)
+}
+
 /// A router that knows what its routes are.
 pub(crate) struct Api {
     pub(crate) router: Router<Control>,
+    /// Routes whose URLs are signed.
+    pub(crate) signed: Router<Control>,
     operations: BTreeMap<&'static str, BTreeMap<String, Operation>>,
 }
 
 impl Api {
     pub(crate) fn new() -> Self {
-        Self { router: Router::new(), operations: BTreeMap::new() }
+        Self { router: Router::new(), signed: Router::new(), operations: BTreeMap::new() }
     }
 
     /// One route.
@@ -218,9 +238,25 @@ impl Api {
         H: Handler<T, Control>,
         T: 'static,
     {
-        let filter = MethodFilter::try_from(method.clone()).unwrap_or(MethodFilter::GET);
-        let route: MethodRouter<Control> = on(filter, handler);
-        self.router = self.router.route(path, route);
+        self.router = self.router.route(path, served(method, handler));
+        self.operations.entry(path).or_default().insert(method.as_str().to_ascii_lowercase(), operation);
+        self
+    }
+
+    /// One route whose URLs are signed: it asks for no API key.
+    pub(crate) fn signed_route<H, T>(
+        mut self,
+        method: &Method,
+        path: &'static str,
+        handler: H,
+        mut operation: Operation,
+    ) -> Self
+    where
+        H: Handler<T, Control>,
+        T: 'static,
+    {
+        self.signed = self.signed.route(path, served(method, handler));
+        operation.signed = true;
         self.operations.entry(path).or_default().insert(method.as_str().to_ascii_lowercase(), operation);
         self
     }
@@ -228,6 +264,7 @@ impl Api {
     /// These routes and those.
     pub(crate) fn merge(mut self, other: Self) -> Self {
         self.router = self.router.merge(other.router);
+        self.signed = self.signed.merge(other.signed);
         for (path, operations) in other.operations {
             self.operations.entry(path).or_default().extend(operations);
         }
@@ -304,7 +341,7 @@ fn parameters(method: &str, path: &str, operation: &Operation) -> Vec<Value> {
             .iter()
             .map(|(name, what)| json!({ "name": name, "in": "query", "description": what, "schema": text })),
     );
-    if changes(method) && !operation.tells_secret {
+    if operation.takes_key(method) {
         parameters.push(json!({
             "name": "Idempotency-Key",
             "in": "header",
@@ -360,6 +397,9 @@ fn describe(
         "parameters": parameters(method, path, operation),
         "responses": replies,
     });
+    if operation.signed {
+        described["security"] = json!([]);
+    }
     if let Some(make) = operation.body {
         described["requestBody"] =
             json!({ "required": operation.body_required, "content": content(&make(generator).to_value()) });

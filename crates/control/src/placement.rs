@@ -72,7 +72,7 @@ mod tests {
     use crate::database::suite::{begin, live, quota, row};
     use crate::database::{Claim, Database, Filter, NewSnapshot};
     use crate::testing::ScriptedNode;
-    use crate::{ApiKey, Control};
+    use crate::{ApiKey, BuildOptions, Control};
 
     /// One that is being made, one that runs, one that is paused and being resumed; and a snapshot that is being taken.
     async fn settle(database: &Database, at: &Placement) -> [SandboxId; 3] {
@@ -107,7 +107,7 @@ mod tests {
     async fn open(dir: &Path, node: &Arc<ScriptedNode>) -> Control {
         let key = ApiKey::open(&dir.join("api-key")).unwrap();
         let node: Arc<dyn kelvin_node_api::NodeService> = Arc::clone(node) as _;
-        Control::open(dir, node, key, None, Clock::system().unwrap()).await.unwrap()
+        Control::open(dir, node, key, None, Clock::system().unwrap(), BuildOptions::default()).await.unwrap()
     }
 
     /// Has the node tell `changes`, and returns when they are written.

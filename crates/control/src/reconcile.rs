@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::accounts::Accounts;
 use crate::auth::ApiKey;
+use crate::builds::{BuildOptions, Owners, UnderWay};
 use crate::control::{Control, Inner, Wakes};
 use crate::database::{self, Database};
 use crate::failures::database_failed;
@@ -42,18 +43,21 @@ impl Control {
     /// # Errors
     /// When the database or the node cannot be used.
     ///
-    /// `domain` is told to clients, which reach ports as its hosts. `clock` is the node's.
+    /// `domain` is told to clients, which reach ports as its hosts. `clock` is the node's. `options`: what builds may take.
     pub async fn open(
         data_dir: &Path,
         node: Arc<dyn NodeService>,
         key: ApiKey,
         domain: Option<String>,
         clock: Clock,
+        options: BuildOptions,
     ) -> Result<Self, Failure> {
         let path = data_dir.join("kelvin.db");
         let database = Database::open(&path, clock.clone()).map_err(database_failed)?;
         database.count_from_this_boot().await.map_err(database_failed)?;
         let accounts = Accounts::open(key, &database).await?;
+        let owners = Owners::new(database.template_owners().await.map_err(database_failed)?);
+        let upload_secret = accounts.secret_for("uploads");
         let inner = Arc::new(Inner {
             clock,
             database,
@@ -65,6 +69,10 @@ impl Control {
             keys: Mutex::default(),
             changes: Arc::default(),
             wakes: Wakes::default(),
+            build_options: options,
+            builds: UnderWay::new(options),
+            owners,
+            upload_secret,
             metrics: Metrics::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -104,6 +112,7 @@ impl Inner {
         if at_start {
             self.database.forget_claims(by).await.map_err(database_failed)?;
             self.compare_snapshots().await?;
+            self.interrupt_builds().await?;
         }
         let live: BTreeMap<SandboxId, Live> =
             self.node.live().await?.into_iter().map(|live| (live.sandbox.clone(), live)).collect();

@@ -22,8 +22,19 @@ const MAX_BODY: usize = 4 << 20;
 
 pub(crate) type Outcome = Result<Response, Failed>;
 
+/// Marks, as an extension, a request that came over TLS.
+#[derive(Debug, Clone, Copy)]
+pub struct OverTls;
+
 /// A failure on its way out.
 pub(crate) struct Failed(Failure);
+
+impl Failed {
+    /// What failed.
+    pub(crate) fn code(&self) -> ErrorCode {
+        self.0.error_code
+    }
+}
 
 impl From<Failure> for Failed {
     fn from(failure: Failure) -> Self {

@@ -23,7 +23,7 @@ const MAX_TAGS: usize = 100;
 pub(crate) struct AddedTags {
     /// The tags that were given.
     tags: Vec<String>,
-    /// Id of the image that the template is.
+    /// Id of the build that the template is; of one that was imported, what stands for its image.
     #[serde(rename = "buildID")]
     build_id: String,
 }
@@ -33,7 +33,7 @@ pub(crate) struct AddedTags {
 pub(crate) struct Tag {
     /// The tag.
     tag: String,
-    /// Id of the image that it names.
+    /// Id of the build that it names; of a template that was imported, what stands for its image.
     #[serde(rename = "buildID")]
     build_id: String,
     /// When it was given.
@@ -92,7 +92,7 @@ pub(crate) struct RemoveTags {
     tags: Vec<String>,
 }
 
-fn parse_tags(tags: Vec<String>) -> Result<Vec<String>, Failure> {
+pub(crate) fn parse_tags(tags: Vec<String>) -> Result<Vec<String>, Failure> {
     if tags.is_empty() || tags.len() > MAX_TAGS {
         return Err(Failure::new(
             ErrorCode::InvalidTags,
@@ -117,11 +117,12 @@ pub(crate) async fn add_tags(State(control): State<Control>, Who(caller): Who, r
     }
     // The tag that it is to be found by has to be there.
     control.inner.base(&caller, &body.target).await?;
-    let build = control.inner.template(name).await?.build_id;
+    let build = control.inner.template(&caller, name).await?.build_id;
     let project = caller.project.to_string();
     let added = control.inner.database.add_tags(project, name.to_owned(), build.clone(), tags.clone());
     added.await.map_err(database_failed)?;
-    Ok(json(StatusCode::CREATED, &AddedTags { tags, build_id: build }))
+    let build_id = control.inner.shown_build(name, &build).await?;
+    Ok(json(StatusCode::CREATED, &AddedTags { tags, build_id }))
 }
 
 pub(crate) async fn remove_tags(
@@ -135,7 +136,7 @@ pub(crate) async fn remove_tags(
         let text = "the tag \"default\" cannot be taken away";
         return Err(Failure::new(ErrorCode::InvalidTags, text, "leave it out").into());
     }
-    control.inner.template(&body.name).await?;
+    control.inner.template(&caller, &body.name).await?;
     let removed = control.inner.database.remove_tags(caller.project.to_string(), body.name.clone(), tags);
     match removed.await.map_err(database_failed)? {
         None => Ok(StatusCode::NO_CONTENT.into_response()),
@@ -146,9 +147,30 @@ pub(crate) async fn remove_tags(
     }
 }
 
+/// What stands for an image where E2B's clients read a UUID: made of its digest.
+fn uuid_of(image: &str) -> String {
+    match image.as_bytes() {
+        digits if digits.len() >= 32 && digits[..32].iter().all(u8::is_ascii_hexdigit) => format!(
+            "{}-{}-{}-{}-{}",
+            &image[..8],
+            &image[8..12],
+            &image[12..16],
+            &image[16..20],
+            &image[20..32]
+        ),
+        _ => image.to_owned(),
+    }
+}
+
 impl Inner {
+    /// The build that has made `image` for a template, as clients know it.
+    pub(crate) async fn shown_build(&self, template: &str, image: &str) -> Result<String, Failure> {
+        let known = self.database.build_of_image(template, image).await.map_err(database_failed)?;
+        Ok(known.map_or_else(|| uuid_of(image), |build| build.to_string()))
+    }
+
     async fn tags(&self, caller: &Account, name: &str) -> Result<Vec<TagRow>, Failure> {
-        let template = self.template(name).await?;
+        let template = self.template(caller, name).await?;
         let mut tags = self.database.tags(caller.project.as_str(), name).await.map_err(database_failed)?;
         if tags.iter().all(|row| row.tag != DEFAULT_TAG) {
             tags.push(TagRow {
@@ -166,8 +188,10 @@ pub(crate) async fn tags(
     Who(caller): Who,
     Path(name): Path<String>,
 ) -> Outcome {
-    let row = |row: TagRow| Tag { tag: row.tag, build_id: row.build, created_at: row.created_at };
-    let tags: Vec<_> = control.inner.tags(&caller, &name).await?.into_iter().map(row).collect();
+    let mut tags = Vec::new();
+    for TagRow { tag, build, created_at } in control.inner.tags(&caller, &name).await? {
+        tags.push(Tag { tag, build_id: control.inner.shown_build(&name, &build).await?, created_at });
+    }
     Ok(json(StatusCode::OK, &tags))
 }
 

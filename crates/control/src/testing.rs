@@ -1,25 +1,82 @@
 //! A node that says what a test has it say, and does nothing.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
+use futures::StreamExt as _;
+use kelvin_api::account::Project;
 use kelvin_api::error::{ErrorCode, Failure};
-use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
+use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::sandbox::{
     GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, SnapshotVerification, Template,
 };
+use kelvin_api::units::{DiskMib, MemoryMib, Shape};
 use kelvin_node_api::{
-    Bake, Changes, Child, ConsoleLine, Create, Created, Forked, Garbage, Import, ImportTold, Live,
-    NodeService, Paused, Source, Taken,
+    Bake, Base, Build, BuildFailure, BuildTold, Built, Changes, Child, ConsoleLine, Create, Created,
+    FilesContent, Forked, Garbage, Import, ImportTold, Live, NodeService, Paused, Source, Taken,
 };
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 #[derive(Debug, Default)]
 pub(crate) struct ScriptedNode {
     live: Mutex<Vec<Live>>,
     changes: Mutex<VecDeque<Changes>>,
     told: tokio::sync::Notify,
+    templates: Mutex<BTreeMap<String, Template>>,
+    /// Builds that were asked for and that no test has taken yet.
+    asked: Mutex<VecDeque<AskedBuild>>,
+    has_asked: tokio::sync::Notify,
+    /// Builds that are under way.
+    building: Mutex<HashMap<BuildId, CancellationToken>>,
+    files: Mutex<HashMap<(Project, FilesHash), Vec<u8>>>,
+}
+
+/// A build that the node was asked for. It ends when a test says how, or when it is cancelled.
+#[derive(Debug)]
+pub(crate) struct AskedBuild {
+    pub request: Build,
+    pub told: BuildTold,
+    answer: oneshot::Sender<Result<Built, BuildFailure>>,
+}
+
+impl AskedBuild {
+    /// It ends so. Whether somebody still waits for it.
+    pub fn end(self, answer: Result<(), BuildFailure>, image: &str) -> bool {
+        let template = template(self.request.template.as_str(), image);
+        let built = answer.map(|()| Built { template, from_digest: None, cached_steps: 0 });
+        self.answer.send(built).is_ok()
+    }
+
+    /// Whether it was given up.
+    pub async fn given_up(mut self) {
+        self.answer.closed().await;
+    }
+}
+
+/// A template of that name.
+pub(crate) fn template(name: &str, image: &str) -> Template {
+    Template {
+        template_id: name.to_owned(),
+        build_id: image.to_owned(),
+        cpu_count: 3,
+        memory_mb: 384,
+        disk_size_mb: 2048,
+        public: false,
+        aliases: vec![name.to_owned()],
+        names: vec![name.to_owned()],
+        created_at: jiff::Timestamp::UNIX_EPOCH,
+        updated_at: jiff::Timestamp::UNIX_EPOCH,
+        created_by: None,
+        last_spawned_at: None,
+        spawn_count: 0,
+        build_count: 1,
+        envd_version: kelvin_api::ENVD_VERSION.to_owned(),
+        build_status: "ready".to_owned(),
+        snapshots: Vec::new(),
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -34,6 +91,32 @@ impl ScriptedNode {
     /// Has these sandboxes from now on.
     pub fn has(&self, live: Vec<Live>) {
         *lock(&self.live) = live;
+    }
+
+    /// Has a template of this name from now on, as if it was imported.
+    pub fn has_template(&self, name: &str) {
+        lock(&self.templates).insert(name.to_owned(), template(name, &"ab".repeat(32)));
+    }
+
+    /// The next build that it is asked for.
+    pub async fn next_build(&self) -> AskedBuild {
+        loop {
+            if let Some(asked) = lock(&self.asked).pop_front() {
+                return asked;
+            }
+            self.has_asked.notified().await;
+        }
+    }
+
+    /// Builds that are under way.
+    pub fn building(&self) -> usize {
+        lock(&self.building).len()
+    }
+
+    /// What was uploaded.
+    pub fn uploaded(&self, project: &str, hash: &FilesHash) -> Option<Vec<u8>> {
+        let project = project.parse().ok()?;
+        lock(&self.files).get(&(project, hash.clone())).cloned()
     }
 
     /// Tells this, after what it was to tell before.
@@ -74,8 +157,14 @@ impl NodeService for ScriptedNode {
         refused()
     }
 
-    async fn source(&self, _: &str) -> Result<Option<Source>, Failure> {
-        Ok(None)
+    async fn source(&self, text: &str) -> Result<Option<Source>, Failure> {
+        let Some(found) = lock(&self.templates).get(text).cloned() else { return Ok(None) };
+        let shape = Shape {
+            vcpus: found.cpu_count,
+            memory_mib: MemoryMib(found.memory_mb),
+            disk_mib: DiskMib(found.disk_size_mb),
+        };
+        Ok(text.parse().ok().map(|name| Source { base: Base::Template(name), shape }))
     }
 
     async fn pause(&self, _: &SandboxId, _: PauseMode, _: bool) -> Result<Paused, Failure> {
@@ -143,7 +232,7 @@ impl NodeService for ScriptedNode {
     }
 
     async fn templates(&self) -> Result<Vec<Template>, Failure> {
-        Ok(Vec::new())
+        Ok(lock(&self.templates).values().cloned().collect())
     }
 
     async fn import(&self, _: Import, _: ImportTold) -> Result<Template, Failure> {
@@ -152,6 +241,54 @@ impl NodeService for ScriptedNode {
 
     async fn bake(&self, _: Bake) -> Result<SnapshotId, Failure> {
         refused()
+    }
+
+    async fn build(&self, request: Build, told: BuildTold) -> Result<Built, BuildFailure> {
+        let (answer, answered) = oneshot::channel();
+        let (id, cancelled) = (request.build.clone(), CancellationToken::new());
+        lock(&self.building).insert(id.clone(), cancelled.clone());
+        lock(&self.asked).push_back(AskedBuild { request, told, answer });
+        self.has_asked.notify_one();
+        let ended = cancelled.run_until_cancelled(answered).await;
+        lock(&self.building).remove(&id);
+        let built = match ended {
+            Some(Ok(answer)) => answer?,
+            _ => return Err(Failure::new(ErrorCode::BuildCancelled, "it was given up", "none").into()),
+        };
+        lock(&self.templates).insert(built.template.template_id.clone(), built.template.clone());
+        Ok(built)
+    }
+
+    async fn cancel_build(&self, build: &BuildId) -> Result<(), Failure> {
+        let gone = || Failure::new(ErrorCode::BuildNotFound, "it is not under way", "look");
+        lock(&self.building).get(build).ok_or_else(gone)?.cancel();
+        Ok(())
+    }
+
+    async fn has_files(&self, project: &Project, hash: &FilesHash) -> Result<bool, Failure> {
+        Ok(lock(&self.files).contains_key(&(project.clone(), hash.clone())))
+    }
+
+    async fn put_files(
+        &self,
+        project: &Project,
+        hash: &FilesHash,
+        mut content: FilesContent,
+    ) -> Result<(), Failure> {
+        let mut bytes = Vec::new();
+        while let Some(piece) = content.next().await {
+            let cut = |error: std::io::Error| {
+                Failure::new(ErrorCode::NodeIo, "it was cut", "send it again").with_cause(&error)
+            };
+            bytes.extend_from_slice(&piece.map_err(cut)?);
+        }
+        lock(&self.files).insert((project.clone(), hash.clone()), bytes);
+        Ok(())
+    }
+
+    async fn remove_template(&self, name: &TemplateName) -> Result<(), Failure> {
+        let gone = || Failure::new(ErrorCode::TemplateNotFound, "no such template", "look");
+        lock(&self.templates).remove(name.as_str()).map(drop).ok_or_else(gone)
     }
 
     async fn info(&self) -> Result<NodeInfo, Failure> {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use http::Method;
 use kelvin_api::error::chain;
 use kelvin_api::units::MemoryMib;
-use kelvin_control::ApiKey;
+use kelvin_control::{ApiKey, BuildOptions};
 use kelvin_host::accel::Accelerator;
 use kelvin_host::clock::Clock;
 use kelvin_host::testing::{Virtual, keep_databases, remove_databases, restore_databases};
@@ -233,7 +233,9 @@ pub async fn open(
     let options = Options { clock: Some(Clock::of(Arc::new(Time::of(faults)?))), ..options };
     let node = Node::open(options, driver).await.map_err(|error| chain(&error))?;
     let key = ApiKey::open(&node.data_dir().join("api-key"))?;
-    let server = Server::open(node.clone(), key, None).await.map_err(|error| chain(&error))?;
+    let server = Server::open(node.clone(), key, None, BuildOptions::default())
+        .await
+        .map_err(|error| chain(&error))?;
     let client = Client::new(&server, keys, book, Arc::clone(faults), life);
     Ok(Life { node, server, client })
 }

@@ -40,6 +40,9 @@ pub struct Build {
     pub memory_mib: Option<MemoryMib>,
     /// Size of the disk, with what is on it; the node's default when it is left out.
     pub disk_mib: Option<DiskMib>,
+    /// Free space that the disk is to have when the steps are done: it is made larger for that, best effort, and never smaller.
+    #[serde(default)]
+    pub min_free_mib: Option<DiskMib>,
     /// When it is given up, counted from when the node is asked.
     pub deadline: Duration,
 }

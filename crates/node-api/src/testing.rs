@@ -12,7 +12,7 @@ use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use kelvin_api::account::Project;
 use kelvin_api::error::{ErrorCode, Failure, Kind};
-use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, Token};
+use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName, Token};
 use kelvin_api::import::ImportStage;
 use kelvin_api::network::{Policy, Wanted};
 use kelvin_api::sandbox::{Lifecycle, PauseMode, SandboxState, SetPool, StartPath};
@@ -21,6 +21,8 @@ use tokio::sync::watch;
 
 use crate::{Bake, Base, Child, Create, Import, Inbound, NodeService, SandboxTraffic, Unanswered};
 
+/// The answer of a node that makes no builds.
+const NO_BUILDS: (Kind, ErrorCode) = (Kind::Conflict, ErrorCode::BuildUnsupported);
 /// How long something may take that is told later.
 const SOON: Duration = Duration::from_secs(30);
 /// How long the sandboxes of the suite live: longer than it takes.
@@ -139,6 +141,17 @@ pub async fn a_failure_says_what_and_why(subject: &Subject) {
     assert_eq!(node.source("nothing-of-that-name").await.expect("a look"), None);
     let kept = SnapshotId::random();
     assert_eq!(code(node.verify_snapshot(&kept).await), (Kind::NotFound, ErrorCode::NotFound));
+    // What a node without builds says of all of them.
+    let said = code(node.cancel_build(&BuildId::random()).await);
+    assert!([(Kind::NotFound, ErrorCode::BuildNotFound), NO_BUILDS].contains(&said), "{said:?}");
+    let unknown: TemplateName = "nothing-of-that-name".parse().expect("a name");
+    let said = code(node.remove_template(&unknown).await);
+    assert!([(Kind::NotFound, ErrorCode::TemplateNotFound), NO_BUILDS].contains(&said), "{said:?}");
+    let hash: FilesHash = "ab".repeat(32).parse().expect("a hash");
+    match node.has_files(&Project::default(), &hash).await {
+        Ok(has) => assert!(!has, "nobody has uploaded them"),
+        refused => assert_eq!(code(refused), NO_BUILDS),
+    }
     let unknown = Base::Template("nothing-of-that-name".parse().expect("a name"));
     let request = Create { base: unknown, ..subject.create() };
     let failure = node.create(request).await.expect_err("no such template");

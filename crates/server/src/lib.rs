@@ -10,8 +10,8 @@ use axum::body::Body;
 use axum::response::Response;
 use http::Request;
 use kelvin_api::error::Failure;
-use kelvin_control::{ApiKey, Control};
-use kelvin_gateway::Gateway;
+use kelvin_control::{ApiKey, BuildOptions, Control, OverTls};
+use kelvin_gateway::{Gateway, Secure};
 use kelvin_node::Node;
 use tower::service_fn;
 
@@ -25,13 +25,19 @@ pub struct Server {
 
 impl Server {
     /// Joins a control plane and a gateway to `node`. `key`: the server's own; `domain`: told to clients, which reach
-    /// ports as its hosts.
+    /// ports as its hosts; `builds`: what builds may take.
     ///
     /// # Errors
     /// When the database of the control plane or the node cannot be used.
-    pub async fn open(node: Node, key: ApiKey, domain: Option<&str>) -> Result<Self, Failure> {
+    pub async fn open(
+        node: Node,
+        key: ApiKey,
+        domain: Option<&str>,
+        builds: BuildOptions,
+    ) -> Result<Self, Failure> {
         let (domain_told, clock) = (domain.map(str::to_owned), node.clock().clone());
-        let control = Control::open(node.data_dir(), Arc::new(node.clone()), key, domain_told, clock).await?;
+        let service = Arc::new(node.clone());
+        let control = Control::open(node.data_dir(), service, key, domain_told, clock, builds).await?;
         let (sandboxes, waker) = (Arc::new(node.clone()), Arc::new(control.clone()));
         let gateway = Gateway::new(sandboxes, waker, domain.unwrap_or("localhost"));
         Ok(Self { node, control, gateway })
@@ -54,7 +60,12 @@ impl Server {
             async move {
                 match gateway.forward(request).await {
                     Ok(reply) => Ok::<Response, Infallible>(reply),
-                    Err(request) => tower::ServiceExt::oneshot(router, request).await,
+                    Err(mut request) => {
+                        if request.extensions().get::<Secure>().is_some() {
+                            request.extensions_mut().insert(OverTls);
+                        }
+                        tower::ServiceExt::oneshot(router, request).await
+                    }
                 }
             }
         })

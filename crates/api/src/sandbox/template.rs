@@ -21,7 +21,7 @@ pub struct Template {
     /// Size of its disk, in MiB.
     #[serde(rename = "diskSizeMB")]
     pub disk_size_mb: u32,
-    /// Always false: every project has the same templates, and none is listed as public.
+    /// Whether its project lets every other use it. Of one that was imported it is false, though every project has it.
     pub public: bool,
     /// Its names, as E2B's older clients read them.
     pub aliases: Vec<String>,

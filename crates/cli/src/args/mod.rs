@@ -2,6 +2,7 @@
 
 mod sandbox;
 mod server;
+mod template;
 
 use std::path::PathBuf;
 
@@ -9,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use sandbox::{EgressArgs, MachineArgs, ProcessArgs, RunArgs, SandboxCommand, SnapshotCommand};
 pub use server::{DoctorArgs, ServeArgs, SetupArgs, VmmArg, VmmArgs};
+pub use template::{BuildArgs, StepKind};
 
 /// Ready Linux machines in milliseconds: microVMs that are restored, not booted.
 #[derive(Debug, Parser)]
@@ -82,7 +84,7 @@ pub enum Command {
         #[arg(long, short = 'n', default_value_t = 100)]
         limit: usize,
     },
-    /// List, import and bake templates.
+    /// List, build, import and bake templates.
     Template {
         #[command(subcommand)]
         command: TemplateCommand,
@@ -218,6 +220,32 @@ pub enum TemplateCommand {
     /// List the templates.
     #[command(alias = "ls")]
     List,
+    /// Build a template of an image, or of another template, and of steps over it. Ctrl-C cancels the build.
+    Build(Box<BuildArgs>),
+    /// Show the builds of a template, newest first.
+    Builds {
+        /// Its name.
+        name: String,
+    },
+    /// Show what a build said.
+    Logs {
+        /// Id of the build.
+        build: String,
+        /// Go on until it has ended.
+        #[arg(long, short)]
+        follow: bool,
+    },
+    /// Give a build up.
+    Cancel {
+        /// Id of the build.
+        build: String,
+    },
+    /// Delete a template that was built. Sandboxes and snapshots of it stay.
+    #[command(alias = "rm")]
+    Delete {
+        /// Its name.
+        name: String,
+    },
     /// Make sure that a template has a snapshot, so that its sandboxes are cloned.
     Bake {
         /// Its name.

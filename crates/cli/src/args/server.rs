@@ -88,6 +88,12 @@ pub struct ServeArgs {
     /// Free MiB on the data directory's file system below which nothing is created, paused or forked.
     #[arg(long, default_value_t = 1024)]
     pub disk_floor_mib: u64,
+    /// Builds of templates that run at one time; others wait for their turn.
+    #[arg(long, default_value_t = 2, value_parser = at_least_one(), value_name = "N")]
+    pub max_builds: usize,
+    /// The largest upload for a build, in bytes.
+    #[arg(long, default_value_t = 4 << 30, value_parser = clap::value_parser!(u64).range(1..), value_name = "BYTES")]
+    pub max_upload_bytes: u64,
     /// Do not bake what a cold create found missing.
     #[arg(long)]
     pub no_auto_bake: bool,

@@ -1,7 +1,7 @@
 //! What the control plane remembers: one interface, and what is behind it.
 //!
 //! ```text
-//! use cases ──> Database ──> dyn Repository: Sandboxes, Keys, Catalog, Usage, Answers, AuditLog
+//! use cases ──> Database ──> dyn Repository: Sandboxes, Keys, Catalog, Builds, Usage, Answers, AuditLog
 //!                                  └─ sqlite: kelvin.db
 //! ```
 //!
@@ -12,6 +12,7 @@
 
 mod answers;
 mod audit;
+mod builds;
 mod catalog;
 mod error;
 mod keys;
@@ -27,6 +28,10 @@ mod usage;
 
 pub use answers::{Answers, KeyRow, NewKey};
 pub use audit::{AuditLog, Ended};
+pub use builds::{
+    BuildEnd, BuildError, BuildLine, BuildRow, BuildState, Builds, Caps, Lines, NewBuild, Requested, Started,
+    TemplateOwner, Wanted,
+};
 pub use catalog::{Catalog, NewSnapshot, Owner, TagRow};
 pub use error::Error;
 pub use keys::{Keys, Known};

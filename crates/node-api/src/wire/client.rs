@@ -8,8 +8,9 @@ use http::{Request, Response, Uri};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
+use kelvin_api::account::Project;
 use kelvin_api::error::Failure;
-use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, Token};
+use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName, Token};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::sandbox::{
     GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, SnapshotVerification, Template,
@@ -20,10 +21,11 @@ use super::convert::{self, json, read, text, time};
 use super::failure::refused;
 use super::generated::pb;
 use super::limits::{CONNECTION_WINDOW, KEEP_ALIVE, MAX_MESSAGE, STREAM_WINDOW, VERSION_HEADER};
-use super::{import, stream};
+use super::{build, import, stream};
 use crate::{
-    Bake, Changes, Child, ConsoleLine, Create, Created, Forked, Garbage, Import, ImportTold, Inbound, Io,
-    Live, NodeService, Outbound, Paused, Route, SandboxTraffic, Source, Taken, Unanswered, VERSION,
+    Bake, Build, BuildFailure, BuildTold, Built, Changes, Child, ConsoleLine, Create, Created, FilesContent,
+    Forked, Garbage, Import, ImportTold, Inbound, Io, Live, NodeService, Outbound, Paused, Route,
+    SandboxTraffic, Source, Taken, Unanswered, VERSION,
 };
 
 pub(super) type Transport = ServiceTransport<Client<HttpConnector, ClientBody>>;
@@ -229,6 +231,42 @@ impl NodeService for Remote {
     async fn bake(&self, request: Bake) -> Result<SnapshotId, Failure> {
         let request = pb::Resource { json: json(&request)?, ..Default::default() };
         text(&owned(self.node.bake(request).await)?.id)
+    }
+
+    async fn build(&self, request: Build, told: BuildTold) -> Result<Built, BuildFailure> {
+        let request = pb::Resource { json: json(&request)?, ..Default::default() };
+        let mut pieces = self.node.build(request).await.map_err(|error| refused(&error))?;
+        loop {
+            let piece = pieces.message().await.map_err(|error| refused(&error))?;
+            if let Some(built) = build::read_piece(piece.map(|piece| piece.to_owned_message()), &told).await?
+            {
+                return Ok(built);
+            }
+        }
+    }
+
+    async fn cancel_build(&self, build: &BuildId) -> Result<(), Failure> {
+        let request = pb::BuildRequest { id: build.to_string(), ..Default::default() };
+        owned(self.node.cancel_build(request).await).map(drop)
+    }
+
+    async fn has_files(&self, project: &Project, hash: &FilesHash) -> Result<bool, Failure> {
+        Ok(owned(self.node.has_files(build::files(project, hash)).await)?.present)
+    }
+
+    async fn put_files(
+        &self,
+        project: &Project,
+        hash: &FilesHash,
+        content: FilesContent,
+    ) -> Result<(), Failure> {
+        let call = self.node.put_files().await.map_err(|error| refused(&error))?;
+        build::upload(call, build::files(project, hash), content).await
+    }
+
+    async fn remove_template(&self, name: &TemplateName) -> Result<(), Failure> {
+        let request = pb::TemplateRequest { name: name.to_string(), ..Default::default() };
+        owned(self.node.remove_template(request).await).map(drop)
     }
 
     async fn info(&self) -> Result<NodeInfo, Failure> {

@@ -4,6 +4,7 @@
 //! until the parts show each other who they are. A call that breaks may have been done or not; its caller asks again with the
 //! same ids, or looks.
 
+mod build;
 mod client;
 mod convert;
 mod failure;
@@ -17,5 +18,7 @@ mod stream;
 pub use client::Remote;
 pub use server::serve;
 
+#[cfg(test)]
+mod build_tests;
 #[cfg(test)]
 mod tests;

@@ -27,7 +27,7 @@ use super::convert::{self, json, mode, read, text, timestamp};
 use super::failure::refuse;
 use super::generated::pb;
 use super::limits::{CONNECTION_WINDOW, KEEP_ALIVE, MAX_MESSAGE, STREAM_WINDOW, STREAMS, VERSION_HEADER};
-use super::{import, stream};
+use super::{build, import, stream};
 use crate::{NodeService, SandboxTraffic, VERSION};
 
 /// Serves `node` and the way into its sandboxes on `listener` until `stop` is cancelled; calls that are under way end first.
@@ -230,6 +230,14 @@ impl pb::NodeService for Node {
             done()
         }
         bake(node, request, Resource) -> KeptSnapshot { Ok(kept(&node.bake(read(&request.json)?).await?)) }
+        cancel_build(node, request, BuildRequest) -> Done {
+            node.cancel_build(&text(&request.id)?).await?;
+            done()
+        }
+        remove_template(node, request, TemplateRequest) -> Done {
+            node.remove_template(&text(&request.name)?).await?;
+            done()
+        }
         collect(node, request, CollectRequest) -> Resource { resource(&node.collect(request.dry_run).await?) }
     }
     calls! {
@@ -257,6 +265,10 @@ impl pb::NodeService for Node {
         }
         templates(node, _, Nothing) -> Resource { resource(&node.templates().await?) }
         info(node, _, Nothing) -> Resource { resource(&node.info().await?) }
+        has_files(node, request, FilesRequest) -> HasFilesResponse {
+            let present = node.has_files(&text(&request.project)?, &text(&request.hash)?).await?;
+            Ok(pb::HasFilesResponse { present, ..Default::default() })
+        }
     }
 
     async fn import(
@@ -266,6 +278,23 @@ impl pb::NodeService for Node {
     ) -> ServiceResult<ServiceStream<pb::ImportPiece>> {
         let request = read(&request.to_owned_message().json).map_err(refuse)?;
         Response::stream_ok(import::pieces(Arc::clone(&self.0), request))
+    }
+
+    async fn build(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, pb::Resource>,
+    ) -> ServiceResult<ServiceStream<pb::BuildPiece>> {
+        let request = read(&request.to_owned_message().json).map_err(refuse)?;
+        Response::stream_ok(build::pieces(Arc::clone(&self.0), request))
+    }
+
+    async fn put_files(
+        &self,
+        _: RequestContext,
+        requests: InboundStream<pb::FilesPiece>,
+    ) -> ServiceResult<ServiceStream<pb::Done>> {
+        Response::stream_ok(build::receive(Arc::clone(&self.0), requests).await.map_err(refuse)?)
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod answers;
 mod audit;
+mod builds;
 mod catalog;
 mod keys;
 mod quota;

@@ -179,6 +179,41 @@ pub(super) const MIGRATIONS: &[&str] = &[
 ",
     // Measurements that are too old are looked for every few seconds.
     "CREATE INDEX project_metrics_at ON project_metrics (at_s);",
+    // Templates that were built are a project's; one without a row is everybody's.
+    "
+    CREATE TABLE templates (
+        name TEXT PRIMARY KEY,
+        project TEXT NOT NULL,
+        public INTEGER NOT NULL DEFAULT 0,
+        created_ms INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX templates_by_project ON templates (project);
+    CREATE TABLE builds (
+        id TEXT PRIMARY KEY,
+        template TEXT NOT NULL,
+        project TEXT NOT NULL,
+        node TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('requested', 'waiting', 'building', 'ready', 'error')),
+        wanted TEXT NOT NULL,
+        created_ms INTEGER NOT NULL,
+        updated_ms INTEGER NOT NULL,
+        ended_ms INTEGER,
+        image TEXT,
+        error TEXT,
+        disk_mib INTEGER
+    ) WITHOUT ROWID;
+    CREATE INDEX builds_by_template ON builds (template, created_ms, id);
+    CREATE INDEX builds_by_project ON builds (project, state);
+    CREATE TABLE build_lines (
+        build TEXT NOT NULL,
+        n INTEGER NOT NULL,
+        at_ms INTEGER NOT NULL,
+        level INTEGER NOT NULL,
+        step INTEGER,
+        message TEXT NOT NULL,
+        PRIMARY KEY (build, n)
+    ) WITHOUT ROWID;
+",
 ];
 
 #[cfg(test)]

@@ -1,10 +1,12 @@
 //! What every implementation keeps to: one function for each promise, run against each of them by [`keeps_its_promises`].
 
+mod builds;
 mod catalog;
 mod data;
 mod keys;
 mod sandboxes;
 
+pub(crate) use builds::*;
 pub(crate) use catalog::*;
 pub(crate) use data::{Subject, begin, live, quota, row};
 pub(crate) use keys::*;
@@ -38,6 +40,10 @@ macro_rules! keeps_its_promises {
             a_name_is_the_newest_snapshots
             snapshots_are_their_nodes
             tags_move_and_go_together
+            a_build_ends_once_and_gives_its_template_tags
+            a_template_is_its_first_projects
+            builds_that_are_too_old_are_forgotten
+            what_a_build_said_is_read_from_both_ends
             measurements_are_of_sandboxes_that_are_there
             the_audit_log_is_read_backwards
             what_was_written_is_there_for_the_next_server

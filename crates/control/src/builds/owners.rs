@@ -1,0 +1,43 @@
+//! Whose templates are, in memory: every create asks, and none of them the database for it.
+//!
+//! Who writes: whoever has written it to the database just before. This process is the only one that writes there.
+
+use std::collections::HashMap;
+use std::sync::{PoisonError, RwLock};
+
+use crate::accounts::Account;
+use crate::database::TemplateOwner;
+
+/// The owners of templates. One without is everybody's.
+#[derive(Debug, Default)]
+pub(crate) struct Owners(RwLock<HashMap<String, TemplateOwner>>);
+
+impl Owners {
+    /// As the database has them.
+    pub fn new(known: HashMap<String, TemplateOwner>) -> Self {
+        Self(RwLock::new(known))
+    }
+
+    /// Whose a template is.
+    pub fn of(&self, template: &str) -> Option<TemplateOwner> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(template).cloned()
+    }
+
+    /// Whether a template is `caller`'s project's own.
+    pub fn is_own(&self, caller: &Account, template: &str) -> bool {
+        self.of(template).is_some_and(|owner| owner.project == caller.project.as_str())
+    }
+
+    /// Whether `caller` may see and start a template.
+    pub fn may_use(&self, caller: &Account, template: &str) -> bool {
+        self.of(template).is_none_or(|owner| owner.public || owner.project == caller.project.as_str())
+    }
+
+    pub fn set(&self, template: &str, owner: TemplateOwner) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(template.to_owned(), owner);
+    }
+
+    pub fn forget(&self, template: &str) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(template);
+    }
+}

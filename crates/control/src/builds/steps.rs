@@ -1,0 +1,274 @@
+//! Steps of a build as a request has them: checked, all of them, before anything is started.
+
+use kelvin_api::build::TemplateStep;
+use kelvin_api::error::{ErrorCode, Failure};
+use kelvin_api::id::FilesHash;
+use kelvin_node_api::{BuildStep, Instruction};
+
+/// Steps of one build.
+const MOST_STEPS: usize = 1000;
+/// Characters of a step as it is shown.
+const SHOWN: usize = 200;
+/// Of a mode: permissions, set-user-id, set-group-id and sticky.
+const MODES: u32 = 0o7777;
+
+/// Why a step is none, and what to do.
+struct Bad(String, &'static str);
+
+type Checked<T> = Result<T, Bad>;
+
+fn bad<T>(text: impl Into<String>, remedy: &'static str) -> Checked<T> {
+    Err(Bad(text.into(), remedy))
+}
+
+/// A text that a command or a path may be.
+fn text<'a>(what: &str, text: &'a str) -> Checked<&'a str> {
+    if text.is_empty() || text.contains('\0') {
+        return bad(format!("its {what} is empty, or has a NUL byte"), "give it one");
+    }
+    Ok(text)
+}
+
+/// `user`, `user:group`, or their ids.
+fn owner(text: &str) -> Checked<&str> {
+    let is_name = |name: &str| {
+        !name.is_empty()
+            && name.len() <= 64
+            && !name.starts_with('-')
+            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+    };
+    let mut parts = text.split(':');
+    let is_owner = parts.next().is_some_and(is_name) && parts.next().is_none_or(is_name);
+    if !is_owner || parts.next().is_some() {
+        return bad(format!("{:?} is no user", short(text)), "name a user, or user:group, or their ids");
+    }
+    Ok(text)
+}
+
+/// What of the uploaded files is copied.
+fn source(text: &str) -> Checked<&str> {
+    if text.contains("://") {
+        return bad("URLs are not fetched", "fetch it in a RUN step, with curl");
+    }
+    let is_inside =
+        !text.starts_with('/') && !text.contains('\0') && !text.split('/').any(|part| part == "..");
+    match text {
+        "" => bad("its source is empty", "name a path in the context, `.` for all of it"),
+        _ if !is_inside => {
+            bad("its source is not inside of the context", "name a relative path without `..`")
+        }
+        _ => Ok(text),
+    }
+}
+
+fn copy(args: &[String], files: Option<&str>) -> Checked<Instruction> {
+    let (from, to, rest) = match args {
+        [from, to, rest @ ..] if rest.len() <= 2 => (from, to, rest),
+        _ => {
+            return bad("it has a source and a destination, an owner and a mode", "give it 2 to 4 arguments");
+        }
+    };
+    let given = |at: usize| rest.get(at).map(String::as_str).filter(|text| !text.is_empty());
+    let mode = match given(1) {
+        None => None,
+        Some(text) => {
+            let mode = u32::from_str_radix(text.trim_start_matches("0o"), 8).ok();
+            let Some(mode) = mode.filter(|mode| *mode <= MODES) else {
+                return bad(format!("{:?} is no mode", short(text)), "give it in octal, for example 0755");
+            };
+            Some(mode)
+        }
+    };
+    let Some(files) = files else {
+        return bad("it has no filesHash", "upload the files, and say what they are called");
+    };
+    let Ok(files) = files.parse::<FilesHash>() else {
+        return bad("its filesHash is none", "make it of 64 hexadecimal digits in lower case");
+    };
+    Ok(Instruction::Copy {
+        files,
+        from: source(from)?.to_owned(),
+        to: text("destination", to)?.to_owned(),
+        owner: given(0).map(owner).transpose()?.map(str::to_owned),
+        mode,
+    })
+}
+
+fn variables(args: &[String]) -> Checked<Instruction> {
+    if args.is_empty() || args.len() % 2 == 1 {
+        return bad("it has names and values in turn", "give each variable a value");
+    }
+    let mut variables = Vec::new();
+    for pair in args.chunks_exact(2) {
+        let (name, value) = (&pair[0], &pair[1]);
+        let is_name = !name.is_empty() && name.len() <= 1024 && !name.contains(['=', '\0']);
+        if !is_name || value.contains('\0') {
+            let text = format!("{:?} cannot be an environment variable", short(name));
+            return bad(text, "names are not empty and have no '='; neither they nor values have a NUL byte");
+        }
+        variables.push((name.clone(), value.clone()));
+    }
+    Ok(Instruction::Env(variables))
+}
+
+fn instruction(step: &TemplateStep) -> Checked<Instruction> {
+    let given = |at: usize| step.args.get(at).map(String::as_str).filter(|text| !text.is_empty());
+    match (step.kind.to_ascii_uppercase().as_str(), &step.args[..]) {
+        ("COPY" | "ADD", args) => copy(args, step.files_hash.as_deref()),
+        ("RUN", [command] | [command, _]) => Ok(Instruction::Run {
+            command: text("command", command)?.to_owned(),
+            user: given(1).map(owner).transpose()?.map(str::to_owned),
+        }),
+        ("RUN", _) => bad("it has a command and a user", "give it 1 or 2 arguments"),
+        ("ENV", args) => variables(args),
+        ("WORKDIR", [path]) => Ok(Instruction::Workdir(text("path", path)?.to_owned())),
+        ("USER", [user]) => Ok(Instruction::User(owner(user)?.to_owned())),
+        ("WORKDIR" | "USER", _) => bad("it has one argument", "give it one"),
+        _ => bad("there is no such instruction", "use COPY, ADD, RUN, ENV, WORKDIR or USER"),
+    }
+}
+
+/// The beginning of a text, in one line.
+fn short(text: &str) -> String {
+    let one_line = text.chars().map(|letter| if letter.is_control() { ' ' } else { letter });
+    let mut shown: String = one_line.take(SHOWN).collect();
+    if text.chars().count() > SHOWN {
+        shown.push('…');
+    }
+    shown
+}
+
+/// A step as people know it: `RUN pip install flask`.
+fn shown(step: &TemplateStep) -> String {
+    let args: Vec<&str> = match step.kind.to_ascii_uppercase().as_str() {
+        "COPY" | "ADD" => step.args.iter().take(2).map(String::as_str).collect(),
+        "RUN" => step.args.iter().take(1).map(String::as_str).collect(),
+        // Values may be secrets.
+        "ENV" => step.args.iter().step_by(2).map(String::as_str).collect(),
+        _ => step.args.iter().map(String::as_str).collect(),
+    };
+    short(&format!("{} {}", step.kind, args.join(" ")))
+}
+
+/// The steps of a build. A failure names the step by its number, from 1 on, as E2B's clients count them.
+///
+/// # Errors
+/// `InvalidStep` for the first that is none.
+pub(super) fn steps(steps: &[TemplateStep]) -> Result<Vec<BuildStep>, Failure> {
+    if steps.len() > MOST_STEPS {
+        let text = format!("a build has at most {MOST_STEPS} steps, this one has {}", steps.len());
+        return Err(Failure::new(ErrorCode::InvalidStep, text, "join commands with &&"));
+    }
+    let one = |(at, step): (usize, &TemplateStep)| match instruction(step) {
+        Ok(instruction) => Ok(BuildStep { instruction, force: step.force == Some(true), shown: shown(step) }),
+        Err(Bad(text, remedy)) => {
+            let text = format!("step {} ({}): {text}", at + 1, shown(step));
+            Err(Failure::new(ErrorCode::InvalidStep, text, remedy))
+        }
+    };
+    steps.iter().enumerate().map(one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(kind: &str, args: &[&str]) -> TemplateStep {
+        TemplateStep {
+            kind: kind.into(),
+            args: args.iter().map(ToString::to_string).collect(),
+            files_hash: Some("ab".repeat(32)),
+            ..TemplateStep::default()
+        }
+    }
+
+    #[test]
+    fn steps_are_what_the_sdks_send() {
+        let sent = [
+            step("COPY", &["app", "/srv/", "", ""]),
+            step("COPY", &["app.py", "app.py", "app:staff", "0755"]),
+            step("RUN", &["pip install flask", "root"]),
+            step("RUN", &["true"]),
+            step("ENV", &["A", "1", "SECRET", ""]),
+            step("WORKDIR", &["/srv"]),
+            TemplateStep { force: Some(true), ..step("USER", &["app"]) },
+        ];
+        let made = steps(&sent).unwrap();
+        let shown: Vec<&str> = made.iter().map(|step| step.shown.as_str()).collect();
+        assert_eq!(
+            shown,
+            [
+                "COPY app /srv/",
+                "COPY app.py app.py",
+                "RUN pip install flask",
+                "RUN true",
+                "ENV A SECRET",
+                "WORKDIR /srv",
+                "USER app"
+            ]
+        );
+        let files: FilesHash = "ab".repeat(32).parse().unwrap();
+        assert_eq!(
+            made[1].instruction,
+            Instruction::Copy {
+                files,
+                from: "app.py".into(),
+                to: "app.py".into(),
+                owner: Some("app:staff".into()),
+                mode: Some(0o755)
+            }
+        );
+        assert_eq!(
+            made[2].instruction,
+            Instruction::Run { command: "pip install flask".into(), user: Some("root".into()) }
+        );
+        assert_eq!(
+            made[4].instruction,
+            Instruction::Env(vec![("A".into(), "1".into()), ("SECRET".into(), String::new())])
+        );
+        assert!(made[6].force && !made[5].force);
+    }
+
+    #[test]
+    fn what_is_no_step_is_refused_with_its_number() {
+        for wrong in [
+            step("COPY", &["a"]),
+            step("COPY", &["a", "b", "", "", ""]),
+            step("COPY", &["../a", "b"]),
+            step("COPY", &["a/../../b", "b"]),
+            step("COPY", &["/etc/passwd", "b"]),
+            step("COPY", &["", "b"]),
+            step("COPY", &["a", ""]),
+            step("COPY", &["a", "b", "x y"]),
+            step("COPY", &["a", "b", "a:b:c"]),
+            step("COPY", &["a", "b", "", "999"]),
+            step("COPY", &["a", "b", "", "17777"]),
+            step("ADD", &["https://example.org/a.tar", "b"]),
+            TemplateStep { files_hash: None, ..step("COPY", &["a", "b"]) },
+            TemplateStep { files_hash: Some("../x".into()), ..step("COPY", &["a", "b"]) },
+            step("RUN", &[]),
+            step("RUN", &[""]),
+            step("RUN", &["a\0b"]),
+            step("RUN", &["a", "-u"]),
+            step("RUN", &["a", "b", "c"]),
+            step("ENV", &[]),
+            step("ENV", &["A"]),
+            step("ENV", &["A=B", "c"]),
+            step("ENV", &["", "c"]),
+            step("WORKDIR", &[]),
+            step("WORKDIR", &[""]),
+            step("USER", &["a", "b"]),
+            step("USER", &["root; true"]),
+            step("EXPOSE", &["80"]),
+            step("", &[]),
+        ] {
+            let failure = steps(&[step("RUN", &["true"]), wrong.clone()]).unwrap_err();
+            assert_eq!(failure.error_code, ErrorCode::InvalidStep, "{wrong:?}");
+            assert!(failure.message.starts_with("step 2 ("), "{failure:?}");
+            assert!(!failure.remediation.is_empty());
+        }
+        let many = vec![step("RUN", &["true"]); MOST_STEPS + 1];
+        assert_eq!(steps(&many).unwrap_err().error_code, ErrorCode::InvalidStep);
+        assert_eq!(shown(&step("RUN", &["a\nb\x1b"])), "RUN a b ");
+    }
+}
