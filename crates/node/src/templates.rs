@@ -76,6 +76,11 @@ impl Templates {
         Ok(Importing { all: Arc::clone(&self.importing), name: name.clone() })
     }
 
+    /// Forgets a template that was removed.
+    pub fn forget(&self, name: &TemplateName) {
+        self.known().remove(name);
+    }
+
     /// Takes over templates that were all read anew.
     pub fn know(&self, templates: &[Template]) {
         let known = templates

@@ -23,12 +23,10 @@ use crate::{Error, Store, io_error, publish, write_json};
 /// A template that is to be.
 #[derive(Debug)]
 pub struct Built<'a> {
-    /// It. Its image is the digest of `disk`.
+    /// It. Its image is that of `disk`.
     pub template: &'a Template,
-    /// Its root file system, which nobody writes any more.
-    pub disk: &'a Path,
-    /// What `disk` holds.
-    pub digest: FileDigest,
+    /// Its root file system, which nobody writes any more, and its digest; none when its image is there already.
+    pub disk: Option<(&'a Path, FileDigest)>,
     /// What was saved of its machine, in a directory of `staging/`, and what it is; none when there is a snapshot already.
     pub baked: Option<(PathBuf, Draft)>,
 }
@@ -38,7 +36,7 @@ impl Store {
     /// there, and what is staged of it is the caller's.
     ///
     /// # Errors
-    /// `Missing` when its guest is gone, `Io`.
+    /// `Missing` when its guest is gone, or an image that should be there; `Io`.
     pub fn publish_built(&self, built: Built<'_>) -> Result<Option<Snapshot>, Error> {
         // Image and snapshot are needed by nothing until the template is written.
         let _uncollected = self.lock(FlockOperation::LockShared)?;
@@ -46,7 +44,11 @@ impl Store {
         if !self.guest(&template.guest).is_dir() {
             return Err(Error::Missing { kind: "guest", name: template.guest.clone() });
         }
-        self.publish_image(built.disk, built.digest)?;
+        match built.disk {
+            Some((disk, digest)) => self.publish_image(disk, digest)?,
+            None if self.rootfs(&template.image).exists() => {}
+            None => return Err(Error::Missing { kind: "image", name: template.image.clone() }),
+        }
         let snapshot = match built.baked {
             Some((staged, draft)) => Some(self.publish_snapshot(&staged, draft, Durability::Verified)?),
             None => None,
@@ -160,8 +162,8 @@ mod tests {
         }
 
         fn publish(&self, template: &Template, baked: (PathBuf, Draft)) -> Result<Option<Snapshot>, Error> {
-            let (disk, digest) = (&*self.disk, self.digest.clone());
-            self.store.publish_built(Built { template, disk, digest, baked: Some(baked) })
+            let disk = Some((&*self.disk, self.digest.clone()));
+            self.store.publish_built(Built { template, disk, baked: Some(baked) })
         }
 
         fn count(&self, place: &str) -> usize {
@@ -210,6 +212,13 @@ mod tests {
         assert!(matches!(refused, Err(Error::Missing { kind: "guest", .. })));
         assert_eq!(ground.store.template(&before.name).unwrap(), before);
         assert_eq!(ground.count("snapshots"), 1);
+        // An image that is there already, and one that is not.
+        let other = ground.template(Service::of(Some("other".to_owned()), None));
+        ground.store.publish_built(Built { template: &other, disk: None, baked: None }).unwrap();
+        assert_eq!(ground.store.template(&other.name).unwrap(), other);
+        let gone = Template { image: "gone".to_owned(), ..other };
+        let refused = ground.store.publish_built(Built { template: &gone, disk: None, baked: None });
+        assert!(matches!(refused, Err(Error::Missing { kind: "image", .. })));
         drop(ground.directory);
     }
 }

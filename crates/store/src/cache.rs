@@ -146,7 +146,7 @@ impl Cache {
         let mut all = Vec::new();
         for name in names::<String>(&root)? {
             let path = root.join(name);
-            let look = || Ok((fs::metadata(&path)?.modified()?, bytes_of(&path)?));
+            let look = || io::Result::Ok((fs::metadata(&path)?.modified()?, bytes_of(&path)?));
             match look() {
                 Ok((used, bytes)) => all.push((used, bytes, path)),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
