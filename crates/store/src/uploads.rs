@@ -11,7 +11,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use kelvin_api::account::Project;
 use kelvin_api::digest::hex;
@@ -148,6 +148,8 @@ impl Files {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::hash::sha256;
 

@@ -214,6 +214,7 @@ impl<'a> Building<'a> {
         let tell = move |line: &str| drop(told.try_send(line.to_owned()));
         let (inner, stop, log) = (self.inner, self.stop, &self.log);
         let disk_mib = self.request.disk_mib.map_or(DISK_MIB, |disk| disk.0);
+        let guest_digest = guest.digest.clone();
         let work = async {
             let found = async {
                 let found = inner.images.resolve(source, &tell).await;
@@ -222,7 +223,7 @@ impl<'a> Building<'a> {
             let image = stop.unless(found).await?;
             let state = state_of(image.config());
             let disk = disk_mib.to_string();
-            let key = base_key(&["image", &image.key(), &disk], &guest.digest, &state);
+            let key = base_key(&["image", &image.key(), &disk], &guest_digest, &state);
             let (layers, wanted) = (inner.layers.clone(), key.clone());
             if let Some(layer) = blocking("looking for a layer", move || layers.find(&wanted)).await? {
                 tell("the image's file system is here");

@@ -213,9 +213,9 @@ fn archive(path: &Path) -> Result<Body, Error> {
             let mut portion = vec![0; PORTION];
             let length = file.read(&mut portion)?;
             portion.truncate(length);
-            Ok((portion, file))
+            std::io::Result::Ok((portion, file))
         });
-        let (portion, file): (Vec<u8>, File) = read.await.map_err(std::io::Error::other)??;
+        let (portion, file) = read.await.map_err(std::io::Error::other)??;
         Ok::<_, std::io::Error>((!portion.is_empty()).then(|| (Frame::data(Bytes::from(portion)), file)))
     });
     Ok(StreamBody::new(portions.boxed()).boxed_unsync())
