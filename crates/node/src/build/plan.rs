@@ -154,11 +154,6 @@ impl BuildState {
         let (workdir, user) = (self.workdir.as_deref(), self.user.as_deref());
         serde_json::to_string(&Defaults { env: &self.env, workdir, user }).unwrap_or_default()
     }
-
-    /// Whether it says nothing to the agent.
-    pub fn is_plain(&self) -> bool {
-        self.env.is_empty() && self.workdir.is_none() && self.user.is_none()
-    }
 }
 
 fn check_text(what: &str, text: &str, most: usize) -> Result<(), String> {
@@ -318,7 +313,6 @@ mod tests {
             r#"{"env":{"PATH":"/app/bin:/usr/bin"},"workdir":"/home/user/web","user":"app"}"#
         );
         assert_eq!(BuildState::default().defaults(), "{}");
-        assert!(BuildState::default().is_plain() && !last.is_plain());
         let named = BuildState { user: Some("app".to_owned()), ..BuildState::default() };
         assert_eq!(named.cwd(), None);
     }
