@@ -81,8 +81,7 @@ pub fn state_of(config: ImageConfig) -> BuildState {
     let env: EnvVars = env.into_iter().filter(|(name, _)| !name.is_empty() && !name.contains('=')).collect();
     // Every image that BuildKit has made says `/` when its file does not.
     let workdir = Some(workdir).filter(|workdir| workdir.starts_with('/') && workdir != "/");
-    // The group is the user's own.
-    let user = user.split(':').next().filter(|user| !user.is_empty()).map(str::to_owned);
+    let user = Some(user).filter(|user| !user.is_empty());
     BuildState { env, workdir, user, image: facts }
 }
 
@@ -100,7 +99,7 @@ mod tests {
         };
         let state = state_of(config("/app", "1000:1000"));
         assert_eq!(state.env, EnvVars::from([("A".to_owned(), "2".to_owned())]));
-        assert_eq!((state.user(), state.cwd()), ("1000", Some("/app")));
+        assert_eq!((state.user(), state.cwd()), ("1000:1000", Some("/app")));
         for silent in ["", "/"] {
             let state = state_of(config(silent, ""));
             assert_eq!((state.user(), state.cwd()), ("user", Some("/home/user")));

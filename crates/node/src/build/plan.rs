@@ -103,13 +103,14 @@ impl BuildState {
             }
             Instruction::Workdir(path) => next.workdir = Some(self.resolve(path)?),
             Instruction::User(user) => {
-                // The group is the user's own.
-                let name = user.split(':').next().unwrap_or_default();
                 let fits = |c: char| c.is_ascii_alphanumeric() || "_.-@$".contains(c);
-                if name.is_empty() || name.len() > 64 || !name.chars().all(fits) {
+                let is_name = |name: &str| (1..=64).contains(&name.len()) && name.chars().all(fits);
+                let mut names = user.split(':');
+                let is_user = names.next().is_some_and(is_name) && names.next().is_none_or(is_name);
+                if !is_user || names.next().is_some() {
                     return Err(format!("{user:?} is no name of a user"));
                 }
-                next.user = Some(name.to_owned());
+                next.user = Some(user.clone());
             }
         }
         match next.defaults() {
@@ -307,10 +308,10 @@ mod tests {
         assert_eq!(machine, [false, true, true, false, true]);
         assert_eq!(planned[1].state.workdir.as_deref(), Some("/home/user/app"));
         let last = &planned[4].state;
-        assert_eq!((last.user(), last.cwd()), ("app", Some("/home/user/web")));
+        assert_eq!((last.user(), last.cwd()), ("app:staff", Some("/home/user/web")));
         assert_eq!(
             last.defaults(),
-            r#"{"env":{"PATH":"/app/bin:/usr/bin"},"workdir":"/home/user/web","user":"app"}"#
+            r#"{"env":{"PATH":"/app/bin:/usr/bin"},"workdir":"/home/user/web","user":"app:staff"}"#
         );
         assert_eq!(BuildState::default().defaults(), "{}");
         let named = BuildState { user: Some("app".to_owned()), ..BuildState::default() };
@@ -329,6 +330,7 @@ mod tests {
             (env("A", &"x".repeat(MOST_DEFAULTS)), "bytes together"),
             (step(Instruction::User(String::new())), "no name of a user"),
             (step(Instruction::User("a b".to_owned())), "no name of a user"),
+            (step(Instruction::User("a:b:c".to_owned())), "no name of a user"),
             (step(Instruction::User(name)), "no name of a user"),
             (step(Instruction::Workdir(String::new())), "no path"),
         ] {

@@ -4,10 +4,9 @@ use std::fs::File;
 use std::io::Read as _;
 use std::path::Path;
 
-use base64::Engine as _;
 use bytes::Bytes;
 use futures::StreamExt as _;
-use http::header::{AUTHORIZATION, CONTENT_TYPE};
+use http::header::CONTENT_TYPE;
 use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Limited, StreamBody};
 use hyper::body::{Frame, Incoming};
@@ -20,7 +19,7 @@ use crate::build::log::Log;
 use crate::build::plan::BuildState;
 use crate::error::Error;
 use crate::machine::agent::Body;
-use crate::machine::processes::{Command, Exit, Failed, Processes, Told, whole};
+use crate::machine::processes::{Command, Exit, Failed, Processes, Told, USER_HEADER, whole};
 
 /// Where the agent finds what processes have that say nothing of it.
 const DEFAULTS: &str = "/etc/kelvin/image.json";
@@ -141,11 +140,10 @@ impl Doing<'_> {
     /// Makes the working directory, whose parents are new with it, as the step's user's.
     async fn make_directory(&self, processes: &Processes) -> Result<(), Error> {
         let Some(path) = &self.after.workdir else { return Ok(()) };
-        let pair = base64::engine::general_purpose::STANDARD.encode(format!("{}:", self.before.user()));
         let request = Request::post("http://agent/filesystem.Filesystem/MakeDir")
             .header(CONTENT_TYPE, "application/json")
             .header("connect-protocol-version", "1")
-            .header(AUTHORIZATION, format!("Basic {pair}"))
+            .header(USER_HEADER, self.before.user())
             .body(whole(serde_json::json!({ "path": path }).to_string()))
             .map_err(asking)?;
         let (status, reply) = answer(processes, processes.send(request).await?).await?;

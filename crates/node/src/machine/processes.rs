@@ -2,9 +2,8 @@
 //!
 //! Nothing is written; a crash leaves nothing. Absent on purpose: commands of people, which go through the gateway as they are.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-use base64::Engine as _;
 use bytes::Bytes;
 use connectrpc::client::{CallOptions, ClientConfig, ServerStream};
 use connectrpc::{ConnectError, ErrorCode};
@@ -23,36 +22,19 @@ use tokio_util::task::TaskTracker;
 use crate::error::Error;
 use crate::machine::agent::{Agent, Body};
 
-/// What a command is written for. An image has one of the first two, or none; the agent brings the third.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Shell {
-    Bash,
-    Sh,
-    Busybox,
-}
+/// What runs commands: the agent takes another shell in an image without it. Source: E2B's SDK, `Commands.run`.
+const SHELL: &str = "/bin/bash";
+/// Says who runs a process, also by ids and with a group. Source: `crates/api/src/image.rs`, `USER_HEADER`.
+pub const USER_HEADER: &str = "x-kelvin-user";
 
-/// The agent's own, for images without one.
-const BUSYBOX: &str = "/usr/local/lib/kelvin/busybox";
-
-impl Shell {
-    const ALL: &[Self] = &[Self::Bash, Self::Sh, Self::Busybox];
-
-    /// Program and arguments that run `text`, whose variables are `env`.
-    fn words(self, text: &str, env: &EnvVars) -> (&'static str, Vec<String>) {
-        let plain = |before: &[&str]| before.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
-        let (program, mut words, text) = match (self, env.get("PATH")) {
-            // A login shell sets it anew, to what /etc/profile says, whatever it was given.
-            (Self::Bash, Some(path)) => {
-                let quoted = path.replace('\'', r"'\''");
-                ("/bin/bash", plain(&["-l", "-c"]), format!("export PATH='{quoted}'; {text}"))
-            }
-            (Self::Bash, None) => ("/bin/bash", plain(&["-l", "-c"]), text.to_owned()),
-            (Self::Sh, _) => ("/bin/sh", plain(&["-c"]), text.to_owned()),
-            (Self::Busybox, _) => (BUSYBOX, plain(&["sh", "-c"]), text.to_owned()),
-        };
-        words.push(text);
-        (program, words)
-    }
+/// What a shell is given to run `text` with the variables `env`.
+fn words(text: &str, env: &EnvVars) -> Vec<String> {
+    let text = match env.get("PATH") {
+        // A login shell sets it anew, to what /etc/profile says, whatever it was given.
+        Some(path) => format!("export PATH='{}'; {text}", path.replace('\'', r"'\''")),
+        None => text.to_owned(),
+    };
+    vec!["-l".to_owned(), "-c".to_owned(), text]
 }
 
 /// Whose processes are of which nothing else is said. Source: `crates/agent`, as envd.
@@ -161,8 +143,6 @@ pub struct Processes {
     client: ProcessClient<Transport>,
     token: Option<Token>,
     vm: VmId,
-    /// The one that the image has, once a command has run.
-    shell: OnceLock<Shell>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -183,7 +163,7 @@ impl Processes {
             config = config.with_default_header("x-access-token", token.expose());
         }
         let client = ProcessClient::new(Transport(Arc::clone(&agent)), config);
-        Self { agent, client, token: token.cloned(), vm: vm.clone(), shell: OnceLock::new(), tasks, stop }
+        Self { agent, client, token: token.cloned(), vm: vm.clone(), tasks, stop }
     }
 
     /// Hangs up; what was started runs on.
@@ -198,26 +178,9 @@ impl Processes {
     /// # Errors
     /// See [`Failed`].
     pub async fn start(&self, command: &Command<'_>) -> Result<Process, Failed> {
-        let one = self.shell.get().map(std::slice::from_ref);
-        let mut why = String::new();
-        for shell in one.unwrap_or(Shell::ALL) {
-            match self.start_for(*shell, command).await {
-                Ok(process) => {
-                    let _ = self.shell.set(*shell);
-                    return Ok(process);
-                }
-                Err(error) if error.code == ErrorCode::NotFound => why = said(&error),
-                Err(error) => return Err(failed(&self.vm, error)),
-            }
-        }
-        Err(Failed::Refused(why))
-    }
-
-    async fn start_for(&self, shell: Shell, command: &Command<'_>) -> Result<Process, ConnectError> {
-        let (program, args) = shell.words(command.text, command.env);
         let process = ProcessConfig {
-            cmd: program.to_owned(),
-            args,
+            cmd: SHELL.to_owned(),
+            args: words(command.text, command.env),
             envs: command.env.clone().into_iter().collect(),
             cwd: command.cwd.map(str::to_owned),
             ..Default::default()
@@ -225,14 +188,16 @@ impl Processes {
         let request = StartRequest { process: process.into(), stdin: Some(false), ..Default::default() };
         let mut options = CallOptions::default();
         if let Some(user) = command.user {
-            let pair = base64::engine::general_purpose::STANDARD.encode(format!("{user}:"));
-            options = options.with_header("authorization", format!("Basic {pair}"));
+            options = options.with_header(USER_HEADER, user);
         }
-        let stream = self.client.start_with_options(request, options).await?;
-        let mut process = Process { stream, vm: self.vm.clone(), first: None };
-        // That it could not be started comes in place of its first event.
-        process.first = process.read(true).await?;
-        Ok(process)
+        let begin = async {
+            let stream = self.client.start_with_options(request, options).await?;
+            let mut process = Process { stream, vm: self.vm.clone(), first: None };
+            // That it could not be started comes in place of its first event.
+            process.first = process.read(true).await?;
+            Ok(process)
+        };
+        begin.await.map_err(|error| failed(&self.vm, error))
     }
 
     /// Runs `command` to its end and keeps the last `most` bytes of its output.
@@ -341,12 +306,9 @@ mod tests {
 
     #[test]
     fn a_login_shell_keeps_the_path_that_it_is_given() {
-        let path = |path: &str| EnvVars::from([("PATH".to_owned(), path.to_owned())]);
-        let (program, words) = Shell::Bash.words("make", &path("/it's:/bin"));
-        assert_eq!((program, &*words[2]), ("/bin/bash", r"export PATH='/it'\''s:/bin'; make"));
-        assert_eq!(Shell::Bash.words("make", &EnvVars::new()).1, ["-l", "-c", "make"]);
-        assert_eq!(Shell::Sh.words("make", &path("/bin")).1, ["-c", "make"]);
-        assert_eq!(Shell::Busybox.words("make", &path("/bin")).1, ["sh", "-c", "make"]);
+        let env = EnvVars::from([("PATH".to_owned(), "/it's:/bin".to_owned())]);
+        assert_eq!(words("make", &env), ["-l", "-c", r"export PATH='/it'\''s:/bin'; make"]);
+        assert_eq!(words("make", &EnvVars::new()), ["-l", "-c", "make"]);
     }
 
     #[test]

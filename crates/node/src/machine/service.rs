@@ -159,6 +159,7 @@ impl Guest<'_> {
     /// Makes the log, of whose the processes are: they may not make one there.
     async fn make_log(&self) -> Result<(), Error> {
         let user = self.template.user.as_deref().unwrap_or(USER);
+        let user = user.split(':').next().unwrap_or(user);
         let request = Request::post(self.log_path(user))
             .header(http::header::CONTENT_TYPE, "application/octet-stream")
             .body(whole(""))
