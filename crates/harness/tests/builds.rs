@@ -101,7 +101,8 @@ impl Script for Guests {
 
     fn exec(&self, what: &str, _: &VmId) -> Exec {
         self.done.lock().unwrap().push(what.to_owned());
-        let writes = ["run write", "unpack", "files", "mkdir"].iter().any(|word| what.contains(word));
+        let writes =
+            ["run write", "; write", "unpack", "files", "mkdir"].iter().any(|word| what.contains(word));
         match what {
             // Who listens, asked for by a service without a ready command.
             what if what.contains("/proc/net/tcp") => {

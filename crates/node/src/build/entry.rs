@@ -185,17 +185,16 @@ impl<'a> Building<'a> {
     async fn find_uploads(&mut self) -> Result<(), Error> {
         for (index, step) in self.request.steps.iter().enumerate() {
             let Instruction::Copy { files: hash, .. } = &step.instruction else { continue };
-            self.log.begin(at(index));
             let (uploads, project) = (self.inner.uploads.clone(), self.request.project.clone());
             let wanted = hash.clone();
             let found = blocking("looking for an upload", move || uploads.find(&project, &wanted)).await?;
             let Some(files) = found else {
+                self.log.begin(at(index));
                 let text = format!("the files {hash} are not here");
                 return Err(refused(ErrorCode::FilesMissing, text, "upload them, and build again"));
             };
             self.uploads.insert(index, files);
         }
-        self.log.begin(None);
         Ok(())
     }
 
