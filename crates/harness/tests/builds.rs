@@ -592,7 +592,8 @@ fn case(world: &World, plan: Plan, meanwhile: Meanwhile) -> (Vec<String>, u32) {
                     }
                 }
                 Meanwhile::Create => {
-                    if let Err(failure) = create(&node, web()).await {
+                    let made = create(&node, web()).await;
+                    if let Err(failure) = made {
                         return vec![format!("creating: {failure:?}")];
                     }
                 }
@@ -641,6 +642,10 @@ fn case(world: &World, plan: Plan, meanwhile: Meanwhile) -> (Vec<String>, u32) {
         tokio::time::sleep(Duration::from_secs(65)).await;
         settle(&node).await;
         wrong.extend(check(&ground, &node).await);
+        for live in node.live() {
+            NodeService::kill(&node, &live.sandbox).await.unwrap();
+        }
+        settle(&node).await;
         node.stop().await;
         (wrong, expected, false)
     });

@@ -156,7 +156,7 @@ impl NodeService for Node {
 
     async fn build(&self, request: Build, told: BuildTold) -> Result<Built, BuildFailure> {
         let (known, made) = self.build(request, told).await?;
-        let Made { from_digest, cached_steps } = made;
+        let Made { from_digest, cached_steps, .. } = made;
         Ok(Built { template: shown(known), from_digest, cached_steps })
     }
 

@@ -54,6 +54,8 @@ impl From<Error> for StepError {
 
 /// What was made.
 pub struct Made {
+    /// It.
+    pub template: Template,
     /// The digest of the image that it began with.
     pub from_digest: Option<String>,
     /// Steps that were not done again.
@@ -152,8 +154,8 @@ impl<'a> Building<'a> {
             machine.end().await;
         }
         self.stop.check()?;
-        self.publish(disk, guest, last, shape).await?;
-        Ok(Made { from_digest, cached_steps })
+        let template = self.publish(disk, guest, last, shape).await?;
+        Ok(Made { template, from_digest, cached_steps })
     }
 
     /// Refuses what can never be, and says in which shape it is made.
@@ -382,7 +384,7 @@ impl<'a> Building<'a> {
         guest: Guest,
         state: BuildState,
         shape: Shape,
-    ) -> Result<(), Error> {
+    ) -> Result<Template, Error> {
         let (inner, stop, request) = (Arc::clone(self.inner), self.stop, self.request);
         let (image, layer, bytes) = match disk {
             Disk::Image(image) => {
@@ -429,7 +431,9 @@ impl<'a> Building<'a> {
             inner.allocator.remove_staged(staged).await;
         }
         let snapshot = published?;
-        inner.use_template(&template, shape, network, snapshot).await
+        // From here on it is there, whatever happens.
+        inner.use_template(&template, shape, network, snapshot).await;
+        Ok(template)
     }
 }
 
@@ -511,8 +515,8 @@ impl Inner {
         shape: Shape,
         network: bool,
         snapshot: Option<Snapshot>,
-    ) -> Result<(), Error> {
-        self.templates.get(&template.name).await?;
+    ) {
+        self.templates.know_one(template);
         match snapshot {
             Some(snapshot) => self.add_pool(Arc::new(snapshot)),
             // One that was there may have been of no template for a while.
@@ -524,6 +528,5 @@ impl Inner {
         }
         self.retire_pools(&template.name).await;
         tracing::info!(template = %template.name, image = template.image, "built");
-        Ok(())
     }
 }

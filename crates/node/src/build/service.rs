@@ -75,14 +75,14 @@ impl Node {
             );
             BuildFailure { step: failed.step, failure }
         })?;
-        let known = self.known(&request.template).await;
-        Ok((known.map_err(|error| BuildFailure::from(Failure::from(error)))?, made))
-    }
-
-    /// A template that was made just now, as it is told of.
-    async fn known(&self, name: &TemplateName) -> Result<Known, Error> {
-        let known = self.templates().await?.into_iter().find(|(template, ..)| template.name == *name);
-        known.ok_or_else(|| Error::NoTemplate(name.to_string()))
+        let known = self
+            .templates()
+            .await
+            .ok()
+            .and_then(|all| all.into_iter().find(|(template, ..)| *template == made.template));
+        // It is there, whether it can be read again or was made anew meanwhile.
+        let known = known.unwrap_or_else(|| (made.template.clone(), inner.clock.wall(), Vec::new()));
+        Ok((known, made))
     }
 
     /// Gives a build up; returns when nothing of it runs any more.
