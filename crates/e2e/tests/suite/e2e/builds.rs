@@ -140,6 +140,29 @@ fn count(lines: &[String], beginning: &str) -> usize {
     lines.iter().filter(|line| line.starts_with(beginning)).count()
 }
 
+/// Every disk that a build has kept is a file system without a fault, once its journal is played.
+fn layers_are_sound(server: &Server, scratch: &Path) {
+    let (copy, mut checked) = (scratch.join("checked.ext4"), 0);
+    for entry in fs::read_dir(server.data_dir().join("layers")).expect("a directory") {
+        let disk = entry.expect("an entry").path().join("disk");
+        let run = |program: &str, args: &[&str]| {
+            let output = Command::new(program).args(args).output().expect("it starts");
+            (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+        };
+        let (disk, to) = (disk.to_str().expect("a path"), copy.to_str().expect("a path"));
+        let copied = run("cp", &["--reflink=auto", "--sparse=always", "--no-preserve=mode", disk, to]);
+        assert_eq!(copied.0, Some(0), "{disk}: {copied:?}");
+        // 1: the journal was played, or orphans were freed, as a mount would.
+        let played = run("e2fsck", &["-p", to]);
+        assert!(matches!(played.0, Some(0 | 1)), "{disk}: {played:?}");
+        let sound = run("e2fsck", &["-fn", to]);
+        assert_eq!(sound.0, Some(0), "{disk}: {sound:?}");
+        fs::remove_file(&copy).expect("the copy");
+        checked += 1;
+    }
+    assert!(checked >= 5, "{checked} layers");
+}
+
 #[tokio::test]
 async fn an_image_of_people_becomes_a_template() {
     let Some(ground) = Ground::with_networks().await else { return };
@@ -199,6 +222,7 @@ async fn an_image_of_people_becomes_a_template() {
     let newer = client.create(&insisted, None).await.expect("a clone").sandbox;
     assert_eq!(sh(&agent_of(&client, &newer), "cat built.html").await, "changed\n");
     server.settle().await;
+    layers_are_sound(&server, &place);
     server.stop().await;
     fs::remove_dir_all(place).expect("what was made for it");
 }
