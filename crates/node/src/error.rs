@@ -215,6 +215,11 @@ impl From<kelvin_host::descriptors::Exhausted> for Error {
     }
 }
 
+fn service_failed(what: String, said: Option<String>) -> Failure {
+    let advice = "try the commands in a sandbox of the template without them";
+    Failure { cause: said, ..Failure::new(ErrorCode::BuildStepFailed, what, advice) }
+}
+
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let text = error.to_string();
@@ -254,14 +259,7 @@ impl From<Error> for Failure {
             Error::Fixed { .. } => with(ErrorCode::SnapshotFixed, "leave the field out"),
             Error::Rule { .. } => with(ErrorCode::InvalidPool, "max 0 turns warm machines off"),
             Error::Importing(_) => with(ErrorCode::TemplateImporting, "import it again when that is done"),
-            Error::Service { what, said } => Self {
-                cause: said,
-                ..Self::new(
-                    ErrorCode::BuildStepFailed,
-                    what,
-                    "try the commands in a sandbox of the template without them",
-                )
-            },
+            Error::Service { what, said } => service_failed(what, said),
             Error::Build(failure) => *failure,
             Error::NoTemplate(_) => with(ErrorCode::TemplateNotFound, "`kelvin template list` shows them"),
             Error::NameTaken(_) => with(ErrorCode::NameTaken, "choose another name"),

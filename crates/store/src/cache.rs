@@ -202,7 +202,7 @@ mod tests {
         assert_eq!(content(&cache.find("a").unwrap().unwrap()), "new");
         drop((old, new));
         let newest = put(&cache, "a", "newest");
-        assert_eq!(cache.of_key("a").unwrap(), [newest.directory.clone()]);
+        assert_eq!(cache.of_key("a").unwrap(), std::slice::from_ref(&newest.directory));
         assert!(cache.find("a-b").unwrap().is_some() && cache.find("b").unwrap().is_none());
         assert_eq!(fs::read_dir(dir.path().join("staging")).unwrap().count(), 0);
     }

@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use kelvin_api::error::ErrorCode;
+use kelvin_api::id::BuildId;
 use kelvin_harness::faults::{Plan, What};
 use kelvin_harness::world::World;
+use kelvin_node::Node;
 use kelvin_node_api::{Build, NodeService};
 
 use crate::ground::{
@@ -22,6 +24,47 @@ enum Meanwhile {
     Collect,
 }
 
+/// Does what comes beside the build `id`, when its step has come; what should not have been.
+async fn beside(ground: &Ground, node: &Node, meanwhile: Meanwhile, id: &BuildId) -> Vec<String> {
+    if meanwhile == Meanwhile::Nothing {
+        return Vec::new();
+    }
+    let _ = tokio::time::timeout(SETTLE, ground.faults.beside.notified()).await;
+    let failure = match meanwhile {
+        Meanwhile::Nothing => None,
+        // It may be over.
+        Meanwhile::Cancel => {
+            let cancelled = NodeService::cancel_build(node, id).await;
+            cancelled.err().filter(|failure| failure.error_code != ErrorCode::BuildNotFound)
+        }
+        Meanwhile::Supersede => {
+            let (built, _) = build(node, request("write newest")).await;
+            built.err().map(|failed| failed.failure)
+        }
+        Meanwhile::Create => create(node, web()).await.err(),
+        Meanwhile::Collect => NodeService::collect(node, false).await.err(),
+    };
+    failure.map(|failure| format!("{meanwhile:?}: {failure:?}")).into_iter().collect()
+}
+
+/// The life after one that was cut short; what should not have been.
+fn next_life(ground: &Ground) -> Vec<String> {
+    let after = ground.live(|ground, node| async move {
+        ground.faults.disarm();
+        settle(&node).await;
+        let mut wrong = check(&ground, &node).await;
+        // It goes on from what is cached.
+        if let Err(failed) = build(&node, request("write new")).await.0 {
+            wrong.push(format!("after a restart: {failed:?}"));
+        }
+        settle(&node).await;
+        wrong.extend(check(&ground, &node).await);
+        node.stop().await;
+        wrong
+    });
+    after.unwrap_or_else(|| vec!["killed again".to_owned()])
+}
+
 /// Does a case; what should not have been.
 fn case(world: &World, plan: Plan, meanwhile: Meanwhile) -> (Vec<String>, u32) {
     let ground = Ground::new(world, plan);
@@ -31,42 +74,9 @@ fn case(world: &World, plan: Plan, meanwhile: Meanwhile) -> (Vec<String>, u32) {
         build(&node, request("write old")).await.0.unwrap();
         settle(&node).await;
         ground.faults.arm();
-        let wanted = Build { force: plan.seed % 2 == 0, ..request("write new") };
+        let wanted = Build { force: plan.seed.is_multiple_of(2), ..request("write new") };
         let id = wanted.build.clone();
-        let beside = async {
-            if meanwhile == Meanwhile::Nothing {
-                return Vec::new();
-            }
-            let _ = tokio::time::timeout(SETTLE, ground.faults.beside.notified()).await;
-            match meanwhile {
-                Meanwhile::Nothing => {}
-                Meanwhile::Cancel => {
-                    if let Err(failure) = NodeService::cancel_build(&node, &id).await
-                        && failure.error_code != ErrorCode::BuildNotFound
-                    {
-                        return vec![format!("cancelling: {failure:?}")];
-                    }
-                }
-                Meanwhile::Supersede => {
-                    let (built, _) = build(&node, request("write newest")).await;
-                    if let Err(failure) = built {
-                        return vec![format!("the later one: {failure:?}")];
-                    }
-                }
-                Meanwhile::Create => {
-                    let made = create(&node, web()).await;
-                    if let Err(failure) = made {
-                        return vec![format!("creating: {failure:?}")];
-                    }
-                }
-                Meanwhile::Collect => {
-                    if let Err(failure) = NodeService::collect(&node, false).await {
-                        return vec![format!("collecting: {failure:?}")];
-                    }
-                }
-            }
-            Vec::new()
-        };
+        let beside = beside(&ground, &node, meanwhile, &id);
         let stopping = async {
             ground.faults.stop.notified().await;
             node.stop().await;
@@ -118,20 +128,7 @@ fn case(world: &World, plan: Plan, meanwhile: Meanwhile) -> (Vec<String>, u32) {
     };
     template(&mut wrong, &expected);
     if again {
-        let after = ground.live(|ground, node| async move {
-            ground.faults.disarm();
-            settle(&node).await;
-            let mut wrong = check(&ground, &node).await;
-            // It goes on from what is cached.
-            if let Err(failed) = build(&node, request("write new")).await.0 {
-                wrong.push(format!("after a restart: {failed:?}"));
-            }
-            settle(&node).await;
-            wrong.extend(check(&ground, &node).await);
-            node.stop().await;
-            wrong
-        });
-        wrong.extend(after.unwrap_or_else(|| vec!["killed again".to_owned()]));
+        wrong.extend(next_life(&ground));
         template(&mut wrong, &["write new"]);
     }
     if !ground.driver.machines().is_empty() {

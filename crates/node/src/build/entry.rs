@@ -147,7 +147,7 @@ impl<'a> Building<'a> {
         if let Disk::Image(image) = &base.disk {
             self.underway.needs(image);
         }
-        let (disk, cached_steps) = self.steps(base, &planned, &last, shape).await?;
+        let (disk, cached_steps) = Box::pin(self.steps(base, &planned, &last, shape)).await?;
         self.log.begin(None);
         // Its memory is the bake's now.
         if let Some(machine) = self.machine.take() {
@@ -364,7 +364,7 @@ impl<'a> Building<'a> {
                 self.machine = Some(Box::pin(BuildMachine::start(inner, place, stop)).await?);
             }
             if let Some(machine) = &mut self.machine {
-                stop.unless(in_machine(machine, write_defaults(&machine.processes, last))).await?;
+                Box::pin(stop.unless(in_machine(machine, write_defaults(&machine.processes, last)))).await?;
                 let kept = Box::pin(stop.unless(machine.keep(&inner.layers, &final_key, last.clone())));
                 disk = Disk::Layer(kept.await?);
             }
