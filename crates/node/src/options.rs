@@ -53,7 +53,7 @@ pub struct Options {
     pub docker_config: Option<PathBuf>,
     /// What is kept of images that were pulled, in bytes.
     pub image_cache_bytes: u64,
-    /// What is kept of disks after steps of builds, in bytes.
+    /// What is kept of disks after steps of builds, in bytes; what several of them share counts for each.
     pub layer_cache_bytes: u64,
     /// The largest upload for a build, in bytes.
     pub upload_bytes: u64,
@@ -127,7 +127,7 @@ impl Options {
             registry_mirrors: Vec::new(),
             docker_config: None,
             image_cache_bytes: 20 << 30,
-            layer_cache_bytes: 40 << 30,
+            layer_cache_bytes: 100 << 30,
             upload_bytes: 4 << 30,
             upload_cache_bytes: 20 << 30,
             build_guest_from: base_template(),

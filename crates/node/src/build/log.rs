@@ -7,7 +7,7 @@ use kelvin_host::clock::Clock;
 use kelvin_node_api::{BuildEvent, BuildLevel, BuildTold};
 use tokio_util::sync::CancellationToken;
 
-use crate::machine::text::Lines;
+use crate::machine::text::{Lines, plain};
 
 /// Lines of commands in one build, and bytes of them.
 const LINES: u32 = 50_000;
@@ -28,6 +28,10 @@ pub struct Log {
     /// Of the command that runs.
     lines: Lines,
     tail: VecDeque<String>,
+}
+
+fn one_line(text: &str) -> String {
+    plain(text.replace(['\n', '\r'], " ").as_bytes())
 }
 
 impl Log {
@@ -57,12 +61,12 @@ impl Log {
 
     /// Tells how the build goes.
     pub async fn note(&self, text: &str) {
-        self.tell(BuildLevel::Info, crate::machine::text::plain(text.as_bytes())).await;
+        self.tell(BuildLevel::Info, one_line(text)).await;
     }
 
     /// Tells that it goes on, but not as asked.
     pub async fn warn(&self, text: &str) {
-        self.tell(BuildLevel::Warn, crate::machine::text::plain(text.as_bytes())).await;
+        self.tell(BuildLevel::Warn, one_line(text)).await;
     }
 
     /// Takes what a command has written.
@@ -137,14 +141,14 @@ mod tests {
         assert_eq!((tail.lines().count(), tail.lines().last()), (TAIL_LINES, Some("no end")));
         log.begin(None);
         assert_eq!(log.last_lines(), None);
-        log.note("over").await;
+        log.note("over\nand done").await;
         let mut all = Vec::new();
         while let Ok(event) = events.try_recv() {
             all.push((event.step, event.message));
         }
         assert_eq!(all.len(), 102);
         assert_eq!(all[7], (Some(3), "line 7".to_owned()));
-        assert_eq!(all[101], (None, "over".to_owned()));
+        assert_eq!(all[101], (None, "over and done".to_owned()));
     }
 
     #[tokio::test]
