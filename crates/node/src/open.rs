@@ -21,7 +21,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::Node;
 use crate::activity::Activity;
-use crate::build::image::{BaseImages, NoImages};
+use crate::build::image::BaseImages;
+use crate::build::oci::OciImages;
 use crate::build::registry::Builds;
 use crate::capacity::Capacity;
 use crate::error::Error;
@@ -71,7 +72,14 @@ impl Node {
     /// # Errors
     /// When the data directory, the ledger or the VMM cannot be used.
     pub async fn open(options: Options, driver: Arc<dyn Driver>) -> Result<Self, Error> {
-        Self::open_with(options, driver, Arc::new(NoImages)).await
+        let (directory, settings) = (options.data_dir.join("image-cache"), options.clone());
+        let opened = kelvin_host::blocking::spawn(move || OciImages::open(directory, &settings)).await;
+        let images = opened.map_err(|error| Error::Io {
+            what: "opening the cache of images",
+            source: std::io::Error::other(error),
+        })?;
+        let images = images.map_err(|failure| Error::Build(Box::new(failure)))?;
+        Self::open_with(options, driver, Arc::new(images)).await
     }
 
     /// The same with other images for builds.

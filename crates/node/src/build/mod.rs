@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Read in this order: `service` (what a node is asked), `entry` (a build from its request to its template), `plan` (what is cached),
-//! `machine`, `run` (one step), `log`, `image` (where images come from), `registry` (cancel, supersede).
+//! `machine`, `run` (one step), `log`, `image` and `oci` (where images come from), `registry` (cancel, supersede).
 //!
 //! Who writes: `layers/` and `uploads/`, through `kelvin-store`; the ledger, for machines; image, snapshot and template, in the end.
 //! A crash leaves a machine without a record and something in `staging/`, both of which the next start removes, and layers, from
@@ -17,6 +17,7 @@ mod expand;
 pub mod image;
 pub mod log;
 pub mod machine;
+pub mod oci;
 pub mod plan;
 pub mod registry;
 pub mod run;
