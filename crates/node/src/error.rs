@@ -107,6 +107,20 @@ pub enum Error {
         /// Why.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The service of a template fails, or is never ready.
+    #[error("{what}{}", said.as_ref().map(|said| format!("; its last lines: {said}")).unwrap_or_default())]
+    Service {
+        /// What went wrong.
+        what: String,
+        /// The last that it has said.
+        said: Option<String>,
+    },
+    /// A build cannot go on, in its own words.
+    #[error("{}", .0.message)]
+    Build(Box<Failure>),
+    /// No template has that name.
+    #[error("no template {0}")]
+    NoTemplate(String),
     /// The sandbox, or the node, has no network.
     #[error("{what} has no network{}", reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default())]
     NoNetwork {
@@ -201,6 +215,11 @@ impl From<kelvin_host::descriptors::Exhausted> for Error {
     }
 }
 
+fn service_failed(what: String, said: Option<String>) -> Failure {
+    let advice = "try the commands in a sandbox of the template without them";
+    Failure { cause: said, ..Failure::new(ErrorCode::BuildStepFailed, what, advice) }
+}
+
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let text = error.to_string();
@@ -240,6 +259,9 @@ impl From<Error> for Failure {
             Error::Fixed { .. } => with(ErrorCode::SnapshotFixed, "leave the field out"),
             Error::Rule { .. } => with(ErrorCode::InvalidPool, "max 0 turns warm machines off"),
             Error::Importing(_) => with(ErrorCode::TemplateImporting, "import it again when that is done"),
+            Error::Service { what, said } => service_failed(what, said),
+            Error::Build(failure) => *failure,
+            Error::NoTemplate(_) => with(ErrorCode::TemplateNotFound, "`kelvin template list` shows them"),
             Error::NameTaken(_) => with(ErrorCode::NameTaken, "choose another name"),
             Error::Path { .. } => with(
                 ErrorCode::StartPathImpossible,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kelvin_api::units::{DiskMib, MemoryMib, Shape};
 use kelvin_store::identity::{Identity, SNAPSHOT_FORMAT};
-use kelvin_store::image::Template;
+use kelvin_store::image::{Service, Template};
 use kelvin_vmm::Driver;
 
 /// What of an identity is the host's.
@@ -62,6 +62,7 @@ impl Identities {
             disk_mib: shape.disk_mib.0,
             devices: self.devices(network),
             snapshot_format: SNAPSHOT_FORMAT,
+            service: template.service.as_ref().map(Service::digest),
         }
     }
 

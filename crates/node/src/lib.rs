@@ -2,7 +2,7 @@
 //!
 //! Read in this order: [`Node`] (the handle), `start` (the path of a create, a file for each phase), `pool` (what is ready ahead of
 //! it), `machine` (the resources of a machine, the conversation with its guest, what is frozen of it), `sandbox` (the task that
-//! owns one that runs; those that are paused), `lifecycle` (pause, resume, snapshot, fork), `snapshots` and `verify`, `traffic`,
+//! owns one that runs; those that are paused), `build` (templates of images and steps), `lifecycle` (pause, resume, snapshot, fork), `snapshots` and `verify`, `traffic`,
 //! `open` and `recovery` (after a crash). `state` is what they share; `service` is all of it as control plane and gateway see it.
 //!
 //! Who writes: the ledger, `sandboxes/` and, through `kelvin-store`, snapshots. A crash leaves machines
@@ -10,6 +10,7 @@
 //! enforced here, with or without a control plane.
 
 mod activity;
+mod build;
 mod capacity;
 mod changes;
 mod error;
@@ -42,6 +43,8 @@ use kelvin_api::units::{MemoryMib, Shape};
 use kelvin_node_api::{Base, ConsoleLine, Create, Created};
 use kelvin_store::gc::Garbage;
 
+pub use build::image::{BaseImage, BaseImages, ImageConfig, ImageSource, NoImages, Told};
+pub use build::plan::ImageFacts;
 pub use error::{Error, no_descriptors};
 pub use link::Stream;
 pub use machine::agent::{Body, SendError};

@@ -11,7 +11,9 @@ use kelvin_host::cgroup::Cgroups;
 use kelvin_host::clock::{BootInstant, Clock};
 use kelvin_host::ledger::{Entry, Ledger};
 use kelvin_store::Store;
+use kelvin_store::layers::Layers;
 use kelvin_store::snapshot::{Origin, Snapshot};
+use kelvin_store::uploads::Uploads;
 use kelvin_vmm::Driver;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -19,6 +21,9 @@ use tokio_util::task::TaskTracker;
 
 use crate::Node;
 use crate::activity::Activity;
+use crate::build::image::BaseImages;
+use crate::build::oci::OciImages;
+use crate::build::registry::Builds;
 use crate::capacity::Capacity;
 use crate::error::Error;
 use crate::identities::Identities;
@@ -67,6 +72,25 @@ impl Node {
     /// # Errors
     /// When the data directory, the ledger or the VMM cannot be used.
     pub async fn open(options: Options, driver: Arc<dyn Driver>) -> Result<Self, Error> {
+        let (directory, settings) = (options.data_dir.join("image-cache"), options.clone());
+        let opened = kelvin_host::blocking::spawn(move || OciImages::open(directory, &settings)).await;
+        let images = opened.map_err(|error| Error::Io {
+            what: "opening the cache of images",
+            source: std::io::Error::other(error),
+        })?;
+        let images = images.map_err(|failure| Error::Build(Box::new(failure)))?;
+        Self::open_with(options, driver, Arc::new(images)).await
+    }
+
+    /// The same with other images for builds.
+    ///
+    /// # Errors
+    /// As [`Node::open`].
+    pub async fn open_with(
+        options: Options,
+        driver: Arc<dyn Driver>,
+        images: Arc<dyn BaseImages>,
+    ) -> Result<Self, Error> {
         let root = options.data_dir.clone();
         let opened = kelvin_host::blocking::spawn(move || {
             let store = Store::open(&root, true)?;
@@ -104,6 +128,10 @@ impl Node {
             clock,
             turns: Turns::new(options.concurrent_restores),
             adoptions: Semaphore::new(ADOPTIONS),
+            builds: Builds::default(),
+            images,
+            layers: Layers::new(store.clone(), options.layer_cache_bytes),
+            uploads: Uploads::new(store.clone(), options.upload_bytes, options.upload_cache_bytes),
             options,
             templates: Templates::new(store.clone()),
             store,

@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use kelvin_api::id::TemplateName;
+use kelvin_api::network::Attachment;
 use kelvin_api::phase::Phase;
 use kelvin_api::units::MemoryMib;
 use kelvin_host::accel::Accelerator;
@@ -45,6 +47,23 @@ pub struct Options {
     pub warm_memory: MemoryMib,
     /// Whether a cold create is followed by a bake of what was missing.
     pub auto_bake: bool,
+    /// Other places of registries, as `docker.io=https://mirror`; `http` for loopback alone.
+    pub registry_mirrors: Vec<String>,
+    /// Docker's `config.json`, whose credentials and helpers are asked for registries; `None` asks nobody.
+    pub docker_config: Option<PathBuf>,
+    /// What is kept of images that were pulled, in bytes.
+    pub image_cache_bytes: u64,
+    /// What is kept of disks after steps of builds, in bytes; what several of them share counts for each.
+    pub layer_cache_bytes: u64,
+    /// The largest upload for a build, in bytes.
+    pub upload_bytes: u64,
+    /// What is kept of uploads, in bytes.
+    pub upload_cache_bytes: u64,
+    /// The template whose kernel and agent are those of templates that are made of images; when there is none of that name, any
+    /// is asked.
+    pub build_guest_from: TemplateName,
+    /// What commands of builds may reach, where the node has networks; `None` for nothing at all.
+    pub build_network: Option<Attachment>,
     /// What lifetimes count on; `None` is the host's own clocks.
     pub clock: Option<Clock>,
     /// For tests: the daemon kills itself when a create enters this phase.
@@ -77,6 +96,12 @@ pub const OVERHEAD: MemoryMib = MemoryMib(48);
 /// The least memory of a machine: below it the kernel does not boot with its modules.
 pub const MIN_MEMORY: MemoryMib = MemoryMib(128);
 
+/// The template that a node is set up with.
+fn base_template() -> TemplateName {
+    // It is a name.
+    "base".parse().unwrap_or_else(|_| unreachable!())
+}
+
 impl Options {
     /// Defaults for this host: 85 % of its memory, 64 vCPUs for each processor.
     pub fn for_host(data_dir: PathBuf) -> Self {
@@ -99,6 +124,14 @@ impl Options {
             warm: Rule { min: 0, max: 8, max_age_s: 1800 },
             warm_memory: MemoryMib(u32::try_from(total_mib * 20 / 100).unwrap_or(u32::MAX)),
             auto_bake: true,
+            registry_mirrors: Vec::new(),
+            docker_config: None,
+            image_cache_bytes: 20 << 30,
+            layer_cache_bytes: 100 << 30,
+            upload_bytes: 4 << 30,
+            upload_cache_bytes: 20 << 30,
+            build_guest_from: base_template(),
+            build_network: Some(Attachment::default()),
             clock: None,
             crash_at: None,
         }

@@ -4,19 +4,22 @@ use async_trait::async_trait;
 use http::{Request, Response};
 use http_body_util::BodyExt;
 use kelvin_api::ENVD_VERSION;
+use kelvin_api::account::Project;
 use kelvin_api::error::Failure;
-use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, Token};
+use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName, Token};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::sandbox::{
     GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, SnapshotVerification, Template,
 };
 use kelvin_api::signature::Signature;
 use kelvin_node_api::{
-    Bake, Changes, Child, ConsoleLine, Create, Created, Forked, Garbage, Import, ImportTold, Inbound, Io,
-    Live, NodeService, Outbound, Paused, Route, SandboxTraffic, Source, Taken, Unanswered,
+    Bake, Build, BuildFailure, BuildTold, Built, Changes, Child, ConsoleLine, Create, Created, FilesContent,
+    Forked, Garbage, Import, ImportTold, Inbound, Io, Live, NodeService, Outbound, Paused, Route,
+    SandboxTraffic, Source, Taken, Unanswered,
 };
 
 use crate::Node;
+use crate::build::entry::Made;
 use crate::inspect::Known;
 
 /// A template as the public API tells of it.
@@ -149,6 +152,33 @@ impl NodeService for Node {
     async fn bake(&self, request: Bake) -> Result<SnapshotId, Failure> {
         let Bake { template, vcpus, memory_mib, waiting_vmms, network } = request;
         Ok(self.bake(&template, vcpus, memory_mib, waiting_vmms, network).await?)
+    }
+
+    async fn build(&self, request: Build, told: BuildTold) -> Result<Built, BuildFailure> {
+        let (known, made) = self.build(request, told).await?;
+        let Made { from_digest, cached_steps, .. } = made;
+        Ok(Built { template: shown(known), from_digest, cached_steps })
+    }
+
+    async fn cancel_build(&self, build: &BuildId) -> Result<(), Failure> {
+        Ok(self.cancel_build(build).await?)
+    }
+
+    async fn has_files(&self, project: &Project, hash: &FilesHash) -> Result<bool, Failure> {
+        Ok(self.has_files(project, hash).await?)
+    }
+
+    async fn put_files(
+        &self,
+        project: &Project,
+        hash: &FilesHash,
+        content: FilesContent,
+    ) -> Result<(), Failure> {
+        Ok(self.put_files(project, hash, content).await?)
+    }
+
+    async fn remove_template(&self, name: &TemplateName) -> Result<(), Failure> {
+        Ok(self.remove_template(name).await?)
     }
 
     async fn info(&self) -> Result<NodeInfo, Failure> {

@@ -246,6 +246,7 @@ mod tests {
             disk_mib: 1024,
             devices: "d".into(),
             snapshot_format: SNAPSHOT_FORMAT,
+            service: None,
         };
         let draft = Draft {
             id: SnapshotId::random(),

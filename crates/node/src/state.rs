@@ -11,13 +11,17 @@ use kelvin_host::clock::Clock;
 use kelvin_store::Store;
 use kelvin_store::identity::Identity;
 use kelvin_store::image::Template;
+use kelvin_store::layers::Layers;
 use kelvin_store::snapshot::Snapshot;
+use kelvin_store::uploads::Uploads;
 use kelvin_vmm::Driver;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::activity::Activity;
+use crate::build::image::BaseImages;
+use crate::build::registry::Builds;
 use crate::capacity::Capacity;
 use crate::changes;
 use crate::error::Error;
@@ -42,6 +46,14 @@ pub struct Inner {
     pub snapshots: Snapshots,
     pub pools: Pools,
     pub templates: Templates,
+    /// Builds that are under way.
+    pub builds: Builds,
+    /// Where they find images.
+    pub images: Arc<dyn BaseImages>,
+    /// Disks after each of their steps.
+    pub layers: Layers,
+    /// Files that they copy.
+    pub uploads: Uploads,
     /// What lifetimes count on.
     pub clock: Clock,
     pub turns: Turns,

@@ -76,6 +76,19 @@ impl Templates {
         Ok(Importing { all: Arc::clone(&self.importing), name: name.clone() })
     }
 
+    /// Takes over a template that was written just now. One look at the file system; when that fails, it is read when it is asked
+    /// for.
+    pub fn know_one(&self, template: &Template) {
+        if let Ok(stamp) = self.store.template_stamp(&template.name) {
+            self.known().insert(template.name.clone(), (stamp, Arc::new(template.clone())));
+        }
+    }
+
+    /// Forgets a template that was removed.
+    pub fn forget(&self, name: &TemplateName) {
+        self.known().remove(name);
+    }
+
     /// Takes over templates that were all read anew.
     pub fn know(&self, templates: &[Template]) {
         let known = templates

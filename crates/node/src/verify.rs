@@ -148,6 +148,10 @@ impl Inner {
             used.images.insert(template.image.clone());
             used.guests.insert(template.guest.clone());
         }
+        for digest in self.builds.needed() {
+            used.images.insert(digest.clone());
+            used.guests.insert(digest);
+        }
         let (_, records) = self.allocator.ledger.read().await?;
         for record in records {
             let sandbox =

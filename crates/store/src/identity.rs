@@ -40,6 +40,10 @@ pub struct Identity {
     pub devices: String,
     /// [`SNAPSHOT_FORMAT`].
     pub snapshot_format: u32,
+    /// Digest of what runs in the machine beside what the image has by itself, when something does: see
+    /// [`crate::image::Service`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<String>,
 }
 
 impl Identity {
@@ -72,7 +76,8 @@ impl Identity {
             memory_mib,
             disk_mib,
             devices,
-            snapshot_format
+            snapshot_format,
+            service
         );
         fields
     }
@@ -97,7 +102,18 @@ mod tests {
             disk_mib: 1024,
             devices: "d".into(),
             snapshot_format: SNAPSHOT_FORMAT,
+            service: Some("s".into()),
         }
+    }
+
+    /// Digests are in manifests: without a service they are what they were before there were any.
+    #[test]
+    fn one_without_a_service_has_the_digest_that_it_always_had() {
+        let text = r#"{"image":"i","guest_kernel":"k","agent":"a","vmm":"qemu","vmm_build":"7.2","accelerator":"tcg","host_cpu":"c","host_kernel":"6","vcpus":1,"memory_mib":256,"disk_mib":1024,"devices":"d","snapshot_format":1}"#;
+        let plain = Identity { service: None, ..example() };
+        assert_eq!(plain.digest(), sha256(text.as_bytes()));
+        assert_ne!(plain.digest(), example().digest());
+        assert_eq!(serde_json::from_str::<Identity>(text).unwrap(), plain);
     }
 
     #[test]

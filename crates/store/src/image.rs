@@ -1,13 +1,15 @@
 //! Images (root file systems), guests (kernel and initial RAM disk) and templates that join them.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
 use kelvin_api::id::TemplateName;
+use kelvin_api::sandbox::EnvVars;
 use kelvin_api::units::Shape;
 use serde::{Deserialize, Serialize};
 
-use crate::hash::FileDigest;
+use crate::hash::{FileDigest, sha256};
 use crate::{Error, Store, io_error, names, read_json};
 
 /// The root file system's name in an image.
@@ -46,6 +48,98 @@ pub struct Template {
     pub initrd: String,
     /// The shape of machines that ask for no other.
     pub shape: Shape,
+    /// What processes have in their environment that say nothing else.
+    #[serde(default, skip_serializing_if = "EnvVars::is_empty")]
+    pub env: EnvVars,
+    /// Where processes begin that say nothing else; the user's home when it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workdir: Option<String>,
+    /// Whose processes are that say nothing else; `user` when it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// What runs in its machines when their snapshot is taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<Service>,
+    /// Where it comes from, when it was built and not imported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub built: Option<BuiltFrom>,
+}
+
+/// What runs in a template's machines when their snapshot is taken: a command that stays, one that tells when it can be used, or
+/// both.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Service {
+    /// Started as the template's user, for a shell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<String>,
+    /// Tried until it exits with 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready: Option<String>,
+}
+
+impl Service {
+    /// It, when anything runs.
+    pub fn of(start: Option<String>, ready: Option<String>) -> Option<Self> {
+        (start.is_some() || ready.is_some()).then_some(Self { start, ready })
+    }
+
+    /// Digest of both texts: a snapshot with another service is another snapshot.
+    pub fn digest(&self) -> String {
+        // Field order is the struct's: the text is canonical.
+        sha256(serde_json::to_string(self).unwrap_or_default().as_bytes())
+    }
+}
+
+/// What a template was built of, and what its image says that nothing here acts on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BuiltFrom {
+    /// Digest of the image that it began with, when it began with one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_digest: Option<String>,
+    /// When.
+    pub at: jiff::Timestamp,
+    /// The image's own.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// The same.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub entrypoint: Vec<String>,
+    /// The same.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cmd: Vec<String>,
+    /// The same, as `80/tcp`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exposed_ports: Vec<String>,
+    /// The same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_signal: Option<String>,
+}
+
+impl Template {
+    /// One without anything that only a build gives.
+    pub fn plain(name: TemplateName, image: String, guest: Guest, shape: Shape) -> Self {
+        let Guest { digest: guest, kernel, initrd } = guest;
+        let (env, workdir, user, service, built) = (EnvVars::new(), None, None, None, None);
+        Self { name, image, guest, kernel, initrd, shape, env, workdir, user, service, built }
+    }
+
+    /// The guest that its machines run.
+    pub fn guest(&self) -> Guest {
+        Guest { digest: self.guest.clone(), kernel: self.kernel.clone(), initrd: self.initrd.clone() }
+    }
+}
+
+/// A guest, by digests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guest {
+    /// Of both files.
+    pub digest: String,
+    /// Of the kernel.
+    pub kernel: String,
+    /// Of the initial RAM disk.
+    pub initrd: String,
 }
 
 /// Tells one import of a template from another.
@@ -105,6 +199,20 @@ impl Store {
         }
     }
 
+    /// Removes the template called `name`; no power failure brings it back. What was made of it stays, its image and guest until a
+    /// collection finds that nothing needs them.
+    ///
+    /// # Errors
+    /// `Missing` when there is none, `Io`.
+    pub fn remove_template(&self, name: &TemplateName) -> Result<(), Error> {
+        let path = self.template_path(name);
+        fs::remove_file(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Error::Missing { kind: "template", name: name.to_string() },
+            _ => io_error("removing", &path)(error),
+        })?;
+        crate::sync_parent(&path).map_err(io_error("syncing", &path))
+    }
+
     /// Every template, by name. One that does not parse is reported and left out.
     ///
     /// # Errors
@@ -123,5 +231,44 @@ impl Store {
             .collect();
         found.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every form that files of templates ever had, the newest last. They are never changed.
+    const FORMS: [&str; 2] =
+        [include_str!("../tests/templates/0.json"), include_str!("../tests/templates/1.json")];
+
+    #[test]
+    fn every_form_is_read_and_one_without_a_build_is_written_as_before() {
+        let read: Vec<Template> =
+            FORMS.iter().map(|text| serde_json::from_str(text).expect("a template")).collect();
+        assert_eq!(
+            read[0],
+            Template::plain("base".parse().unwrap(), "i".into(), read[0].guest(), read[0].shape)
+        );
+        // Byte for byte: a release before this one reads what an import writes.
+        for (text, template) in FORMS.iter().zip(&read) {
+            assert_eq!(serde_json::to_string_pretty(template).unwrap() + "\n", *text);
+        }
+        let newest = &read[1];
+        assert_eq!(newest.service, Service::of(Some("serve".into()), Some("curl -f localhost".into())));
+        assert_eq!(newest.env["PATH"], "/app/bin:/bin");
+        assert!(serde_json::from_str::<Template>(&FORMS[1].replacen("\"user\"", "\"owner\"", 1)).is_err());
+    }
+
+    #[test]
+    fn a_service_is_told_from_another() {
+        let one = |start: &str, ready: &str| {
+            let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+            Service::of(some(start), some(ready)).map(|service| service.digest())
+        };
+        assert_eq!(one("", ""), None);
+        let all = [one("a", ""), one("", "a"), one("a", "a"), one("b", "")];
+        let different: std::collections::BTreeSet<_> = all.iter().collect();
+        assert_eq!(different.len(), all.len());
     }
 }

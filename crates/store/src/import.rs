@@ -22,7 +22,7 @@ use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags, openat};
 
 use crate::disk::clone_of;
 use crate::hash::{FileDigest, digest_open, sha256};
-use crate::image::{GuestManifest, INITRD, ImageManifest, KERNEL, ROOTFS, Template};
+use crate::image::{Guest, GuestManifest, INITRD, ImageManifest, KERNEL, ROOTFS, Template};
 use crate::{Error, Store, io_error, publish, write_json};
 
 /// The largest root file system, in bytes: its manifest has a digest for each 4 MiB.
@@ -217,14 +217,9 @@ impl Store {
             publish(staged_guest, &guest_dir, true)?;
         }
         let (vcpus, memory_mib) = (import.vcpus, import.memory_mib);
-        let template = Template {
-            name: import.name.clone(),
-            image,
-            guest,
-            kernel: manifest.kernel.digest,
-            initrd: manifest.initrd.digest,
-            shape: Shape { vcpus, memory_mib, disk_mib },
-        };
+        let (kernel, initrd) = (manifest.kernel.digest, manifest.initrd.digest);
+        let (guest, shape) = (Guest { digest: guest, kernel, initrd }, Shape { vcpus, memory_mib, disk_mib });
+        let template = Template::plain(import.name.clone(), image, guest, shape);
         write_json(&self.template_path(&import.name), &template)?;
         teller.tell(ImportStage::Publishing, teller.total_bytes);
         Ok(template)

@@ -5,6 +5,8 @@
 //!            guests/<digest>/{manifest.json,vmlinuz,initrd}
 //!            templates/<name>.json
 //!            snapshots/<id>/{manifest.json,seal.json,digests.json,memory,state,disk}
+//!            layers/<key>-<time>/{layer.json,disk}
+//!            uploads/<project>.<hash>-<time>/{files.json,archive}
 //!            staging/<random>/        whatever is not published yet
 //! ```
 //!
@@ -16,13 +18,17 @@
 //! (`kelvin-node` decides) and the network.
 
 pub mod adopt;
+pub mod built;
+mod cache;
 pub mod disk;
 pub mod gc;
 pub mod hash;
 pub mod identity;
 pub mod image;
 pub mod import;
+pub mod layers;
 pub mod snapshot;
+pub mod uploads;
 pub mod verify;
 
 use std::fs::{self, File};
@@ -79,6 +85,14 @@ pub enum Error {
         path: PathBuf,
         /// Why not.
         reason: String,
+    },
+    /// Somebody sends more than one may have.
+    #[error("{what} has more than {most_bytes} bytes")]
+    Oversized {
+        /// What.
+        what: &'static str,
+        /// The most.
+        most_bytes: u64,
     },
     /// A snapshot with that id is there already.
     #[error("{kind} {name} is there already")]
@@ -142,6 +156,9 @@ impl From<Error> for Failure {
                 ErrorCode::InvalidFile,
                 "name a regular file that the server sees: the package's sees nothing below /home, /root and /tmp",
             ),
+            Error::Oversized { .. } => {
+                (ErrorCode::FilesRefused, "leave out what the build does not need, as a .dockerignore says")
+            }
             Error::Exists { .. } => (ErrorCode::AlreadyThere, "use it, or delete it first"),
             Error::Unadoptable { .. } => {
                 (ErrorCode::SnapshotUnadoptable, "import the template that it is of, or bake one here")
@@ -178,7 +195,18 @@ impl Store {
             fs::remove_dir_all(&staging).map_err(io_error("emptying", &staging))?;
         }
         // Nobody else comes in here: VMMs get what they need as descriptors and mounts of their own.
-        for name in ["", "images", "guests", "templates", "snapshots", "staging", "sandboxes", "run"] {
+        for name in [
+            "",
+            "images",
+            "guests",
+            "templates",
+            "snapshots",
+            "layers",
+            "uploads",
+            "staging",
+            "sandboxes",
+            "run",
+        ] {
             let path = root.join(name);
             fs::create_dir_all(&path).map_err(io_error("making", &path))?;
             fs::set_permissions(&path, fs::Permissions::from_mode(0o700))

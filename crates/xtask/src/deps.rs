@@ -19,7 +19,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("dockerfile", &["node-api", "api"]),
     ("egress", &["api"]),
     ("node-api", &["api"]),
-    ("node", &["node-api", "egress", "vmm", "store", "host", "api"]),
+    ("node", &["node-api", "egress", "image", "vmm", "store", "host", "api"]),
     // `host` for its one SQLite thread and its clock; never `node`.
     ("control", &["node-api", "host", "api"]),
     ("fuzz", &["api", "egress", "host", "node-api", "store", "vmm"]),

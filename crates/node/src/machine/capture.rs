@@ -111,18 +111,18 @@ pub struct Capturing<'a> {
 }
 
 /// What freezing a file system on its disk takes.
-trait Freeze {
+pub trait Freeze {
     /// Freezes it; whether the guest says so.
-    async fn freeze(&mut self) -> bool;
+    fn freeze(&mut self) -> impl Future<Output = bool> + Send;
     /// Writes back what is left.
-    async fn flush(&mut self) -> Result<(), Error>;
+    fn flush(&mut self) -> impl Future<Output = Result<(), Error>> + Send;
     /// Thaws it.
-    async fn thaw(&mut self);
+    fn thaw(&mut self) -> impl Future<Output = ()> + Send;
 }
 
 /// Freezes a file system and writes it back. Whether it is still frozen then: a disk may take longer than a guest stays
 /// frozen by itself, so it is done again with the little that was written since.
-async fn freeze_on_disk(clock: &Clock, of: &mut impl Freeze) -> Result<bool, Error> {
+pub async fn freeze_on_disk(clock: &Clock, of: &mut impl Freeze) -> Result<bool, Error> {
     for _ in 0..FREEZES {
         let since = clock.now();
         let is_frozen = of.freeze().await;

@@ -5,5 +5,8 @@ pub mod capture;
 pub mod clock;
 pub mod console;
 pub mod live;
+pub mod processes;
 pub mod resources;
+pub mod service;
+pub mod text;
 pub mod warm_up;

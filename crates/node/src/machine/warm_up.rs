@@ -2,23 +2,16 @@
 //!
 //! Nothing is written; a crash leaves nothing.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
-use kelvin_api::envd::process::{
-    __buffa::oneof::process_event::Event, ProcessClient, ProcessConfig, StartRequest,
-};
 use kelvin_api::guest::Request;
 use kelvin_api::id::Token;
+use kelvin_api::sandbox::EnvVars;
 use kelvin_vmm::MachineSpec;
 use kelvin_vmm::control::Control;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use crate::error::Error;
-use crate::machine::agent::Agent;
+use crate::machine::processes::{Command, Failed, Processes};
 
 const WARM_UP_LIMIT: Duration = Duration::from_secs(120);
 const QUIESCE_LIMIT: Duration = Duration::from_secs(60);
@@ -40,73 +33,32 @@ pub async fn quiesce(control: &mut Control) -> Result<(), Error> {
     Ok(())
 }
 
-/// Sends generated clients' requests over a guest's connection.
-#[derive(Clone)]
-struct Transport(Arc<Agent>);
-
-impl connectrpc::client::ClientTransport for Transport {
-    type ResponseBody = hyper::body::Incoming;
-    type Error = std::io::Error;
-
-    fn send(
-        &self,
-        request: http::Request<connectrpc::client::ClientBody>,
-    ) -> connectrpc::client::BoxFuture<'static, Result<http::Response<Self::ResponseBody>, Self::Error>> {
-        let agent = Arc::clone(&self.0);
-        Box::pin(async move {
-            let (parts, body) = request.into_parts();
-            let bytes = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
-            let body = Full::<Bytes>::from(bytes).map_err(|never| match never {}).boxed_unsync();
-            let gone = || std::future::ready(Err("the guest's connection broke".into()));
-            agent.send(http::Request::from_parts(parts, body), gone).await.map_err(std::io::Error::other)
-        })
-    }
+/// Runs `commands` in the guest, one after the other. A guest that has no shell, or no user for them, has nothing to be warmed up.
+pub async fn warm_up(processes: &Processes, commands: &[&str]) -> Result<(), Error> {
+    let env = EnvVars::new();
+    let work = async {
+        for text in commands {
+            match processes.run(&Command { text, user: None, cwd: None, env: &env }, 0).await {
+                Ok((exit, _)) => tracing::debug!(text, %exit, "warmed up"),
+                Err(Failed::Refused(why)) => tracing::info!(text, why, "not warmed up"),
+                Err(Failed::Broken(error)) => return Err(error),
+            }
+        }
+        Ok(())
+    };
+    let limited = tokio::time::timeout(WARM_UP_LIMIT, work).await;
+    limited.unwrap_or_else(|elapsed| Err(processes.silent(elapsed.into())))
 }
 
-/// Runs `commands` in the guest, one after the other, and closes the connection.
-pub async fn warm_up(
+/// The same over a connection of its own, which is closed then.
+pub async fn warm_up_once(
     http: kelvin_vmm::stream::GuestStream,
     spec: &MachineSpec,
     commands: &[&str],
     token: Option<&Token>,
 ) -> Result<(), Error> {
-    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-    let agent = Arc::new(Agent::over(http, tasks.clone(), stop.clone()));
-    let failed = |source: Box<dyn std::error::Error + Send + Sync>| Error::Agent {
-        sandbox: spec.vm.to_string(),
-        source,
-    };
-    let uri = http::Uri::from_static("http://agent");
-    let mut config = connectrpc::client::ClientConfig::new(uri);
-    if let Some(token) = token {
-        config = config.with_default_header("x-access-token", token.expose());
-    }
-    let client = ProcessClient::new(Transport(agent), config);
-    let work = async {
-        for command in commands {
-            let process = ProcessConfig {
-                cmd: "/bin/bash".to_owned(),
-                args: ["-l", "-c", *command].map(str::to_owned).to_vec(),
-                ..Default::default()
-            };
-            let request = StartRequest { process: process.into(), stdin: Some(false), ..Default::default() };
-            let mut stream = client.start(request).await?;
-            while let Some(message) = stream.message().await? {
-                if let Some(Event::End(end)) =
-                    message.to_owned_message().event.into_option().and_then(|event| event.event)
-                {
-                    tracing::debug!(command, exit_code = end.exit_code, "warmed up");
-                }
-            }
-        }
-        Ok::<_, connectrpc::ConnectError>(())
-    };
-    let result = tokio::time::timeout(WARM_UP_LIMIT, work).await;
-    stop.cancel();
-    tasks.close();
-    tasks.wait().await;
-    match result {
-        Ok(result) => result.map_err(|error| failed(error.into())),
-        Err(elapsed) => Err(failed(elapsed.into())),
-    }
+    let processes = Processes::over(http, &spec.vm, token);
+    let result = warm_up(&processes, commands).await;
+    processes.close().await;
+    result
 }

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use kelvin_api::id::TemplateName;
 use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_store::snapshot::Snapshot;
 
@@ -44,6 +45,21 @@ impl Inner {
                 Err(error)
             }
         }
+    }
+
+    /// Nothing waits any more for snapshots of `template` that no template uses: it was made anew, or removed. Warm machines go by
+    /// themselves, and the snapshots with the next collection.
+    pub async fn retire_pools(&self, template: &TemplateName) {
+        for pool in self.pools.all() {
+            let manifest = &pool.snapshot.manifest;
+            if manifest.template == *template && !self.is_usable(&manifest.identity) {
+                pool.set_target(0);
+                for ready in pool.drain() {
+                    self.discard(ready).await;
+                }
+            }
+        }
+        self.pools.look();
     }
 
     /// Makes a snapshot usable. A pool of the same identity that was refused is replaced.

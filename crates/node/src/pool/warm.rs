@@ -25,11 +25,11 @@ use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_host::net::Slot;
 use tokio::time::Instant;
 
-use crate::capacity::Amount;
+use crate::capacity::{Amount, Hold};
 use crate::error::Error;
 use crate::machine::clock::{random_bytes, wall_clock_ns};
 use crate::machine::resources::MachineResources;
-use crate::machine::warm_up::{quiesce, warm_up};
+use crate::machine::warm_up::{quiesce, warm_up_once};
 use crate::pool::filler::{PATIENCE, RETRY};
 use crate::pool::policy::{Claim, share};
 use crate::pool::shelf::{Parked, Pool, Ready, manifest_shape};
@@ -150,7 +150,7 @@ impl Inner {
             let running = paused.resume().await.map_err(|(_, error)| error)?;
             control.wait("activation", asked, self.options.activate_deadline).await?;
             running.learn();
-            warm_up(running.connect().await?, &home.spec, &FIRST, Some(&token)).await?;
+            warm_up_once(running.connect().await?, &home.spec, &FIRST, Some(&token)).await?;
             quiesce(&mut control).await?;
             Ok::<_, Error>(running.park().await.map_err(|(_, error)| error)?)
         };
@@ -185,6 +185,19 @@ impl Inner {
             inner.discard_parked(parked).await;
             drop(teardown);
         });
+    }
+
+    /// Holds what somebody asks for: machines that nobody has asked for make room for it.
+    ///
+    /// # Errors
+    /// `Exhausted` when that is not enough.
+    pub fn make_room(self: &Arc<Self>, amount: Amount) -> Result<Hold, Error> {
+        loop {
+            match self.capacity.hold(amount) {
+                Err(_) if self.evict() => {}
+                held => return held,
+            }
+        }
     }
 
     /// Gives up one parked machine, of the pool that is used least for its memory: a request needs the room.

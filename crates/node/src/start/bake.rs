@@ -2,8 +2,10 @@
 //!
 //! One bake at a time; a caller that waited for another's finds its snapshot and makes none. A failed bake leaves nothing
 //! and takes nothing away from a snapshot that works. No sandbox's data is in it: the machine was never
-//! activated.
+//! activated. A template that was built with a service has it running in the snapshot, see `machine::service`; its build bakes
+//! it before it is published, from the disk that is to be its image.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kelvin_api::error::chain;
@@ -14,15 +16,31 @@ use kelvin_host::descriptors::{Budget, MACHINE};
 use kelvin_store::image::Template;
 use kelvin_store::snapshot::{Draft, Durability, Origin, Snapshot};
 use kelvin_vmm::{MachineSpec, Running};
+use tokio_util::sync::CancellationToken;
 
-use crate::capacity::Amount;
+use crate::capacity::{Amount, Hold};
 use crate::error::Error;
-use crate::machine::capture;
+use crate::machine::processes::Processes;
 use crate::machine::warm_up::{quiesce, warm_up};
+use crate::machine::{capture, service};
 use crate::state::Inner;
 
 /// Run before the freeze, as the default user: their pages are then in memory of every clone.
 const WARM_UP: [&str; 2] = ["true", "python3 -c 'import json, os, re, sys' || true"];
+
+/// What is baked.
+pub struct Baking<'a> {
+    /// Of which template; it may not be published yet.
+    pub template: &'a Template,
+    /// In which shape.
+    pub shape: Shape,
+    /// Whether its machines have a network.
+    pub network: bool,
+    /// What its machine's disk is cloned from.
+    pub disk: PathBuf,
+    /// Cancelled, it is given up.
+    pub stop: &'a CancellationToken,
+}
 
 impl Inner {
     /// A snapshot of `template` in `shape`: the one there is, or a new one.
@@ -40,21 +58,39 @@ impl Inner {
         if self.stop.is_cancelled() {
             return Err(Error::Stopping);
         }
-        let _descriptors = Budget::of_process().take(MACHINE)?;
         let hold = self.capacity.hold(Amount::machine(shape))?;
-        let started = std::time::Instant::now();
-        tracing::info!(template = %template.name, memory = %shape.memory_mib, "baking");
-        let mut baked = self.bake_machine(template, shape, network).await;
-        if let Err(error @ Error::Agent { .. }) = &baked {
-            // Seen once in some hundred emulated boots, cause unknown: the guest falls silent while it is warmed up.
-            tracing::warn!(template = %template.name, error = chain(error), "baking once more");
-            baked = self.bake_machine(template, shape, network).await;
+        let disk = self.store.rootfs(&template.image);
+        let baking = Baking { template, shape, network, disk, stop: &self.hurry };
+        let (staged, draft) = self.bake_staged(&baking, hold).await?;
+        let published = capture::publish(self.store.clone(), &staged, draft, Durability::Verified).await;
+        if published.is_err() {
+            self.allocator.remove_staged(staged).await;
         }
-        drop(hold);
-        let snapshot = Arc::new(baked?);
-        tracing::info!(template = %template.name, snapshot = %snapshot.manifest.id, seconds = started.elapsed().as_secs_f32(), "baked");
+        let snapshot = Arc::new(published?);
+        tracing::info!(template = %template.name, snapshot = %snapshot.manifest.id, "baked");
         self.add_pool(Arc::clone(&snapshot));
         Ok(snapshot)
+    }
+
+    /// Saves a machine to a directory of `staging/`, which is the caller's then, with what it is. Who calls it has the turn, see
+    /// [`Inner::bakes`]. `hold`: what the machine holds meanwhile.
+    ///
+    /// # Errors
+    /// As the VMM and the guest give them, `Service`; `Stopping` when it is given up. Then nothing is left.
+    pub async fn bake_staged(&self, baking: &Baking<'_>, hold: Hold) -> Result<(PathBuf, Draft), Error> {
+        let _held = (Budget::of_process().take(MACHINE)?, hold);
+        let (started, template) = (std::time::Instant::now(), &baking.template.name);
+        tracing::info!(%template, memory = %baking.shape.memory_mib, "baking");
+        let mut baked = self.bake_machine(baking).await;
+        if let Err(error @ Error::Agent { .. }) = &baked {
+            // Seen once in some hundred emulated boots, cause unknown: the guest falls silent while it is warmed up.
+            tracing::warn!(%template, error = chain(error), "baking once more");
+            baked = self.bake_machine(baking).await;
+        }
+        if baked.is_ok() {
+            tracing::info!(%template, seconds = started.elapsed().as_secs_f32(), "a machine is saved");
+        }
+        baked
     }
 
     /// Bakes in the background; a failure is logged, because nobody waits for it.
@@ -72,14 +108,9 @@ impl Inner {
         });
     }
 
-    async fn bake_machine(
-        &self,
-        template: &Template,
-        shape: Shape,
-        network: bool,
-    ) -> Result<Snapshot, Error> {
-        let rootfs = self.store.rootfs(&template.image);
-        let home = self.allocator.build(shape, &template.guest, rootfs, network).await?;
+    async fn bake_machine(&self, baking: &Baking<'_>) -> Result<(PathBuf, Draft), Error> {
+        let Baking { template, shape, network, ref disk, stop } = *baking;
+        let home = self.allocator.build(shape, &template.guest, disk.clone(), network).await?;
         let staged = self.store.stage();
         let work = async {
             let staged = staged.as_ref().map_err(|error| Error::Io {
@@ -89,9 +120,9 @@ impl Inner {
             let running = self.driver.boot(&home.spec, kelvin_vmm::made()).await?;
             home.started(&self.allocator, running.key()).await?;
             tokio::select! {
-                frozen = self.freeze(running, &home.spec, staged) => frozen?,
-                // No guest holds up a node that stops.
-                () = self.hurry.cancelled() => return Err(Error::Stopping),
+                frozen = self.freeze(running, &home.spec, staged, template) => frozen?,
+                // No guest holds up a node that stops, or a build that is given up.
+                () = stop.cancelled() => return Err(Error::Stopping),
             }
             let draft = Draft {
                 id: SnapshotId::random(),
@@ -103,7 +134,7 @@ impl Inner {
                 identity: self.identities.of_template(template, shape, network),
                 arguments: self.driver.layout(shape, network),
             };
-            capture::publish(self.store.clone(), staged, draft, Durability::Verified).await
+            Ok((staged.clone(), draft))
         };
         let result = work.await;
         if let (Err(_), Ok(staged)) = (&result, &staged) {
@@ -118,10 +149,18 @@ impl Inner {
         &self,
         running: Running,
         spec: &MachineSpec,
-        staged: &std::path::Path,
+        staged: &Path,
+        template: &Template,
     ) -> Result<(), Error> {
         let mut control = self.boot_guest(&running).await?;
-        if let Err(error) = warm_up(running.connect().await?, spec, &WARM_UP, None).await {
+        let processes = Processes::over(running.connect().await?, &spec.vm, None);
+        let warmed = async {
+            warm_up(&processes, &WARM_UP).await?;
+            service::begin(&processes, template).await
+        };
+        let warmed = warmed.await;
+        processes.close().await;
+        if let Err(error) = warmed {
             let console = running.console().await.unwrap_or_default();
             let tail: Vec<&str> = console.lines().rev().take(15).collect();
             let tail = tail.into_iter().rev().collect::<Vec<_>>().join(" | ");

@@ -10,14 +10,18 @@ use kelvin_api::sandbox::StartPath;
 use kelvin_store::identity::Identity;
 use kelvin_store::image::Template;
 use kelvin_store::snapshot::Snapshot;
-use kelvin_vmm::Running;
 use kelvin_vmm::control::Control;
+use kelvin_vmm::{MachineSpec, Running};
 use tracing::Instrument;
 
 use crate::error::Error;
+use crate::machine::processes::Processes;
+use crate::machine::service;
+use crate::machine::warm_up::quiesce;
 use crate::sandbox::record::SandboxRecord;
 use crate::start::attempt::{Attempt, Started, ended, held_for, lineage};
 use crate::start::probe::Probe;
+use crate::start::source::StartSource;
 use crate::state::Inner;
 
 /// How long a machine that boots counts as work: one that takes longer waits for something else than a processor.
@@ -98,6 +102,7 @@ impl Attempt<'_> {
                 }
             };
             let mut control = booted.instrument(span).await?;
+            self.begin_service(&running, &home.spec, &mut control).await?;
             self.lap(Phase::Boot);
             let asked = control.post(&self.activation_request(&record)?).await?;
             self.activated(&running, &mut control, asked).await?;
@@ -118,6 +123,34 @@ impl Attempt<'_> {
                 self.inner.allocator.release_or_log(&home.spec, None).await;
                 Err(error)
             }
+        }
+    }
+}
+
+impl Attempt<'_> {
+    /// Starts what a snapshot of the template would have running: before the machine is anybody's, as in a bake.
+    async fn begin_service(
+        &self,
+        running: &Running,
+        spec: &MachineSpec,
+        control: &mut Control,
+    ) -> Result<(), Error> {
+        let StartSource::Template(template) = self.source else { return Ok(()) };
+        if template.service.is_none() {
+            return Ok(());
+        }
+        let work = async {
+            let processes = Processes::over(running.connect().await?, &spec.vm, None);
+            let begun = service::begin(&processes, template).await;
+            processes.close().await;
+            begun?;
+            quiesce(control).await
+        };
+        tokio::select! {
+            biased;
+            begun = work => begun,
+            end = running.ended() => Err(ended("starting the template's service", running, end).await),
+            error = self.given_up() => Err(error),
         }
     }
 }

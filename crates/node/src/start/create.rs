@@ -156,14 +156,7 @@ impl Inner {
             return Err(Error::Exists(request.sandbox.to_string()));
         }
         self.capacity.check(shape)?;
-        let hold = loop {
-            match self.capacity.hold(Amount::machine(shape)) {
-                Ok(hold) => break hold,
-                // Machines that nobody has asked for make room for one that somebody does.
-                Err(_) if self.evict() => {}
-                Err(error) => return Err(error),
-            }
-        };
+        let hold = self.make_room(Amount::machine(shape))?;
         creating.insert(request.sandbox.clone());
         Ok(hold)
     }

@@ -1,4 +1,4 @@
-//! What answers in a fake machine: the control port, and enough of HTTP/2 for a command that ends at once.
+//! What answers in a fake machine: the control port, and HTTP/2; what is asked there is in `exec`.
 
 use std::convert::Infallible;
 use std::io;
@@ -15,13 +15,10 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use kelvin_api::guest::{self, Reply, Request};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf};
 
+use super::exec;
 use super::machine::Machine;
 use super::script::Call;
 use crate::Error;
-
-/// One message of a streamed reply, `process.StartResponse` with an `EndEvent` whose `exited` is true, and the end of
-/// the stream. Source: Connect protocol, "Streaming"; `proto/process.proto`.
-const ENDED: &[u8] = &[0, 0, 0, 0, 6, 0x0a, 4, 0x1a, 2, 0x10, 1, 2, 0, 0, 0, 2, b'{', b'}'];
 
 /// Answers one control connection until another one is made, or the VMM ends.
 pub(super) async fn serve_control(machine: Arc<Machine>, stream: DuplexStream) {
@@ -96,7 +93,7 @@ pub(super) async fn serve_http(machine: Arc<Machine>, stream: DuplexStream) {
     let answering = Arc::clone(&machine);
     let service = service_fn(move |request: HttpRequest<Incoming>| {
         let machine = Arc::clone(&answering);
-        async move { Ok::<_, Infallible>(respond(&machine, &request).await) }
+        async move { Ok::<_, Infallible>(respond(&machine, request).await) }
     });
     let stream = TokioIo::new(Awake { machine: Arc::clone(&machine), stream, waiting: None });
     let serving =
@@ -110,21 +107,19 @@ pub(super) async fn serve_http(machine: Arc<Machine>, stream: DuplexStream) {
     machine.state.send_modify(|state| state.http -= 1);
 }
 
-async fn respond(machine: &Machine, request: &HttpRequest<Incoming>) -> Response<Full<Bytes>> {
+async fn respond(machine: &Machine, request: HttpRequest<Incoming>) -> Response<Full<Bytes>> {
     let stepped = machine.step(Call::Http).await;
     machine.awake().await;
-    let (status, kind, body) = match (stepped, request.uri().path()) {
-        (Err(_), _) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", Bytes::new()),
-        (Ok(()), "/health") => (StatusCode::NO_CONTENT, "text/plain", Bytes::new()),
-        (Ok(()), "/metrics") => {
-            let text = r#"{"ts":1,"cpu_count":1,"cpu_used_pct":1.0,"mem_total":1,"mem_used":1,"mem_cache":1,"disk_used":1,"disk_total":1}"#;
-            (StatusCode::OK, "application/json", Bytes::from_static(text.as_bytes()))
-        }
-        (Ok(()), "/process.Process/Start") => {
-            (StatusCode::OK, "application/connect+proto", Bytes::from_static(ENDED))
-        }
-        (Ok(()), _) => (StatusCode::NOT_FOUND, "text/plain", Bytes::new()),
+    let (head, body) = request.into_parts();
+    let done = match stepped {
+        Ok(()) => exec::answer(machine, &head.method, &head.uri, body).await,
+        Err(error) => Err(error),
     };
+    // It may have been stopped in the middle of it.
+    machine.awake().await;
+    let (status, kind, body) = done.unwrap_or_else(|error| {
+        (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", Bytes::from(error.to_string()))
+    });
     let mut response = Response::new(Full::new(body));
     *response.status_mut() = status;
     response.headers_mut().insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static(kind));

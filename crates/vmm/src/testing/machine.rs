@@ -10,7 +10,7 @@ use kelvin_host::testing::FakeProcess;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::script::{Call, Script, Step};
+use super::script::{Call, Exec, Script, Step};
 use crate::{Error, GuestEnd, MachineSpec, Saved};
 
 /// What a guest's memory holds.
@@ -138,6 +138,31 @@ impl Machine {
         let _ = self.state.subscribe().wait_for(State::is_awake).await;
     }
 
+    /// Does what the script says of `what`.
+    pub(super) fn exec(&self, what: &str) -> Result<Exec, Error> {
+        let exec = self.script.exec(what, &self.vm);
+        if exec.writes {
+            self.append(what)?;
+        }
+        Ok(exec)
+    }
+
+    /// Writes a line to the disk, and keeps a copy in memory.
+    fn append(&self, line: &str) -> Result<(), Error> {
+        if self.state.borrow().frozen {
+            self.lives.violated(format!("{} has written to a frozen file system: {line}", self.vm));
+        }
+        let mut written = Ok(());
+        self.state.send_modify(|state| {
+            if let Some(memory) = &mut state.memory {
+                memory.disk.push_str(line);
+                memory.disk.push('\n');
+                written = std::fs::write(self.disk(), &memory.disk);
+            }
+        });
+        written.map_err(|source| Error::Io { what: "writing the disk", source })
+    }
+
     fn disk(&self) -> PathBuf {
         self.directory.join("disk")
     }
@@ -205,16 +230,14 @@ impl Machine {
     /// The guest is `name` from here on, and has it on its disk; `None` goes on as who it was.
     pub(super) fn is_now(&self, name: Option<&str>) -> Result<(), Error> {
         if let Some(name) = name {
-            let line = format!("{name}\n");
-            let mut written = Ok(());
+            // It may have been frozen when it was saved.
             self.state.send_modify(|state| {
+                state.frozen = false;
                 if let Some(memory) = &mut state.memory {
                     memory.name = Some(name.to_owned());
-                    memory.disk.push_str(&line);
-                    written = std::fs::write(self.disk(), &memory.disk);
                 }
             });
-            written.map_err(|source| Error::Io { what: "writing the disk", source })?;
+            self.append(name)?;
         }
         self.state.send_modify(|state| {
             state.knows = true;

@@ -11,6 +11,7 @@
 //! out. Machines outlive the reactor, as VMMs outlive a daemon: a driver that is kept can adopt them from another.
 //! Absent on purpose: networks, limits, and anything that takes time by itself.
 
+mod exec;
 mod guest;
 mod handle;
 mod machine;
@@ -28,7 +29,7 @@ use kelvin_host::process::ProcessKey;
 use handle::FakeHandle;
 use machine::Lives;
 pub use machine::{Machine, Seen};
-pub use script::{Call, Script, Step};
+pub use script::{Call, Exec, Script, Step};
 
 use crate::{Disk, Driver, Error, MachineSpec, Running, Waiting};
 

@@ -78,10 +78,28 @@ pub enum Step {
     PowerOff,
 }
 
+/// What something that a guest is asked to do comes to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Exec {
+    /// A command's exit code; what is no command is refused with another one than 0.
+    pub code: i32,
+    /// What it writes, or answers.
+    pub output: String,
+    /// Whether it is written to the disk, in a line of its own.
+    pub writes: bool,
+}
+
 /// Decides what becomes of each call.
 pub trait Script: Send + Sync + 'static {
     /// Asked before `call` is done for the machine `vm`.
     fn step(&self, call: Call, vm: &VmId) -> Step;
+
+    /// Asked what comes of what the guest of `vm` is told to do: `run COMMAND`, `files QUERY BODY`, `read QUERY`, `mkdir BODY`,
+    /// `unpack QUERY LENGTH`.
+    fn exec(&self, what: &str, vm: &VmId) -> Exec {
+        let _ = (what, vm);
+        Exec::default()
+    }
 }
 
 /// Everything goes well.

@@ -1,6 +1,7 @@
 //! By what they are about. One module, so that a run of the unit tests can leave it out.
 
 mod authorisation;
+mod builds;
 mod crash;
 mod exec;
 mod firecracker;

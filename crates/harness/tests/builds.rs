@@ -1,0 +1,244 @@
+//! Builds of templates over the fake driver: what goes wrong at each of their steps, what comes beside them, and what is left.
+//!
+//! A case: the template `web` is there, built before. It is built anew, and at one step something goes wrong: the step fails, is
+//! slow, the VMM ends, the guest falls silent or powers off, the daemon is killed or stopped; or somebody cancels, builds the
+//! same name, or creates a sandbox of it. Then nothing may be held that nobody has, and `web` is the old one or the new one.
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "builds/ground.rs"]
+mod ground;
+#[path = "builds/steps.rs"]
+mod steps;
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use kelvin_api::account::Project;
+use kelvin_api::error::ErrorCode;
+use kelvin_api::units::MemoryMib;
+use kelvin_harness::world::World;
+use kelvin_node_api::{Build, BuildFrom, BuildStep, Instruction, NodeService};
+use kelvin_store::Store;
+
+use crate::ground::{
+    Ground, build, builds_own, check, copy, create, hash, plain, request, run, settle, step, upload, web,
+    web_disk,
+};
+
+#[test]
+fn what_has_not_changed_is_not_done_again() {
+    let world = World::make().unwrap();
+    let ground = Ground::new(&world, plain());
+    ground.live(|ground, node| async move {
+        settle(&node).await;
+        upload(&node).await.unwrap();
+        assert!(NodeService::has_files(&node, &Project::default(), &hash()).await.unwrap());
+        ground.commands();
+        let (built, events) = build(&node, request("write last")).await;
+        let built = built.unwrap();
+        assert_eq!((built.cached_steps, built.template.template_id.as_str()), (0, "web"));
+        let commands = ground.commands();
+        let commands = builds_own(&commands);
+        let (template, disk) = web_disk(&ground.options.data_dir).unwrap();
+        assert_eq!((template.user.as_deref(), template.workdir.as_deref()), (Some("app"), Some("/app")));
+        assert_eq!(template.env["PATH"], "/app/bin:/image/bin");
+        for part in [
+            "image python:3.12",
+            "run export PATH='/image/bin'; write one",
+            "mkdir {\"path\":\"/app\"}",
+            "from=%2E&to=%2Fapp&owner=user&mode=640&workdir=%2Fapp 10",
+            "run export PATH='/app/bin:/image/bin'; write last",
+            r#"files path=%2Fetc%2Fkelvin%2Fimage%2Ejson&username=root {"env":{"PATH":"/app/bin:/image/bin"},"workdir":"/app","user":"app"}"#,
+        ] {
+            assert!(disk.contains(part), "{part:?} is not in {disk}");
+        }
+        // The service is started in the machine that is saved, and asked.
+        assert!(commands.iter().any(|text| text.contains("kelvin-start.log") && text.ends_with("serve")));
+        assert!(commands.iter().any(|text| text.ends_with("curl localhost")));
+        let shown: Vec<(Option<u32>, &str)> =
+            events.iter().map(|event| (event.step, event.message.as_str())).collect();
+        assert!(shown.contains(&(Some(0), "RUN write one")) && shown.contains(&(Some(0), "done")), "{shown:?}");
+        settle(&node).await;
+        assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+
+        // Nothing has changed: no machine runs.
+        ground.commands();
+        let before = ground.faults.count();
+        let (again, _) = build(&node, request("write last")).await;
+        assert_eq!(again.unwrap().cached_steps, 6);
+        assert_eq!(web_disk(&ground.options.data_dir).unwrap().0.image, template.image);
+        settle(&node).await;
+        let commands = ground.commands();
+        assert_eq!(builds_own(&commands), Vec::<&str>::new());
+        assert_eq!(ground.images.made.load(Ordering::Relaxed), 1);
+        assert_eq!(ground.faults.count(), before);
+
+        // The last line has changed: one step is done.
+        let (changed, _) = build(&node, request("write another")).await;
+        assert_eq!(changed.unwrap().cached_steps, 5);
+        let commands = ground.commands();
+        let runs = builds_own(&commands).into_iter().filter(|text| text.contains("write")).count();
+        assert_eq!(runs, 1, "{commands:?}");
+        // Another ready command is another snapshot of the same disk.
+        let other = Build { ready: Some("curl other".to_owned()), ..request("write another") };
+        let (other, _) = build(&node, other).await;
+        assert_eq!(other.unwrap().cached_steps, 6);
+        assert!(ground.commands().iter().any(|text| text.ends_with("curl other")));
+        // A sandbox of it is a clone.
+        settle(&node).await;
+        create(&node, web()).await.unwrap();
+        settle(&node).await;
+        assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+
+        // Forced: all is done.
+        let forced = Build { force: true, ..request("write another") };
+        assert_eq!(build(&node, forced).await.0.unwrap().cached_steps, 0);
+        let mut last = request("write another");
+        last.steps[3].force = true;
+        assert_eq!(build(&node, last).await.0.unwrap().cached_steps, 3);
+        // Gone: no create finds it, and what was made of it stays.
+        NodeService::remove_template(&node, &web()).await.unwrap();
+        let gone = NodeService::remove_template(&node, &web()).await.unwrap_err();
+        assert_eq!(gone.error_code, ErrorCode::TemplateNotFound);
+        assert!(create(&node, web()).await.is_err());
+        settle(&node).await;
+        assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+        assert_eq!(node.live().len(), 1);
+        let garbage = NodeService::collect(&node, false).await.unwrap();
+        assert!(!garbage.images.is_empty() && garbage.guests.is_empty(), "{garbage:?}");
+        assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+        node.stop().await;
+    });
+    ground.driver.kill_all();
+}
+
+#[test]
+fn a_build_on_a_template_goes_on_where_that_has_ended() {
+    let world = World::make().unwrap();
+    let ground = Ground::new(&world, plain());
+    ground.live(|ground, node| async move {
+        settle(&node).await;
+        upload(&node).await.unwrap();
+        build(&node, request("write last")).await.0.unwrap();
+        let on = |steps: Vec<BuildStep>| Build {
+            template: "next".parse().unwrap(),
+            from: BuildFrom::Template(web()),
+            steps,
+            start: None,
+            ready: None,
+            ..request("")
+        };
+        build(&node, on(vec![run("write more")])).await.0.unwrap();
+        let store = Store::open(&ground.options.data_dir, false).unwrap();
+        let next = store.template(&"next".parse().unwrap()).unwrap();
+        let disk = std::fs::read_to_string(store.rootfs(&next.image)).unwrap();
+        assert!(disk.contains("write last") && disk.contains("write more"), "{disk}");
+        assert_eq!((next.user.as_deref(), &next.service), (Some("app"), &None));
+        // Without a step it is the same image under another name, and no machine of the builder's runs.
+        ground.commands();
+        build(&node, on(Vec::new())).await.0.unwrap();
+        let same = store.template(&"next".parse().unwrap()).unwrap();
+        assert_eq!(same.image, web_disk(&ground.options.data_dir).unwrap().0.image);
+        let commands = ground.commands();
+        assert_eq!(builds_own(&commands), Vec::<&str>::new());
+        settle(&node).await;
+        assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+        node.stop().await;
+    });
+    ground.driver.kill_all();
+}
+
+#[test]
+fn a_build_that_fails_names_its_step_and_leaves_the_template() {
+    let world = World::make().unwrap();
+    let ground = Ground::new(&world, plain());
+    ground.live(|ground, node| async move {
+        settle(&node).await;
+        let missing = build(&node, request("write last")).await.0.unwrap_err();
+        assert_eq!((missing.step, missing.failure.error_code), (Some(3), ErrorCode::FilesMissing));
+        upload(&node).await.unwrap();
+        build(&node, request("write old")).await.0.unwrap();
+        let old = web_disk(&ground.options.data_dir).unwrap();
+        let with = |at: usize, step: BuildStep| {
+            let mut request = request("write new");
+            request.steps[at] = step;
+            request
+        };
+        let workdir = step(Instruction::Workdir(String::new()), "WORKDIR");
+        let absent = BuildFrom::Image { reference: "absent".to_owned(), credentials: None };
+        let unknown = BuildFrom::Template("nothing".parse().unwrap());
+        let cases = [
+            (with(0, run("fail")), Some(0), ErrorCode::BuildStepFailed, "RUN fail failed with exit code 3"),
+            (with(5, run("fail")), Some(5), ErrorCode::BuildStepFailed, "RUN fail failed with exit code 3"),
+            (with(3, copy("fail")), Some(3), ErrorCode::BuildStepFailed, "COPY . /app failed"),
+            (with(2, workdir), Some(2), ErrorCode::InvalidStep, "WORKDIR has no path"),
+            (Build { from: absent, ..request("x") }, None, ErrorCode::ImageNotFound, "no such image"),
+            (
+                Build { from: unknown, ..request("x") },
+                None,
+                ErrorCode::TemplateNotFound,
+                "no template nothing",
+            ),
+            (
+                Build { start: Some(" ".into()), ..request("x") },
+                None,
+                ErrorCode::InvalidStep,
+                "start command",
+            ),
+            (
+                Build { start: Some("fail".into()), ..request("x") },
+                None,
+                ErrorCode::BuildStepFailed,
+                "the start command ended before it was ready, with exit code 3",
+            ),
+            (
+                Build { ready: Some("fail".into()), ..request("x") },
+                None,
+                ErrorCode::BuildStepFailed,
+                "not ready within 300 s",
+            ),
+            (
+                Build { memory_mib: Some(MemoryMib(1)), ..request("x") },
+                None,
+                ErrorCode::InvalidShape,
+                "memoryMB",
+            ),
+            (
+                Build { memory_mib: Some(MemoryMib(8140)), ..request("x") },
+                None,
+                ErrorCode::CapacityExhausted,
+                "no room",
+            ),
+            (
+                Build { deadline: Duration::ZERO, ..request("x") },
+                None,
+                ErrorCode::BuildDeadline,
+                "longer than 0 s",
+            ),
+        ];
+        for (request, step, code, text) in cases {
+            let failed = build(&node, request).await.0.unwrap_err();
+            let failure = &failed.failure;
+            assert_eq!((failed.step, failure.error_code), (step, code), "{failed:?}");
+            assert!(failure.message.contains(text), "{failure:?}");
+            if text.contains("exit code 3") && step.is_some() {
+                assert_eq!(failure.cause.as_deref(), Some("first line\nno such thing"), "{failure:?}");
+            } else if step.is_none() && code == ErrorCode::BuildStepFailed {
+                assert_eq!(failure.cause.as_deref(), Some("said before"), "{failure:?}");
+            }
+            settle(&node).await;
+            assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+            assert_eq!(web_disk(&ground.options.data_dir).unwrap(), old);
+        }
+        // A step that failed has left those before it cached.
+        ground.commands();
+        build(&node, with(5, run("write mended"))).await.0.unwrap();
+        let commands = ground.commands();
+        assert_eq!(builds_own(&commands).iter().filter(|text| text.contains("write")).count(), 1);
+        // Without a ready command: one that ends well is ready.
+        build(&node, Build { ready: None, ..request("write mended") }).await.0.unwrap();
+        node.stop().await;
+    });
+    ground.driver.kill_all();
+}
