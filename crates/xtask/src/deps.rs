@@ -16,6 +16,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("vmm", &["host", "api"]),
     ("agent", &["api"]),
     ("egress", &["api"]),
+    ("image", &["api"]),
     ("node-api", &["api"]),
     ("node", &["node-api", "egress", "vmm", "store", "host", "api"]),
     // `host` for its one SQLite thread and its clock; never `node`.
