@@ -55,13 +55,13 @@ pub(crate) struct Pinned {
 }
 
 impl Pinned {
-    pub(crate) fn path(&self) -> PathBuf {
-        self.cache.blob(&self.digest)
+    pub(crate) fn digest(&self) -> &Digest {
+        &self.digest
     }
 
     /// Opens it.
     pub(crate) fn open(&self) -> Result<File, Error> {
-        File::open(self.path()).map_err(|error| Error::io("opening a cached blob", error))
+        File::open(self.cache.blob(&self.digest)).map_err(|error| Error::io("opening a cached blob", error))
     }
 
     /// Takes it out of the cache: it is not what its name says.

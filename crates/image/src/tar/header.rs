@@ -30,6 +30,14 @@ fn text(bytes: &[u8]) -> Vec<u8> {
     bytes.split(|byte| *byte == 0).next().unwrap_or_default().to_vec()
 }
 
+/// A number in decimal digits.
+pub(super) fn decimal(text: &[u8]) -> Option<u64> {
+    if text.is_empty() || text.len() > 19 || !text.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
+
 /// A number: octal digits, or base 256 when the first bit is set. Empty is 0.
 pub(super) fn number(field: &[u8]) -> Result<u64, Refusal> {
     match signed(field)? {

@@ -99,6 +99,22 @@ impl<'a, R: Read> Archive<'a, R> {
         Ok(())
     }
 
+    /// A block that belongs to the header.
+    fn whole_block(&mut self) -> Result<[u8; BLOCK], Fault> {
+        let mut block = [0; BLOCK];
+        self.exact(&mut block)?;
+        Ok(block)
+    }
+
+    /// A block of the current entry's content.
+    fn content_block(&mut self) -> Result<[u8; BLOCK], Fault> {
+        let left = self.left.checked_sub(BLOCK as u64);
+        let left = left.ok_or(Refusal::Tar("the map of a sparse file is longer than its content"))?;
+        let block = self.whole_block()?;
+        self.left = left;
+        Ok(block)
+    }
+
     /// A header block; none at the end of the archive, with its blocks of zeros or without.
     fn block(&mut self) -> Result<Option<[u8; BLOCK]>, Fault> {
         let mut block = [0; BLOCK];
@@ -248,10 +264,10 @@ impl<'a, R: Read> Archive<'a, R> {
         let (mut size, mut map) = (if is_file { stored } else { 0 }, None);
         if is_file && (header.kind == b'S' || pax.sparse.is_some()) {
             let (real, segments) = match header.kind {
-                b'S' => sparse::old(self, block)?,
-                _ => sparse::of_pax(self, &pax.sparse, stored)?,
+                b'S' => sparse::old(block, || self.whole_block())?,
+                _ => sparse::of_pax(&pax.sparse, || self.content_block())?,
             };
-            sparse::check(&segments, real, self.left).map_err(|reason| odd(reason))?;
+            sparse::check(&segments, real, self.left).map_err(odd)?;
             (size, map) = (real, Some(segments));
         } else if !is_file && stored > 0 && kind != EntryKind::HardLink {
             // Some writers give a directory a size, and no content. One that has content would be out of step from here on,
@@ -299,5 +315,3 @@ fn cut() -> Fault {
     Refusal::Tar(CUT).into()
 }
 
-#[cfg(test)]
-mod tests;

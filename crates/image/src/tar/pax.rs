@@ -1,5 +1,6 @@
 //! Extended headers: `LENGTH KEY=VALUE\n`. Of two records of one key the later counts.
 
+use super::header::decimal;
 use super::sparse::PaxSparse;
 use crate::error::Refusal;
 
@@ -19,13 +20,6 @@ pub(super) struct Pax {
 /// Records of one header.
 const MAX_RECORDS: usize = 65_536;
 const XATTR: &[u8] = b"SCHILY.xattr.";
-
-pub(super) fn decimal(text: &[u8]) -> Option<u64> {
-    if text.is_empty() || text.len() > 19 || !text.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    std::str::from_utf8(text).ok()?.parse().ok()
-}
 
 /// `-1.5` is one second and a half before the epoch.
 fn time(text: &[u8]) -> Option<(i64, u32)> {

@@ -1,11 +1,7 @@
 //! Maps of sparse files: GNU tar's old format, and PAX 0.0, 0.1 and 1.0.
 
-use std::io::Read;
-
-use super::header::{BLOCK, number};
-use super::pax::decimal;
-use super::{Archive, Fault};
-use crate::error::Refusal;
+use super::header::{BLOCK, decimal, number};
+use crate::error::{Fault, Refusal};
 
 /// Segments of data of one file.
 const MAX_SEGMENTS: usize = 65_536;
@@ -67,8 +63,12 @@ impl PaxSparse {
     }
 }
 
-/// The map of a file of type `S`, whose first segments are in its header `block`, and its length.
-pub(super) fn old<R: Read>(archive: &mut Archive<'_, R>, block: &[u8; BLOCK]) -> Result<(u64, Segments), Fault> {
+/// The map of a file of type `S`, whose first segments are in its header `block`, and its length. `next` gives the block after
+/// that, and so on.
+pub(super) fn old(
+    block: &[u8; BLOCK],
+    mut next: impl FnMut() -> Result<[u8; BLOCK], Fault>,
+) -> Result<(u64, Segments), Fault> {
     let real = number(&block[483..495])?;
     let mut segments = Segments::new();
     let mut take = |bytes: &[u8]| -> Result<(), Fault> {
@@ -84,8 +84,7 @@ pub(super) fn old<R: Read>(archive: &mut Archive<'_, R>, block: &[u8; BLOCK]) ->
     let mut goes_on = block[482] != 0;
     while goes_on {
         // More of the map, before the content and not counted in its size.
-        let mut more = [0; BLOCK];
-        archive.exact(&mut more)?;
+        let more = next()?;
         if more[..24].iter().all(|byte| *byte == 0) && more[504] != 0 {
             return Err(odd().into());
         }
@@ -95,11 +94,11 @@ pub(super) fn old<R: Read>(archive: &mut Archive<'_, R>, block: &[u8; BLOCK]) ->
     Ok((real, segments))
 }
 
-/// The map that an extended header has, or that stands at the beginning of the content (1.0), and the file's length.
-pub(super) fn of_pax<R: Read>(
-    archive: &mut Archive<'_, R>,
+/// The map that an extended header has, or that stands at the beginning of the content (1.0), and the file's length. `next`
+/// gives the next block of the content.
+pub(super) fn of_pax(
     said: &PaxSparse,
-    stored: u64,
+    next: impl FnMut() -> Result<[u8; BLOCK], Fault>,
 ) -> Result<(u64, Segments), Fault> {
     let real = said.real.ok_or_else(odd)?;
     if (said.major, said.minor) != (Some(1), Some(0)) {
@@ -108,36 +107,31 @@ pub(super) fn of_pax<R: Read>(
         }
         return Ok((real, said.map.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect()));
     }
-    let mut lines = Lines { archive, block: [0; BLOCK], at: BLOCK, left: stored };
-    let count = lines.next()?;
+    let mut lines = Lines { next, block: [0; BLOCK], at: BLOCK };
+    let count = lines.number()?;
     if count > MAX_SEGMENTS as u64 {
         return Err(too_many().into());
     }
     let mut segments = Segments::new();
     for _ in 0..count {
-        segments.push((lines.next()?, lines.next()?));
+        segments.push((lines.number()?, lines.number()?));
     }
     Ok((real, segments))
 }
 
-/// Lines with numbers, in whole blocks of the content.
-struct Lines<'a, 'b, R> {
-    archive: &'a mut Archive<'b, R>,
+/// Lines with numbers, in whole blocks.
+struct Lines<F> {
+    next: F,
     block: [u8; BLOCK],
     at: usize,
-    left: u64,
 }
 
-impl<R: Read> Lines<'_, '_, R> {
-    fn next(&mut self) -> Result<u64, Fault> {
+impl<F: FnMut() -> Result<[u8; BLOCK], Fault>> Lines<F> {
+    fn number(&mut self) -> Result<u64, Fault> {
         let mut line = Vec::new();
         loop {
             if self.at == BLOCK {
-                self.left = self.left.checked_sub(BLOCK as u64).ok_or_else(odd)?;
-                let mut block = [0; BLOCK];
-                self.archive.exact(&mut block)?;
-                self.archive.left -= BLOCK as u64;
-                (self.block, self.at) = (block, 0);
+                (self.block, self.at) = ((self.next)()?, 0);
             }
             let byte = self.block[self.at];
             self.at += 1;

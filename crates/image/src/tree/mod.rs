@@ -10,6 +10,7 @@ mod xattr;
 
 use std::collections::BTreeMap;
 
+use xattr::BLOCK_COST;
 pub(crate) use xattr::Xattr;
 
 use crate::error::{Fault, Refusal, shown};
@@ -34,8 +35,6 @@ const MAX_NAME: usize = 255;
 const ENTRY_COST: u64 = 1100;
 /// What a directory takes beyond that: a block of its own.
 const DIRECTORY_COST: u64 = 4096 + 700;
-/// What does not fit into an inode takes a block: long links, many attributes.
-const BLOCK_COST: u64 = 4096 + 100;
 /// Bytes of a link's target that fit into an inode.
 const INLINE_LINK: usize = 59;
 
@@ -324,5 +323,3 @@ fn too_deep(limits: &Limits) -> Refusal {
     Refusal::Limit { what: "directories below each other", limit: limits.depth as u64 }
 }
 
-#[cfg(test)]
-mod tests;

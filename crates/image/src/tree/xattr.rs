@@ -9,6 +9,8 @@ pub(crate) struct Xattr {
     pub(crate) value: Box<[u8]>,
 }
 
+/// What does not fit into an inode takes a block: long links, many attributes. In memory, until it is written.
+pub(super) const BLOCK_COST: u64 = 4096 + 100;
 /// Bytes of all attributes of a file: a block, less its header.
 const MAX_BYTES: usize = 4096 - 36;
 /// What fits into an inode beside it.
@@ -23,7 +25,7 @@ fn on_disk(name: &str, value: &[u8]) -> usize {
 pub(super) fn cost(xattrs: &[Xattr]) -> u64 {
     let sum: usize = xattrs.iter().map(|it| on_disk(&it.name, &it.value)).sum();
     let held: usize = xattrs.iter().map(|it| 150 + 3 * (it.name.len() + it.value.len())).sum();
-    held as u64 + if sum > INLINE { super::BLOCK_COST } else { 0 }
+    held as u64 + if sum > INLINE { BLOCK_COST } else { 0 }
 }
 
 /// An ACL as ext4 has it: version 1, and no id where none is meant. In an archive it is as `getxattr` gives it: version 2,
