@@ -42,6 +42,9 @@ pub(crate) enum Member {
     Link(String),
 }
 
+/// A file, and its length.
+pub(crate) type Opened = (Box<dyn Read + Send>, u64);
+
 /// What a local source says about an image.
 pub(crate) struct Found {
     /// Of its manifest; of its configuration where there is no manifest.
@@ -122,7 +125,7 @@ impl Local {
     }
 
     /// Opens the file `name`; none when it is not there.
-    pub(crate) fn open(&self, name: &str) -> Result<Option<(Box<dyn Read + Send>, u64)>, Fault> {
+    pub(crate) fn open(&self, name: &str) -> Result<Option<Opened>, Fault> {
         let reading = |source| Fault::Io { what: "reading a local image", source };
         match self {
             Self::Directory(directory) => {

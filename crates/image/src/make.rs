@@ -20,7 +20,7 @@ use crate::digest::Hashing;
 use crate::error::{Error, Fault, Refusal};
 use crate::ext4::{self, Written};
 use crate::limits::Limits;
-use crate::local::Local;
+use crate::local::{Local, Opened};
 use crate::registry::short;
 use crate::resolve::{Layer, Origin, Resolved};
 use crate::spool::Spool;
@@ -164,7 +164,7 @@ impl Job {
             None => format!("layer {} of {}", at + 1, self.image.shown()),
         };
         let refused = |why| Error::refused(part.clone(), why);
-        let (source, size): (Box<dyn Read + Send>, u64) = match blob {
+        let (source, size): Opened = match blob {
             Blob::Cached(pinned) => {
                 let file = pinned.open()?;
                 let size = file.metadata().map_err(|error| Error::io("reading a layer", error))?.len();

@@ -16,7 +16,7 @@ const CHUNK: usize = 64 << 10;
 const BUFFER: usize = 1 << 20;
 /// Segments of one file.
 const MAX_SEGMENTS: usize = 1 << 18;
-const ZEROS: [u8; CHUNK] = [0; CHUNK];
+static ZEROS: [u8; CHUNK] = [0; CHUNK];
 
 /// The content of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,7 +107,7 @@ pub(crate) struct Writer<'a> {
 
 impl Writer<'_> {
     fn data(&mut self, bytes: u64) -> Result<(), Fault> {
-        if self.segments.len() % 2 == 0 {
+        if self.segments.len().is_multiple_of(2) {
             self.segments.push(0);
         }
         self.add(bytes)
@@ -117,7 +117,7 @@ impl Writer<'_> {
         if self.segments.is_empty() {
             self.segments.push(0);
         }
-        if self.segments.len() % 2 == 1 {
+        if !self.segments.len().is_multiple_of(2) {
             self.segments.push(0);
         }
         self.add(bytes)

@@ -44,7 +44,7 @@ impl PaxSparse {
             b"size" | b"realsize" => self.real = Some(number()?),
             b"offset" | b"numbytes" => {
                 // They come in turn.
-                if (self.map.len() % 2 == 0) != (key == b"offset") {
+                if self.map.len().is_multiple_of(2) != (key == b"offset") {
                     return Err(odd());
                 }
                 self.map.push(number()?);
@@ -102,7 +102,7 @@ pub(super) fn of_pax(
 ) -> Result<(u64, Segments), Fault> {
     let real = said.real.ok_or_else(odd)?;
     if (said.major, said.minor) != (Some(1), Some(0)) {
-        if said.major.is_some_and(|major| major != 0) || said.map.len() % 2 != 0 {
+        if said.major.is_some_and(|major| major != 0) || !said.map.len().is_multiple_of(2) {
             return Err(odd().into());
         }
         return Ok((real, said.map.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect()));

@@ -34,7 +34,7 @@ pub(super) fn cost(xattrs: &[Xattr]) -> u64 {
 /// Source: Linux `fs/ext4/acl.h`, `include/uapi/linux/posix_acl_xattr.h`.
 fn acl(value: &[u8]) -> Option<Vec<u8>> {
     let entries = value.strip_prefix(&2_u32.to_le_bytes())?;
-    if entries.len() % 8 != 0 {
+    if !entries.len().is_multiple_of(8) {
         return None;
     }
     let mut disk = 1_u32.to_le_bytes().to_vec();

@@ -1,0 +1,7 @@
+//! Images through the public interface: what becomes of good ones, of bad ones, and of registries that behave badly.
+
+mod fixture;
+mod hostile;
+mod make;
+mod registry;
+mod server;
