@@ -16,12 +16,8 @@ const BUFFER: usize = 256 << 10;
 /// The largest window of a zstd frame. `zstd -19` has 8 MiB.
 const MAX_WINDOW: u64 = 32 << 20;
 /// Formats that are named when they are refused.
-const OTHERS: [(&[u8], &str); 4] = [
-    (b"BZh", "bzip2"),
-    (b"\xfd7zXZ\0", "xz"),
-    (b"PK\x03\x04", "zip"),
-    (b"\x04\x22\x4d\x18", "lz4"),
-];
+const OTHERS: [(&[u8], &str); 4] =
+    [(b"BZh", "bzip2"), (b"\xfd7zXZ\0", "xz"), (b"PK\x03\x04", "zip"), (b"\x04\x22\x4d\x18", "lz4")];
 
 /// The tar archive in `blob`, of which not more than `limit` bytes are given.
 ///

@@ -134,8 +134,8 @@ fn blocks(tree: &Tree) -> u64 {
                 1 + names.div_ceil(3800) + names / (3800 * 300)
             }
             NodeKind::File(content) => {
-                let extents = content.segments.as_ref().map_or(1, |it| it.len() as u64)
-                    + content.data() / GROUP_BYTES;
+                let extents =
+                    content.segments.as_ref().map_or(1, |it| it.len() as u64) + content.data() / GROUP_BYTES;
                 content.data().div_ceil(BLOCK) + if extents > 3 { 2 + extents / 300 } else { 0 }
             }
             NodeKind::Symlink(_) => 1,

@@ -219,7 +219,8 @@ impl Local {
             }
         };
         let config = self.blob(&manifest.config, "bytes of the configuration", limits.config_bytes)?;
-        let layers = manifest.layers.into_iter().map(|layer| (blob_name(&layer.digest), Some(layer))).collect();
+        let layers =
+            manifest.layers.into_iter().map(|layer| (blob_name(&layer.digest), Some(layer))).collect();
         Ok(Found { digest, config, layers })
     }
 

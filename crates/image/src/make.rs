@@ -6,7 +6,7 @@
 //!
 //! What is half done when nobody waits any more, or when the process dies, has no name and goes with its descriptor.
 
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -60,12 +60,12 @@ pub(crate) async fn make(
     let (lines, mut said) = mpsc::channel::<String>(16);
     let stop = Arc::new(AtomicBool::new(false));
     let _guard = StopOnDrop(Arc::clone(&stop));
-    let job = Job { image: image.clone(), limits: limits.clone(), target: target.to_owned(), disk, stop, lines };
+    let job =
+        Job { image: image.clone(), limits: limits.clone(), target: target.to_owned(), disk, stop, lines };
     let work = tokio::task::spawn_blocking(move || job.run(coming));
     let feed = async move {
-        let pulls = stream::iter(0..image.layers.len())
-            .map(|at| pull(cache, image, at, told))
-            .buffered(PULLS);
+        let pulls =
+            stream::iter(0..image.layers.len()).map(|at| pull(cache, image, at, told)).buffered(PULLS);
         tokio::pin!(pulls);
         loop {
             let next = tokio::select! {
@@ -129,7 +129,8 @@ impl Job {
             // A pull has failed, which is told there.
             let Some(blob) = coming.blocking_recv() else { return Err(Error::Stopped) };
             self.say(format!("layer {} of {}", at + 1, self.image.layers.len()));
-            let (number, bytes) = self.layer(&mut tree, &mut spool, at, layer, &blob, entries, left, &stopped)?;
+            let (number, bytes) =
+                self.layer(&mut tree, &mut spool, at, layer, &blob, entries, left, &stopped)?;
             (entries, left) = (number, left.saturating_sub(bytes));
         }
         if tree.take_lost_and_found().map_err(|why| Error::refused(self.image.shown(), why))? {
@@ -210,7 +211,9 @@ impl Job {
             Ok((number, bytes))
         })();
         laid.map_err(|fault: Fault| {
-            if let (Blob::Cached(pinned), Fault::Refused(Refusal::Digest { .. } | Refusal::Compression(_))) = (blob, &fault) {
+            if let (Blob::Cached(pinned), Fault::Refused(Refusal::Digest { .. } | Refusal::Compression(_))) =
+                (blob, &fault)
+            {
                 // Was it the disk? Then the next pull is of use, and otherwise it is not kept for nothing.
                 pinned.forget();
             }

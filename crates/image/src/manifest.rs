@@ -146,11 +146,7 @@ pub(crate) fn read(bytes: &[u8], content_type: Option<&str>, limits: &Limits) ->
     }
 }
 
-fn manifest(
-    config: &RawDescriptor,
-    layers: &[RawDescriptor],
-    limits: &Limits,
-) -> Result<Manifest, Refusal> {
+fn manifest(config: &RawDescriptor, layers: &[RawDescriptor], limits: &Limits) -> Result<Manifest, Refusal> {
     if layers.len() > limits.layers {
         return Err(Refusal::Limit { what: "layers", limit: limits.layers as u64 });
     }
@@ -243,17 +239,11 @@ mod tests {
     }
 
     fn entry(of: &str, platform: &str) -> String {
-        format!(
-            r#"{{"mediaType":"{}","digest":"{}","size":1{platform}}}"#,
-            MANIFESTS[0],
-            digest(of)
-        )
+        format!(r#"{{"mediaType":"{}","digest":"{}","size":1{platform}}}"#, MANIFESTS[0], digest(of))
     }
 
     fn platform(os: &str, architecture: &str, variant: &str) -> String {
-        format!(
-            r#","platform":{{"os":"{os}","architecture":"{architecture}","variant":"{variant}"}}"#
-        )
+        format!(r#","platform":{{"os":"{os}","architecture":"{architecture}","variant":"{variant}"}}"#)
     }
 
     fn index(entries: &[String]) -> Result<Document, Refusal> {

@@ -156,7 +156,9 @@ pub(crate) async fn of_registry(
         use std::io::Read as _;
         let mut bytes = Vec::new();
         let file = pinned.open()?;
-        file.take(limit).read_to_end(&mut bytes).map_err(|error| Error::io("reading a configuration", error))?;
+        file.take(limit)
+            .read_to_end(&mut bytes)
+            .map_err(|error| Error::io("reading a configuration", error))?;
         if Digest::of(&bytes) != *pinned.digest() {
             // A crash, or the disk: the next try pulls it anew.
             pinned.forget();
@@ -166,8 +168,8 @@ pub(crate) async fn of_registry(
     })
     .await
     .map_err(|_| Error::Stopped)??;
-    let read = config::read(&bytes, manifest.layers.len(), limits)
-        .map_err(|why| refused("configuration", why))?;
+    let read =
+        config::read(&bytes, manifest.layers.len(), limits).map_err(|why| refused("configuration", why))?;
     let layers = manifest.layers.into_iter().map(|layer| (String::new(), Some(layer))).collect();
     Ok(Resolved::new(shown, &digest, read, layers, Origin::Registry(session)))
 }

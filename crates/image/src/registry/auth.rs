@@ -174,7 +174,8 @@ impl Asker<'_> {
             let form = HeaderValue::from_static("application/x-www-form-urlencoded");
             ask.headers.insert(header::CONTENT_TYPE, form);
             let token = encoded(credentials.password.expose()).to_string();
-            ask.body = format!("grant_type=refresh_token&client_id=kelvin&{fields}&refresh_token={token}").into();
+            ask.body =
+                format!("grant_type=refresh_token&client_id=kelvin&{fields}&refresh_token={token}").into();
             return Some(ask);
         }
         let separator = if realm.contains('?') { '&' } else { '?' };
@@ -208,9 +209,13 @@ mod tests {
             read(&[r#"Bearer realm="https://a.example/token",service="s",scope="repository:a/b:pull,push""#]),
             bearer("https://a.example/token", Some("s"), Some("repository:a/b:pull,push"))
         );
-        assert_eq!(read(&["Basic realm=\"x\"", r#"bearer realm=r, service="a\"b""#]), bearer("r", Some("a\"b"), None));
+        assert_eq!(
+            read(&["Basic realm=\"x\"", r#"bearer realm=r, service="a\"b""#]),
+            bearer("r", Some("a\"b"), None)
+        );
         assert_eq!(read(&["Basic realm=\"x\""]), Some(Challenge::Basic));
-        for none in [&[][..], &["Negotiate"], &["Bearer"], &["Bearer realm"], &["Bearer service=\"unclosed"]] {
+        for none in [&[][..], &["Negotiate"], &["Bearer"], &["Bearer realm"], &["Bearer service=\"unclosed"]]
+        {
             assert_eq!(read(none), None, "{none:?}");
         }
     }

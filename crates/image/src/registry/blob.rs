@@ -199,7 +199,8 @@ impl Session {
         }
         let had = part.bytes;
         let name = self.part(what, descriptor);
-        let length = response.headers().get(header::CONTENT_LENGTH).and_then(|it| it.to_str().ok()?.parse().ok());
+        let length =
+            response.headers().get(header::CONTENT_LENGTH).and_then(|it| it.to_str().ok()?.parse().ok());
         if let Some(length) = length.map(|length: u64| length.saturating_add(had))
             && length != size
         {

@@ -98,7 +98,9 @@ pub(super) async fn look_up(path: &Path, authority: &str) -> Result<Option<Crede
     let text = match read(path).await {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(denied(format!("the configuration of Docker cannot be read: {}", error.kind()))),
+        Err(error) => {
+            return Err(denied(format!("the configuration of Docker cannot be read: {}", error.kind())));
+        }
     };
     // serde_json's own text could quote the file.
     let config: DockerConfig = serde_json::from_slice(&text).map_err(|error| {

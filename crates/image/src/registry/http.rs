@@ -137,7 +137,8 @@ impl Http {
                     headers.insert(header::AUTHORIZATION, authorization.clone());
                 }
             }
-            let request = request.body(Full::new(ask.body.clone())).map_err(|_| nonsense(&uri, "an odd address"))?;
+            let request =
+                request.body(Full::new(ask.body.clone())).map_err(|_| nonsense(&uri, "an odd address"))?;
             let response = tokio::time::timeout(self.idle, self.client.request(request))
                 .await
                 .map_err(|_| later(format!("{} does not answer", host(&uri))))?
@@ -166,9 +167,8 @@ impl Http {
     /// The next bytes of a body; none at its end.
     pub(super) async fn frame(&self, body: &mut Incoming) -> Result<Option<Bytes>, Trouble> {
         loop {
-            let frame = tokio::time::timeout(self.idle, body.frame())
-                .await
-                .map_err(|_| later("it stalls"))?;
+            let frame =
+                tokio::time::timeout(self.idle, body.frame()).await.map_err(|_| later("it stalls"))?;
             match frame {
                 None => return Ok(None),
                 Some(Err(error)) => {
@@ -202,7 +202,12 @@ impl Http {
     }
 
     /// What an answer that is no success means.
-    pub(super) async fn trouble(&self, registry: &str, response: Response<Incoming>, most: Duration) -> Trouble {
+    pub(super) async fn trouble(
+        &self,
+        registry: &str,
+        response: Response<Incoming>,
+        most: Duration,
+    ) -> Trouble {
         let status = response.status();
         let after = retry_after(response.headers()).map(|after| after.min(most));
         let body = self.whole(&mut response.into_body(), MAX_ERROR).await.ok().flatten().unwrap_or_default();

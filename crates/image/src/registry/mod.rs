@@ -60,7 +60,9 @@ impl FromStr for Mirror {
             return Err(wrong("the URL has to begin with http:// or https://"));
         }
         if uri.query().is_some() || uri.authority().is_some_and(|it| it.as_str().contains('@')) {
-            return Err(wrong("the URL has a host and a path alone; credentials go into Docker's configuration"));
+            return Err(wrong(
+                "the URL has a host and a path alone; credentials go into Docker's configuration",
+            ));
         }
         if Reference::parse(&format!("{registry}/a/b")).map_or(true, |it| it.registry != registry) {
             return Err(wrong("the registry is no host name with an optional port"));
@@ -301,8 +303,10 @@ impl Session {
         if response.status() != StatusCode::OK {
             return Err(self.shared.http.trouble(&endpoint.authority, response, limits.retry_after).await);
         }
-        let text = |name: &str| response.headers().get(name).and_then(|it| it.to_str().ok()).map(str::to_owned);
-        let content_type = text("content-type").map(|it| it.split(';').next().unwrap_or(&it).trim().to_owned());
+        let text =
+            |name: &str| response.headers().get(name).and_then(|it| it.to_str().ok()).map(str::to_owned);
+        let content_type =
+            text("content-type").map(|it| it.split(';').next().unwrap_or(&it).trim().to_owned());
         let said = text("docker-content-digest");
         let length = text("content-length").and_then(|it| it.parse::<u64>().ok());
         let part = format!("the manifest of {}", self.reference);

@@ -65,9 +65,10 @@ fn signed(field: &[u8]) -> Result<i64, Refusal> {
         .take_while(|byte| *byte != 0 && *byte != b' ')
         .collect();
     digits.iter().try_fold(0_i64, |number, digit| match digit {
-        b'0'..=b'7' => {
-            number.checked_mul(8).and_then(|number| number.checked_add(i64::from(digit - b'0'))).ok_or(wrong.clone())
-        }
+        b'0'..=b'7' => number
+            .checked_mul(8)
+            .and_then(|number| number.checked_add(i64::from(digit - b'0')))
+            .ok_or(wrong.clone()),
         _ => Err(wrong.clone()),
     })
 }

@@ -135,7 +135,8 @@ impl<'a, R: Read> Archive<'a, R> {
     /// Passes over what is left of the current entry.
     fn pass(&mut self) -> Result<(), Fault> {
         let bytes = self.left + self.fill;
-        let copied = io::copy(&mut (&mut self.source).take(bytes), &mut io::sink()).map_err(Fault::reading)?;
+        let copied =
+            io::copy(&mut (&mut self.source).take(bytes), &mut io::sink()).map_err(Fault::reading)?;
         if copied < bytes {
             return Err(cut());
         }
@@ -314,4 +315,3 @@ const CUT: &str = "it is cut short";
 fn cut() -> Fault {
     Refusal::Tar(CUT).into()
 }
-

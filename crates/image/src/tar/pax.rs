@@ -67,7 +67,8 @@ impl Pax {
     }
 
     fn set(&mut self, key: &[u8], value: &[u8]) -> Result<(), Refusal> {
-        let number = || decimal(value).ok_or(Refusal::Tar("an extended header has no number where one has to be"));
+        let number =
+            || decimal(value).ok_or(Refusal::Tar("an extended header has no number where one has to be"));
         match key {
             b"path" => self.path = Some(value.to_vec()),
             b"linkpath" => self.link = Some(value.to_vec()),

@@ -153,7 +153,8 @@ pub(super) fn check(segments: &[(u64, u64)], real: u64, stored: u64) -> Result<(
         if offset < end {
             return Err("the segments of the sparse file overlap");
         }
-        end = offset.checked_add(length).filter(|end| *end <= real).ok_or("a segment ends behind the file")?;
+        end =
+            offset.checked_add(length).filter(|end| *end <= real).ok_or("a segment ends behind the file")?;
         sum += length;
     }
     if sum == stored { Ok(()) } else { Err("the segments of the sparse file are not what is stored") }

@@ -109,7 +109,12 @@ impl Tree {
         self.describe(ROOT, meta_of(entry), xattr::read(&entry.xattrs)?)
     }
 
-    fn describe(&mut self, node: super::NodeId, meta: Meta, xattrs: Box<[xattr::Xattr]>) -> Result<(), Fault> {
+    fn describe(
+        &mut self,
+        node: super::NodeId,
+        meta: Meta,
+        xattrs: Box<[xattr::Xattr]>,
+    ) -> Result<(), Fault> {
         let (old, new) = (xattr::cost(&self.node(node).xattrs), xattr::cost(&xattrs));
         self.cost = self.cost.saturating_sub(old);
         self.spend(new)?;
@@ -197,7 +202,11 @@ fn target(entry: &Entry) -> Result<Box<str>, Fault> {
     Ok(text.into())
 }
 
-fn content<R: Read>(entry: &Entry, archive: &mut Archive<'_, R>, spool: &mut Spool) -> Result<Content, Fault> {
+fn content<R: Read>(
+    entry: &Entry,
+    archive: &mut Archive<'_, R>,
+    spool: &mut Spool,
+) -> Result<Content, Fault> {
     let mut writer = spool.begin();
     let mut at = 0;
     let whole = [(0, entry.size)];

@@ -65,8 +65,14 @@ pub(crate) enum NodeKind {
     Directory(BTreeMap<Box<str>, Child>),
     File(Content),
     Symlink(Box<str>),
-    Char { major: u32, minor: u32 },
-    Block { major: u32, minor: u32 },
+    Char {
+        major: u32,
+        minor: u32,
+    },
+    Block {
+        major: u32,
+        minor: u32,
+    },
     Fifo,
     /// A place that the next node takes.
     Free,
@@ -246,7 +252,11 @@ impl Tree {
 
     /// The directory in which the last of `parts` is, or would be, and that part. Links on the way are followed inside the
     /// root; directories that are missing are made when `layer` says for which layer.
-    fn parent<'a>(&mut self, parts: &[&'a str], layer: Option<u16>) -> Result<Option<(NodeId, &'a str)>, Fault> {
+    fn parent<'a>(
+        &mut self,
+        parts: &[&'a str],
+        layer: Option<u16>,
+    ) -> Result<Option<(NodeId, &'a str)>, Fault> {
         let Some((last, way)) = parts.split_last() else { return Ok(None) };
         let shown_path = || shown(parts.join("/").as_bytes());
         let mut stack = vec![ROOT];
@@ -322,4 +332,3 @@ impl Tree {
 fn too_deep(limits: &Limits) -> Refusal {
     Refusal::Limit { what: "directories below each other", limit: limits.depth as u64 }
 }
-

@@ -71,7 +71,9 @@ pub(super) fn read(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Result<Box<[Xattr]>, Fault>
         };
         sum += on_disk(name, &value);
         if sum > MAX_BYTES {
-            return Err(Refusal::Limit { what: "bytes of extended attributes", limit: MAX_BYTES as u64 }.into());
+            return Err(
+                Refusal::Limit { what: "bytes of extended attributes", limit: MAX_BYTES as u64 }.into()
+            );
         }
         kept.push(Xattr { name: name.into(), value: value.into() });
     }
@@ -95,7 +97,10 @@ mod tests {
         ]
         .concat();
         let disk = acl(&list).unwrap();
-        assert_eq!(disk, [&[1, 0, 0, 0][..], &[1, 0, 6, 0], &[2, 0, 7, 0, 0xe8, 3, 0, 0], &[0x20, 0, 4, 0]].concat());
+        assert_eq!(
+            disk,
+            [&[1, 0, 0, 0][..], &[1, 0, 6, 0], &[2, 0, 7, 0, 0xe8, 3, 0, 0], &[0x20, 0, 4, 0]].concat()
+        );
         assert!(acl(&list[..list.len() - 1]).is_none());
         assert!(acl(&[1, 0, 0, 0]).is_none());
     }
@@ -103,7 +108,8 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused_and_what_is_foreign_left_out() {
         let one = |name: &str, value: &[u8]| (name.as_bytes().to_vec(), value.to_vec());
-        let kept = read(&[one("com.apple.provenance", b"x"), one("user.a", b"1"), one("system.x", b"")]).unwrap();
+        let kept =
+            read(&[one("com.apple.provenance", b"x"), one("user.a", b"1"), one("system.x", b"")]).unwrap();
         assert_eq!(kept.len(), 1);
         assert!(read(&[one("user.a", &[0; 5000])]).is_err());
         assert!(read(&[one("user.", b"")]).is_err());

@@ -217,7 +217,8 @@ impl Image {
             };
             names.push(format!("\"{name}\""));
         }
-        let manifest = format!(r#"[{{"Config":"{config}","RepoTags":["x:y"],"Layers":[{}]}}]"#, names.join(","));
+        let manifest =
+            format!(r#"[{{"Config":"{config}","RepoTags":["x:y"],"Layers":[{}]}}]"#, names.join(","));
         tar.file(&config, self.config.as_bytes()).file("manifest.json", manifest.as_bytes()).end()
     }
 }
@@ -282,8 +283,10 @@ impl Place {
     /// What is in the directory beside the cache.
     pub fn left(&self) -> Vec<String> {
         let names = std::fs::read_dir(self.directory.path()).unwrap();
-        let mut names: Vec<_> =
-            names.map(|it| it.unwrap().file_name().into_string().unwrap()).filter(|it| it != "cache").collect();
+        let mut names: Vec<_> = names
+            .map(|it| it.unwrap().file_name().into_string().unwrap())
+            .filter(|it| it != "cache")
+            .collect();
         names.sort();
         names
     }

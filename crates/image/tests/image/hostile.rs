@@ -78,11 +78,19 @@ fn archives() -> Vec<(&'static str, Vec<Layer>, Fits)> {
         ("hard links in a circle", one(Tar::default().hard_link("a", "b").hard_link("b", "a")), link),
         ("a hard link to itself", one(Tar::default().hard_link("a", "a")), link),
         ("a hard link to a directory", one(Tar::default().directory("d").hard_link("x", "d")), link),
-        ("symlinks in a circle, walked", one(Tar::default().symlink("a", "b").symlink("b", "a").file("a/x", b"")), link),
+        (
+            "symlinks in a circle, walked",
+            one(Tar::default().symlink("a", "b").symlink("b", "a").file("a/x", b"")),
+            link,
+        ),
         ("a long chain of symlinks, walked", one(chain.file("l0/x", b"")), link),
         ("a file as a directory", one(Tar::default().file("f", b"").file("f/x", b"")), entry),
         ("a root that is a link", one(Tar::default().symlink("./", "/etc")), entry),
-        ("a device of no machine", one(Tar::default().device("x", b'3', b"\x80\0\0\0\0\0\xff\xff", b"0000001")), entry),
+        (
+            "a device of no machine",
+            one(Tar::default().device("x", b'3', b"\x80\0\0\0\0\0\xff\xff", b"0000001")),
+            entry,
+        ),
         ("a whiteout of nothing", one(Tar::default().file("d/.wh.", b"")), name),
         ("a whiteout of the parent", one(Tar::default().file("d/.wh...", b"")), name),
         ("an entry of no type", one(Tar::default().raw(&Header::new(b"x", b'Q', 0), b"")), entry),
@@ -98,7 +106,11 @@ fn archives() -> Vec<(&'static str, Vec<Layer>, Fits)> {
         ("a name that is not UTF-8", one(Tar::default().pax(&[("path", b"a\xff")]).file("x", b"")), name),
         ("a long name without an end", one(long_name), limit),
         ("an extended header without an end", one(pax_bomb), limit),
-        ("an extended header that lies", one(Tar::default().raw(&Header::new(b"p", b'x', 9), b"99 path=a")), tar),
+        (
+            "an extended header that lies",
+            one(Tar::default().raw(&Header::new(b"p", b'x', 9), b"99 path=a")),
+            tar,
+        ),
         ("a negative size", one(header(&[(124, &[0xff; 12])])), tar),
         ("a size that is no number", one(header(&[(124, b"00000000zzz")])), tar),
         ("a file of 8 EiB", one(header(&[(124, b"\x80\0\0\0\x7f\xff\xff\xff\xff\xff\xff\xff")])), limit),
@@ -106,9 +118,17 @@ fn archives() -> Vec<(&'static str, Vec<Layer>, Fits)> {
         ("a negative owner", one(header(&[(108, &[0xff; 8])])), tar),
         ("a sparse file with segments that overlap", one(sparse(b"100", b"0,3,1,1")), entry),
         ("a sparse file with a segment behind its end", one(sparse(b"100", b"99,4")), entry),
-        ("a sparse file that overflows", one(sparse(b"100", b"9223372036854775807,9223372036854775807")), entry),
+        (
+            "a sparse file that overflows",
+            one(sparse(b"100", b"9223372036854775807,9223372036854775807")),
+            entry,
+        ),
         ("a sparse file of 9 EiB", one(sparse(b"9000000000000000000", b"0,4")), limit),
-        ("attributes of 1 MiB", one(Tar::default().pax(&[("SCHILY.xattr.user.a", &[1; 1 << 19])]).file("x", b"")), limit),
+        (
+            "attributes of 1 MiB",
+            one(Tar::default().pax(&[("SCHILY.xattr.user.a", &[1; 1 << 19])]).file("x", b"")),
+            limit,
+        ),
         ("a header with a wrong sum", vec![Layer::plain(bad_sum)], tar),
         ("an archive that is cut short", vec![Layer::plain(cut)], tar),
         ("something that is no archive", vec![Layer::plain(vec![b'x'; 2048])], tar),
@@ -165,7 +185,10 @@ async fn what_can_be_contained_is_contained() {
                 let outside = outside.clone();
                 move |made: &Ext4| {
                     assert_eq!(made.text(&outside), "inside");
-                    assert_eq!((made.text("/escaped").as_str(), made.text("/absolute").as_str()), ("inside", "inside"));
+                    assert_eq!(
+                        (made.text("/escaped").as_str(), made.text("/absolute").as_str()),
+                        ("inside", "inside")
+                    );
                 }
             }) as Box<dyn Fn(&Ext4)>,
         ),
@@ -176,7 +199,10 @@ async fn what_can_be_contained_is_contained() {
         ),
         (
             "a hard link to a link out of the root",
-            Tar::default().symlink("s", &outside).hard_link("h", "s").file("s/../ignored".trim_start_matches("s/../"), b""),
+            Tar::default()
+                .symlink("s", &outside)
+                .hard_link("h", "s")
+                .file("s/../ignored".trim_start_matches("s/../"), b""),
             Box::new({
                 let outside = outside.clone();
                 move |made: &Ext4| assert_eq!(made.target("/h"), outside)
@@ -197,7 +223,9 @@ async fn what_can_be_contained_is_contained() {
         ),
         (
             "devices and setuid, which are the guest's",
-            Tar::default().device("sda", b'4', b"0000010", b"0000000").device("kmem", b'3', b"0000001", b"0000002"),
+            Tar::default()
+                .device("sda", b'4', b"0000010", b"0000000")
+                .device("kmem", b'3', b"0000001", b"0000002"),
             Box::new(|made: &Ext4| assert_eq!(made.inode("/sda").dev_numbers(), Some((8, 0)))),
         ),
         (
@@ -212,12 +240,18 @@ async fn what_can_be_contained_is_contained() {
         ),
         (
             "times before the epoch and far away",
-            Tar::default().pax(&[("mtime", b"-99999999999")]).file("old", b"").pax(&[("mtime", b"9999999999999")]).file("new", b""),
+            Tar::default()
+                .pax(&[("mtime", b"-99999999999")])
+                .file("old", b"")
+                .pax(&[("mtime", b"9999999999999")])
+                .file("new", b""),
             Box::new(|made: &Ext4| assert!(made.has("/old") && made.has("/new"))),
         ),
         (
             "attributes of other systems",
-            Tar::default().pax(&[("SCHILY.xattr.com.apple.x", b"1"), ("SCHILY.xattr.user.y", b"2")]).file("x", b""),
+            Tar::default()
+                .pax(&[("SCHILY.xattr.com.apple.x", b"1"), ("SCHILY.xattr.user.y", b"2")])
+                .file("x", b""),
             Box::new(|made: &Ext4| assert_eq!(made.xattr("/x", "user.y").unwrap(), b"2")),
         ),
     ] {
@@ -267,80 +301,146 @@ fn documents() -> Vec<(&'static str, Box<dyn Fn(&Path)>, Fits)> {
     }
     vec![
         ("a wrong digest of the archive", layer(|it| it.diff_id = digest(b"other")), a_digest),
-        ("a wrong digest of the blob", layer(|it| { let last = it.blob.len() - 5; it.blob[last] ^= 1 }), |why| {
-            matches!(why, Refusal::Digest { .. } | Refusal::Compression(_))
-        }),
-        ("a blob with more behind it", layer(|it| { it.blob.extend(gzip(b"x")); it.size = it.blob.len() as i64 }), a_digest),
+        (
+            "a wrong digest of the blob",
+            layer(|it| {
+                let last = it.blob.len() - 5;
+                it.blob[last] ^= 1
+            }),
+            |why| matches!(why, Refusal::Digest { .. } | Refusal::Compression(_)),
+        ),
+        (
+            "a blob with more behind it",
+            layer(|it| {
+                it.blob.extend(gzip(b"x"));
+                it.size = it.blob.len() as i64
+            }),
+            a_digest,
+        ),
         ("a wrong size", layer(|it| it.size += 1), a_size),
-        ("a truncated blob", layer(|it| { it.blob.truncate(20); it.digest = digest(&it.blob); it.size = 20 }), |why| {
-            matches!(why, Refusal::Compression(_))
-        }),
+        (
+            "a truncated blob",
+            layer(|it| {
+                it.blob.truncate(20);
+                it.digest = digest(&it.blob);
+                it.size = 20
+            }),
+            |why| matches!(why, Refusal::Compression(_)),
+        ),
         ("a negative size", layer(|it| it.size = -1), json),
         ("a layer of 5 MiB", layer(|it| it.size = 5 << 20), limit),
-        ("sha512", layer(|it| it.digest = it.digest.replace("sha256:", "sha512:")), |why| {
-            matches!(why, Refusal::Algorithm(said) if said.contains("sha512"))
-        }),
+        (
+            "sha512",
+            layer(|it| it.digest = it.digest.replace("sha256:", "sha512:")),
+            |why| matches!(why, Refusal::Algorithm(said) if said.contains("sha512")),
+        ),
         ("a digest that leaves", layer(|it| it.digest = "sha256:../../../../etc/passwd".to_owned()), |why| {
             matches!(why, Refusal::Algorithm(_))
         }),
         ("an encrypted layer", layer(|it| it.media_type += "+encrypted"), media),
-        ("a foreign layer", layer(|it| it.media_type = it.media_type.replace("layer", "layer.nondistributable")), media),
+        (
+            "a foreign layer",
+            layer(|it| it.media_type = it.media_type.replace("layer", "layer.nondistributable")),
+            media,
+        ),
         ("a layer of no type", layer(|it| it.media_type = "text/plain".to_owned()), media),
-        ("xz", layer(|it| *it = Layer::of(b"\xfd7zXZ\0xxxxxxxx".to_vec(), GZIP, b"")), |why| {
-            matches!(why, Refusal::Compression(said) if said.contains("xz"))
-        }),
-        ("five layers", Box::new(|directory: &Path| {
-            Image::new(vec![Layer::plain(Tar::default().end()); 5]).layout(directory);
-        }), limit),
+        (
+            "xz",
+            layer(|it| *it = Layer::of(b"\xfd7zXZ\0xxxxxxxx".to_vec(), GZIP, b"")),
+            |why| matches!(why, Refusal::Compression(said) if said.contains("xz")),
+        ),
+        (
+            "five layers",
+            Box::new(|directory: &Path| {
+                Image::new(vec![Layer::plain(Tar::default().end()); 5]).layout(directory);
+            }),
+            limit,
+        ),
         ("a configuration of 9 MiB", configured(|config| format!("{config}{}", " ".repeat(9 << 20))), limit),
-        ("a configuration with a field twice", configured(|config| config.replacen('{', r#"{"os":"linux","#, 1)), json),
-        ("another platform", configured(|config| config.replace("amd64", "arm64")), |why| {
-            matches!(why, Refusal::Platform(other) if other == "linux/arm64")
-        }),
-        ("a configuration with fewer layers", configured(|config| {
-            let ids = config.find("\"diff_ids\"").unwrap();
-            format!("{}\"diff_ids\":[]}}}}", &config[..ids])
-        }), |why| matches!(why, Refusal::Ambiguous(_))),
+        (
+            "a configuration with a field twice",
+            configured(|config| config.replacen('{', r#"{"os":"linux","#, 1)),
+            json,
+        ),
+        (
+            "another platform",
+            configured(|config| config.replace("amd64", "arm64")),
+            |why| matches!(why, Refusal::Platform(other) if other == "linux/arm64"),
+        ),
+        (
+            "a configuration with fewer layers",
+            configured(|config| {
+                let ids = config.find("\"diff_ids\"").unwrap();
+                format!("{}\"diff_ids\":[]}}}}", &config[..ids])
+            }),
+            |why| matches!(why, Refusal::Ambiguous(_)),
+        ),
         ("a manifest of 5 MiB", indexed(|_, index| format!("{index}{}", " ".repeat(5 << 20))), limit),
-        ("10,000 entries of an index", indexed(|_, _| {
-            let id = digest(b"x");
-            index(&vec![(id.as_str(), 1, MANIFEST); 10_000])
-        }), limit),
-        ("a deeply nested document", indexed(|_, _| format!(r#"{{"manifests":{}"#, "[".repeat(1 << 20))), json),
-        ("an index in an index in an index …", indexed(|directory, mut inner| {
-            for _ in 0..5 {
-                let id = digest(inner.as_bytes());
-                put_blob(directory, inner.as_bytes(), &id);
-                inner = index(&[(&id, inner.len(), INDEX)]);
-            }
-            inner
-        }), limit),
-        ("an index that leads to itself by a false name", indexed(|directory, _| {
-            let id = digest(b"a name");
-            let own = index(&[(&id, 0, INDEX)]);
-            let own = index(&[(&id, own.len(), INDEX)]);
-            put_blob(directory, own.as_bytes(), &id);
-            own
-        }), |why| matches!(why, Refusal::Digest { .. } | Refusal::Size { .. } | Refusal::Loop)),
-        ("an index and a manifest at once", indexed(|_, index| index.replacen('{', r#"{"layers":[],"#, 1)), |why| {
-            matches!(why, Refusal::Ambiguous(_))
-        }),
+        (
+            "10,000 entries of an index",
+            indexed(|_, _| {
+                let id = digest(b"x");
+                index(&vec![(id.as_str(), 1, MANIFEST); 10_000])
+            }),
+            limit,
+        ),
+        (
+            "a deeply nested document",
+            indexed(|_, _| format!(r#"{{"manifests":{}"#, "[".repeat(1 << 20))),
+            json,
+        ),
+        (
+            "an index in an index in an index …",
+            indexed(|directory, mut inner| {
+                for _ in 0..5 {
+                    let id = digest(inner.as_bytes());
+                    put_blob(directory, inner.as_bytes(), &id);
+                    inner = index(&[(&id, inner.len(), INDEX)]);
+                }
+                inner
+            }),
+            limit,
+        ),
+        (
+            "an index that leads to itself by a false name",
+            indexed(|directory, _| {
+                let id = digest(b"a name");
+                let own = index(&[(&id, 0, INDEX)]);
+                let own = index(&[(&id, own.len(), INDEX)]);
+                put_blob(directory, own.as_bytes(), &id);
+                own
+            }),
+            |why| matches!(why, Refusal::Digest { .. } | Refusal::Size { .. } | Refusal::Loop),
+        ),
+        (
+            "an index and a manifest at once",
+            indexed(|_, index| index.replacen('{', r#"{"layers":[],"#, 1)),
+            |why| matches!(why, Refusal::Ambiguous(_)),
+        ),
         ("a document of another type", indexed(|_, index| index.replacen(INDEX, MANIFEST, 1)), media),
-        ("a blob that is a link out of the layout", Box::new(move |directory: &Path| {
-            let image = good();
-            image.layout(directory);
-            let blob = directory.join("blobs/sha256").join(&image.layers[0].digest[7..]);
-            std::fs::remove_file(&blob).unwrap();
-            std::os::unix::fs::symlink("/etc/passwd", &blob).unwrap();
-        }), name),
-        ("a blob that is a pipe", Box::new(move |directory: &Path| {
-            let image = good();
-            image.layout(directory);
-            let blob = directory.join("blobs/sha256").join(&image.layers[0].digest[7..]);
-            std::fs::remove_file(&blob).unwrap();
-            let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
-            rustix::fs::mknodat(rustix::fs::CWD, &blob, rustix::fs::FileType::Fifo, mode, 0).unwrap();
-        }), name),
+        (
+            "a blob that is a link out of the layout",
+            Box::new(move |directory: &Path| {
+                let image = good();
+                image.layout(directory);
+                let blob = directory.join("blobs/sha256").join(&image.layers[0].digest[7..]);
+                std::fs::remove_file(&blob).unwrap();
+                std::os::unix::fs::symlink("/etc/passwd", &blob).unwrap();
+            }),
+            name,
+        ),
+        (
+            "a blob that is a pipe",
+            Box::new(move |directory: &Path| {
+                let image = good();
+                image.layout(directory);
+                let blob = directory.join("blobs/sha256").join(&image.layers[0].digest[7..]);
+                std::fs::remove_file(&blob).unwrap();
+                let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+                rustix::fs::mknodat(rustix::fs::CWD, &blob, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+            }),
+            name,
+        ),
         ("an empty directory", Box::new(|_: &Path| ()), json),
     ]
 }
@@ -379,13 +479,16 @@ async fn archives_of_docker_that_do_harm_are_refused() {
             .file("manifest.json", manifest.as_bytes())
             .end()
     };
-    let one = |config: &str, layer: &str| {
-        saved(&format!(r#"[{{"Config":"{config}","Layers":["{layer}"]}}]"#))
-    };
+    let one =
+        |config: &str, layer: &str| saved(&format!(r#"[{{"Config":"{config}","Layers":["{layer}"]}}]"#));
     let mut cut = one("c.json", "l.tar");
     cut.truncate(3000);
     for (case, bytes, fits) in [
-        ("two images", saved(r#"[{"Config":"a","Layers":[]},{"Config":"b","Layers":[]}]"#), (|why| matches!(why, Refusal::Ambiguous(_))) as Fits),
+        (
+            "two images",
+            saved(r#"[{"Config":"a","Layers":[]},{"Config":"b","Layers":[]}]"#),
+            (|why| matches!(why, Refusal::Ambiguous(_))) as Fits,
+        ),
         ("a layer that leaves", one("c.json", "../../etc/passwd"), name),
         ("a layer that is a link out", one("c.json", "out"), |why| matches!(why, Refusal::Json(_))),
         ("a layer that is a link to itself", one("c.json", "circle"), link),

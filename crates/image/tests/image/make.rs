@@ -87,8 +87,9 @@ async fn a_layout_becomes_a_file_system() {
     let image = Image::new(rich());
     std::fs::create_dir(place.path("layout")).unwrap();
     image.layout(&place.path("layout"));
-    let lines = std::sync::Mutex::new(Vec::new());
-    let told = |line: &str| lines.lock().unwrap().push(line.to_owned());
+    let lines = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let log = std::sync::Arc::clone(&lines);
+    let told = move |line: &str| log.lock().unwrap().push(line.to_owned());
     let found = place.images.resolve(&Source::Layout(place.path("layout")), &told).await.unwrap();
     assert_eq!(found.digest(), image.digest());
     assert_eq!((found.config().workdir.as_str(), found.config().user.as_str()), ("/app", "app"));
@@ -157,7 +158,11 @@ async fn sparse_files_in_all_formats_are_the_same_file() {
             ("GNU.sparse.numbytes", b"4096"),
         ])
         .file("pax00", &data)
-        .pax(&[("GNU.sparse.size", real.as_bytes()), ("GNU.sparse.name", b"pax01"), ("GNU.sparse.map", comma.as_bytes())])
+        .pax(&[
+            ("GNU.sparse.size", real.as_bytes()),
+            ("GNU.sparse.name", b"pax01"),
+            ("GNU.sparse.map", comma.as_bytes()),
+        ])
         .file("GNUSparseFile.0/pax01", &data)
         .pax(&[
             ("GNU.sparse.major", b"1"),
@@ -175,9 +180,18 @@ async fn sparse_files_in_all_formats_are_the_same_file() {
         // Two chunks of 64 KiB, in sectors of 512 bytes.
         assert_eq!(inode.blocks, 256, "{path}");
         let mut buffer = vec![0; 8192];
-        made.0.read_file_at(&inode, &made.0.extents(made.ino(&path).unwrap(), &inode).unwrap(), 0, &mut buffer).unwrap();
+        made.0
+            .read_file_at(&inode, &made.0.extents(made.ino(&path).unwrap(), &inode).unwrap(), 0, &mut buffer)
+            .unwrap();
         assert!(buffer[..4096] == data[..4096] && buffer[4096..].iter().all(|byte| *byte == 0));
-        made.0.read_file_at(&inode, &made.0.extents(made.ino(&path).unwrap(), &inode).unwrap(), offset, &mut buffer).unwrap();
+        made.0
+            .read_file_at(
+                &inode,
+                &made.0.extents(made.ino(&path).unwrap(), &inode).unwrap(),
+                offset,
+                &mut buffer,
+            )
+            .unwrap();
         assert!(buffer[..4096] == data[4096..], "{path}");
     }
 }

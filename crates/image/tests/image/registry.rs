@@ -170,7 +170,10 @@ async fn what_passes_is_tried_again_and_what_does_not_is_unavailable() {
         let server =
             failing(&image, part, usize::MAX, |image, asked| good(image, asked).ending(End::Stall(0))).await;
         let failed = fails(&server).await;
-        assert!(matches!(&failed, Error::Unavailable { reason, .. } if reason.contains("stalls")), "{failed}");
+        assert!(
+            matches!(&failed, Error::Unavailable { reason, .. } if reason.contains("stalls")),
+            "{failed}"
+        );
     }
 }
 
@@ -181,7 +184,8 @@ async fn a_registry_says_how_long_to_wait_within_bounds() {
     let begun = Instant::now();
     pulls(&server, &image).await;
     assert!(begun.elapsed() >= Duration::from_secs(1));
-    let server = failing(&image, "/manifests/", 1, |_, _| Reply::new(429, "").with("retry-after", "86400")).await;
+    let server =
+        failing(&image, "/manifests/", 1, |_, _| Reply::new(429, "").with("retry-after", "86400")).await;
     let begun = Instant::now();
     pulls(&server, &image).await;
     assert!(begun.elapsed() >= Duration::from_secs(2) && begun.elapsed() < Duration::from_secs(60));
@@ -226,13 +230,15 @@ async fn a_token_is_asked_for_once_with_the_credentials_of_the_request() {
             return good(&whole, asked);
         }
         let address: &std::net::SocketAddr = own.get().unwrap();
-        let challenge = format!(r#"Bearer realm="http://{address}/token",service="here",scope="repository:a/b:pull""#);
+        let challenge =
+            format!(r#"Bearer realm="http://{address}/token",service="here",scope="repository:a/b:pull""#);
         Reply::new(401, "").with("www-authenticate", challenge)
     })
     .await;
     address.set(server.address).unwrap();
     let place = place();
-    let (found, _) = place.make_of(&with_password(server.reference("a/b"), "sesame"), "x.ext4").await.unwrap();
+    let (found, _) =
+        place.make_of(&with_password(server.reference("a/b"), "sesame"), "x.ext4").await.unwrap();
     assert_eq!(server.times("/token?service=here&scope=repository%3Aa%2Fb%3Apull"), 1);
     assert!(!format!("{found:?}").contains("sesame") && !format!("{found:?}").contains("t0k3n"));
     // Wrong ones, and none.
@@ -245,7 +251,8 @@ async fn a_token_is_asked_for_once_with_the_credentials_of_the_request() {
     let config = place.path("config.json");
     let auth = basic("sesame").split_off(6);
     std::fs::write(&config, format!(r#"{{"auths":{{"{}":{{"auth":"{auth}"}}}}}}"#, server.address)).unwrap();
-    let configured = Place::with(Options { docker_config: Some(config), limits: quick(), ..Options::default() });
+    let configured =
+        Place::with(Options { docker_config: Some(config), limits: quick(), ..Options::default() });
     configured.make_of(&source(server.reference("a/b")), "x.ext4").await.unwrap();
     let failed = configured.make_of(&with_password(server.reference("a/b"), "open"), "y.ext4").await;
     assert!(matches!(failed, Err(Error::Denied { .. })), "those of the request win");
@@ -282,7 +289,8 @@ async fn credentials_stay_with_their_host() {
         Reply::new(307, "").with("location", format!("http://{to}/hungry"))
     })
     .await;
-    let failed = place.make_of(&with_password(hungry.reference("a/b"), "sesame"), "y.ext4").await.unwrap_err();
+    let failed =
+        place.make_of(&with_password(hungry.reference("a/b"), "sesame"), "y.ext4").await.unwrap_err();
     assert_eq!(failed.code(), ErrorCode::RegistryDenied);
     assert!(elsewhere.asked().iter().all(|asked| asked.header("authorization").is_none()));
     // Out of this machine without TLS: not followed. The address is of no host (RFC 5737).
@@ -345,7 +353,11 @@ async fn content_that_is_another_is_refused_and_not_kept() {
     for (more, has_length) in [(true, true), (false, true), (true, false)] {
         let server = failing(&image, layer_of(&image), usize::MAX, move |image, asked| {
             let mut reply = good(image, asked);
-            if more { reply.body.push(0) } else { drop(reply.body.pop()) }
+            if more {
+                reply.body.push(0)
+            } else {
+                drop(reply.body.pop())
+            }
             reply.has_length = has_length;
             reply
         })

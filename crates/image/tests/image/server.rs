@@ -185,7 +185,8 @@ pub fn good(image: &Image, asked: &Asked) -> Reply {
             None => return missing("BLOB_UNKNOWN"),
         }
     };
-    let begin = asked.header("range").and_then(|it| it.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
+    let begin =
+        asked.header("range").and_then(|it| it.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
     match begin {
         Some(begin) if begin < blob.len() => {
             let range = format!("bytes {begin}-{}/{}", blob.len() - 1, blob.len());
