@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn records_that_lie_about_their_length_are_refused() {
-        let pax = Pax::parse(b"9 path=a\n12 uid=70000\n9 path=b\n").unwrap();
+        let pax = Pax::parse(b"9 path=a\n13 uid=70000\n9 path=b\n").unwrap();
         assert_eq!((pax.path.as_deref(), pax.uid), (Some(&b"b"[..]), Some(70_000)));
         for bad in [
             &b"8 path=a\n"[..],
@@ -124,7 +124,7 @@ mod tests {
             b"9 pathxa\n",
             b"path=a\n",
             b"18446744073709551616 a=b\n",
-            b"10 size=-1\n",
+            b"11 size=-1\n",
             b"1 ",
         ] {
             assert!(Pax::parse(bad).is_err(), "{:?}", String::from_utf8_lossy(bad));

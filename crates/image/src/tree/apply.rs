@@ -66,7 +66,14 @@ impl Tree {
         spool: &mut Spool,
     ) -> Result<(), Fault> {
         let parts = parts(&entry.path, &self.limits)?;
-        let Some(last) = parts.last() else { return self.root(&entry) };
+        let Some((last, way)) = parts.split_last() else { return self.root(&entry) };
+        if parts.iter().any(|part| part.starts_with(AUFS) && *part != OPAQUE) {
+            return Ok(());
+        }
+        if way.iter().any(|part| part.starts_with(WHITEOUT)) {
+            let reason = "a whiteout is no directory";
+            return Err(Refusal::Name { name: shown(&entry.path), reason }.into());
+        }
         if last.starts_with(WHITEOUT) {
             return self.whiteout(&parts, layer);
         }
@@ -124,17 +131,14 @@ impl Tree {
     }
 
     fn whiteout(&mut self, parts: &[&str], layer: u16) -> Result<(), Fault> {
-        let Some((directory, name)) = self.parent(parts, None)? else { return Ok(()) };
-        if name == OPAQUE {
-            return Ok(self.prune(directory, layer)?);
-        }
-        if name.starts_with(AUFS) {
-            return Ok(());
-        }
-        let hidden = name.strip_prefix(WHITEOUT).unwrap_or_default();
+        let hidden = parts.last().and_then(|name| name.strip_prefix(WHITEOUT)).unwrap_or_default();
         if matches!(hidden, "" | "." | "..") {
             let reason = "it hides no name";
             return Err(Refusal::Name { name: shown(parts.join("/").as_bytes()), reason }.into());
+        }
+        let Some((directory, name)) = self.parent(parts, None)? else { return Ok(()) };
+        if name == OPAQUE {
+            return Ok(self.prune(directory, layer)?);
         }
         let Found::Node(child) = self.look(directory, hidden) else { return Ok(()) };
         let mut is_kept = child.layer == layer;

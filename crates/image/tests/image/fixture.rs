@@ -19,6 +19,20 @@ pub fn digest(bytes: &[u8]) -> String {
     format!("sha256:{}", sha256(bytes))
 }
 
+/// `length` bytes that cannot be compressed, the same each time. Source: Marsaglia, "Xorshift RNGs".
+pub fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    };
+    let mut bytes: Vec<u8> = std::iter::repeat_with(next).take(length.div_ceil(8)).flatten().collect();
+    bytes.truncate(length);
+    bytes
+}
+
 /// A header of a tar archive, before its sum.
 #[derive(Clone)]
 pub struct Header(pub [u8; 512]);

@@ -137,14 +137,14 @@ fn archives() -> Vec<(&'static str, Vec<Layer>, Fits)> {
     ]
 }
 
-async fn refusal(place: &Place, directory: &Path) -> Refusal {
+async fn refusal(case: &str, place: &Place, directory: &Path) -> Refusal {
     let failed = place.make_of(&Source::Layout(directory.to_owned()), "x.ext4").await;
     match failed {
         Err(Error::Refused { why, part }) => {
             assert!(!part.is_empty());
             why
         }
-        other => panic!("{other:?}"),
+        other => panic!("{case}: {other:?}"),
     }
 }
 
@@ -156,7 +156,7 @@ async fn archives_that_do_harm_are_refused() {
         let place = Place::limited(limits());
         let layout = tempfile::tempdir().unwrap();
         Image::new(layers).layout(layout.path());
-        let why = refusal(&place, layout.path()).await;
+        let why = refusal(case, &place, layout.path()).await;
         assert!(fits(&why), "{case}: {why}");
         assert!(place.left().is_empty(), "{case}");
     }
@@ -451,7 +451,7 @@ async fn documents_that_do_harm_are_refused() {
         let place = Place::limited(limits());
         let layout = tempfile::tempdir().unwrap();
         prepare(layout.path());
-        let why = refusal(&place, layout.path()).await;
+        let why = refusal(case, &place, layout.path()).await;
         assert!(fits(&why), "{case}: {why}");
         assert!(place.left().is_empty(), "{case}");
     }

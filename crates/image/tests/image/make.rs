@@ -2,7 +2,7 @@
 
 use kelvin_image::{Error, Source};
 
-use crate::fixture::{CONFIG, Ext4, Header, Image, Layer, Place, Tar, digest};
+use crate::fixture::{CONFIG, Ext4, Header, Image, Layer, Place, Tar, digest, noise};
 
 /// A header of which some fields are set.
 fn with(name: &str, kind: u8, size: u64, fields: &[(usize, &[u8])]) -> Header {
@@ -199,7 +199,7 @@ async fn sparse_files_in_all_formats_are_the_same_file() {
 #[tokio::test]
 async fn a_disk_has_the_size_that_is_asked_for_or_is_refused() {
     let place = Place::new();
-    let noise: Vec<u8> = (0..20_u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let noise = noise(20 << 20);
     let image = Image::new(vec![Layer::gzip(&Tar::default().file("noise", &noise).end())]);
     std::fs::create_dir(place.path("layout")).unwrap();
     image.layout(&place.path("layout"));
@@ -246,7 +246,7 @@ async fn an_image_without_layers_is_an_empty_root() {
 #[test]
 fn who_goes_away_leaves_nothing() {
     let place = Place::new();
-    let noise: Vec<u8> = (0..8_u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let noise = noise(8 << 20);
     let image = Image::new(vec![Layer::gzip(&Tar::default().file("noise", &noise).end())]);
     std::fs::create_dir(place.path("layout")).unwrap();
     image.layout(&place.path("layout"));

@@ -9,11 +9,11 @@ use kelvin_api::error::ErrorCode;
 use kelvin_api::id::Token;
 use kelvin_image::{Credentials, Error, Limits, Mirror, Options, Refusal, Source};
 
-use crate::fixture::{Ext4, Image, Layer, MANIFEST, Place, Tar, digest};
+use crate::fixture::{Ext4, Image, Layer, MANIFEST, Place, Tar, digest, noise};
 use crate::server::{Asked, End, Reply, Server, good};
 
 fn image() -> Arc<Image> {
-    let noise: Vec<u8> = (0..300_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let noise = noise(300_000);
     Arc::new(Image::new(vec![Layer::gzip(&Tar::default().file("noise", &noise).end())]))
 }
 
@@ -259,6 +259,32 @@ async fn a_token_is_asked_for_once_with_the_credentials_of_the_request() {
 }
 
 #[tokio::test]
+async fn an_identity_token_is_exchanged() {
+    let image = image();
+    let address = Arc::new(std::sync::OnceLock::new());
+    let (own, whole) = (Arc::clone(&address), Arc::clone(&image));
+    let server = Server::start(move |asked| {
+        if asked.path == "/token" {
+            let is_right = asked.method == "POST"
+                && asked.body.contains("grant_type=refresh_token&")
+                && asked.body.ends_with("&refresh_token=sesame%2F1");
+            return Reply::new(if is_right { 200 } else { 401 }, r#"{"access_token":"t0k3n"}"#);
+        }
+        if asked.header("authorization") == Some("Bearer t0k3n") {
+            return good(&whole, asked);
+        }
+        let address: &std::net::SocketAddr = own.get().unwrap();
+        Reply::new(401, "").with("www-authenticate", format!("Bearer realm=\"http://{address}/token\""))
+    })
+    .await;
+    address.set(server.address).unwrap();
+    let password = Token::from_secret("sesame/1".to_owned());
+    let credentials = Some(Credentials { username: "<token>".to_owned(), password });
+    let source = Source::Registry { reference: server.reference("a/b"), credentials };
+    place().make_of(&source, "x.ext4").await.unwrap();
+}
+
+#[tokio::test]
 async fn credentials_stay_with_their_host() {
     let image = image();
     let whole = Arc::clone(&image);
@@ -356,7 +382,7 @@ async fn content_that_is_another_is_refused_and_not_kept() {
             if more {
                 reply.body.push(0)
             } else {
-                drop(reply.body.pop())
+                reply.body.pop();
             }
             reply.has_length = has_length;
             reply
