@@ -222,6 +222,14 @@ impl Error {
         }
     }
 
+    /// A thread that blocks has not come to its end: it was given up, or it has panicked, which is a fault of ours.
+    pub(crate) fn ended(error: &tokio::task::JoinError) -> Self {
+        match error.is_panic() {
+            true => Self::io("working on an image", io::Error::other("a thread has panicked")),
+            false => Self::Stopped,
+        }
+    }
+
     pub(crate) fn refused(part: impl Into<String>, why: Refusal) -> Self {
         Self::Refused { part: part.into(), why }
     }

@@ -153,5 +153,24 @@ async fn local(
     find: impl FnOnce(&Path) -> Result<Resolved, Error> + Send + 'static,
 ) -> Result<Resolved, Error> {
     let path = path.to_owned();
-    tokio::task::spawn_blocking(move || find(&path)).await.map_err(|_| Error::Stopped)?
+    tokio::task::spawn_blocking(move || find(&path)).await.map_err(|error| Error::ended(&error))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Builds run as tasks.
+    #[test]
+    fn everything_can_be_sent_to_another_thread() {
+        fn is_send<T: Send>(_: T) {}
+        let directory = tempfile::tempdir().unwrap();
+        let images = Images::open(directory.path().to_owned(), Options::default()).unwrap();
+        is_send(images.resolve(&Source::Layout(PathBuf::new()), &|_| ()));
+        is_send(async {
+            let source = Source::Registry { reference: String::new(), credentials: None };
+            let image = images.resolve(&source, &|_| ()).await?;
+            images.make(&image, Path::new("x"), None, &|_| ()).await
+        });
+    }
 }

@@ -86,7 +86,7 @@ pub(crate) async fn make(
     };
     let (fed, (), done): (Result<(), Error>, (), _) = tokio::join!(feed, log, work);
     fed?;
-    done.map_err(|_| Error::Stopped)?
+    done.map_err(|error| Error::ended(&error))?
 }
 
 async fn pull(cache: &Arc<Cache>, image: &Resolved, at: usize, told: &Told) -> Result<Blob, Error> {

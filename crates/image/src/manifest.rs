@@ -84,6 +84,9 @@ struct RawAnnotations {
     /// `attestation-manifest`: BuildKit's statement about the image beside it.
     #[serde(default, rename = "vnd.docker.reference.type")]
     reference: Option<String>,
+    /// What the image is called, in a layout that has several.
+    #[serde(default, rename = "org.opencontainers.image.ref.name")]
+    name: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -206,6 +209,11 @@ fn choose(entries: &[RawDescriptor]) -> Result<Descriptor, Refusal> {
         Some(_) => 2,
     };
     if let Some(entry) = images().filter(ours).min_by_key(level) {
+        let name = |entry: &RawDescriptor| entry.annotations.as_ref().and_then(|notes| notes.name.clone());
+        let is_other = |other: &RawDescriptor| other.digest != entry.digest && name(other).is_some();
+        if name(entry).is_some() && images().filter(ours).any(is_other) {
+            return Err(Refusal::Ambiguous("it has several images by name; keep one"));
+        }
         return entry.read();
     }
     let mut unsaid = Vec::new();
@@ -278,6 +286,12 @@ mod tests {
         assert!(matches!(index(&many[..1]), Err(Refusal::Platform(others)) if others == "linux/arm64"));
         assert!(matches!(index(&[entry("a", ""), entry("b", "")]), Err(Refusal::Ambiguous(_))));
         assert!(matches!(index(&[]), Err(Refusal::Platform(_))));
+        let named = |name: &str| {
+            let notes = format!(r#","annotations":{{"org.opencontainers.image.ref.name":"{name}"}}"#);
+            entry(name, &format!("{}{notes}", platform("linux", "amd64", "")))
+        };
+        assert_eq!(chosen(&[named("a"), named("a")]), digest("a"));
+        assert!(matches!(index(&[named("a"), named("b")]), Err(Refusal::Ambiguous(_))));
         let notes = r#","annotations":{"vnd.docker.reference.type":"attestation-manifest"}"#;
         assert!(matches!(index(&[entry("statement", notes)]), Err(Refusal::Platform(_))));
     }

@@ -167,7 +167,7 @@ pub(crate) async fn of_registry(
         Ok(bytes)
     })
     .await
-    .map_err(|_| Error::Stopped)??;
+    .map_err(|error| Error::ended(&error))??;
     let read =
         config::read(&bytes, manifest.layers.len(), limits).map_err(|why| refused("configuration", why))?;
     let layers = manifest.layers.into_iter().map(|layer| (String::new(), Some(layer))).collect();

@@ -85,7 +85,7 @@ fn range_start(response: &Response<Incoming>) -> Option<u64> {
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
-    spawn_blocking(work).await.map_err(|_| Error::Stopped)
+    spawn_blocking(work).await.map_err(|error| Error::ended(&error))
 }
 
 impl Session {
@@ -227,7 +227,7 @@ impl Session {
             }
         };
         drop(sender);
-        let (part, written) = writer.await.map_err(|_| Error::Stopped)?;
+        let (part, written) = writer.await.map_err(|error| Error::ended(&error))?;
         written.map_err(writing)?;
         Ok((part, outcome))
     }

@@ -100,6 +100,33 @@ async fn a_good_registry_is_asked_once_for_each_blob() {
 }
 
 #[tokio::test]
+async fn an_index_leads_to_our_platform_by_digest() {
+    let image = image();
+    let entry = |digest: &str, size: usize, architecture: &str| {
+        format!(
+            r#"{{"mediaType":"{MANIFEST}","digest":"{digest}","size":{size},"platform":{{"os":"linux","architecture":"{architecture}"}}}}"#
+        )
+    };
+    let list = "application/vnd.docker.distribution.manifest.list.v2+json";
+    let arm = entry(&digest(b"arm"), 3, "arm64");
+    let ours = |size| format!("{arm},{}", entry(&image.digest(), size, "amd64"));
+    let served = async |entries: String| {
+        failing(&image, "/manifests/latest", usize::MAX, move |_, _| {
+            Reply::new(200, format!(r#"{{"manifests":[{entries}]}}"#)).with("content-type", list)
+        })
+        .await
+    };
+    let server = served(ours(image.manifest.len())).await;
+    pulls(&server, &image).await;
+    assert_eq!((server.times(&image.digest()), server.times("arm")), (1, 0));
+    let server = served(ours(image.manifest.len() + 1)).await;
+    assert!(matches!(fails(&server).await, Error::Refused { why: Refusal::Size { .. }, .. }));
+    let failed = fails(&served(arm.clone()).await).await;
+    assert!(matches!(&failed, Error::Refused { why: Refusal::Platform(_), .. }), "{failed}");
+    assert!(failed.remediation().contains("linux/amd64"));
+}
+
+#[tokio::test]
 async fn a_blob_goes_on_where_it_stopped() {
     let image = image();
     let layer = layer_of(&image);
