@@ -45,7 +45,7 @@ impl Header {
         header.put(108, b"0000000").put(116, b"0000000");
         header.put(124, format!("{size:011o}").as_bytes());
         header.put(136, format!("{:011o}", 1_700_000_000).as_bytes());
-        header.put(257, b"ustar\000");
+        header.put(257, b"ustar\x0000");
         header.0[156] = kind;
         header
     }

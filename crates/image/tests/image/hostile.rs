@@ -34,6 +34,8 @@ fn header(fields: &[(usize, &[u8])]) -> Tar {
 }
 
 type Fits = fn(&Refusal) -> bool;
+/// Writes a layout.
+type Prepare = Box<dyn Fn(&Path)>;
 
 fn limit(why: &Refusal) -> bool {
     matches!(why, Refusal::Limit { .. })
@@ -163,6 +165,7 @@ async fn archives_that_do_harm_are_refused() {
 }
 
 #[tokio::test]
+#[expect(clippy::too_many_lines, reason = "a table")]
 async fn what_can_be_contained_is_contained() {
     let place = Place::limited(Limits { uncompressed_bytes: 32 << 20, ..limits() });
     let canary = place.path("canary");
@@ -263,21 +266,22 @@ async fn what_can_be_contained_is_contained() {
 }
 
 /// A layout with one thing wrong in its documents.
-fn documents() -> Vec<(&'static str, Box<dyn Fn(&Path)>, Fits)> {
+#[expect(clippy::too_many_lines, reason = "a table")]
+fn documents() -> Vec<(&'static str, Prepare, Fits)> {
     let good = || Image::new(vec![Layer::gzip(&Tar::default().file("x", b"x").end())]);
     let layer = move |change: fn(&mut Layer)| {
         Box::new(move |directory: &Path| {
             let mut image = good();
             change(&mut image.layers[0]);
             Image::new(image.layers).layout(directory);
-        }) as Box<dyn Fn(&Path)>
+        }) as Prepare
     };
     let configured = |change: fn(String) -> String| {
         Box::new(move |directory: &Path| {
             let image = good();
             let config = change(image.config);
             Image::with_config(image.layers, config).layout(directory);
-        }) as Box<dyn Fn(&Path)>
+        }) as Prepare
     };
     let indexed = |change: fn(&Path, String) -> String| {
         Box::new(move |directory: &Path| {
@@ -285,7 +289,7 @@ fn documents() -> Vec<(&'static str, Box<dyn Fn(&Path)>, Fits)> {
             image.layout(directory);
             let index = change(directory, image.index());
             std::fs::write(directory.join("index.json"), index).unwrap();
-        }) as Box<dyn Fn(&Path)>
+        }) as Prepare
     };
     fn media(why: &Refusal) -> bool {
         matches!(why, Refusal::MediaType(_))
