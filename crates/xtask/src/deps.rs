@@ -18,6 +18,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     // Pure: it reads a Dockerfile and a directory.
     ("dockerfile", &["node-api", "api"]),
     ("egress", &["api"]),
+    ("image", &["api"]),
     ("node-api", &["api"]),
     ("node", &["node-api", "egress", "image", "vmm", "store", "host", "api"]),
     // `host` for its one SQLite thread and its clock; never `node`.
