@@ -218,6 +218,7 @@ pub fn request(last: &str) -> Build {
         vcpus: None,
         memory_mib: Some(MemoryMib(MEMORY)),
         disk_mib: None,
+        min_free_mib: None,
         deadline: Duration::from_secs(3600),
     }
 }
