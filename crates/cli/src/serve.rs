@@ -47,6 +47,9 @@ async fn options(args: &ServeArgs) -> Result<Options, Failed> {
     options.concurrent_restores = args.concurrent_restores.unwrap_or(options.concurrent_restores);
     options.auto_bake = !args.no_auto_bake;
     options.disk_floor_mib = args.disk_floor_mib;
+    options.registry_mirrors = args.registry_mirror.clone();
+    options.docker_config = args.docker_config.clone();
+    options.image_cache_bytes = args.image_cache.unwrap_or(options.image_cache_bytes);
     options.warm.max = args.warm_max;
     options.warm.min = args.warm_min;
     options.warm.max_age_s = args.warm_max_age;

@@ -94,6 +94,16 @@ pub struct ServeArgs {
     /// The largest upload for a build, in bytes.
     #[arg(long, default_value_t = 4 << 30, value_parser = clap::value_parser!(u64).range(1..), value_name = "BYTES")]
     pub max_upload_bytes: u64,
+    /// Where images of a registry are asked for first: `docker.io=https://mirror.example`; without TLS on loopback alone. May be
+    /// given again for another registry.
+    #[arg(long, value_name = "HOST=URL", value_parser = mirror)]
+    pub registry_mirror: Vec<String>,
+    /// Docker's configuration, whose credentials and credential helpers pull images [default: none is read].
+    #[arg(long, value_name = "FILE")]
+    pub docker_config: Option<PathBuf>,
+    /// Bytes of the cache of images' layers [default: the node's].
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..), value_name = "BYTES")]
+    pub image_cache: Option<u64>,
     /// Do not bake what a cold create found missing.
     #[arg(long)]
     pub no_auto_bake: bool,
@@ -191,6 +201,14 @@ pub struct DoctorArgs {
     /// Firecracker's binary [default: the first in PATH].
     #[arg(long, env = "KELVIN_FIRECRACKER", value_name = "FILE")]
     pub firecracker: Option<PathBuf>,
+}
+
+/// A registry and its mirror. What they have to be beyond that, the node says.
+fn mirror(text: &str) -> Result<String, String> {
+    match text.split_once('=') {
+        Some((host, url)) if !host.is_empty() && url.contains("://") => Ok(text.to_owned()),
+        _ => Err("it is no HOST=URL, for example docker.io=https://mirror.example".to_owned()),
+    }
 }
 
 fn seconds() -> clap::builder::RangedU64ValueParser<u64> {
