@@ -43,7 +43,7 @@ use kelvin_api::units::{MemoryMib, Shape};
 use kelvin_node_api::{Base, ConsoleLine, Create, Created};
 use kelvin_store::gc::Garbage;
 
-pub use build::image::{BaseImage, BaseImages, ImageConfig, ImageSource, NoImages, Told};
+pub use build::image::{BaseImage, BaseImages, DiskSize, ImageConfig, ImageSource, NoImages, Told};
 pub use build::plan::ImageFacts;
 pub use error::{Error, no_descriptors};
 pub use link::Stream;

@@ -19,7 +19,7 @@ use kelvin_harness::faults::{Faults, Plan, Scripted, Time, What};
 use kelvin_harness::world::{Broken, MEMORY, Settings, World, live, names};
 use kelvin_host::clock::Clock;
 use kelvin_node::options::Options;
-use kelvin_node::{BaseImage, BaseImages, ImageConfig, ImageSource, Node, Told};
+use kelvin_node::{BaseImage, BaseImages, DiskSize, ImageConfig, ImageSource, Node, Told};
 use kelvin_node_api::{
     Base, Build, BuildEvent, BuildFailure, BuildFrom, BuildStep, Built, Create, Instruction, NodeService,
 };
@@ -50,7 +50,7 @@ impl BaseImage for Image {
         ImageConfig { env: vec![("PATH".to_owned(), "/image/bin".to_owned())], ..ImageConfig::default() }
     }
 
-    async fn make(&self, target: &Path, _: u64, told: &Told) -> Result<(), Failure> {
+    async fn make(&self, target: &Path, _: DiskSize, told: &Told) -> Result<(), Failure> {
         told("unpacking");
         let (target, text) = (target.to_owned(), format!("image {}\n", self.0));
         let failed = |error: &dyn std::fmt::Display| Failure::new(ErrorCode::StoreIo, error.to_string(), "");

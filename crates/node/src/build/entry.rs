@@ -19,7 +19,7 @@ use kelvin_store::layers::{DISK, Layer};
 use kelvin_store::snapshot::Snapshot;
 use kelvin_store::uploads::Files;
 
-use crate::build::image::{ImageSource, state_of};
+use crate::build::image::{DiskSize, ImageSource, state_of};
 use crate::build::log::Log;
 use crate::build::machine::{BuildMachine, Ground};
 use crate::build::plan::{BuildState, ImageFacts, Planned, base_key, last_key, plan, unforced};
@@ -214,7 +214,14 @@ impl<'a> Building<'a> {
         let (told, mut lines) = tokio::sync::mpsc::channel::<String>(256);
         let tell = move |line: &str| drop(told.try_send(line.to_owned()));
         let (inner, stop, log) = (self.inner, self.stop, &self.log);
-        let disk_mib = self.request.disk_mib.map_or(DISK_MIB, |disk| disk.0);
+        let bytes = |mib: DiskMib| u64::from(mib.0) << 20;
+        let size = match self.request.disk_mib {
+            Some(disk) => DiskSize::Exactly(bytes(disk)),
+            None => {
+                let free = self.request.min_free_mib.map_or(0, bytes);
+                DiskSize::Room { least: bytes(DiskMib(DISK_MIB)), free }
+            }
+        };
         let guest_digest = guest.digest.clone();
         let work = async {
             let found = async {
@@ -223,7 +230,7 @@ impl<'a> Building<'a> {
             };
             let image = stop.unless(found).await?;
             let state = state_of(image.config());
-            let disk = disk_mib.to_string();
+            let disk = size.key();
             let key = base_key(&["image", &image.key(), &disk], &guest_digest, &state);
             let (layers, wanted) = (inner.layers.clone(), key.clone());
             if let Some(layer) = blocking("looking for a layer", move || layers.find(&wanted)).await? {
@@ -234,7 +241,7 @@ impl<'a> Building<'a> {
             let staged = blocking("making a staging directory", move || store.stage()).await?;
             let target = staged.join(DISK);
             let made = stop.unless(async {
-                let made = image.make(&target, u64::from(disk_mib) << 20, &tell).await;
+                let made = image.make(&target, size, &tell).await;
                 made.map_err(|failure| Error::Build(Box::new(failure)))
             });
             if let Err(error) = made.await {

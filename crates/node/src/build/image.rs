@@ -42,6 +42,30 @@ pub struct ImageConfig {
     pub facts: ImageFacts,
 }
 
+/// How large a disk is made of an image, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskSize {
+    /// So large, or it is refused.
+    Exactly(u64),
+    /// Large enough for the image and for that much beside it, and no smaller than `least`.
+    Room {
+        /// The usual size.
+        least: u64,
+        /// What has to be free.
+        free: u64,
+    },
+}
+
+impl DiskSize {
+    /// As part of a layer's key.
+    pub fn key(self) -> String {
+        match self {
+            Self::Exactly(bytes) => format!("exactly {bytes}"),
+            Self::Room { least, free } => format!("at least {least}, {free} free"),
+        }
+    }
+}
+
 /// An image that was found; nothing of it has to be here yet. Dropping what it does leaves nothing.
 #[async_trait]
 pub trait BaseImage: Send + Sync {
@@ -49,8 +73,8 @@ pub trait BaseImage: Send + Sync {
     fn key(&self) -> String;
     /// What it says.
     fn config(&self) -> ImageConfig;
-    /// Writes its file system, ext4, to the file `target`, which does not exist; of `disk_bytes`.
-    async fn make(&self, target: &Path, disk_bytes: u64, told: &Told) -> Result<(), Failure>;
+    /// Writes its file system, ext4, to the file `target`, which does not exist; of that size.
+    async fn make(&self, target: &Path, size: DiskSize, told: &Told) -> Result<(), Failure>;
 }
 
 /// Finds images.

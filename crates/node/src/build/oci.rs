@@ -7,12 +7,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use kelvin_api::error::Failure;
+use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_image::{Config, Credentials, Images, Mirror, Resolved, Source};
 
-use crate::build::image::{BaseImage, BaseImages, ImageConfig, ImageSource, Told};
+use crate::build::image::{BaseImage, BaseImages, DiskSize, ImageConfig, ImageSource, Told};
 use crate::build::plan::ImageFacts;
 use crate::options::Options;
+
+/// What is free on the disk of an image that is larger than the usual disk, in bytes, when nobody asks for more.
+const ROOM: u64 = 1 << 30;
 
 fn failed(error: kelvin_image::Error) -> Failure {
     error.failure()
@@ -76,7 +79,28 @@ impl BaseImage for OciImage {
         ImageConfig { env, workdir, user, facts }
     }
 
-    async fn make(&self, target: &Path, disk_bytes: u64, told: &Told) -> Result<(), Failure> {
-        self.images.make(&self.found, target, Some(disk_bytes), told).await.map(drop).map_err(failed)
+    async fn make(&self, target: &Path, size: DiskSize, told: &Told) -> Result<(), Failure> {
+        let make = |bytes| self.images.make(&self.found, target, bytes, told);
+        let (least, free) = match size {
+            DiskSize::Exactly(bytes) => return make(Some(bytes)).await.map(drop).map_err(failed),
+            DiskSize::Room { least, free } => (least, free),
+        };
+        // What is used is known when it is made; what is made twice is small in most cases: its blobs are here.
+        let needed = match make(Some(least)).await {
+            Ok(made) if made.bytes.saturating_sub(made.used_bytes) >= free => return Ok(()),
+            Ok(made) => {
+                let again = || tokio::fs::remove_file(target);
+                again().await.map_err(|error| {
+                    let text = format!("a disk that was too small cannot be removed: {error}");
+                    Failure::new(ErrorCode::StoreIo, text, "look at the data directory's disk")
+                })?;
+                made.used_bytes
+            }
+            Err(kelvin_image::Error::TooSmall { needed_bytes, .. }) => needed_bytes,
+            Err(error) => return Err(failed(error)),
+        };
+        // Journal and inodes grow with the disk: a tenth, and whole MiB.
+        let bytes = (needed + needed / 10 + free.max(ROOM)).max(least).next_multiple_of(1 << 20);
+        make(Some(bytes)).await.map(drop).map_err(failed)
     }
 }
