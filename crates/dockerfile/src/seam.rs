@@ -7,7 +7,7 @@
 
 use std::fmt::Write as _;
 
-use kelvin_node_api::{BuildStep, Instruction};
+pub use kelvin_node_api::{BuildStep, Instruction};
 
 use crate::command::{self, quoted};
 use crate::context::Context;
@@ -19,6 +19,8 @@ use crate::upload::Upload;
 /// A step for a node.
 #[derive(Debug)]
 pub struct Asked {
+    /// The line of the Dockerfile that it begins on.
+    pub line: u32,
     /// It.
     pub step: BuildStep,
     /// What has to be uploaded before, of a COPY.
@@ -48,7 +50,8 @@ pub fn steps(stage: &Stage, context: &Context) -> Result<Vec<Asked>, Error> {
         let one =
             |instruction: Instruction| BuildStep { instruction, force: false, shown: step.shown.clone() };
         let Action::Copy(written) = &step.action else {
-            asked.push(Asked { step: one(instruction(&step.action).ok_or_else(beyond)?), upload: None });
+            let made = one(instruction(&step.action).ok_or_else(beyond)?);
+            asked.push(Asked { line: step.line, step: made, upload: None });
             continue;
         };
         let uploads = context.uploads(step)?;
@@ -56,7 +59,8 @@ pub fn steps(stage: &Stage, context: &Context) -> Result<Vec<Asked>, Error> {
             return Err(beyond());
         }
         for upload in uploads {
-            asked.push(Asked { step: one(copy(written, &upload).ok_or_else(beyond)?), upload: Some(upload) });
+            let made = one(copy(written, &upload).ok_or_else(beyond)?);
+            asked.push(Asked { line: step.line, step: made, upload: Some(upload) });
         }
     }
     Ok(asked)

@@ -34,7 +34,20 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("e2e", &["client", "host", "powercut", "api"]),
     (
         "cli",
-        &["server", "gateway", "control", "node", "egress", "client", "bench", "vmm", "store", "host", "api"],
+        &[
+            "server",
+            "gateway",
+            "control",
+            "node",
+            "egress",
+            "client",
+            "bench",
+            "dockerfile",
+            "vmm",
+            "store",
+            "host",
+            "api",
+        ],
     ),
     // A disk for tests.
     ("powercut", &[]),

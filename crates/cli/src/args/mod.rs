@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use sandbox::{EgressArgs, MachineArgs, ProcessArgs, RunArgs, SandboxCommand, SnapshotCommand};
 pub use server::{DoctorArgs, ServeArgs, SetupArgs, VmmArg, VmmArgs};
-pub use template::{BuildArgs, StepKind};
+pub use template::{BuildArgs, DockerfileArgs, StepKind};
 
 /// Ready Linux machines in milliseconds: microVMs that are restored, not booted.
 #[derive(Debug, Parser)]

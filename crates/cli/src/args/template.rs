@@ -3,20 +3,24 @@
 use std::path::PathBuf;
 
 use clap::builder::NonEmptyStringValueParser;
-use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
+use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Args, Command, FromArgMatches};
 
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("source").required(true).multiple(true).args(SOURCES))]
 pub struct BuildArgs {
     /// What the template is called, with an optional `:tag`; one of that name is replaced once the build has succeeded.
     pub name: String,
     #[command(flatten)]
+    pub dockerfile: DockerfileArgs,
+    #[command(flatten)]
     pub from: FromArgs,
     #[command(flatten)]
     pub steps: StepArgs,
-    /// Command that runs in every machine of the template, from before its snapshot is taken.
+    /// Command that runs in every machine of the template, from before its snapshot is taken; the Dockerfile's otherwise. An
+    /// empty one is none.
     #[arg(long, value_name = "CMD")]
     pub start: Option<String>,
-    /// Command that is tried until it exits with 0; then the snapshot is taken.
+    /// Command that is tried until it exits with 0; then the snapshot is taken. The Dockerfile's otherwise.
     #[arg(long, value_name = "CMD")]
     pub ready: Option<String>,
     /// vCPUs of its machines.
@@ -33,9 +37,39 @@ pub struct BuildArgs {
     pub no_cache: bool,
 }
 
+/// What a build is made of: one of these is given.
+const SOURCES: [&str; 6] = ["image", "from_template", "layout", "archive", "dockerfile", "context"];
+/// What a Dockerfile says itself.
+const OF_DOCKERFILE: [&str; 9] =
+    ["image", "from_template", "layout", "archive", "run", "copy", "env", "workdir", "user"];
+
+/// A Dockerfile, and what decides about it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+#[group(multiple = true, conflicts_with_all = OF_DOCKERFILE)]
+pub struct DockerfileArgs {
+    /// Build a Dockerfile: the directory that its COPY and ADD take files from [default: `.`, with --file].
+    pub context: Option<PathBuf>,
+    /// Build this Dockerfile [default: CONTEXT/Dockerfile].
+    #[arg(long = "file", short = 'f', value_name = "FILE")]
+    pub dockerfile: Option<PathBuf>,
+    /// Build this stage of the Dockerfile, by its name or number [default: the last one].
+    #[arg(long, value_name = "STAGE")]
+    pub target: Option<String>,
+    /// Value of an ARG of the Dockerfile; without one, that of the environment. No secrets: the build's log has it.
+    #[arg(long = "build-arg", value_name = "NAME[=VALUE]", value_parser = NonEmptyStringValueParser::new())]
+    pub build_args: Vec<String>,
+}
+
+impl DockerfileArgs {
+    /// Whether it is a Dockerfile that is to be built.
+    pub fn is_given(&self) -> bool {
+        self.context.is_some() || self.dockerfile.is_some()
+    }
+}
+
 /// What a build begins with.
 #[derive(Debug, Args)]
-#[group(required = true, multiple = false)]
+#[group(multiple = false)]
 pub struct FromArgs {
     /// An image of a registry: `python:3.12`, `host:5000/team/app@sha256:…`.
     #[arg(long, value_name = "REF")]
@@ -187,5 +221,47 @@ mod tests {
         assert!(parse(&["web", "--image", "a", "--layout", "b"]).is_err());
         assert!(parse(&["web", "--image", "a", "--run", ""]).is_err());
         assert!(parse(&["web", "--archive", "a"]).is_ok());
+    }
+
+    #[test]
+    fn a_dockerfile_is_built_by_its_name_or_its_context() {
+        let path = |text: &str| Some(PathBuf::from(text));
+        let args = parse(&["web", "."]).unwrap().dockerfile;
+        assert_eq!((args.context.clone(), args.dockerfile.clone()), (path("."), None));
+        assert!(args.is_given());
+        let args = parse(&["web", "-f", "x/Dockerfile"]).unwrap().dockerfile;
+        assert!(args.is_given() && args.context.is_none() && args.dockerfile == path("x/Dockerfile"));
+        let text =
+            ["web", "--file=D", "--target", "run", "--build-arg", "A=1", "app", "--build-arg=B", "--start", "s"];
+        let args = parse(&text).unwrap();
+        assert_eq!(args.start.as_deref(), Some("s"));
+        assert_eq!(
+            args.dockerfile,
+            DockerfileArgs {
+                context: path("app"),
+                dockerfile: path("D"),
+                target: Some("run".to_owned()),
+                build_args: vec!["A=1".to_owned(), "B".to_owned()]
+            }
+        );
+        assert!(!parse(&["web", "--image", "a"]).unwrap().dockerfile.is_given());
+    }
+
+    #[test]
+    fn a_dockerfile_goes_with_nothing_that_it_says_itself() {
+        for source in [&["."][..], &["-f", "D"]] {
+            for option in OF_DOCKERFILE {
+                let option = format!("--{}=x:y=z", option.replace('_', "-"));
+                let text = [&["web", option.as_str()], source].concat();
+                let error = parse(&text).unwrap_err();
+                assert_eq!(error.kind(), clap::error::ErrorKind::ArgumentConflict, "{text:?}");
+            }
+        }
+        for option in ["--target=x", "--build-arg=A=1"] {
+            let error = parse(&["web", option]).unwrap_err();
+            assert_eq!(error.kind(), clap::error::ErrorKind::MissingRequiredArgument, "{option}");
+            assert!(parse(&["web", option, "--image", "a"]).is_err(), "{option}");
+        }
+        assert!(parse(&["web", ".", "--build-arg", ""]).is_err());
     }
 }

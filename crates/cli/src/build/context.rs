@@ -1,18 +1,15 @@
-//! Files of this machine that a build copies: what they are called, and the tar that is uploaded.
+//! Files of this machine that `--copy` names: what they are called, and the tar that is uploaded.
 
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use kelvin_api::digest::hex;
 use sha2::{Digest, Sha256};
-use tokio::sync::mpsc;
 
 use crate::output::Failed;
 
-/// Bytes that are read and sent at once.
+/// Bytes that are read at once.
 const CHUNK: usize = 256 << 10;
-/// Pieces that wait to be sent.
-const AHEAD: usize = 4;
 /// Files of one copy.
 const MOST_FILES: usize = 1_000_000;
 
@@ -106,22 +103,12 @@ impl Context {
         Ok(Self { path, name, entries, hash })
     }
 
-    /// The tar, piece by piece, and how packing ended.
-    pub fn pack(self) -> (kelvin_client::build::Pieces, tokio::task::JoinHandle<io::Result<()>>) {
-        let (give, pieces) = mpsc::channel(AHEAD);
-        let packing = tokio::task::spawn_blocking(move || {
-            let writer = io::BufWriter::with_capacity(CHUNK, Sender(give.clone()));
-            let packed = self.write(tar::Builder::new(writer));
-            if let Err(error) = &packed {
-                // So that what was sent is not taken for all of it.
-                let _ = give.blocking_send(Err(io::Error::new(error.kind(), error.to_string())));
-            }
-            packed
-        });
-        (pieces, packing)
-    }
-
-    fn write<W: Write>(&self, mut archive: tar::Builder<W>) -> io::Result<()> {
+    /// Writes the tar.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or `to` fails.
+    pub fn write(&self, to: &mut dyn Write) -> io::Result<()> {
+        let mut archive = tar::Builder::new(to);
         for below in &self.entries {
             let (here, name) = (join(&self.path, below), join(Path::new(&self.name), below));
             let found = here.symlink_metadata()?;
@@ -141,21 +128,6 @@ impl Context {
             }
         }
         archive.into_inner()?.flush()
-    }
-}
-
-/// Sends what is written.
-struct Sender(mpsc::Sender<io::Result<Vec<u8>>>);
-
-impl Write for Sender {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
-        self.0.blocking_send(Ok(bytes.to_vec())).map_err(gone)?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 
@@ -199,16 +171,12 @@ mod tests {
         assert!(Context::read(&app.join("nothing"), "/srv").is_err());
     }
 
-    #[tokio::test]
-    async fn a_tar_has_what_was_read_under_its_own_name() {
+    #[test]
+    fn a_tar_has_what_was_read_under_its_own_name() {
         let files = files();
         let context = Context::read(&files.path().join("app"), "/srv").unwrap();
-        let (mut pieces, packing) = context.clone().pack();
         let mut bytes = Vec::new();
-        while let Some(piece) = pieces.recv().await {
-            bytes.extend(piece.unwrap());
-        }
-        packing.await.unwrap().unwrap();
+        context.write(&mut bytes).unwrap();
         let mut archive = tar::Archive::new(&bytes[..]);
         let mut found = Vec::new();
         for entry in archive.entries().unwrap() {
@@ -229,13 +197,5 @@ mod tests {
         assert!(found[2].starts_with("app/lib/one 6") && found[2].ends_with("\"1\""), "{found:?}");
         assert!(found[3].starts_with("app/link ") && found[3].ends_with("run\"\""), "{found:?}");
         assert_eq!(found[4], "app/run 755 \"#!/bin/sh\\n\"");
-        // What cannot be read breaks the upload off.
-        std::fs::remove_file(files.path().join("app/run")).unwrap();
-        let (mut pieces, packing) = context.pack();
-        let mut is_cut = false;
-        while let Some(piece) = pieces.recv().await {
-            is_cut |= piece.is_err();
-        }
-        assert!(is_cut && packing.await.unwrap().is_err());
     }
 }

@@ -4,64 +4,35 @@
 //! what was built. A build that this program is told to leave is cancelled.
 
 mod context;
+mod dockerfile;
+mod files;
+mod step;
 
 use std::io::{IsTerminal as _, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use comfy_table::Table;
 use indicatif::ProgressBar;
 use kelvin_api::build::{
-    BuildInfo, BuildLogEntry, BuildReason, BuildStatus, NewTemplate, StartBuild, TemplateStep,
-    TemplateWithBuilds,
+    BuildInfo, BuildLogEntry, BuildReason, BuildStatus, NewTemplate, StartBuild, TemplateWithBuilds,
 };
 use kelvin_api::sandbox::LogLevel;
 use kelvin_client::Client;
 
-use crate::args::{BuildArgs, Output, StepKind};
+use crate::args::{BuildArgs, Output};
 use crate::exec::told_to_end;
 use crate::output::{Failed, ago, line, print, spinner, table};
-use context::Context;
+use step::Step;
 
+/// What a step's first line begins with when it was done before.
+const CACHED: &str = "cached: ";
 /// How often a build is looked at.
 const EACH: Duration = Duration::from_millis(250);
 
-/// What is copied by a step, beside it.
-type Step = (TemplateStep, Option<Context>);
-
 fn bad(text: String, remedy: &str) -> Failed {
     Failed::new(text, remedy)
-}
-
-fn step(kind: StepKind, text: &str) -> Result<Step, Failed> {
-    let of = |kind: &str, args: &[&str]| TemplateStep {
-        kind: kind.to_owned(),
-        args: args.iter().map(ToString::to_string).collect(),
-        ..TemplateStep::default()
-    };
-    Ok(match kind {
-        StepKind::Run => (of("RUN", &[text]), None),
-        StepKind::Workdir => (of("WORKDIR", &[text]), None),
-        StepKind::User => (of("USER", &[text]), None),
-        StepKind::Env => {
-            let (key, value) = text
-                .split_once('=')
-                .ok_or_else(|| bad(format!("--env {text:?} is no KEY=VALUE"), "for example --env PORT=80"))?;
-            (of("ENV", &[key, value]), None)
-        }
-        StepKind::Copy => {
-            // The last one: a file's name may have colons, a path in a guest rarely does.
-            let (from, to) =
-                text.rsplit_once(':').filter(|(from, to)| !from.is_empty() && !to.is_empty()).ok_or_else(
-                    || bad(format!("--copy {text:?} is no SRC:DEST"), "for example --copy ./app:/srv/app"),
-                )?;
-            let context = Context::read(Path::new(from), to)?;
-            let step =
-                TemplateStep { files_hash: Some(context.hash.clone()), ..of("COPY", &[&context.name, to]) };
-            (step, Some(context))
-        }
-    })
 }
 
 fn absolute(path: &Path) -> Result<String, Failed> {
@@ -77,11 +48,17 @@ struct Shown {
     bar: ProgressBar,
     is_terminal: bool,
     lines: usize,
+    /// Kind and label of each step, of a Dockerfile: a server tells of it as the command that it has become.
+    steps: Vec<Option<(String, String)>>,
+    /// The step that lines are of.
+    now: usize,
 }
 
 impl Shown {
-    fn new(what: &str) -> Self {
-        Self { bar: spinner(what), is_terminal: std::io::stderr().is_terminal(), lines: 0 }
+    fn new(what: &str, steps: &[Step]) -> Self {
+        let named = |step: &Step| step.line.map(|_| (format!("{} ", step.step.kind), step.label()));
+        let steps = steps.iter().map(named).collect();
+        Self { bar: spinner(what), is_terminal: std::io::stderr().is_terminal(), lines: 0, steps, now: 0 }
     }
 
     fn say(&self, text: &str) {
@@ -94,9 +71,30 @@ impl Shown {
 
     fn add(&mut self, entries: &[BuildLogEntry]) {
         self.lines += entries.len();
-        for entry in entries.iter().filter(|entry| entry.level > LogLevel::Debug) {
-            self.say(&plain(entry));
+        for entry in entries {
+            let text = self.text(entry);
+            if entry.level > LogLevel::Debug {
+                self.say(&text);
+            }
         }
+    }
+
+    /// A line as it is shown: the first of a step, which says what it is, says it as the Dockerfile does.
+    fn text(&mut self, entry: &BuildLogEntry) -> String {
+        let number = entry.step.as_deref().and_then(|step| step.parse::<usize>().ok());
+        let Some(number) = number.filter(|number| *number != self.now) else { return plain(entry) };
+        self.now = number;
+        let Some(Some((kind, label))) = number.checked_sub(1).and_then(|at| self.steps.get(at)) else {
+            return plain(entry);
+        };
+        let (cached, said) = match entry.message.strip_prefix(CACHED) {
+            Some(said) => (CACHED, said),
+            None => ("", entry.message.as_str()),
+        };
+        if !said.starts_with(kind.as_str()) {
+            return plain(entry);
+        }
+        plain(&BuildLogEntry { message: format!("{cached}{label}"), ..entry.clone() })
     }
 }
 
@@ -110,21 +108,39 @@ fn plain(entry: &BuildLogEntry) -> String {
     }
 }
 
-/// Builds a template: asks, uploads, starts, and follows it to its end.
-pub async fn build(client: &Client, output: Output, args: BuildArgs) -> Result<ExitCode, Failed> {
-    let steps = args.steps.0.iter().map(|(kind, text)| step(*kind, text)).collect::<Result<Vec<_>, _>>()?;
-    let path = |path: Option<&std::path::PathBuf>| path.map(|path| absolute(path)).transpose();
-    let start = StartBuild {
+/// What is asked for, and its steps.
+fn request(args: &BuildArgs) -> Result<(StartBuild, Vec<Step>), Failed> {
+    let path = |path: Option<&PathBuf>| path.map(|path| absolute(path)).transpose();
+    let mut start = StartBuild {
         from_image: args.from.image.clone(),
         from_template: args.from.from_template.clone(),
         from_layout: path(args.from.layout.as_ref())?,
         from_archive: path(args.from.archive.as_ref())?,
         force: args.no_cache.then_some(true),
-        steps: steps.iter().map(|(step, _)| step.clone()).collect(),
-        start_cmd: args.start,
-        ready_cmd: args.ready,
+        start_cmd: args.start.clone(),
+        ready_cmd: args.ready.clone(),
         ..StartBuild::default()
     };
+    let steps = if args.dockerfile.is_given() {
+        let built = dockerfile::read(&args.dockerfile, &|name| std::env::var_os(name))?;
+        for warning in &built.warnings {
+            let _ = writeln!(std::io::stderr().lock(), "warning: {warning}");
+        }
+        start.from_image = Some(built.image);
+        start.start_cmd = start.start_cmd.or(built.start);
+        start.ready_cmd = start.ready_cmd.or(built.ready);
+        built.steps
+    } else {
+        let steps = args.steps.0.iter().map(|(kind, text)| Step::of_option(*kind, text));
+        steps.collect::<Result<_, _>>()?
+    };
+    start.steps = steps.iter().map(|step| step.step.clone()).collect();
+    Ok((start, steps))
+}
+
+/// Builds a template: asks, uploads, starts, and follows it to its end.
+pub async fn build(client: &Client, output: Output, args: BuildArgs) -> Result<ExitCode, Failed> {
+    let (start, steps) = request(&args)?;
     let wanted = NewTemplate {
         name: Some(args.name),
         cpu_count: args.cpus,
@@ -134,7 +150,8 @@ pub async fn build(client: &Client, output: Output, args: BuildArgs) -> Result<E
     };
     let asked = client.request_build(&wanted).await?;
     let (template, build) = (asked.template_id, asked.build_id);
-    let mut shown = Shown::new(&format!("building {template}"));
+    let mut shown = Shown::new(&format!("building {template}"), &steps);
+    let labels: Vec<String> = steps.iter().map(Step::label).collect();
     let ended = tokio::select! {
         ended = async {
             upload(client, &template, &shown, steps, args.no_cache).await?;
@@ -168,19 +185,17 @@ pub async fn build(client: &Client, output: Output, args: BuildArgs) -> Result<E
             }
             Ok(ExitCode::SUCCESS)
         }
-        (_, Some(reason)) => Err(of_reason(reason, &start)),
+        (_, Some(reason)) => Err(of_reason(reason, &labels)),
         _ => Err(bad(format!("the build {build} failed"), "`kelvin template logs` shows what it said")),
     }
 }
 
-/// A build's failure: the step as it was given, why, and the last that it said.
-fn of_reason(reason: &BuildReason, start: &StartBuild) -> Failed {
+/// A build's failure: the step as it was given, why, and the last that it said. `labels`: what the steps are called.
+fn of_reason(reason: &BuildReason, labels: &[String]) -> Failed {
     let number = reason.step.as_deref().and_then(|step| step.parse::<usize>().ok());
-    let step = number.and_then(|number| start.steps.get(number.checked_sub(1)?));
-    let mut text = match (number, step) {
-        (Some(number), Some(step)) => {
-            format!("step {number} ({} {}): {}", step.kind, step.args.join(" "), reason.message)
-        }
+    let label = number.and_then(|number| labels.get(number.checked_sub(1)?));
+    let mut text = match (number, label) {
+        (Some(number), Some(label)) => format!("step {number} ({label}): {}", reason.message),
         _ => reason.message.clone(),
     };
     for entry in &reason.log_entries {
@@ -197,23 +212,21 @@ async fn upload(
     steps: Vec<Step>,
     force: bool,
 ) -> Result<(), Failed> {
-    for context in steps.into_iter().filter_map(|(_, context)| context) {
-        let link = client.files_link(template, &context.hash).await?;
+    for files in steps.into_iter().filter_map(|step| step.files) {
+        let name = files.name();
+        let link = client.files_link(template, files.hash()).await?;
         if link.present && !force {
-            shown.say(&format!("{} was uploaded before", context.name));
+            shown.say(&format!("{name} was uploaded before"));
             continue;
         }
-        shown.say(&format!("uploading {}", context.name));
-        let (pieces, packing) = context.pack();
+        shown.say(&format!("uploading {name}"));
+        let (pieces, packing) = files.pack();
         let uploaded = client.upload_files(&link.url, pieces).await;
         // Why a tar was not whole is said before what came of that.
-        let refused = match packing.await.map_err(|error| Failed::other(&error))? {
-            Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-                return Err(bad(format!("packing files: {error}"), "name files that can be read"));
-            }
-            _ => uploaded,
-        };
-        refused?;
+        match packing.await.map_err(|error| Failed::other(&error))? {
+            Some(failed) => return Err(failed),
+            None => uploaded?,
+        }
     }
     Ok(())
 }
@@ -300,41 +313,37 @@ fn builds_table(template: &TemplateWithBuilds) -> Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::args::StepKind;
 
     #[test]
-    fn options_become_the_steps_that_the_sdks_send() {
-        let made = |kind, text: &str| step(kind, text).unwrap().0;
-        assert_eq!(
-            (made(StepKind::Run, "a b").kind, made(StepKind::Run, "a b").args),
-            ("RUN".into(), vec!["a b".to_owned()])
-        );
-        assert_eq!(made(StepKind::Env, "K=V=W").args, ["K", "V=W"]);
-        let file = tempfile::tempdir().unwrap();
-        std::fs::write(file.path().join("app.py"), "1").unwrap();
-        let text = format!("{}/app.py:/srv/", file.path().display());
-        let (copy, context) = step(StepKind::Copy, &text).unwrap();
-        assert_eq!(
-            (copy.kind.as_str(), &copy.args[..]),
-            ("COPY", &["app.py".to_owned(), "/srv/".to_owned()][..])
-        );
-        assert_eq!(copy.files_hash, context.map(|context| context.hash));
-        for (kind, text) in [
-            (StepKind::Env, "K"),
-            (StepKind::Copy, "a"),
-            (StepKind::Copy, ":b"),
-            (StepKind::Copy, "a:"),
-            (StepKind::Copy, "/nothing/of/that/name:/a"),
-        ] {
-            assert!(step(kind, text).is_err(), "{text}");
-        }
+    fn the_first_line_of_a_dockerfiles_step_says_where_it_stands() {
+        let mut step = Step::of_option(StepKind::Run, "exec /bin/sh -c 'make all'").unwrap();
+        (step.line, step.shown) = (Some(4), "RUN make all".to_owned());
+        let other = Step::of_option(StepKind::Run, "true").unwrap();
+        let mut shown = Shown::new("", &[step, other]);
+        let mut text = |step: Option<&str>, message: &str| {
+            shown.text(&BuildLogEntry {
+                timestamp: jiff::Timestamp::UNIX_EPOCH,
+                message: message.to_owned(),
+                level: LogLevel::Info,
+                step: step.map(str::to_owned),
+            })
+        };
+        assert_eq!(text(None, "RUN a"), "RUN a");
+        assert_eq!(text(Some("1"), "cached: RUN exec /bin/sh…"), "[1] cached: line 4: RUN make all");
+        // What it says itself stays.
+        assert_eq!(text(Some("1"), "RUN exec /bin/sh…"), "[1] RUN exec /bin/sh…");
+        assert_eq!(text(Some("2"), "RUN true"), "[2] RUN true");
+        assert_eq!(text(Some("1"), "out of space"), "[1] out of space");
+        assert_eq!(text(Some("3"), "RUN true"), "[3] RUN true");
+        assert_eq!(text(Some("base"), "pulled"), "[base] pulled");
     }
 
     #[test]
     fn a_failure_names_the_step_as_it_was_given_and_what_it_said() {
-        let start = StartBuild {
-            steps: vec![step(StepKind::User, "app").unwrap().0, step(StepKind::Run, "make all").unwrap().0],
-            ..StartBuild::default()
-        };
+        let labels: Vec<String> = [(StepKind::User, "app"), (StepKind::Run, "make all")]
+            .map(|(kind, text)| Step::of_option(kind, text).unwrap().label())
+            .into();
         let entry = BuildLogEntry {
             timestamp: jiff::Timestamp::UNIX_EPOCH,
             message: "no rule\x1b[31m".to_owned(),
@@ -348,14 +357,14 @@ mod tests {
             error_code: None,
             remediation: Some("mend it".to_owned()),
         };
-        let shown = format!("{:?}", of_reason(&reason("2"), &start));
+        let shown = format!("{:?}", of_reason(&reason("2"), &labels));
         assert!(
             shown.contains("step 2 (RUN make all): exit 2\\n    [2] no rule[31m")
                 && shown.contains("mend it"),
             "{shown}"
         );
         for odd in ["base", "0", "3"] {
-            let shown = format!("{:?}", of_reason(&reason(odd), &start));
+            let shown = format!("{:?}", of_reason(&reason(odd), &labels));
             assert!(shown.contains("\"exit 2\\n"), "{shown}");
         }
     }
