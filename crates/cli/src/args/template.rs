@@ -231,8 +231,18 @@ mod tests {
         assert!(args.is_given());
         let args = parse(&["web", "-f", "x/Dockerfile"]).unwrap().dockerfile;
         assert!(args.is_given() && args.context.is_none() && args.dockerfile == path("x/Dockerfile"));
-        let text =
-            ["web", "--file=D", "--target", "run", "--build-arg", "A=1", "app", "--build-arg=B", "--start", "s"];
+        let text = [
+            "web",
+            "--file=D",
+            "--target",
+            "run",
+            "--build-arg",
+            "A=1",
+            "app",
+            "--build-arg=B",
+            "--start",
+            "s",
+        ];
         let args = parse(&text).unwrap();
         assert_eq!(args.start.as_deref(), Some("s"));
         assert_eq!(

@@ -56,10 +56,7 @@ impl From<Error> for Failed {
 ///
 /// # Errors
 /// With the line of the first instruction that cannot be built, and what to do. When files cannot be read.
-pub fn read(
-    args: &DockerfileArgs,
-    environment: &dyn Fn(&str) -> Option<OsString>,
-) -> Result<Built, Failed> {
+pub fn read(args: &DockerfileArgs, environment: &dyn Fn(&str) -> Option<OsString>) -> Result<Built, Failed> {
     let directory = args.context.as_deref().unwrap_or(Path::new("."));
     let path = args.dockerfile.clone().unwrap_or_else(|| directory.join("Dockerfile"));
     let (values, mut warnings) = build_args(&args.build_args, environment)?;

@@ -107,10 +107,7 @@ fn a_stage_goes_on_from_the_stages_below_it() {
                 WORKDIR x\n\
                 RUN run\n";
     let built = built(text);
-    expect(
-        &built,
-        &[(2, "USER a"), (3, "WORKDIR /w"), (7, "WORKDIR /w/x"), (8, "RUN exec /bin/sh -c run")],
-    );
+    expect(&built, &[(2, "USER a"), (3, "WORKDIR /w"), (7, "WORKDIR /w/x"), (8, "RUN exec /bin/sh -c run")]);
     assert_eq!(built.image, "debian");
     let target = |target: &str| DockerfileArgs { target: Some(target.to_owned()), ..Default::default() };
     let tools = of(&context(text), target("tools")).unwrap();
@@ -133,7 +130,6 @@ fn build_arguments_are_given_or_the_environments() {
         built.warnings,
         ["the environment has no UNSET for --build-arg UNSET", "no ARG asks for the build argument OTHER"]
     );
-    assert_eq!(of(&directory, args(&["V="])).unwrap_err().code(), std::process::ExitCode::FAILURE);
     assert!(of(&directory, args(&["=x"])).is_err());
 }
 

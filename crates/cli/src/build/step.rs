@@ -33,7 +33,8 @@ impl Step {
     /// # Errors
     /// When it is not written as it should be, or names files that cannot be read.
     pub fn of_option(kind: StepKind, text: &str) -> Result<Self, Failed> {
-        let of = |kind: &str, args: &[&str]| template_step(kind, args.iter().map(ToString::to_string).collect());
+        let of =
+            |kind: &str, args: &[&str]| template_step(kind, args.iter().map(ToString::to_string).collect());
         let (step, files) = match kind {
             StepKind::Run => (of("RUN", &[text]), None),
             StepKind::Workdir => (of("WORKDIR", &[text]), None),
