@@ -46,7 +46,7 @@ fn a_dockerfile_becomes_the_steps_of_a_request() {
          LABEL a=b\n\
          ENV PATH=/app/bin:$PATH A='$x'\n\
          WORKDIR /app\n\
-         COPY --chown=app:staff --chmod=0750 app.py .\n\
+         COPY --chown=app:staff --chmod=0750 app.py main.py\n\
          COPY . /all/\n\
          USER 1000:1000\n\
          RUN pip install flask\n\
@@ -62,7 +62,7 @@ fn a_dockerfile_becomes_the_steps_of_a_request() {
             (1, "USER root"),
             (3, "ENV PATH|/app/bin:${PATH}|A|\\$x"),
             (4, "WORKDIR /app"),
-            (5, "COPY app.py|/app/|app:staff|750"),
+            (5, "COPY app.py|/app/main.py|app:staff|750"),
             (6, "COPY .|/all/|0:0|"),
             (7, "USER 1000:1000"),
             (8, "RUN exec /bin/sh -c 'pip install flask'"),
