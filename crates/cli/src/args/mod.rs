@@ -220,7 +220,7 @@ pub enum TemplateCommand {
     /// List the templates.
     #[command(alias = "ls")]
     List,
-    /// Build a template of an image, or of another template, and of steps over it. Ctrl-C cancels the build.
+    /// Build a template of a Dockerfile, or of an image or another template and steps over it. Ctrl-C cancels the build.
     Build(Box<BuildArgs>),
     /// Show the builds of a template, newest first.
     Builds {

@@ -5,7 +5,12 @@ use std::path::PathBuf;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Args, Command, FromArgMatches};
 
+/// As Docker has it: clap would write the context before the name.
+const USAGE: &str = "kelvin template build [OPTIONS] <NAME> \
+     <CONTEXT|--file <FILE>|--image <REF>|--from-template <NAME>|--layout <DIR>|--archive <FILE>>";
+
 #[derive(Debug, Args)]
+#[command(override_usage = USAGE)]
 #[command(group = ArgGroup::new("source").required(true).multiple(true).args(SOURCES))]
 pub struct BuildArgs {
     /// What the template is called, with an optional `:tag`; one of that name is replaced once the build has succeeded.
