@@ -32,11 +32,11 @@ pub struct BuildArgs {
     #[arg(long, value_name = "N")]
     pub cpus: Option<u32>,
     /// Memory of its machines, in MiB.
-    #[arg(long, value_name = "MIB")]
-    pub memory: Option<u64>,
+    #[arg(long, alias = "memory", value_name = "MIB")]
+    pub memory_mib: Option<u64>,
     /// Size of its disk, in MiB, with what is on it.
-    #[arg(long, value_name = "MIB")]
-    pub disk: Option<u64>,
+    #[arg(long, alias = "disk", value_name = "MIB")]
+    pub disk_mib: Option<u64>,
     /// Run every step, and upload every file, whatever is cached.
     #[arg(long)]
     pub no_cache: bool,

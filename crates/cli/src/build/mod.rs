@@ -144,8 +144,8 @@ pub async fn build(client: &Client, output: Output, args: BuildArgs) -> Result<E
     let wanted = NewTemplate {
         name: Some(args.name),
         cpu_count: args.cpus,
-        memory_mb: args.memory,
-        disk_size_mb: args.disk,
+        memory_mb: args.memory_mib,
+        disk_size_mb: args.disk_mib,
         ..NewTemplate::default()
     };
     let asked = client.request_build(&wanted).await?;
