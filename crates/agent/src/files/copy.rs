@@ -26,7 +26,7 @@ use std::rc::Rc;
 use kelvin_api::image::Unpacked;
 use rustix::fs::{
     AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, Uid, chownat, fchmod, fchown, fstatvfs, futimens,
-    linkat, openat, symlinkat, utimensat,
+    linkat, mkdirat, openat, renameat, symlinkat, utimensat,
 };
 
 use super::request::CHUNK;
@@ -156,6 +156,11 @@ impl Source {
         }
         let pattern = self.pattern.as_ref()?;
         (1..=name.ends.len()).find(|count| fast_glob::glob_match(pattern, name.first(*count)))
+    }
+
+    /// Whether it may mean several.
+    fn is_pattern(&self) -> bool {
+        self.pattern.is_some()
     }
 
     /// Whether it is the whole context, which is there even when it is empty.
@@ -294,8 +299,8 @@ impl<'a> Copier<'a> {
             return Ok(Rc::clone(directory));
         }
         let at = |source| Error::At { name: self.wanted.to.display().to_string(), source };
-        if let Some(first) = &self.single {
-            return Err(self.several(first, b"a directory"));
+        if self.single.is_some() {
+            return self.widen(b"a directory");
         }
         let to = self.to();
         make_dirs(&self.root, split(to).0, |_| Ok(())).map_err(at)?;
@@ -309,6 +314,30 @@ impl<'a> Copier<'a> {
         })
         .map_err(at)?;
         self.made.extend(fresh);
+        Ok(Rc::clone(self.directory.insert(Rc::new(directory))))
+    }
+
+    /// Makes the destination, which the first source became, a directory with that in it: a pattern has matched more than
+    /// one, which is known with the second. As E2B's builder does, for which `COPY folder/* folder` is usual.
+    fn widen(&mut self, second: &[u8]) -> Result<Rc<OwnedFd>, Error> {
+        let first = self.single.clone().unwrap_or_default();
+        if !self.wanted.from.is_pattern() {
+            return Err(self.several(&first, second));
+        }
+        let at = |source: io::Error| Error::At { name: self.wanted.to.display().to_string(), source };
+        let (parent, leaf) = split(self.to());
+        let parent = open_dir(&self.root, parent).map_err(at)?;
+        let aside = [leaf, b".kelvin-first"].concat();
+        let moved = (|| {
+            renameat(&parent, leaf, &parent, &aside[..])?;
+            mkdirat(&parent, leaf, Mode::from_raw_mode(0o755))?;
+            Ok::<_, rustix::io::Errno>(())
+        })();
+        moved.map_err(|error| at(error.into()))?;
+        let directory = open_dir(&parent, leaf).map_err(at)?;
+        self.give(&directory).map_err(at)?;
+        renameat(&parent, &aside[..], &directory, split(&first).1).map_err(|error| at(error.into()))?;
+        self.single = None;
         Ok(Rc::clone(self.directory.insert(Rc::new(directory))))
     }
 
@@ -381,8 +410,9 @@ impl<'a> Copier<'a> {
         if let Some(directory) = &self.directory {
             return Ok((Rc::clone(directory), split(&name.bytes).1.to_owned()));
         }
-        if let Some(first) = self.single.as_ref().filter(|first| **first != name.bytes) {
-            return Err(self.several(first, &name.bytes));
+        if self.single.as_ref().is_some_and(|first| *first != name.bytes) {
+            let top = self.widen(&name.bytes)?;
+            return Ok((top, split(&name.bytes).1.to_owned()));
         }
         self.single = Some(name.bytes.clone());
         let (parent, leaf) = split(self.to());

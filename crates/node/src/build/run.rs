@@ -83,7 +83,10 @@ impl Doing<'_> {
         let command = Command { text, user: Some(user), cwd: self.before.cwd(), env: &self.before.env };
         let not_run = |failed| match failed {
             Failed::Broken(error) => error,
-            Failed::Refused(why) => step_failed(format!("{} cannot be run: {why}", self.shown()), None),
+            // The words of E2B's builder: programs look for them.
+            Failed::Refused(why) => {
+                step_failed(format!("failed to run command '{}': command failed: {why}", bounded(text)), None)
+            }
         };
         let mut process = processes.start(&command).await.map_err(not_run)?;
         let exit: Exit = loop {
@@ -101,12 +104,8 @@ impl Doing<'_> {
 
     /// The step in one line, bounded.
     fn shown(&self) -> String {
-        let text = crate::machine::text::plain(self.step.shown.replace('\n', " ").as_bytes());
-        match text.char_indices().nth(200) {
-            Some((at, _)) => format!("{}…", &text[..at]),
-            None if text.is_empty() => "the step".to_owned(),
-            None => text,
-        }
+        let text = bounded(&self.step.shown);
+        if text.is_empty() { "the step".to_owned() } else { text }
     }
 
     /// Streams the upload into the guest, which unpacks it.
@@ -152,6 +151,15 @@ impl Doing<'_> {
             return Ok(());
         }
         Err(step_failed(format!("{} failed", self.shown()), Some(message(status, &reply))))
+    }
+}
+
+/// `text` in one line that is not long.
+fn bounded(text: &str) -> String {
+    let text = crate::machine::text::plain(text.replace('\n', " ").as_bytes());
+    match text.char_indices().nth(200) {
+        Some((at, _)) => format!("{}…", &text[..at]),
+        None => text,
     }
 }
 

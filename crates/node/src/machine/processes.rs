@@ -287,6 +287,8 @@ fn silent(vm: &VmId, source: Box<dyn std::error::Error + Send + Sync>) -> Error 
 /// What the agent has said, bounded: a guest may say anything.
 fn said(error: &ConnectError) -> String {
     let text = error.message.as_deref().unwrap_or("the agent does not start it");
+    // With the code before it, as E2B's builder says it and its SDK's users read it.
+    let text = format!("{}: {text}", error.code.as_str());
     text.chars().filter(|c| !c.is_control()).take(300).collect()
 }
 
