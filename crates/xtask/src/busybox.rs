@@ -77,13 +77,13 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 fn download(work: &Path) -> Result<()> {
     say(&format!("fetching {PACKAGE}"));
     // apt drops its privileges for a download; the directory has to let it in.
-    fs::set_permissions(work, std::fs::Permissions::from_mode(0o777))?;
+    fs::set_permissions(work, fs::Permissions::from_mode(0o777))?;
     with_lists(|| {
         let mut download = Command::new("apt-get");
         download.args(["-q", "download", PACKAGE]).current_dir(work);
         run(download.stdout(std::io::stderr()))
     })?;
-    fs::set_permissions(work, std::fs::Permissions::from_mode(0o755))?;
+    fs::set_permissions(work, fs::Permissions::from_mode(0o755))?;
     let archives: Vec<_> =
         fs::list(work)?.into_iter().filter(|path| path.extension().is_some_and(|end| end == "deb")).collect();
     let [archive] = &archives[..] else {
