@@ -278,7 +278,6 @@ def test_what_is_not_there_is_refused_by_name(refuses):
     ]:
         assert refuses(what, "POST", "/sandboxes", {"templateID": "base", **fields}) == (400, code)
     for what, method, path in [
-        ("builds of templates", "POST", "/v3/templates"),
         ("volumes", "GET", "/volumes"),
         ("secrets", "GET", "/secrets"),
         ("access tokens", "POST", "/access-tokens"),
