@@ -3,6 +3,7 @@
 //! Credentials go to the host that they are for: a redirect to another one, or to another port, loses them. Plain HTTP is spoken
 //! to this machine and to a mirror that is configured so.
 
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -65,10 +66,13 @@ impl Ask {
     }
 }
 
+type HttpsClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+
 /// The client.
 #[derive(Debug, Clone)]
 pub(super) struct Http {
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    /// Made for the first request: it reads every root certificate of the host, and most nodes that start pull nothing.
+    client: Arc<OnceLock<HttpsClient>>,
     idle: Duration,
 }
 
@@ -91,6 +95,10 @@ pub(super) fn host(uri: &Uri) -> String {
 
 impl Http {
     pub(super) fn new(limits: &Limits) -> Self {
+        Self { client: Arc::default(), idle: limits.idle }
+    }
+
+    fn connect() -> HttpsClient {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(CONNECT));
@@ -111,12 +119,11 @@ impl Http {
             }
         };
         let connector = builder.https_or_http().enable_http1().wrap_connector(connector);
-        let client = Client::builder(TokioExecutor::new())
+        Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(20))
             .pool_max_idle_per_host(4)
-            .build(connector);
-        Self { client, idle: limits.idle }
+            .build(connector)
     }
 
     /// Sends `ask` and follows where it is sent. The answer has any status but a redirect. With it comes whether it is of the
@@ -139,12 +146,17 @@ impl Http {
             }
             let request =
                 request.body(Full::new(ask.body.clone())).map_err(|_| nonsense(&uri, "an odd address"))?;
-            let response = tokio::time::timeout(self.idle, self.client.request(request))
-                .await
-                .map_err(|_| later(format!("{} does not answer", host(&uri))))?
-                .map_err(|error| {
-                    later(format!("{}: {}", host(&uri), shown(kelvin_api::error::chain(&error).as_bytes())))
-                })?;
+            let response =
+                tokio::time::timeout(self.idle, self.client.get_or_init(Self::connect).request(request))
+                    .await
+                    .map_err(|_| later(format!("{} does not answer", host(&uri))))?
+                    .map_err(|error| {
+                        later(format!(
+                            "{}: {}",
+                            host(&uri),
+                            shown(kelvin_api::error::chain(&error).as_bytes())
+                        ))
+                    })?;
             let is_redirect = matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308);
             if !is_redirect || ask.method != Method::GET {
                 let is_own = origin(&uri) == first;
