@@ -21,7 +21,7 @@ mod types;
 pub mod wire;
 
 pub use build::{
-    Build, BuildEvent, BuildFailure, BuildFrom, BuildLevel, BuildStep, BuildTold, Built, FilesContent,
+    Build, BuildEvent, BuildFailure, BuildFrom, BuildLevel, BuildStage, BuildStep, BuildTold, Built, FilesContent,
     Instruction, RegistryCredentials,
 };
 pub use service::NodeService;
