@@ -19,9 +19,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{Remote, serve};
 use crate::{
-    Bake, Build, BuildEvent, BuildFailure, BuildFrom, BuildLevel, BuildStage, BuildStep, BuildTold, Built, Changes,
-    Child, ConsoleLine, Create, Created, FilesContent, Forked, Garbage, Import, ImportTold, Instruction,
-    Live, NodeService, Paused, RegistryCredentials, Source, Taken,
+    Bake, Build, BuildEvent, BuildFailure, BuildFrom, BuildLevel, BuildStage, BuildStep, BuildTold, Built,
+    Changes, Child, ConsoleLine, Create, Created, FilesContent, Forked, Garbage, Import, ImportTold,
+    Instruction, Live, NodeService, Paused, RegistryCredentials, Source, Taken,
 };
 
 /// Longer than anything here takes.
