@@ -126,6 +126,13 @@ pub struct TemplateStep {
     /// WORKDIR, USER: it.
     #[serde(default)]
     pub args: Vec<String>,
+    /// Kelvin, of RUN: a program and its arguments, started as they are, without a shell. The command is left out or empty then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub argv: Option<Vec<String>>,
+    /// Kelvin, of COPY: the number of the earlier stage whose files are copied, from 0 on, in place of uploaded ones. The source is
+    /// a path from the root of its disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_stage: Option<u32>,
     /// Of COPY and ADD: what the uploaded files are called.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub files_hash: Option<String>,
@@ -143,7 +150,39 @@ pub struct TemplateStep {
     pub gzip: Option<bool>,
 }
 
-/// `POST /v2/templates/{name}/builds/{build}`: start a build. It begins with exactly one of the `from…`.
+/// Kelvin: a part of a build that becomes no template, but what later stages begin with or copy from. It begins with exactly one
+/// of the `from…` and `scratch`; nothing of it is done when no later one needs it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TemplateStage {
+    /// An image of a registry, as of a build.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_image: Option<String>,
+    /// Who pulls it; otherwise whom the server knows for the registry.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_image_registry: Option<RegistryLogin>,
+    /// A template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_template: Option<String>,
+    /// For the server's own key: an OCI image layout, an absolute path on the server's machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_layout: Option<String>,
+    /// For the server's own key: what `docker save` has written, an absolute path on the server's machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_archive: Option<String>,
+    /// How an earlier stage ends, by its number, from 0 on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_stage: Option<u32>,
+    /// Whether it begins with no file and no setting.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scratch: Option<bool>,
+    /// What is done, in this order.
+    #[serde(default)]
+    pub steps: Vec<TemplateStep>,
+}
+
+/// `POST /v2/templates/{name}/builds/{build}`: start a build. It begins with exactly one of the `from…` and `scratch`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -163,10 +202,19 @@ pub struct StartBuild {
     /// Kelvin, for the server's own key: what `docker save` has written, an absolute path on the server's machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from_archive: Option<String>,
+    /// Kelvin: how a stage ends, by its number, from 0 on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_stage: Option<u32>,
+    /// Kelvin: whether it begins with no file and no setting.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scratch: Option<bool>,
+    /// Kelvin: what is made before, in this order; at most 64. Steps are counted through all stages, the build's own last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<TemplateStage>,
     /// Whether every step is run, whatever is cached.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub force: Option<bool>,
-    /// What is done, in this order; at most 1000.
+    /// What is done, in this order; at most 1000, with those of all stages.
     #[serde(default)]
     pub steps: Vec<TemplateStep>,
     /// Runs in every sandbox of the template, from before its snapshot is taken.

@@ -83,7 +83,7 @@ pub fn instruction(action: &Action) -> Option<Instruction> {
                 let _ = write!(line, "[ -n \"${{{name}+x}}\" ] || {name}={value}; export {name}; ");
             }
             line.push_str(&command::line(argv));
-            Some(Instruction::Run { command: line, user: None })
+            Some(Instruction::Run { command: line, user: None, argv: None })
         }
         Action::Copy(_) => None,
     }

@@ -65,7 +65,8 @@ fn a_python_service_of_three_stages() {
             command: "[ -n \"${APP_UID+x}\" ] || APP_UID=10001; export APP_UID; \
                 exec /bin/sh -c 'useradd --uid \"${APP_UID}\" --create-home app'"
                 .to_owned(),
-            user: None
+            user: None,
+            argv: None
         })
     );
 }

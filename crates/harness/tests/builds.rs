@@ -18,12 +18,12 @@ use kelvin_api::account::Project;
 use kelvin_api::error::ErrorCode;
 use kelvin_api::units::MemoryMib;
 use kelvin_harness::world::World;
-use kelvin_node_api::{Build, BuildFrom, BuildStep, Instruction, NodeService};
+use kelvin_node_api::{Build, BuildFrom, BuildStage, BuildStep, Instruction, NodeService};
 use kelvin_store::Store;
 
 use crate::ground::{
-    Ground, build, builds_own, check, copy, create, hash, plain, request, run, settle, step, upload, web,
-    web_disk,
+    Ground, build, builds_own, check, copy, copy_from, create, hash, plain, request, run, settle, staged,
+    step, upload, web, web_disk,
 };
 
 #[test]
@@ -108,6 +108,96 @@ fn what_has_not_changed_is_not_done_again() {
         let garbage = NodeService::collect(&node, false).await.unwrap();
         assert!(!garbage.images.is_empty() && garbage.guests.is_empty(), "{garbage:?}");
         assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+        node.stop().await;
+    });
+    ground.driver.kill_all();
+}
+
+#[test]
+fn a_stage_is_done_when_something_is_copied_from_it() {
+    let world = World::make().unwrap();
+    let ground = Ground::new(&world, plain());
+    ground.live(|ground, node| async move {
+        settle(&node).await;
+        ground.commands();
+        let unneeded = BuildStage { from: BuildFrom::Scratch, steps: vec![run("write unneeded")] };
+        let request = |last: &str| {
+            let mut request = staged(last);
+            request.stages.push(unneeded.clone());
+            request
+        };
+        let (built, events) = build(&node, request("write last")).await;
+        let built = built.unwrap();
+        assert_eq!((built.cached_steps, built.from_digest), (0, None));
+        let (_, disk) = web_disk(&ground.options.data_dir).unwrap();
+        assert!(
+            disk.starts_with("image python:3.12\n")
+                && disk.contains("\nunpack from=out&to=%2Fapp&owner=user&"),
+            "{disk}"
+        );
+        assert!(
+            disk.contains(" 5\n") && disk.contains("write last") && !disk.contains("write lib"),
+            "{disk}"
+        );
+        let commands = ground.commands();
+        let all = builds_own(&commands).join("\n");
+        assert!(
+            all.contains("write lib") && all.contains("run ./out/.") && !all.contains("unneeded"),
+            "{all}"
+        );
+        // Steps are counted through all stages.
+        let step_of =
+            |text: &str| events.iter().find(|event| event.message == text).and_then(|event| event.step);
+        assert_eq!([step_of("RUN write lib"), step_of("COPY --from /app")], [Some(0), Some(2)]);
+        settle(&node).await;
+        assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+
+        // Nothing has changed, or the last line: the stage is not needed, and its machine does not run.
+        assert_eq!(build(&node, request("write last")).await.0.unwrap().cached_steps, 3);
+        assert_eq!(build(&node, request("write another")).await.0.unwrap().cached_steps, 2);
+        let commands = ground.commands();
+        let all = builds_own(&commands).join("\n");
+        assert!(all.contains("write another") && !all.contains("./out") && !all.contains("lib"), "{all}");
+        // Another path of the same stage: its disk is cached.
+        let mut other = request("write another");
+        other.steps[0] = copy_from(0, "/other");
+        assert_eq!(build(&node, other).await.0.unwrap().cached_steps, 1);
+        assert!(!ground.commands().iter().any(|text| text.contains("lib")));
+        // Forced in the stage: what copies from it is done, too.
+        let mut forced = request("write another");
+        forced.stages[0].steps[0].force = true;
+        assert_eq!(build(&node, forced).await.0.unwrap().cached_steps, 0);
+        // A stage goes on with another one's disk.
+        let mut on = request("write more");
+        (on.from, on.steps) = (BuildFrom::Stage(0), vec![run("write more")]);
+        build(&node, on).await.0.unwrap();
+        let (_, disk) = web_disk(&ground.options.data_dir).unwrap();
+        assert!(
+            disk.starts_with("image scratch\n")
+                && disk.contains("write lib\n")
+                && disk.contains("write more\n"),
+            "{disk}"
+        );
+        settle(&node).await;
+        assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+
+        // Who fails is told apart.
+        for (from, message) in [
+            ("/fail", "COPY --from /app failed: /fail of stage 0 cannot be read"),
+            ("/x/fail*", "COPY --from /app failed"),
+        ] {
+            let mut wrong = request("write another");
+            wrong.steps[0] = copy_from(0, from);
+            let failed = build(&node, wrong).await.0.unwrap_err();
+            assert_eq!((failed.step, failed.failure.message.as_str()), (Some(2), message), "{failed:?}");
+            assert!(failed.failure.cause.is_some_and(|cause| !cause.is_empty()));
+            settle(&node).await;
+            assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+        }
+        let mut later = request("write another");
+        later.steps[0] = copy_from(2, "/out");
+        let failed = build(&node, later).await.0.unwrap_err();
+        assert_eq!((failed.step, failed.failure.error_code), (Some(2), ErrorCode::InvalidStep));
         node.stop().await;
     });
     ground.driver.kill_all();

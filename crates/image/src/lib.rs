@@ -107,6 +107,7 @@ impl Images {
     pub async fn resolve(&self, source: &Source, told: &Told) -> Result<Resolved, Error> {
         let limits = Arc::clone(&self.limits);
         match source {
+            Source::Scratch => Ok(Resolved::scratch()),
             Source::Registry { reference, credentials } => {
                 let credentials = credentials.clone();
                 let (registries, cache) = (&self.registries, &self.cache);

@@ -97,7 +97,7 @@ async fn pull(cache: &Arc<Cache>, image: &Resolved, at: usize, told: &Told) -> R
         }
         (Origin::Local(local), _) => Ok(Blob::Local(Arc::clone(local))),
         // A registry's manifest says of each layer where it is.
-        (Origin::Registry(_), None) => Err(Error::Stopped),
+        (Origin::Registry(_), None) | (Origin::Nobody, _) => Err(Error::Stopped),
     }
 }
 

@@ -35,6 +35,8 @@ pub enum Source {
     Layout(PathBuf),
     /// In an archive that `docker save` or `skopeo copy` has written.
     Archive(PathBuf),
+    /// Nowhere: the image without a layer and without a setting.
+    Scratch,
 }
 
 /// Who has the layers.
@@ -42,6 +44,8 @@ pub enum Source {
 pub(crate) enum Origin {
     Registry(Arc<Session>),
     Local(Arc<Local>),
+    /// There are none.
+    Nobody,
 }
 
 /// A layer, lowest first.
@@ -90,7 +94,7 @@ impl Resolved {
     }
 
     /// `sha256:…` of the manifest for linux/amd64; of the configuration where there is no manifest, as in what `docker save`
-    /// writes.
+    /// writes. Empty of the image without a layer.
     pub fn digest(&self) -> &str {
         &self.digest
     }
@@ -104,6 +108,13 @@ impl Resolved {
     /// version of what lays them over each other. 64 hexadecimal digits.
     pub fn key(&self) -> String {
         self.key.hex().to_owned()
+    }
+
+    /// The image without a layer.
+    pub(crate) fn scratch() -> Self {
+        let read = config::Read { config: Config::default(), diff_ids: Vec::new() };
+        let image = Self::new("scratch".to_owned(), &Digest::of(b""), read, Vec::new(), Origin::Nobody);
+        Self { digest: String::new(), ..image }
     }
 
     /// As people know it.

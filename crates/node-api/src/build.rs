@@ -23,6 +23,9 @@ pub struct Build {
     pub template: TemplateName,
     /// Whose it is: uploaded files are this project's own.
     pub project: Project,
+    /// What is made before, for what comes after it: a stage names earlier ones alone. The build's own steps are the last stage.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<BuildStage>,
     /// What it begins with.
     pub from: BuildFrom,
     /// What is done then, in this order.
@@ -47,7 +50,16 @@ pub struct Build {
     pub deadline: Duration,
 }
 
-/// What a build begins with.
+/// A part of a build that is no template: a disk that later stages begin with, or copy from. One that nothing needs is not done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BuildStage {
+    /// What it begins with.
+    pub from: BuildFrom,
+    /// What is done then, in this order.
+    pub steps: Vec<BuildStep>,
+}
+
+/// What a build, or a stage of it, begins with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BuildFrom {
@@ -64,6 +76,10 @@ pub enum BuildFrom {
     Layout(PathBuf),
     /// An archive that `docker save` has written, on the node's machine, by its absolute path.
     Archive(PathBuf),
+    /// How the stage of that number ends, counted from 0: its disk, variables, working directory and user.
+    Stage(u32),
+    /// No file and no setting.
+    Scratch,
 }
 
 /// Who pulls.
@@ -104,12 +120,29 @@ pub enum Instruction {
         /// Their mode.
         mode: Option<u32>,
     },
+    /// Copies files of a stage into the machine, as a copy of uploaded files does.
+    CopyFrom {
+        /// The stage, an earlier one, counted from 0.
+        stage: u32,
+        /// What of its disk: a path from its root, or a pattern. A directory's content is copied, not the directory. The path
+        /// may be a link, which is followed; links below it are kept.
+        from: String,
+        /// To where: as of a copy of uploaded files.
+        to: String,
+        /// Whose the files become: `user`, `user:group` or ids; the step's user when it is left out.
+        owner: Option<String>,
+        /// Their mode.
+        mode: Option<u32>,
+    },
     /// Runs a command, for `/bin/bash -lc`, or `/bin/sh -c` where there is no bash.
     Run {
-        /// It.
+        /// It; empty when there is `argv`.
         command: String,
         /// As whom; the build's user when it is left out.
         user: Option<String>,
+        /// A program and its arguments, started as they are, without a shell.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        argv: Option<Vec<String>>,
     },
     /// Sets variables, for the steps after it and for every process of the template's machines.
     Env(Vec<(String, String)>),
@@ -126,7 +159,7 @@ pub struct BuildEvent {
     pub at: jiff::Timestamp,
     /// How much it matters.
     pub level: BuildLevel,
-    /// Of which step, counted from 0; none for what comes before and after the steps.
+    /// Of which step, counted from 0 through all stages in their order, the build's own steps last; none for what comes before and after the steps.
     pub step: Option<u32>,
     /// A line, without its end and without control characters.
     pub message: String,
@@ -163,7 +196,7 @@ pub struct Built {
 /// Why a build has made nothing. The template is what it was.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BuildFailure {
-    /// The step that failed, counted from 0; none when it was none.
+    /// The step that failed, counted as a [`BuildEvent`]'s; none when it was none.
     pub step: Option<u32>,
     /// Why.
     pub failure: Failure,

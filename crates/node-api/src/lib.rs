@@ -21,8 +21,8 @@ mod types;
 pub mod wire;
 
 pub use build::{
-    Build, BuildEvent, BuildFailure, BuildFrom, BuildLevel, BuildStep, BuildTold, Built, FilesContent,
-    Instruction, RegistryCredentials,
+    Build, BuildEvent, BuildFailure, BuildFrom, BuildLevel, BuildStage, BuildStep, BuildTold, Built,
+    FilesContent, Instruction, RegistryCredentials,
 };
 pub use service::NodeService;
 pub use traffic::{Cut, Inbound, Io, Outbound, Route, SandboxTraffic, Unanswered, Wake};

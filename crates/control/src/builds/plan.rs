@@ -3,13 +3,15 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
-use kelvin_api::build::{RegistryLogin, StartBuild};
+use kelvin_api::build::{RegistryLogin, StartBuild, TemplateStage};
 use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_node_api::{BuildFrom, RegistryCredentials};
 
 use crate::accounts::Account;
 use crate::admission::not_an_admin;
 
+/// Stages of one build, beside its own steps.
+const MOST_STAGES: usize = 64;
 /// Bytes of an image's reference.
 const MOST_REFERENCE: usize = 512;
 /// Bytes of a start or a ready command.
@@ -111,10 +113,13 @@ fn local(caller: &Account, field: &str, text: &str) -> Result<PathBuf, Failure> 
 /// `InvalidImage` for none, several or one that is no reference, `NotAnAdmin` for what is this machine's own,
 /// `UnsupportedField`, `InvalidFile`.
 pub(super) fn from(caller: &Account, body: &mut StartBuild) -> Result<From, Failure> {
-    let given = [&body.from_image, &body.from_template, &body.from_layout, &body.from_archive];
-    if given.iter().filter(|field| field.is_some()).count() != 1 {
+    let texts = [&body.from_image, &body.from_template, &body.from_layout, &body.from_archive];
+    let others = [body.from_stage.is_some(), body.scratch == Some(true)];
+    let given = texts.into_iter().map(Option::is_some).chain(others);
+    if given.filter(|is_given| *is_given).count() != 1 {
         return refuse(
-            "a build begins with exactly one of fromImage, fromTemplate, fromLayout and fromArchive",
+            "a build, or a stage, begins with exactly one of fromImage, fromTemplate, fromLayout, fromArchive, fromStage \
+             and scratch",
             "name one",
         );
     }
@@ -133,7 +138,55 @@ pub(super) fn from(caller: &Account, body: &mut StartBuild) -> Result<From, Fail
     if let Some(text) = &body.from_archive {
         return Ok(From::Node(BuildFrom::Archive(local(caller, "fromArchive", text)?)));
     }
+    if let Some(stage) = body.from_stage {
+        return Ok(From::Node(BuildFrom::Stage(stage)));
+    }
+    if body.scratch == Some(true) {
+        return Ok(From::Node(BuildFrom::Scratch));
+    }
     Ok(From::Template(body.from_template.take().unwrap_or_default()))
+}
+
+/// What a build begins with, and each of its stages, in their order, the build itself last.
+///
+/// # Errors
+/// As of [`from`], and `InvalidStep` for too many stages and one that names no earlier one.
+pub(super) fn all_from(caller: &Account, body: &mut StartBuild) -> Result<Vec<From>, Failure> {
+    if body.stages.len() > MOST_STAGES {
+        let text = format!("a build has at most {MOST_STAGES} stages, this one has {}", body.stages.len());
+        return Err(Failure::new(ErrorCode::InvalidStep, text, "leave out what is not needed"));
+    }
+    let mut all = Vec::new();
+    for stage in &mut body.stages {
+        let TemplateStage {
+            from_image, from_image_registry, from_template, from_layout, from_archive, ..
+        } = stage;
+        let mut one = StartBuild {
+            from_image: from_image.take(),
+            from_image_registry: from_image_registry.take(),
+            from_template: from_template.take(),
+            from_layout: from_layout.take(),
+            from_archive: from_archive.take(),
+            from_stage: stage.from_stage,
+            scratch: stage.scratch,
+            ..StartBuild::default()
+        };
+        all.push(from(caller, &mut one)?);
+    }
+    all.push(from(caller, body)?);
+    for (at, from) in all.iter().enumerate() {
+        if let From::Node(BuildFrom::Stage(stage)) = from
+            && usize::try_from(*stage).is_ok_and(|stage| stage >= at)
+        {
+            let text = format!("stage {at} begins with stage {stage}, which is no earlier one");
+            return Err(Failure::new(
+                ErrorCode::InvalidStep,
+                text,
+                "stages are counted from 0, the build's own is last",
+            ));
+        }
+    }
+    Ok(all)
 }
 
 /// A start or a ready command; an empty one is none.

@@ -12,12 +12,13 @@ use kelvin_api::build::{
 use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::TemplateName;
 use kelvin_api::sandbox::{LogLevel, Template};
+use kelvin_node_api::BuildStage;
 use serde::Deserialize;
 
 use super::codes as own;
-use super::plan::{From as Begins, command, from};
+use super::plan::{From as Begins, all_from, command};
 use super::run::wrong_state;
-use super::steps::steps;
+use super::steps::all_steps;
 use crate::codes;
 use crate::control::{Control, Inner};
 use crate::create::memory_of;
@@ -279,14 +280,18 @@ async fn start(
             None => Err(wrong_state(&row).into()),
         };
     }
-    let begins = from(&caller, &mut body)?;
-    let made = steps(&body.steps)?;
+    let all = all_from(&caller, &mut body)?;
+    let made = all_steps(&body)?;
     let commands = [command("startCmd", body.start_cmd)?, command("readyCmd", body.ready_cmd)?];
-    let begins = match begins {
-        Begins::Node(from) => from,
-        Begins::Template(text) => inner.template_to_build_on(&caller, &text).await?,
-    };
-    let request = Inner::new_request(&row, begins, made, body.force == Some(true), commands)?;
+    let mut stages = Vec::new();
+    for (begins, steps) in all.into_iter().zip(made) {
+        let from = match begins {
+            Begins::Node(from) => from,
+            Begins::Template(text) => inner.template_to_build_on(&caller, &text).await?,
+        };
+        stages.push(BuildStage { from, steps });
+    }
+    let request = Inner::new_request(&row, stages, body.force == Some(true), commands)?;
     inner.start_build(row, request).await?;
     Ok(StatusCode::ACCEPTED.into_response())
 }

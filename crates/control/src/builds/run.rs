@@ -8,7 +8,7 @@ use std::time::Duration;
 use kelvin_api::error::{ErrorCode, Failure, chain};
 use kelvin_api::id::{BuildId, TemplateName};
 use kelvin_api::units::{DiskMib, MemoryMib};
-use kelvin_node_api::{Base, Build, BuildFailure, BuildFrom, Built, Instruction};
+use kelvin_node_api::{Base, Build, BuildFailure, BuildFrom, BuildStage, Built, Instruction};
 use tokio::sync::mpsc;
 
 use super::lines::Book;
@@ -184,7 +184,8 @@ impl Inner {
     /// Refuses a build whose files were not uploaded, before anything of it is started.
     async fn check_files(&self, request: &Build) -> Result<(), Failure> {
         let mut known = std::collections::BTreeSet::new();
-        for (at, step) in request.steps.iter().enumerate() {
+        let stages = request.stages.iter().flat_map(|stage| &stage.steps);
+        for (at, step) in stages.chain(&request.steps).enumerate() {
             let Instruction::Copy { files, .. } = &step.instruction else { continue };
             if known.insert(files.as_str()) && !self.node.has_files(&request.project, files).await? {
                 return Err(Failure::new(
@@ -393,15 +394,19 @@ impl Inner {
     /// A build that is about to be started, of its request alone: shape and force are added from what was asked for.
     pub(super) fn new_request(
         row: &BuildRow,
-        from: BuildFrom,
-        steps: Vec<kelvin_node_api::BuildStep>,
+        mut stages: Vec<BuildStage>,
         force: bool,
         [start, ready]: [Option<String>; 2],
     ) -> Result<Build, Failure> {
+        // The build's own is the last.
+        let Some(BuildStage { from, steps }) = stages.pop() else {
+            return Err(build_not_found(row.id.as_str()));
+        };
         Ok(Build {
             build: row.id.clone(),
             template: row.template.parse().map_err(|_| build_not_found(row.id.as_str()))?,
             project: row.project.parse().map_err(|_| build_not_found(row.id.as_str()))?,
+            stages,
             from,
             steps,
             force,

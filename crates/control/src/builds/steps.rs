@@ -1,6 +1,6 @@
 //! Steps of a build as a request has them: checked, all of them, before anything is started.
 
-use kelvin_api::build::TemplateStep;
+use kelvin_api::build::{StartBuild, TemplateStep};
 use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::FilesHash;
 use kelvin_node_api::{BuildStep, Instruction};
@@ -61,7 +61,18 @@ fn source(text: &str) -> Checked<&str> {
     }
 }
 
-fn copy(args: &[String], files: Option<&str>) -> Checked<Instruction> {
+/// What of a stage's disk is copied.
+fn path_of_stage(text: &str) -> Checked<&str> {
+    if text.is_empty() || text.contains('\0') || text.split('/').any(|part| part == "..") {
+        return bad(
+            "its source is empty, or has a NUL byte or `..`",
+            "name a path from the root of the stage's disk",
+        );
+    }
+    Ok(text)
+}
+
+fn copy(args: &[String], step: &TemplateStep) -> Checked<Instruction> {
     let (from, to, rest) = match args {
         [from, to, rest @ ..] if rest.len() <= 2 => (from, to, rest),
         _ => {
@@ -79,7 +90,15 @@ fn copy(args: &[String], files: Option<&str>) -> Checked<Instruction> {
             Some(mode)
         }
     };
-    let Some(files) = files else {
+    let owner = given(0).map(owner).transpose()?.map(str::to_owned);
+    if let Some(stage) = step.from_stage {
+        if step.files_hash.is_some() {
+            return bad("it has fromStage and filesHash", "copy from one of them");
+        }
+        let (from, to) = (path_of_stage(from)?.to_owned(), text("destination", to)?.to_owned());
+        return Ok(Instruction::CopyFrom { stage, from, to, owner, mode });
+    }
+    let Some(files) = &step.files_hash else {
         return bad("it has no filesHash", "upload the files, and say what they are called");
     };
     let Ok(files) = files.parse::<FilesHash>() else {
@@ -89,7 +108,7 @@ fn copy(args: &[String], files: Option<&str>) -> Checked<Instruction> {
         files,
         from: source(from)?.to_owned(),
         to: text("destination", to)?.to_owned(),
-        owner: given(0).map(owner).transpose()?.map(str::to_owned),
+        owner,
         mode,
     })
 }
@@ -111,13 +130,32 @@ fn variables(args: &[String]) -> Checked<Instruction> {
     Ok(Instruction::Env(variables))
 }
 
+/// A program and its arguments.
+fn run(args: &[String], argv: &[String], user: Option<&str>) -> Checked<Instruction> {
+    if args.len() > 2 || args.first().is_some_and(|command| !command.is_empty()) {
+        return bad("it has a command and argv", "leave the command empty");
+    }
+    if argv.first().is_none_or(String::is_empty) || argv.iter().any(|word| word.contains('\0')) {
+        return bad("its argv has no program, or a NUL byte", "name a program, and its arguments");
+    }
+    let user = user.map(owner).transpose()?.map(str::to_owned);
+    Ok(Instruction::Run { command: String::new(), user, argv: Some(argv.to_vec()) })
+}
+
 fn instruction(step: &TemplateStep) -> Checked<Instruction> {
     let given = |at: usize| step.args.get(at).map(String::as_str).filter(|text| !text.is_empty());
-    match (step.kind.to_ascii_uppercase().as_str(), &step.args[..]) {
-        ("COPY" | "ADD", args) => copy(args, step.files_hash.as_deref()),
+    let kind = step.kind.to_ascii_uppercase();
+    if step.from_stage.is_some() && kind != "COPY" {
+        return bad("it has fromStage", "that is for COPY");
+    }
+    match (kind.as_str(), &step.args[..]) {
+        ("COPY" | "ADD", args) if step.argv.is_none() => copy(args, step),
+        ("RUN", args) if step.argv.is_some() => run(args, step.argv.as_deref().unwrap_or_default(), given(1)),
+        _ if step.argv.is_some() => bad("it has argv", "that is for RUN"),
         ("RUN", [command] | [command, _]) => Ok(Instruction::Run {
             command: text("command", command)?.to_owned(),
             user: given(1).map(owner).transpose()?.map(str::to_owned),
+            argv: None,
         }),
         ("RUN", _) => bad("it has a command and a user", "give it 1 or 2 arguments"),
         ("ENV", args) => variables(args),
@@ -142,36 +180,67 @@ fn short(text: &str) -> String {
 fn shown(step: &TemplateStep) -> String {
     let args: Vec<&str> = match step.kind.to_ascii_uppercase().as_str() {
         "COPY" | "ADD" => step.args.iter().take(2).map(String::as_str).collect(),
+        "RUN" if step.argv.is_some() => step.argv.iter().flatten().map(String::as_str).collect(),
         "RUN" => step.args.iter().take(1).map(String::as_str).collect(),
         // Values may be secrets.
         "ENV" => step.args.iter().step_by(2).map(String::as_str).collect(),
         _ => step.args.iter().map(String::as_str).collect(),
     };
-    short(&format!("{} {}", step.kind, args.join(" ")))
+    let stage = step.from_stage.map(|stage| format!("--from={stage} ")).unwrap_or_default();
+    short(&format!("{} {stage}{}", step.kind, args.join(" ")))
 }
 
-/// The steps of a build. A failure names the step by its number, from 1 on, as E2B's clients count them.
+/// The steps of each stage of a build, its own last. A failure names the step by its number, from 1 on and through all stages, as
+/// E2B's clients count them, and its stage, when there are several.
 ///
 /// # Errors
 /// `InvalidStep` for the first that is none.
-pub(super) fn steps(steps: &[TemplateStep]) -> Result<Vec<BuildStep>, Failure> {
-    if steps.len() > MOST_STEPS {
-        let text = format!("a build has at most {MOST_STEPS} steps, this one has {}", steps.len());
+pub(super) fn all_steps(body: &StartBuild) -> Result<Vec<Vec<BuildStep>>, Failure> {
+    let stages: Vec<&[TemplateStep]> =
+        body.stages.iter().map(|stage| &stage.steps[..]).chain([&body.steps[..]]).collect();
+    let count: usize = stages.iter().map(|steps| steps.len()).sum();
+    if count > MOST_STEPS {
+        let text = format!("a build has at most {MOST_STEPS} steps, this one has {count}");
         return Err(Failure::new(ErrorCode::InvalidStep, text, "join commands with &&"));
     }
-    let one = |(at, step): (usize, &TemplateStep)| match instruction(step) {
-        Ok(instruction) => Ok(BuildStep { instruction, force: step.force == Some(true), shown: shown(step) }),
-        Err(Bad(text, remedy)) => {
-            let text = format!("step {} ({}): {text}", at + 1, shown(step));
-            Err(Failure::new(ErrorCode::InvalidStep, text, remedy))
-        }
-    };
-    steps.iter().enumerate().map(one).collect()
+    let (mut all, mut first) = (Vec::new(), 1);
+    for (stage, given) in stages.iter().enumerate() {
+        let place = |at: usize| match stages.len() {
+            1 => format!("step {}", first + at),
+            _ => format!("stage {stage}, step {}", first + at),
+        };
+        let one = |(at, step): (usize, &TemplateStep)| {
+            let made = match step.from_stage.and_then(|from| usize::try_from(from).ok()) {
+                Some(from) if from >= stage => {
+                    bad(format!("stage {from} is no earlier one"), "stages are counted from 0")
+                }
+                _ => instruction(step),
+            };
+            match made {
+                Ok(instruction) => {
+                    Ok(BuildStep { instruction, force: step.force == Some(true), shown: shown(step) })
+                }
+                Err(Bad(text, remedy)) => {
+                    let text = format!("{} ({}): {text}", place(at), shown(step));
+                    Err(Failure::new(ErrorCode::InvalidStep, text, remedy))
+                }
+            }
+        };
+        all.push(given.iter().enumerate().map(one).collect::<Result<Vec<_>, _>>()?);
+        first += given.len();
+    }
+    Ok(all)
 }
 
 #[cfg(test)]
 mod tests {
+    use kelvin_api::build::TemplateStage;
+
     use super::*;
+
+    fn steps(steps: &[TemplateStep]) -> Result<Vec<BuildStep>, Failure> {
+        all_steps(&StartBuild { steps: steps.to_vec(), ..StartBuild::default() }).map(|mut all| all.remove(0))
+    }
 
     fn step(kind: &str, args: &[&str]) -> TemplateStep {
         TemplateStep {
@@ -220,7 +289,7 @@ mod tests {
         );
         assert_eq!(
             made[2].instruction,
-            Instruction::Run { command: "pip install flask".into(), user: Some("root".into()) }
+            Instruction::Run { command: "pip install flask".into(), user: Some("root".into()), argv: None }
         );
         assert_eq!(
             made[4].instruction,
@@ -251,6 +320,12 @@ mod tests {
             step("RUN", &["a\0b"]),
             step("RUN", &["a", "-u"]),
             step("RUN", &["a", "b", "c"]),
+            TemplateStep { argv: Some(vec!["a".into()]), ..step("RUN", &["a"]) },
+            TemplateStep { argv: Some(vec![]), ..step("RUN", &[]) },
+            TemplateStep { argv: Some(vec!["a".into(), "\0".into()]), ..step("RUN", &[]) },
+            TemplateStep { argv: Some(vec!["a".into()]), ..step("USER", &["a"]) },
+            // There is no stage before it.
+            TemplateStep { from_stage: Some(0), files_hash: None, ..step("COPY", &["/a", "b"]) },
             step("ENV", &[]),
             step("ENV", &["A"]),
             step("ENV", &["A=B", "c"]),
@@ -270,5 +345,44 @@ mod tests {
         let many = vec![step("RUN", &["true"]); MOST_STEPS + 1];
         assert_eq!(steps(&many).unwrap_err().error_code, ErrorCode::InvalidStep);
         assert_eq!(shown(&step("RUN", &["a\nb\x1b"])), "RUN a b ");
+    }
+
+    #[test]
+    fn stages_are_copied_from_by_later_ones() {
+        let from = |stage, path: &str| TemplateStep {
+            from_stage: Some(stage),
+            files_hash: None,
+            ..step("COPY", &[path, "/b", "app", "0644"])
+        };
+        let of = |first: Vec<TemplateStep>, last: Vec<TemplateStep>| {
+            let stage = TemplateStage { steps: first, ..TemplateStage::default() };
+            all_steps(&StartBuild { stages: vec![stage], steps: last, ..StartBuild::default() })
+        };
+        let exec = TemplateStep { argv: Some(vec!["/a".into(), "-b".into()]), ..step("RUN", &["", "root"]) };
+        let made = of(vec![exec], vec![from(0, "/out/*.so")]).unwrap();
+        assert_eq!(
+            [made[0][0].shown.as_str(), &made[1][0].shown],
+            ["RUN /a -b", "COPY --from=0 /out/*.so /b"]
+        );
+        let argv = Some(vec!["/a".to_owned(), "-b".to_owned()]);
+        let run = Instruction::Run { command: String::new(), user: Some("root".into()), argv };
+        assert_eq!(made[0][0].instruction, run);
+        let (owner, mode) = (Some("app".to_owned()), Some(0o644));
+        let copy = Instruction::CopyFrom { stage: 0, from: "/out/*.so".into(), to: "/b".into(), owner, mode };
+        assert_eq!(made[1][0].instruction, copy);
+        let files_hash = Some("ab".repeat(32));
+        for wrong in [
+            from(1, "/a"),
+            from(u32::MAX, "/a"),
+            from(0, "../a"),
+            from(0, ""),
+            TemplateStep { files_hash, ..from(0, "/a") },
+            TemplateStep { kind: "ADD".into(), ..from(0, "/a") },
+        ] {
+            let failure = of(vec![step("RUN", &["a"])], vec![step("RUN", &["a"]), wrong]).unwrap_err();
+            assert!(failure.message.starts_with("stage 1, step 3 ("), "{failure:?}");
+        }
+        let many = of(vec![step("RUN", &["a"]); MOST_STEPS], vec![step("RUN", &["a"])]);
+        assert_eq!(many.unwrap_err().error_code, ErrorCode::InvalidStep);
     }
 }

@@ -21,7 +21,8 @@ use kelvin_host::clock::Clock;
 use kelvin_node::options::Options;
 use kelvin_node::{BaseImage, BaseImages, DiskSize, ImageConfig, ImageSource, Node, Told};
 use kelvin_node_api::{
-    Base, Build, BuildEvent, BuildFailure, BuildFrom, BuildStep, Built, Create, Instruction, NodeService,
+    Base, Build, BuildEvent, BuildFailure, BuildFrom, BuildStage, BuildStep, Built, Create, Instruction,
+    NodeService,
 };
 use kelvin_store::Store;
 use kelvin_store::image::Template;
@@ -78,6 +79,7 @@ impl BaseImages for Handle {
             ImageSource::Registry { reference, .. } => {
                 Ok(Arc::new(Image(reference.to_owned(), Arc::clone(&self.0))))
             }
+            ImageSource::Scratch => Ok(Arc::new(Image("scratch".to_owned(), Arc::clone(&self.0)))),
             _ => Err(Failure::new(ErrorCode::InvalidImage, "no registry's", "name one")),
         }
     }
@@ -103,7 +105,11 @@ impl Script for Guests {
             what if what.contains("/proc/net/tcp") => {
                 Exec { output: "00000000:0016".into(), ..Exec::default() }
             }
-            what if what.contains("; fail") || what.starts_with("run fail") || what.contains("from=fail") => {
+            what if what.contains("; fail")
+                || what.starts_with("run fail")
+                || what.starts_with("run ./fail")
+                || what.contains("from=fail") =>
+            {
                 Exec { code: 3, output: "\u{1b}[31mfirst line\nno such thing\n".to_owned(), writes: false }
             }
             what if what.starts_with("read") => Exec { output: "said before\n".into(), ..Exec::default() },
@@ -181,7 +187,7 @@ pub fn step(instruction: Instruction, shown: &str) -> BuildStep {
 }
 
 pub fn run(command: &str) -> BuildStep {
-    step(Instruction::Run { command: command.to_owned(), user: None }, &format!("RUN {command}"))
+    step(Instruction::Run { command: command.to_owned(), user: None, argv: None }, &format!("RUN {command}"))
 }
 
 pub fn hash() -> FilesHash {
@@ -203,6 +209,7 @@ pub fn request(last: &str) -> Build {
         build: BuildId::random(),
         template: web(),
         project: Project::default(),
+        stages: Vec::new(),
         from: BuildFrom::Image { reference: "python:3.12".to_owned(), credentials: None },
         steps: vec![
             run("write one"),
@@ -221,6 +228,17 @@ pub fn request(last: &str) -> Build {
         min_free_mib: None,
         deadline: Duration::from_secs(3600),
     }
+}
+
+pub fn copy_from(stage: u32, from: &str) -> BuildStep {
+    let (from, to) = (from.to_owned(), "/app".to_owned());
+    step(Instruction::CopyFrom { stage, from, to, owner: None, mode: None }, "COPY --from /app")
+}
+
+/// A stage, and a build that copies from it.
+pub fn staged(last: &str) -> Build {
+    let stage = BuildStage { from: BuildFrom::Scratch, steps: vec![run("write lib")] };
+    Build { stages: vec![stage], steps: vec![copy_from(0, "/out"), run(last)], ..request(last) }
 }
 
 pub async fn upload(node: &Node) -> Result<(), Failure> {

@@ -11,7 +11,7 @@ use kelvin_node::Node;
 use kelvin_node_api::{Build, NodeService};
 
 use crate::ground::{
-    Ground, SETTLE, build, check, create, plain, request, reset, settle, upload, web, web_disk,
+    Ground, SETTLE, build, check, create, plain, request, reset, settle, staged, upload, web, web_disk,
 };
 
 /// What comes beside the build that a case is about.
@@ -47,9 +47,12 @@ async fn beside(ground: &Ground, node: &Node, meanwhile: Meanwhile, id: &BuildId
     failure.map(|failure| format!("{meanwhile:?}: {failure:?}")).into_iter().collect()
 }
 
+/// What is built, by its last step.
+type Asked = fn(&str) -> Build;
+
 /// The life after one that was cut short; what should not have been.
-fn next_life(ground: &Ground) -> Vec<String> {
-    let after = ground.live(|ground, node| async move {
+fn next_life(ground: &Ground, request: Asked) -> Vec<String> {
+    let after = ground.live(move |ground, node| async move {
         ground.faults.disarm();
         settle(&node).await;
         let mut wrong = check(&ground, &node).await;
@@ -67,6 +70,10 @@ fn next_life(ground: &Ground) -> Vec<String> {
 
 /// Does a case; what should not have been.
 fn case(world: &World, plan: Plan, meanwhile: Meanwhile) -> (Vec<String>, u32) {
+    case_of(world, plan, meanwhile, request)
+}
+
+fn case_of(world: &World, plan: Plan, meanwhile: Meanwhile, request: Asked) -> (Vec<String>, u32) {
     let ground = Ground::new(world, plan);
     let lived = ground.live(move |ground, node| async move {
         settle(&node).await;
@@ -128,7 +135,7 @@ fn case(world: &World, plan: Plan, meanwhile: Meanwhile) -> (Vec<String>, u32) {
     };
     template(&mut wrong, &expected);
     if again {
-        wrong.extend(next_life(&ground));
+        wrong.extend(next_life(&ground, request));
         template(&mut wrong, &["write new"]);
     }
     if !ground.driver.machines().is_empty() {
@@ -171,6 +178,35 @@ fn whatever_goes_wrong_at_any_step_nothing_is_held_and_the_template_is_old_or_ne
                 }
                 reset(&world);
             }
+        }
+    }
+    println!("{cases} cases");
+    assert!(wrong.is_empty(), "{} wrong: {wrong:#?}", wrong.len());
+}
+
+/// Two machines run while one copies from the other. Every kind comes at every third or fourth step.
+#[test]
+fn whatever_goes_wrong_with_a_stage_nothing_is_held_and_the_template_is_old_or_new() {
+    let world = World::make().unwrap();
+    let (mut cases, mut wrong) = (0, BTreeMap::new());
+    // Everything is forced.
+    let seed = 0;
+    let (violations, count) = case_of(&world, Plan { seed, ..plain() }, Meanwhile::Nothing, staged);
+    assert_eq!(violations, Vec::<String>::new());
+    reset(&world);
+    assert!(count > 30, "{count}");
+    let all =
+        [What::Fail, What::Kill, What::Crash, What::Silence, What::Stop, What::PowerOff, What::Slow(70)];
+    for at in 1..=count {
+        let turn = at as usize;
+        for what in [all[turn % all.len()], all[(turn + 3) % all.len()]] {
+            let (violations, _) =
+                case_of(&world, Plan { what, at, seed, ..plain() }, Meanwhile::Nothing, staged);
+            cases += 1;
+            if !violations.is_empty() {
+                wrong.insert(format!("{what:?} at {at} of {count}"), violations);
+            }
+            reset(&world);
         }
     }
     println!("{cases} cases");

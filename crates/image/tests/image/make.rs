@@ -109,6 +109,15 @@ async fn a_layout_becomes_a_file_system() {
 }
 
 #[tokio::test]
+async fn scratch_is_an_empty_file_system() {
+    let place = Place::new();
+    let (found, _) = place.make_of(&Source::Scratch, "scratch.ext4").await.unwrap();
+    assert_eq!((found.digest(), found.config()), ("", &kelvin_image::Config::default()));
+    let made = Ext4::open(&place.path("scratch.ext4"));
+    assert!(made.paths().iter().all(|path| path == "/lost+found"), "{:?}", made.paths());
+}
+
+#[tokio::test]
 async fn what_docker_saves_becomes_the_same() {
     let place = Place::new();
     let mut layers = rich();

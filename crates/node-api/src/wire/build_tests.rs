@@ -19,9 +19,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{Remote, serve};
 use crate::{
-    Bake, Build, BuildEvent, BuildFailure, BuildFrom, BuildLevel, BuildStep, BuildTold, Built, Changes,
-    Child, ConsoleLine, Create, Created, FilesContent, Forked, Garbage, Import, ImportTold, Instruction,
-    Live, NodeService, Paused, RegistryCredentials, Source, Taken,
+    Bake, Build, BuildEvent, BuildFailure, BuildFrom, BuildLevel, BuildStage, BuildStep, BuildTold, Built,
+    Changes, Child, ConsoleLine, Create, Created, FilesContent, Forked, Garbage, Import, ImportTold,
+    Instruction, Live, NodeService, Paused, RegistryCredentials, Source, Taken,
 };
 
 /// Longer than anything here takes.
@@ -186,12 +186,24 @@ fn build() -> Build {
         build: BuildId::random(),
         template: "web".parse().unwrap(),
         project: "blue".parse().unwrap(),
+        stages: vec![BuildStage {
+            from: BuildFrom::Scratch,
+            steps: vec![BuildStep {
+                instruction: Instruction::Run {
+                    command: String::new(),
+                    user: None,
+                    argv: Some(vec!["/tool".to_owned(), "-c".to_owned()]),
+                },
+                force: false,
+                shown: "RUN /tool -c".to_owned(),
+            }],
+        }],
         from: BuildFrom::Image {
             reference: "python:3.12".to_owned(),
             credentials: Some(RegistryCredentials { username: "u".to_owned(), password }),
         },
         steps: vec![BuildStep {
-            instruction: Instruction::Run { command: "make".to_owned(), user: None },
+            instruction: Instruction::Run { command: "make".to_owned(), user: None, argv: None },
             force: true,
             shown: "RUN make".to_owned(),
         }],

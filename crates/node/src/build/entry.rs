@@ -1,5 +1,5 @@
-//! A build from its request to its template: what it begins with, what is cached, the rest of its steps, the bake, and the one
-//! rename that makes the template count.
+//! A build from its request to its template: its stages are planned (`base`, `plan`) and done (`steps`), then come the bake, and the
+//! one rename that makes the template count.
 //!
 //! Whatever fails or gives it up, the machine is ended and released, and what was staged is removed; layers of the steps before
 //! stay, and so does the template that was there.
@@ -9,29 +9,29 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use kelvin_api::error::{ErrorCode, Failure};
-use kelvin_api::id::TemplateName;
 use kelvin_api::units::{DiskMib, MemoryMib, Shape};
-use kelvin_node_api::{Build, BuildFrom, Instruction};
+use kelvin_node_api::{Build, Instruction};
 use kelvin_store::built::Built;
 use kelvin_store::hash::FileDigest;
 use kelvin_store::image::{BuiltFrom, Guest, Service, Template};
-use kelvin_store::layers::{DISK, Layer};
+use kelvin_store::layers::Layer;
 use kelvin_store::snapshot::Snapshot;
 use kelvin_store::uploads::Files;
 
-use crate::build::image::{DiskSize, ImageSource, state_of};
+use crate::build::base::Disk;
 use crate::build::log::Log;
-use crate::build::machine::{BuildMachine, Ground};
-use crate::build::plan::{BuildState, ImageFacts, Planned, base_key, last_key, plan, unforced};
+use crate::build::machine::BuildMachine;
+use crate::build::plan::{BuildState, ImageFacts, Planned, plan};
 use crate::build::registry::{Stop, Underway};
-use crate::build::run::{Doing, write_defaults};
+use crate::build::stages::{Stage, needed, stages, unforced};
+use crate::build::steps::StagePlan;
 use crate::capacity::Amount;
 use crate::error::Error;
 use crate::start::bake::Baking;
 use crate::state::Inner;
 
 /// Size of a disk when nobody has said one: it is sparse, and an image that needs more says so.
-const DISK_MIB: u32 = 4096;
+pub(super) const DISK_MIB: u32 = 4096;
 /// Memory of machines when nobody has said any.
 const MEMORY: MemoryMib = MemoryMib(512);
 /// Bytes of a start or a ready command.
@@ -62,42 +62,27 @@ pub struct Made {
     pub cached_steps: u32,
 }
 
-/// A state of the disk.
-enum Disk {
-    /// An image of the store.
-    Image(String),
-    /// A layer.
-    Layer(Layer),
-}
-
-/// What a build begins with.
-struct Base {
-    key: String,
-    state: BuildState,
-    guest: Guest,
-    disk: Disk,
-    /// What the disk has been told of defaults already.
-    told: BuildState,
-}
-
 /// One build on its way.
 pub struct Building<'a> {
-    inner: &'a Arc<Inner>,
-    request: &'a Build,
-    underway: &'a Underway,
-    stop: &'a Stop,
-    log: Log,
-    /// What each step copies.
-    uploads: BTreeMap<usize, Files>,
-    machine: Option<BuildMachine>,
+    pub(super) inner: &'a Arc<Inner>,
+    pub(super) request: &'a Build,
+    pub(super) underway: &'a Underway,
+    pub(super) stop: &'a Stop,
+    pub(super) log: Log,
+    /// What each step copies that was uploaded.
+    pub(super) uploads: BTreeMap<usize, Files>,
+    /// Of the stage that is being done.
+    pub(super) machine: Option<BuildMachine>,
+    /// Has the disk of a stage that is copied from, by its number.
+    pub(super) source: Option<(usize, BuildMachine)>,
 }
 
-fn refused(code: ErrorCode, text: impl Into<String>, remediation: &str) -> Error {
+pub(super) fn refused(code: ErrorCode, text: impl Into<String>, remediation: &str) -> Error {
     Error::Build(Box::new(Failure::new(code, text, remediation)))
 }
 
 /// Does what blocks. It goes on when nobody waits for it any more.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     what: &'static str,
     work: impl FnOnce() -> Result<T, kelvin_store::Error> + Send + 'static,
 ) -> Result<T, Error> {
@@ -105,7 +90,22 @@ async fn blocking<T: Send + 'static>(
     Ok(done.map_err(|error| Error::Io { what, source: std::io::Error::other(error) })??)
 }
 
-fn at(step: usize) -> Option<u32> {
+fn bad_step(step: Option<usize>, why: String) -> StepError {
+    let error = refused(ErrorCode::InvalidStep, why, "change the step, or the stage");
+    StepError { step: step.and_then(at), error }
+}
+
+/// Plans a stage whose base is known.
+pub(super) fn planned(
+    stage: Stage<'_>,
+    base: (&str, &BuildState),
+    digests: &BTreeMap<usize, String>,
+) -> Result<Vec<Planned>, StepError> {
+    plan(base.0, base.1, stage.steps, digests)
+        .map_err(|(step, why)| bad_step(step.map(|at| stage.first + at), why))
+}
+
+pub(super) fn at(step: usize) -> Option<u32> {
     u32::try_from(step).ok()
 }
 
@@ -113,7 +113,7 @@ impl<'a> Building<'a> {
     /// Nothing is done yet.
     pub fn new(inner: &'a Arc<Inner>, request: &'a Build, underway: &'a Underway, log: Log) -> Self {
         let stop = &*underway.stop;
-        Self { inner, request, underway, stop, log, uploads: BTreeMap::new(), machine: None }
+        Self { inner, request, underway, stop, log, uploads: BTreeMap::new(), machine: None, source: None }
     }
 
     /// Makes the template. Not cancel-safe: it is given up by its [`Stop`].
@@ -122,9 +122,7 @@ impl<'a> Building<'a> {
     /// Of the step that failed; then nothing is left but layers.
     pub async fn run(mut self) -> Result<Made, StepError> {
         let made = Box::pin(self.make()).await;
-        if let Some(machine) = self.machine.take() {
-            machine.end().await;
-        }
+        self.end_machines().await;
         let step = self.log.step();
         made.map_err(|failed| StepError {
             step: failed.step.or(step),
@@ -134,28 +132,40 @@ impl<'a> Building<'a> {
 
     async fn make(&mut self) -> Result<Made, StepError> {
         let shape = self.check()?;
-        let stop = self.stop;
-        stop.unless(self.find_uploads()).await?;
-        let base = self.base().await?;
-        let digests = self.uploads.iter().map(|(at, files)| (*at, files.digest().to_owned())).collect();
-        let planned = plan(&base.key, &base.state, &self.request.steps, &digests)
-            .map_err(|(step, why)| self.bad_step(step, why))?;
-        let last = planned.last().map_or(&base.state, |planned| &planned.state).clone();
-        let from_digest = base.state.image.digest.clone();
-        let guest = base.guest.clone();
-        self.underway.needs(&guest.digest);
-        if let Disk::Image(image) = &base.disk {
-            self.underway.needs(image);
+        let (request, stop) = (self.request, self.stop);
+        let stages = stages(request).map_err(|(step, why)| bad_step(step, why))?;
+        let needed = needed(&stages);
+        stop.unless(self.find_uploads(&stages, &needed)).await?;
+        let unforced = unforced(&stages, request.force);
+        let mut plans: Vec<Option<StagePlan>> = Vec::with_capacity(stages.len());
+        for at in 0..stages.len() {
+            let plan = match needed[at] {
+                true => Some(self.plan_stage(&stages, at, &plans, unforced[at]).await?),
+                false => None,
+            };
+            plans.push(plan);
         }
-        let (disk, cached_steps) = Box::pin(self.steps(base, &planned, &last, shape)).await?;
+        let Some((last, guest)) = plans.last().and_then(Option::as_ref).map(StagePlan::end) else {
+            return Err(bad_step(None, "the build has no stage".to_owned()));
+        };
+        let from_digest = last.image.digest.clone();
+        let (disk, cached_steps) = Box::pin(self.do_stages(&stages, plans, &last, shape)).await?;
         self.log.begin(None);
         // Its memory is the bake's now.
-        if let Some(machine) = self.machine.take() {
-            machine.end().await;
-        }
+        self.end_machines().await;
         self.stop.check()?;
         let template = self.publish(disk, guest, last, shape).await?;
         Ok(Made { template, from_digest, cached_steps })
+    }
+
+    /// Ends what runs for a stage.
+    pub(super) async fn end_machines(&mut self) {
+        if let Some(machine) = self.machine.take() {
+            machine.end().await;
+        }
+        if let Some((_, machine)) = self.source.take() {
+            machine.end().await;
+        }
     }
 
     /// Refuses what can never be, and says in which shape it is made.
@@ -178,14 +188,13 @@ impl<'a> Building<'a> {
         Ok(shape)
     }
 
-    fn bad_step(&self, step: Option<usize>, why: String) -> StepError {
-        let error = refused(ErrorCode::InvalidStep, why, "change the step");
-        StepError { step: step.and_then(at), error }
-    }
-
     /// Takes what steps copy: it stays until the build has ended.
-    async fn find_uploads(&mut self) -> Result<(), Error> {
-        for (index, step) in self.request.steps.iter().enumerate() {
+    async fn find_uploads(&mut self, stages: &[Stage<'_>], needed: &[bool]) -> Result<(), Error> {
+        let mut steps = Vec::new();
+        for (stage, _) in stages.iter().zip(needed).filter(|(_, needed)| **needed) {
+            steps.extend(stage.steps.iter().enumerate().map(|(at, step)| (stage.first + at, step)));
+        }
+        for (index, step) in steps {
             let Instruction::Copy { files: hash, .. } = &step.instruction else { continue };
             let (uploads, project) = (self.inner.uploads.clone(), self.request.project.clone());
             let wanted = hash.clone();
@@ -198,190 +207,6 @@ impl<'a> Building<'a> {
             self.uploads.insert(index, files);
         }
         Ok(())
-    }
-
-    async fn base(&mut self) -> Result<Base, Error> {
-        let source = match &self.request.from {
-            BuildFrom::Template(name) => return self.base_template(name).await,
-            BuildFrom::Image { reference, credentials } => {
-                ImageSource::Registry { reference, credentials: credentials.as_ref() }
-            }
-            BuildFrom::Layout(path) => ImageSource::Layout(path),
-            BuildFrom::Archive(path) => ImageSource::Archive(path),
-        };
-        let guest = self.inner.build_guest().await?;
-        // What a library tells comes without waiting: more than there is room for is left out.
-        let (told, mut lines) = tokio::sync::mpsc::channel::<String>(256);
-        let tell = move |line: &str| drop(told.try_send(line.to_owned()));
-        let (inner, stop, log) = (self.inner, self.stop, &self.log);
-        let bytes = |mib: DiskMib| u64::from(mib.0) << 20;
-        let size = match self.request.disk_mib {
-            Some(disk) => DiskSize::Exactly(bytes(disk)),
-            None => {
-                let free = self.request.min_free_mib.map_or(0, bytes);
-                DiskSize::Room { least: bytes(DiskMib(DISK_MIB)), free }
-            }
-        };
-        let guest_digest = guest.digest.clone();
-        let work = async {
-            let found = async {
-                let found = inner.images.resolve(source, &tell).await;
-                found.map_err(|failure| Error::Build(Box::new(failure)))
-            };
-            let image = stop.unless(found).await?;
-            let state = state_of(image.config());
-            let disk = size.key();
-            let key = base_key(&["image", &image.key(), &disk], &guest_digest, &state);
-            let (layers, wanted) = (inner.layers.clone(), key.clone());
-            if let Some(layer) = blocking("looking for a layer", move || layers.find(&wanted)).await? {
-                tell("the image's file system is here");
-                return Ok((key, state, layer));
-            }
-            let store = inner.store.clone();
-            let staged = blocking("making a staging directory", move || store.stage()).await?;
-            let target = staged.join(DISK);
-            let made = stop.unless(async {
-                let made = image.make(&target, size, &tell).await;
-                made.map_err(|failure| Error::Build(Box::new(failure)))
-            });
-            if let Err(error) = made.await {
-                inner.allocator.remove_staged(staged).await;
-                return Err(error);
-            }
-            let (layers, kept_state) = (inner.layers.clone(), state.clone());
-            let layer = blocking("keeping a layer", {
-                let key = key.clone();
-                move || layers.put_staged(&key, &staged, &kept_state)
-            });
-            Ok((key, state, layer.await?))
-        };
-        tokio::pin!(work);
-        let done = loop {
-            tokio::select! {
-                biased;
-                Some(line) = lines.recv() => log.note(&line).await,
-                done = &mut work => break done,
-            }
-        };
-        let (key, state, layer) = done?;
-        while let Ok(line) = lines.try_recv() {
-            self.log.note(&line).await;
-        }
-        Ok(Base { key, state, guest, disk: Disk::Layer(layer), told: BuildState::default() })
-    }
-
-    async fn base_template(&mut self, name: &TemplateName) -> Result<Base, Error> {
-        let template = self.inner.templates.get(name).await.map_err(|error| match error {
-            Error::Store(kelvin_store::Error::Missing { .. }) => Error::NoTemplate(name.to_string()),
-            other => other,
-        })?;
-        let has = template.shape.disk_mib;
-        if self.request.disk_mib.is_some_and(|wanted| wanted != has) {
-            let text = format!("the disk of template {name} has {} MiB", has.0);
-            return Err(refused(ErrorCode::InvalidShape, text, "leave out the disk's size"));
-        }
-        let built = template.built.clone().unwrap_or_default();
-        let state = BuildState {
-            env: template.env.clone(),
-            workdir: template.workdir.clone(),
-            user: template.user.clone(),
-            image: ImageFacts {
-                digest: built.from_digest,
-                labels: built.labels,
-                entrypoint: built.entrypoint,
-                cmd: built.cmd,
-                exposed_ports: built.exposed_ports,
-                stop_signal: built.stop_signal,
-            },
-        };
-        let key = base_key(&["template", &template.image], &template.guest, &state);
-        let (guest, disk) = (template.guest(), Disk::Image(template.image.clone()));
-        Ok(Base { key, told: state.clone(), state, guest, disk })
-    }
-
-    /// Takes the last state that is cached and does what comes after it. The disk in the end, and how many steps were cached.
-    async fn steps(
-        &mut self,
-        base: Base,
-        planned: &[Planned],
-        last: &BuildState,
-        shape: Shape,
-    ) -> Result<(Disk, u32), StepError> {
-        let (request, inner, stop) = (self.request, self.inner, self.stop);
-        let steps = &request.steps;
-        let may_be_cached = unforced(steps, request.force);
-        let last_of_steps = planned.last().map_or(&base.key, |planned| &planned.key);
-        // What the disk has been told of is what it has to be told.
-        let (final_key, tells) = (last_key(last_of_steps, last), base.told.defaults() != last.defaults());
-        if may_be_cached == steps.len()
-            && tells
-            && let Some(layer) = self.find_layer(&final_key).await?
-        {
-            self.log.note(&format!("{} steps are cached", steps.len())).await;
-            return Ok((Disk::Layer(layer), at(steps.len()).unwrap_or(u32::MAX)));
-        }
-        let (mut disk, mut done) = (base.disk, 0);
-        for (index, planned) in planned.iter().enumerate().take(may_be_cached).rev() {
-            if planned.needs_machine
-                && let Some(layer) = self.find_layer(&planned.key).await?
-            {
-                (disk, done) = (Disk::Layer(layer), index + 1);
-                break;
-            }
-        }
-        let cached = planned.iter().enumerate().take(may_be_cached);
-        let cached =
-            cached.skip(done).find(|(_, planned)| planned.needs_machine).map_or(may_be_cached, |(at, _)| at);
-        let ground = |disk: &Disk, inner: &Inner| Ground {
-            template: request.template.clone(),
-            guest: base.guest.digest.clone(),
-            disk: path_of(disk, inner),
-            shape,
-        };
-        let mut before = if done == 0 { base.state.clone() } else { planned[done - 1].state.clone() };
-        for (index, planned) in planned.iter().enumerate() {
-            let step = &steps[index];
-            self.log.begin(at(index));
-            let kept = if index < cached { "cached: " } else { "" };
-            self.log.note(&format!("{kept}{}", step.shown)).await;
-            if index < done {
-                continue;
-            }
-            if planned.needs_machine {
-                if self.machine.is_none() {
-                    let place = ground(&disk, inner);
-                    self.machine = Some(Box::pin(BuildMachine::start(inner, place, stop)).await?);
-                }
-                let files = self.uploads.get(&index);
-                let doing = Doing { step, before: &before, after: &planned.state, files };
-                let Some(machine) = &mut self.machine else { continue };
-                let ran =
-                    Box::pin(stop.unless(in_machine(machine, doing.run(&machine.processes, &mut self.log))));
-                ran.await?;
-                let kept =
-                    Box::pin(stop.unless(machine.keep(&inner.layers, &planned.key, planned.state.clone())));
-                disk = Disk::Layer(kept.await?);
-            }
-            before = planned.state.clone();
-        }
-        self.log.begin(None);
-        if tells {
-            if self.machine.is_none() {
-                let place = ground(&disk, inner);
-                self.machine = Some(Box::pin(BuildMachine::start(inner, place, stop)).await?);
-            }
-            if let Some(machine) = &mut self.machine {
-                Box::pin(stop.unless(in_machine(machine, write_defaults(&machine.processes, last)))).await?;
-                let kept = Box::pin(stop.unless(machine.keep(&inner.layers, &final_key, last.clone())));
-                disk = Disk::Layer(kept.await?);
-            }
-        }
-        Ok((disk, at(cached).unwrap_or(u32::MAX)))
-    }
-
-    async fn find_layer(&self, key: &str) -> Result<Option<Layer>, Error> {
-        let (layers, key) = (self.inner.layers.clone(), key.to_owned());
-        blocking("looking for a layer", move || layers.find(&key)).await
     }
 
     /// Bakes the template that is to be, and publishes image, snapshot and template.
@@ -444,25 +269,6 @@ impl<'a> Building<'a> {
     }
 }
 
-/// Does `work` in a machine, unless that ends by itself meanwhile.
-async fn in_machine<T>(
-    machine: &BuildMachine,
-    work: impl Future<Output = Result<T, Error>>,
-) -> Result<T, Error> {
-    tokio::select! {
-        biased;
-        done = work => done,
-        error = machine.ended() => Err(error),
-    }
-}
-
-fn path_of(disk: &Disk, inner: &Inner) -> PathBuf {
-    match disk {
-        Disk::Image(image) => inner.store.rootfs(image),
-        Disk::Layer(layer) => layer.disk(),
-    }
-}
-
 fn template_of(
     request: &Build,
     guest: Guest,
@@ -486,7 +292,7 @@ fn template_of(
 
 impl Inner {
     /// The guest of templates that are made of images: that of the template that the options name, or of any.
-    async fn build_guest(&self) -> Result<Guest, Error> {
+    pub(super) async fn build_guest(&self) -> Result<Guest, Error> {
         if let Ok(template) = self.templates.get(&self.options.build_guest_from).await {
             return Ok(template.guest());
         }

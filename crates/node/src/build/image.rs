@@ -27,6 +27,8 @@ pub enum ImageSource<'a> {
     Layout(&'a Path),
     /// What `docker save` has written.
     Archive(&'a Path),
+    /// The one without a file and without a setting.
+    Scratch,
 }
 
 /// What an image says of processes, and what nothing here acts on.

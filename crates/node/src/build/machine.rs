@@ -50,6 +50,8 @@ pub struct Ground {
     pub disk: std::path::PathBuf,
     /// Its shape.
     pub shape: Shape,
+    /// Whether it has a network where the node has one.
+    pub network: bool,
 }
 
 /// A builder's machine that runs. It has to be ended.
@@ -72,7 +74,7 @@ impl BuildMachine {
     pub async fn start(inner: &Arc<Inner>, ground: Ground, stop: &Stop) -> Result<Self, Error> {
         let descriptors = Budget::of_process().take(MACHINE)?;
         let hold = inner.make_room(Amount::machine(ground.shape))?;
-        let network = inner.build_network();
+        let network = inner.build_network().filter(|_| ground.network);
         let (shape, guest) = (ground.shape, &ground.guest);
         let home = inner.allocator.build(shape, guest, ground.disk.clone(), network.is_some()).await?;
         let booted = async {

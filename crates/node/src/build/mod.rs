@@ -1,17 +1,20 @@
 //! Builds of templates: an image or a template, steps over it in microVMs of the builder's own, a bake, and one rename.
 //!
 //! ```text
-//! base ─> plan ─> last state that is cached ─> machine: step ─> layer, step ─> layer, … ─> defaults ─> layer
+//! stages: base ─> plan ─> last state that is cached ─> machine: step ─> layer, step ─> layer, … ─> defaults ─> layer
 //!                                                                        bake (service, ready) ─> publish ─> pool
 //! ```
 //!
-//! Read in this order: `service` (what a node is asked), `entry` (a build from its request to its template), `plan` (what is cached),
-//! `machine`, `run` (one step), `log`, `image` and `oci` (where images come from), `registry` (cancel, supersede).
+//! Read in this order: `service` (what a node is asked), `entry` (a build from its request to its template), `stages` (which there
+//! are), `base` (what they begin with), `plan` (their keys), `steps` (what is cached, and the rest), `machine`, `run` (one step),
+//! `copy_from` (a copy from a stage), `log`, `image` and `oci` (where images come from), `registry` (cancel, supersede).
 //!
 //! Who writes: `layers/` and `uploads/`, through `kelvin-store`; the ledger, for machines; image, snapshot and template, in the end.
 //! A crash leaves a machine without a record and something in `staging/`, both of which the next start removes, and layers, from
 //! which the next build goes on.
 
+mod base;
+mod copy_from;
 pub mod entry;
 mod expand;
 pub mod image;
@@ -22,3 +25,5 @@ pub mod plan;
 pub mod registry;
 pub mod run;
 mod service;
+mod stages;
+mod steps;

@@ -59,6 +59,7 @@ impl BaseImages for OciImages {
             },
             ImageSource::Layout(path) => Source::Layout(path.to_owned()),
             ImageSource::Archive(path) => Source::Archive(path.to_owned()),
+            ImageSource::Scratch => Source::Scratch,
         };
         let found = self.0.resolve(&source, told).await.map_err(failed)?;
         Ok(Arc::new(OciImage { images: self.0.clone(), found }))
@@ -74,7 +75,7 @@ impl BaseImage for OciImage {
     fn config(&self) -> ImageConfig {
         let Config { env, workdir, user, entrypoint, cmd, exposed_ports, stop_signal, labels, .. } =
             self.found.config().clone();
-        let digest = Some(self.found.digest().to_owned());
+        let digest = Some(self.found.digest().to_owned()).filter(|digest| !digest.is_empty());
         let facts = ImageFacts { digest, labels, entrypoint, cmd, exposed_ports, stop_signal };
         ImageConfig { env, workdir, user, facts }
     }

@@ -3,6 +3,7 @@
 //! ```text
 //! key(base) = H(image or template, disk, guest, facts)      key(step) = H(key before, instruction, digest of its upload)
 //! key(last) = H(key of the last step, the defaults that the image gets)
+//! key(copy from a stage) = H(key before, instruction, key of that stage's disk)
 //! ```
 //!
 //! ENV and USER change the state alone; RUN, COPY and WORKDIR need a machine.
@@ -20,6 +21,7 @@ use kelvin_node_api::{BuildStep, Instruction};
 use kelvin_store::hash::sha256;
 use serde::{Deserialize, Serialize};
 
+use crate::build::copy_from::Wanted;
 use crate::build::expand::expand;
 
 /// Part of every key: it grows when what a step does changes.
@@ -28,6 +30,8 @@ const VERSION: u32 = 1;
 const MOST_STEPS: usize = 1000;
 /// Bytes of one command: it is one argument. Source: Linux, `MAX_ARG_STRLEN`.
 const MOST_COMMAND: usize = (128 << 10) - 4096;
+/// Bytes of all words of one command without a shell.
+const MOST_ARGV: usize = 1 << 20;
 /// Bytes of a path. Source: Linux, `PATH_MAX`.
 const MOST_PATH: usize = 4095;
 /// Bytes of what the guest is told of defaults. Source: `crates/agent`, which reads no more.
@@ -87,7 +91,21 @@ impl BuildState {
     pub fn after(&self, instruction: &Instruction) -> Result<Self, String> {
         let mut next = self.clone();
         match instruction {
-            Instruction::Run { command, .. } => check_text("the command", command, MOST_COMMAND)?,
+            Instruction::Run { command, argv: None, .. } => check_text("the command", command, MOST_COMMAND)?,
+            Instruction::Run { command, argv: Some(argv), .. } => {
+                if !command.is_empty() || argv.first().is_none_or(String::is_empty) {
+                    return Err("a RUN has a command, or a program and its arguments".to_owned());
+                }
+                argv.iter().try_for_each(|word| check_text("an argument", word, MOST_COMMAND))?;
+                if argv.iter().map(String::len).sum::<usize>() > MOST_ARGV {
+                    return Err(format!("the arguments have more than {MOST_ARGV} bytes together"));
+                }
+            }
+            Instruction::CopyFrom { from, to, .. } => {
+                check_text("the source", from, MOST_PATH)?;
+                check_text("the destination", to, MOST_PATH)?;
+                Wanted::of(from)?;
+            }
             Instruction::Copy { from, to, .. } => {
                 check_text("the source", from, MOST_PATH)?;
                 check_text("the destination", to, MOST_PATH)?;
@@ -192,7 +210,7 @@ pub struct Planned {
     pub needs_machine: bool,
 }
 
-/// Every step with its key. `digests`: of the upload of each step that copies one.
+/// Every step with its key. `digests`: of what each step copies, an upload's or the key of a stage's disk.
 ///
 /// # Errors
 /// The step that cannot be, and why.
@@ -210,24 +228,26 @@ pub fn plan(
     for (at, step) in steps.iter().enumerate() {
         state = state.after(&step.instruction).map_err(|why| (Some(at), why))?;
         // Field order is the type's: the text is canonical.
-        let instruction = serde_json::to_string(&step.instruction).unwrap_or_default();
+        let instruction = match step.instruction.clone() {
+            // What the stage is counts, not where it stands.
+            Instruction::CopyFrom { from, to, owner, mode, .. } => {
+                serde_json::to_string(&Instruction::CopyFrom { stage: 0, from, to, owner, mode })
+            }
+            other => serde_json::to_string(&other),
+        };
+        let instruction = instruction.unwrap_or_default();
         let digest = digests.get(&at).map_or("", String::as_str);
         before = key(&["step", &before, &instruction, digest]);
         let needs_machine = match step.instruction {
-            Instruction::Run { .. } | Instruction::Copy { .. } | Instruction::Workdir(_) => true,
+            Instruction::Run { .. }
+            | Instruction::Copy { .. }
+            | Instruction::CopyFrom { .. }
+            | Instruction::Workdir(_) => true,
             Instruction::Env(_) | Instruction::User(_) => false,
         };
         planned.push(Planned { key: before.clone(), state: state.clone(), needs_machine });
     }
     Ok(planned)
-}
-
-/// How many of the first steps may be taken from a cache: all before one that is forced.
-pub fn unforced(steps: &[BuildStep], force: bool) -> usize {
-    match force {
-        true => 0,
-        false => steps.iter().position(|step| step.force).unwrap_or(steps.len()),
-    }
 }
 
 /// The key of the last state, whose disk has the defaults of `state` on it.
@@ -244,7 +264,17 @@ mod tests {
     }
 
     fn run(command: &str) -> BuildStep {
-        step(Instruction::Run { command: command.to_owned(), user: None })
+        step(Instruction::Run { command: command.to_owned(), user: None, argv: None })
+    }
+
+    fn exec(command: &str, argv: &[&str]) -> BuildStep {
+        let argv = Some(argv.iter().map(ToString::to_string).collect());
+        step(Instruction::Run { command: command.to_owned(), user: None, argv })
+    }
+
+    fn from_stage(stage: u32, from: &str) -> BuildStep {
+        let (from, to) = (from.to_owned(), "/app".to_owned());
+        step(Instruction::CopyFrom { stage, from, to, owner: None, mode: None })
     }
 
     fn env(name: &str, value: &str) -> BuildStep {
@@ -286,6 +316,17 @@ mod tests {
         };
         assert_eq!(of("1"), of("1"));
         assert_ne!(of("1"), of("2"));
+        // A copy from a stage is of what that is, wherever it stands.
+        let of = |stage: u32, disk: &str| {
+            let digests = BTreeMap::from([(0, disk.to_owned())]);
+            plan("base", &BuildState::default(), &[from_stage(stage, "/a")], &digests).unwrap().remove(0).key
+        };
+        assert_eq!(of(0, "1"), of(1, "1"));
+        assert_ne!(of(0, "1"), of(0, "2"));
+        // What a former release has cached is found.
+        let text = serde_json::to_string(&run("a").instruction).unwrap();
+        assert_eq!(text, r#"{"run":{"command":"a","user":null}}"#);
+        assert_ne!(keys(&[exec("", &["a"])]), keys(&[run("a")]));
         assert_ne!(last_key("k", &BuildState::default()), "k");
     }
 
@@ -333,6 +374,12 @@ mod tests {
             (step(Instruction::User("a:b:c".to_owned())), "no name of a user"),
             (step(Instruction::User(name)), "no name of a user"),
             (step(Instruction::Workdir(String::new())), "no path"),
+            (exec("", &[]), "program"),
+            (exec("", &["", "a"]), "program"),
+            (exec("a", &["a"]), "program"),
+            (exec("", &["a", "b\0"]), "NUL"),
+            (from_stage(0, "../a"), "'..'"),
+            (from_stage(0, ""), "empty"),
         ] {
             let steps = [run("good"), bad];
             let (at, text) = plan("k", &BuildState::default(), &steps, &BTreeMap::new()).unwrap_err();
@@ -340,13 +387,5 @@ mod tests {
         }
         let many = vec![run("x"); MOST_STEPS + 1];
         assert_eq!(plan("k", &BuildState::default(), &many, &BTreeMap::new()).unwrap_err().0, None);
-    }
-
-    #[test]
-    fn what_is_forced_takes_what_comes_after_it_along() {
-        let forced = BuildStep { force: true, ..run("b") };
-        let steps = [run("a"), forced, run("c")];
-        assert_eq!([unforced(&steps, false), unforced(&steps, true)], [1, 0]);
-        assert_eq!(unforced(&steps[..1], false), 1);
     }
 }

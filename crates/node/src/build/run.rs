@@ -15,6 +15,7 @@ use kelvin_node_api::{BuildStep, Instruction};
 use kelvin_store::uploads::Files;
 use serde::Deserialize;
 
+use crate::build::copy_from::{NotPacked, Wanted, of_stage, pack};
 use crate::build::log::Log;
 use crate::build::plan::BuildState;
 use crate::error::Error;
@@ -36,8 +37,19 @@ pub struct Doing<'a> {
     pub before: &'a BuildState,
     /// What is set after it.
     pub after: &'a BuildState,
-    /// What it copies, when it does.
+    /// What it copies, when that was uploaded.
     pub files: Option<&'a Files>,
+    /// What it copies from, when that is a stage.
+    pub source: Option<Source<'a>>,
+}
+
+/// A machine that has the disk of a stage.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    /// The stage's number.
+    pub stage: usize,
+    /// The way to its agent.
+    pub processes: &'a Processes,
 }
 
 fn step_failed(message: String, cause: Option<String>) -> Error {
@@ -52,20 +64,42 @@ impl Doing<'_> {
     /// `Build` with `BuildStepFailed` when it ends badly, `Agent` when the guest does not answer.
     pub async fn run(&self, processes: &Processes, log: &mut Log) -> Result<(), Error> {
         match &self.step.instruction {
-            Instruction::Run { command, user } => {
-                let user = user.as_deref().filter(|user| !user.is_empty());
-                self.command(processes, command, user, log).await
+            Instruction::Run { command, user, argv } => {
+                let user = user.as_deref().filter(|user| !user.is_empty()).unwrap_or(self.before.user());
+                let (cwd, env) = (self.before.cwd(), &self.before.env);
+                let command = Command { text: command, argv: argv.as_deref(), user: Some(user), cwd, env };
+                self.command(processes, &command, log).await
             }
             Instruction::Copy { from, to, owner, mode, .. } => {
                 let Some(files) = self.files else {
                     return Err(step_failed("the upload is gone".to_owned(), None));
                 };
-                let owner = owner.as_deref().filter(|owner| !owner.is_empty()).unwrap_or(self.before.user());
-                let mode = mode.map(|mode| format!("{mode:o}"));
-                let mut query = vec![("from", from.as_str()), ("to", to), ("owner", owner)];
-                query.extend(mode.as_deref().map(|mode| ("mode", mode)));
-                query.extend(self.before.cwd().map(|cwd| ("workdir", cwd)));
-                self.copy(processes, &query, files, log).await
+                let uri = self.unpack(from, to, owner.as_deref(), *mode);
+                self.copy(processes, uri, archive(&files.archive())?, log).await
+            }
+            Instruction::CopyFrom { from, to, owner, mode, .. } => {
+                let Some(source) = self.source else {
+                    return Err(step_failed("the stage is gone".to_owned(), None));
+                };
+                let wanted = Wanted::of(from).map_err(|why| step_failed(why, None))?;
+                let uri = self.unpack(&wanted.from, to, owner.as_deref(), *mode);
+                let (packing, body) = pack(source.processes, &wanted);
+                let not_packed = tokio::select! {
+                    biased;
+                    Err(failed) = packing.run() => failed,
+                    done = self.copy(processes, uri, body, log) => return done,
+                };
+                Err(match not_packed {
+                    NotPacked::Broken(error) => of_stage(source.stage, error),
+                    NotPacked::Refused(why) => {
+                        let text = format!(
+                            "{} failed: {from} of stage {} cannot be read",
+                            self.shown(),
+                            source.stage
+                        );
+                        step_failed(text, Some(why))
+                    }
+                })
             }
             Instruction::Workdir(_) => self.make_directory(processes).await,
             Instruction::Env(_) | Instruction::User(_) => Ok(()),
@@ -75,12 +109,9 @@ impl Doing<'_> {
     async fn command(
         &self,
         processes: &Processes,
-        text: &str,
-        user: Option<&str>,
+        command: &Command<'_>,
         log: &mut Log,
     ) -> Result<(), Error> {
-        let user = user.unwrap_or(self.before.user());
-        let command = Command { text, user: Some(user), cwd: self.before.cwd(), env: &self.before.env };
         let not_run = |failed| match failed {
             Failed::Broken(error) => error,
             // The words of E2B's builder: programs look for them.
@@ -88,10 +119,10 @@ impl Doing<'_> {
                 step_failed(format!("failed to run command '{}': command failed: {why}", bounded(text)), None)
             }
         };
-        let mut process = processes.start(&command).await.map_err(not_run)?;
+        let mut process = processes.start(command).await.map_err(not_run)?;
         let exit: Exit = loop {
             match process.next().await.map_err(not_run)? {
-                Told::Output(bytes) => log.output(&bytes).await,
+                Told::Output(bytes) | Told::Errors(bytes) => log.output(&bytes).await,
                 Told::Ended(exit) => break exit,
             }
         };
@@ -108,12 +139,22 @@ impl Doing<'_> {
         if text.is_empty() { "the step".to_owned() } else { text }
     }
 
-    /// Streams the upload into the guest, which unpacks it.
+    /// Where an archive is sent that is unpacked as the step says.
+    fn unpack(&self, from: &str, to: &str, owner: Option<&str>, mode: Option<u32>) -> String {
+        let owner = owner.filter(|owner| !owner.is_empty()).unwrap_or(self.before.user());
+        let mode = mode.map(|mode| format!("{mode:o}"));
+        let mut query = vec![("from", from), ("to", to), ("owner", owner)];
+        query.extend(mode.as_deref().map(|mode| ("mode", mode)));
+        query.extend(self.before.cwd().map(|cwd| ("workdir", cwd)));
+        uri("/unpack", &query)
+    }
+
+    /// Streams an archive into the guest, which unpacks it.
     async fn copy(
         &self,
         processes: &Processes,
-        query: &[(&str, &str)],
-        files: &Files,
+        uri: String,
+        content: Body,
         log: &mut Log,
     ) -> Result<(), Error> {
         #[derive(Deserialize)]
@@ -121,11 +162,8 @@ impl Doing<'_> {
             files: u64,
             bytes: u64,
         }
-        let content = archive(&files.archive())?;
-        let request = Request::post(uri("/unpack", query))
-            .header(CONTENT_TYPE, "application/x-tar")
-            .body(content)
-            .map_err(asking)?;
+        let request =
+            Request::post(uri).header(CONTENT_TYPE, "application/x-tar").body(content).map_err(asking)?;
         let (status, reply) = answer(processes, processes.send(request).await?).await?;
         if status != StatusCode::OK {
             return Err(step_failed(format!("{} failed", self.shown()), Some(message(status, &reply))));

@@ -40,11 +40,13 @@ fn words(text: &str, env: &EnvVars) -> Vec<String> {
 /// Whose processes are of which nothing else is said. Source: `crates/agent`, as envd.
 pub const USER: &str = "user";
 
-/// A command, for a shell.
+/// A command, for a shell unless it has `argv`.
 #[derive(Debug, Clone, Copy)]
 pub struct Command<'a> {
     /// It.
     pub text: &'a str,
+    /// A program and its arguments, in place of the text: started as they are.
+    pub argv: Option<&'a [String]>,
     /// As whom; the agent's default user when it is left out.
     pub user: Option<&'a str>,
     /// Where; that user's home when it is left out.
@@ -56,8 +58,10 @@ pub struct Command<'a> {
 /// What a process tells.
 #[derive(Debug)]
 pub enum Told {
-    /// What it has written, of both streams.
+    /// What it has written.
     Output(Vec<u8>),
+    /// The same, to its standard error.
+    Errors(Vec<u8>),
     /// It has ended.
     Ended(Exit),
 }
@@ -178,9 +182,13 @@ impl Processes {
     /// # Errors
     /// See [`Failed`].
     pub async fn start(&self, command: &Command<'_>) -> Result<Process, Failed> {
+        let (cmd, args) = match command.argv.and_then(<[String]>::split_first) {
+            Some((program, args)) => (program.clone(), args.to_vec()),
+            None => (SHELL.to_owned(), words(command.text, command.env)),
+        };
         let process = ProcessConfig {
-            cmd: SHELL.to_owned(),
-            args: words(command.text, command.env),
+            cmd,
+            args,
             envs: command.env.clone().into_iter().collect(),
             cwd: command.cwd.map(str::to_owned),
             ..Default::default()
@@ -209,7 +217,7 @@ impl Processes {
         let mut output = Vec::new();
         loop {
             match process.next().await? {
-                Told::Output(bytes) => keep_last(&mut output, &bytes, most),
+                Told::Output(bytes) | Told::Errors(bytes) => keep_last(&mut output, &bytes, most),
                 Told::Ended(exit) => return Ok((exit, output)),
             }
         }
@@ -256,13 +264,13 @@ impl Process {
         while let Some(message) = self.stream.message().await? {
             match message.to_owned_message().event.into_option().and_then(|event| event.event) {
                 Some(ProcessEvent::Start(_)) if begun => return Ok(None),
-                Some(ProcessEvent::Data(data)) => {
-                    if let Some(Output::Stdout(bytes) | Output::Stderr(bytes) | Output::Pty(bytes)) =
-                        data.output
-                    {
+                Some(ProcessEvent::Data(data)) => match data.output {
+                    Some(Output::Stdout(bytes) | Output::Pty(bytes)) => {
                         return Ok(Some(Told::Output(bytes)));
                     }
-                }
+                    Some(Output::Stderr(bytes)) => return Ok(Some(Told::Errors(bytes))),
+                    None => {}
+                },
                 Some(ProcessEvent::End(end)) => {
                     let code = end.exited.then_some(end.exit_code);
                     return Ok(Some(Told::Ended(Exit { code, status: end.status })));

@@ -68,7 +68,7 @@ impl Guest<'_> {
     fn command<'c>(&'c self, text: &'c str) -> Command<'c> {
         let template = self.template;
         let (user, cwd) = (template.user.as_deref(), template.workdir.as_deref());
-        Command { text, user, cwd, env: &template.env }
+        Command { text, argv: None, user, cwd, env: &template.env }
     }
 
     fn not_run(&self, what: &str, failed: Failed) -> Error {
@@ -141,7 +141,7 @@ impl Guest<'_> {
     /// Local addresses on which somebody listens; none in a guest without a shell.
     async fn listening(&self) -> Result<BTreeSet<String>, Error> {
         let env = EnvVars::new();
-        let command = Command { text: LISTENING, user: Some(ROOT), cwd: Some("/"), env: &env };
+        let command = Command { text: LISTENING, argv: None, user: Some(ROOT), cwd: Some("/"), env: &env };
         match self.processes.run(&command, TAIL).await {
             Ok((_, output)) => {
                 Ok(String::from_utf8_lossy(&output).split_whitespace().map(str::to_owned).collect())
@@ -194,7 +194,7 @@ async fn end_of(process: &mut Option<Process>) -> Result<Exit, Error> {
     loop {
         match process.next().await {
             Ok(Told::Ended(exit)) => return Ok(exit),
-            Ok(Told::Output(_)) => {}
+            Ok(Told::Output(_) | Told::Errors(_)) => {}
             Err(Failed::Broken(error)) => return Err(error),
             Err(Failed::Refused(why)) => {
                 return Err(Error::Service {

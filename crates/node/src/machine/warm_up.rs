@@ -38,7 +38,7 @@ pub async fn warm_up(processes: &Processes, commands: &[&str]) -> Result<(), Err
     let env = EnvVars::new();
     let work = async {
         for text in commands {
-            match processes.run(&Command { text, user: None, cwd: None, env: &env }, 0).await {
+            match processes.run(&Command { text, argv: None, user: None, cwd: None, env: &env }, 0).await {
                 Ok((exit, _)) => tracing::debug!(text, %exit, "warmed up"),
                 Err(Failed::Refused(why)) => tracing::info!(text, why, "not warmed up"),
                 Err(Failed::Broken(error)) => return Err(error),

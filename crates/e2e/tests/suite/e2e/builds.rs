@@ -102,6 +102,7 @@ fn steps(hash: &str, last: &str) -> Value {
         { "type": "RUN", "args": ["mkdir -p /srv/www && chown -R app /srv", "root"] },
         { "type": "ENV", "args": ["PAGE", "$GREETING, built"] },
         { "type": "COPY", "args": ["site", "/srv/www/", "app", "0640"], "filesHash": hash },
+        { "type": "COPY", "args": ["/made/*.html", "/srv/www/", "app"], "fromStage": 0 },
         { "type": "WORKDIR", "args": ["/srv/www"] },
         { "type": "RUN", "args": [last] },
     ])
@@ -114,6 +115,11 @@ async fn build(server: &Server, layout: &Path, hash: &str, last: &str) -> Vec<St
     let (template, build) = (asked["templateID"].as_str(), asked["buildID"].as_str());
     let path = format!("/templates/{}/builds/{}", template.expect("an id"), build.expect("an id"));
     let start = json!({
+        // A stage whose files are copied, in exec form: its image's own program, and no shell.
+        "stages": [{ "fromLayout": layout, "steps": [
+            { "type": "RUN", "args": ["mkdir /made && busybox ln -s staged.html /made/link.html", "root"] },
+            { "type": "RUN", "args": ["", "root"], "argv": ["busybox", "sh", "-c", "echo \"staged by $0\" > /made/staged.html", "a b"] },
+        ] }],
         "fromLayout": layout,
         "steps": steps(hash, last),
         "startCmd": "busybox httpd -f -p 8080 -h /srv/www",
@@ -201,6 +207,11 @@ async fn an_image_of_people_becomes_a_template() {
     assert_eq!(sh(&agent, "echo $GREETING; id -un; pwd").await, "hello from the image\napp\n/srv/www\n");
     assert_eq!(sh(&agent, "cat built.html who where").await, "hello from the image, built\napp\n/srv/www\n");
     assert_eq!(sh(&agent, "stat -c '%U %a' page.html").await, "app 640\n");
+    // What a stage has made is there, and nothing else of the stage.
+    let staged = "cat link.html; stat -c '%U %F' staged.html link.html; ls / | cat";
+    let staged = sh(&agent, staged).await;
+    assert!(staged.starts_with("staged by a b\napp regular file\napp symbolic link\n"), "{staged}");
+    assert!(!staged.contains("made"), "{staged}");
     let id = sandbox.sandbox_id.to_string();
     let headers = [("e2b-sandbox-id", id.as_str()), ("e2b-sandbox-port", "8080")];
     let page = ask(&server, &Method::GET, "/built.html", &headers, "").await;
@@ -213,10 +224,10 @@ async fn an_image_of_people_becomes_a_template() {
     let started = Instant::now();
     let again = build(&server, &layout, &hash, last).await;
     println!("nothing changed: {:.1} s", started.elapsed().as_secs_f64());
-    assert_eq!(count(&again, "5 steps are cached"), 1, "{again:#?}");
+    assert_eq!(count(&again, "8 steps are cached"), 1, "{again:#?}");
     assert_eq!(count(&again, "the machine is saved"), 0, "{again:#?}");
     let changed = build(&server, &layout, &hash, "echo changed > built.html").await;
-    assert_eq!(count(&changed, "cached: "), 4, "{changed:#?}");
+    assert_eq!(count(&changed, "cached: "), 5, "{changed:#?}");
     // The sandbox of the former one goes on.
     assert_eq!(sh(&agent, "cat built.html").await, "hello from the image, built\n");
     let newer = client.create(&insisted, None).await.expect("a clone").sandbox;
