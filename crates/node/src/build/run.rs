@@ -116,7 +116,11 @@ impl Doing<'_> {
             Failed::Broken(error) => error,
             // The words of E2B's builder: programs look for them.
             Failed::Refused(why) => {
-                step_failed(format!("failed to run command '{}': command failed: {why}", bounded(text)), None)
+                let what = command.argv.map_or_else(|| command.text.to_owned(), |argv| argv.join(" "));
+                step_failed(
+                    format!("failed to run command '{}': command failed: {why}", bounded(&what)),
+                    None,
+                )
             }
         };
         let mut process = processes.start(command).await.map_err(not_run)?;
