@@ -447,7 +447,7 @@ impl<'a> Copier<'a> {
         let has = fstatvfs(&file).map_err(|error| at(error.into()))?;
         // Said before the disk is full, where it can be: everybody in the machine writes to it.
         if entry.size > has.f_bfree.saturating_mul(has.f_frsize) {
-            return Err(at(io::Error::from_raw_os_error(libc::ENOSPC)));
+            return Err(at(rustix::io::Errno::NOSPC.into()));
         }
         let mut file = File::from(file);
         let mut left = entry.size;
