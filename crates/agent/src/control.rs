@@ -306,8 +306,8 @@ impl Control {
     }
 }
 
-/// A thread that looks at the files of identity, and at the image's defaults, when it is asked. It waits in the snapshot: to start one costs a
-/// restored guest more than the look.
+/// A thread that looks at the files of identity, and at the image's defaults, when it is asked. It waits in the snapshot: to
+/// start one costs a restored guest more than the look.
 struct Look {
     ask: SyncSender<()>,
     answer: Receiver<()>,

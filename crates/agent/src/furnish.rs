@@ -5,27 +5,35 @@
 //! identity      /etc/hostname, hosts, machine-id: links to memory; /etc/resolv.conf
 //! accounts      `user` with a home: lines of /etc/group, /etc/shadow and, last, /etc/passwd
 //! a shell       no /bin/sh: busybox from the initial RAM disk, and a link `sh` to it, in /usr/local/lib/kelvin
-//! login shells  where something else was brought: a file in /etc/profile.d that keeps the PATH that the image says
+//! login shells  where something else was brought, or a build has said what processes get: a file in /etc/profile.d that
+//!               keeps the PATH that the image says
 //! ```
 //!
-//! What the image has is never replaced. Each boot looks: where nothing is missing, nothing is written. [`STAMP`] says that
-//! something was brought: then a file that is empty is what its owner wants. A disk that is full or read-only is told on the
-//! console and stops nothing. A crash leaves files `*.kelvin-new` that the next boot replaces, and an account without its
-//! line in /etc/passwd, which that boot completes.
+//! What the image has is never replaced. Each boot looks: where nothing is missing, nothing is written. [`BEGUN`] is there
+//! from before the first thing that is brought until after the last, then it is [`STAMP`]. In an image that has that, or the
+//! links, a file that is empty is what its owner wants. A disk that is full or read-only is told on the console and stops
+//! nothing. A crash leaves files `*.kelvin-new` that the next boot replaces, and an account without its line in /etc/passwd:
+//! with [`BEGUN`] there that boot completes all of it.
 
-use std::fs::{self, File, Permissions};
-use std::io::{self, Seek};
-use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::collections::BTreeSet;
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io::{self, Read, Seek};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
+
+use kelvin_api::image::DEFAULTS;
 
 use crate::guest_file;
 use crate::identity::EDITED;
 use crate::network::GATEWAY;
-use crate::place::{write_as, write_whole};
+use crate::place::{make_way, write_as, write_whole};
 use crate::shell;
+use crate::users;
 
 /// Says that something was brought here.
 const STAMP: &str = "/var/lib/kelvin/furnished";
+/// Says that something is being brought, and not all of it may be there.
+const BEGUN: &str = "/var/lib/kelvin/furnishing";
 /// Where the identity of a machine is in memory.
 const MEMORY: &str = "/run/kelvin";
 /// The most that is read of a file, in bytes.
@@ -46,21 +54,20 @@ const DIRECTORIES: [(&str, u32); 6] = [
 
 /// Brings what is missing in the root file system at `root`. `busybox`: a static one, when there is one.
 pub fn furnish(root: &Path, busybox: Option<File>) {
-    let mut image = Image { root, is_furnished: false, brought: Vec::new(), failed: Vec::new() };
-    image.is_furnished = image.at(STAMP).exists();
+    let mut image = Image { root, is_begun: false, is_known: false, brought: Vec::new(), failed: Vec::new() };
+    let was_furnished = image.at(STAMP).exists();
+    image.is_begun = image.at(BEGUN).exists();
+    image.is_known = !image.is_begun && (was_furnished || image.has_identity());
     image.directories();
     image.identity();
     // Before the account: its shell may be this one.
     image.step("a shell", |image| image.shell(busybox));
     image.step("the account", Image::account);
-    if !image.brought.is_empty() || image.is_furnished {
+    if !image.brought.is_empty() || image.is_begun || was_furnished || image.at(DEFAULTS).exists() {
         image.step(shell::PROFILE, Image::profile);
     }
-    if !image.brought.is_empty() && !image.is_furnished {
-        image.step("a stamp", |image| {
-            make_dirs(&image.at("/var/lib/kelvin"))?;
-            fs::write(image.at(STAMP), "")
-        });
+    if image.is_begun {
+        image.step("a stamp", |image| fs::rename(image.at(BEGUN), image.at(STAMP)));
         image.tell_what_is_missing();
     }
     for (what, lines) in [("brought", &image.brought), ("could not be brought", &image.failed)] {
@@ -72,7 +79,10 @@ pub fn furnish(root: &Path, busybox: Option<File>) {
 
 struct Image<'a> {
     root: &'a Path,
-    is_furnished: bool,
+    /// [`BEGUN`] is there.
+    is_begun: bool,
+    /// An agent has run here before: what is empty was emptied.
+    is_known: bool,
     brought: Vec<String>,
     failed: Vec<String>,
 }
@@ -99,6 +109,22 @@ impl Image<'_> {
         }
     }
 
+    /// Whether its identity is in memory, or was edited: an agent has run here, or it is an image of the house.
+    fn has_identity(&self) -> bool {
+        let id = Path::new(MEMORY).join("machine-id");
+        fs::read_link(self.at("/etc/machine-id")).is_ok_and(|found| found == id) || self.at(EDITED).exists()
+    }
+
+    /// Before anything is brought.
+    fn begin(&mut self) -> io::Result<()> {
+        if !self.is_begun && !self.is_known {
+            make_dirs(&self.at("/var/lib/kelvin"))?;
+            write_whole(&self.at(BEGUN), b"")?;
+            self.is_begun = true;
+        }
+        Ok(())
+    }
+
     fn found(&self, path: &str) -> io::Result<Found> {
         let path = self.at(path);
         let own = match fs::symlink_metadata(&path) {
@@ -115,6 +141,7 @@ impl Image<'_> {
         for (path, mode) in DIRECTORIES {
             self.step(path, |image| {
                 if image.found(path)? == Found::Nothing {
+                    image.begin()?;
                     let at = image.at(path);
                     make_dirs(&at)?;
                     fs::set_permissions(&at, Permissions::from_mode(mode))?;
@@ -136,6 +163,7 @@ impl Image<'_> {
         }
         self.step("/etc/resolv.conf", |image| {
             if image.is_missing("/etc/resolv.conf")? {
+                image.begin()?;
                 write_as(&image.at("/etc/resolv.conf"), format!("nameserver {GATEWAY}\n").as_bytes(), 0o644)?;
                 image.brought.push("/etc/resolv.conf".to_owned());
             }
@@ -147,7 +175,7 @@ impl Image<'_> {
     fn is_missing(&self, path: &str) -> io::Result<bool> {
         Ok(match self.found(path)? {
             Found::Nothing | Found::Dangling => true,
-            Found::Empty => !self.is_furnished,
+            Found::Empty => !self.is_known,
             Found::Something => false,
         })
     }
@@ -163,6 +191,7 @@ impl Image<'_> {
         if !(self.is_missing(path)? || path == "/etc/machine-id" && is_unset()) {
             return Ok(());
         }
+        self.begin()?;
         replace_by_link(&at, target)?;
         self.brought.push(path.to_owned());
         Ok(())
@@ -176,19 +205,12 @@ impl Image<'_> {
         let Some(mut busybox) = busybox else {
             return Err(io::Error::new(io::ErrorKind::NotFound, "the initial RAM disk has no busybox"));
         };
+        self.begin()?;
+        let mut content = Vec::new();
+        busybox.rewind()?;
+        busybox.read_to_end(&mut content)?;
         make_dirs(&self.at(shell::DIRECTORY))?;
-        let fresh = self.at(&program).with_extension("kelvin-new");
-        let copied = (|| {
-            busybox.rewind()?;
-            let mut file = File::create(&fresh)?;
-            io::copy(&mut busybox, &mut file)?;
-            file.set_permissions(Permissions::from_mode(0o755))?;
-            fs::rename(&fresh, self.at(&program))
-        })();
-        if copied.is_err() {
-            let _ = fs::remove_file(&fresh);
-        }
-        copied?;
+        write_as(&self.at(&program), &content, 0o755)?;
         replace_by_link(&link, Path::new("busybox"))?;
         self.brought.push("busybox as the shell".to_owned());
         Ok(())
@@ -217,10 +239,12 @@ impl Image<'_> {
             }
             return Ok(());
         }
+        self.begin()?;
         let group = self.read("/etc/group")?;
         let shell = ["/bin/bash", "/bin/sh"].into_iter().find(|shell| self.at(shell).exists());
         let accounts =
-            Accounts::new(text, group.as_deref().unwrap_or_default(), shell.unwrap_or(shell::BROUGHT));
+            Accounts::new(text, group.as_deref().unwrap_or_default(), shell.unwrap_or(shell::BROUGHT))
+                .ok_or_else(|| io::Error::new(io::ErrorKind::QuotaExceeded, "no id is free"))?;
         if let Some(text) = &accounts.group {
             write_as(&self.at("/etc/group"), text.as_bytes(), 0o644)?;
         }
@@ -248,8 +272,9 @@ impl Image<'_> {
         if self.found(path)? != Found::Nothing {
             return Ok(());
         }
+        self.begin()?;
         let fresh = self.at(path).with_extension("kelvin-new");
-        let _ = fs::remove_dir(&fresh);
+        make_way(&fresh)?;
         make_dirs(&fresh)?;
         chown(&fresh, Some(uid), Some(gid))?;
         fs::rename(&fresh, self.at(path))?;
@@ -285,21 +310,12 @@ impl Image<'_> {
 
 /// `path` and its parents, for everybody to enter.
 fn make_dirs(path: &Path) -> io::Result<()> {
-    if let Some(parent) = path.parent()
-        && !parent.is_dir()
-    {
-        make_dirs(parent)?;
-    }
-    match fs::create_dir(path) {
-        Ok(()) => fs::set_permissions(path, Permissions::from_mode(0o755)),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
-        Err(error) => Err(error),
-    }
+    DirBuilder::new().recursive(true).mode(0o755).create(path)
 }
 
 fn replace_by_link(path: &Path, target: &Path) -> io::Result<()> {
     let fresh = path.with_extension("kelvin-new");
-    let _ = fs::remove_file(&fresh);
+    make_way(&fresh)?;
     symlink(target, &fresh)?;
     fs::rename(&fresh, path)
 }
@@ -314,27 +330,27 @@ struct Accounts {
 }
 
 impl Accounts {
-    /// `passwd` and `group`: what is there, empty for nothing.
-    fn new(passwd: &str, group: &str, shell: &str) -> Self {
-        let taken = |text: &str, id: u32| {
-            text.lines().any(|line| number(&line.split(':').collect::<Vec<_>>(), 2) == Some(id))
+    /// `passwd` and `group`: what is there, empty for nothing. None when no id is free.
+    fn new(passwd: &str, group: &str, shell: &str) -> Option<Self> {
+        let ids = |text: &str| -> BTreeSet<u32> {
+            text.lines().filter_map(|line| users::id(line.split(':').nth(2)?)).collect()
         };
-        let free = |id: &u32| !taken(passwd, *id) && !taken(group, *id);
+        let (users, groups) = (ids(passwd), ids(group));
+        let free = |id: &u32| !users.contains(id) && !groups.contains(id);
         let own = fields_of(group, USER).and_then(|fields| number(&fields, 2));
         let uid = own
-            .filter(|gid| *gid >= FIRST_ID && !taken(passwd, *gid))
-            .or_else(|| (FIRST_ID..60_000).find(free))
-            .unwrap_or(FIRST_ID);
+            .filter(|gid| *gid >= FIRST_ID && !users.contains(gid))
+            .or_else(|| (FIRST_ID..60_000).find(free))?;
         let gid = own.unwrap_or(uid);
         let root = if passwd.is_empty() { format!("root:x:0:0:root:/root:{shell}\n") } else { String::new() };
         let line = format!("{USER}:x:{uid}:{gid}::/home/{USER}:{shell}\n");
         let roots = if group.is_empty() { "root:x:0:\n" } else { "" };
-        Self {
+        Some(Self {
             uid,
             gid,
             passwd: format!("{root}{}{line}", ended(passwd)),
             group: own.is_none().then(|| format!("{roots}{}{USER}:x:{gid}:\n", ended(group))),
-        }
+        })
     }
 }
 
@@ -350,7 +366,7 @@ fn fields_of<'a>(text: &'a str, name: &str) -> Option<Vec<&'a str>> {
 }
 
 fn number(fields: &[&str], index: usize) -> Option<u32> {
-    fields.get(index)?.parse().ok()
+    users::id(fields.get(index)?)
 }
 
 #[cfg(test)]
@@ -481,7 +497,7 @@ mod tests {
             assert_eq!(link, Path::new("/run/kelvin").join(name));
         }
         assert_eq!(root.mode("etc/sudoers.d/user"), 0o440);
-        assert_eq!(root.read("etc/profile.d/kelvin-path.sh"), shell::PROFILE_TEXT);
+        assert_eq!(root.read(&shell::PROFILE[1..]), shell::PROFILE_TEXT);
         assert!(!root.0.join("usr/local/lib/kelvin").exists(), "it has a shell");
     }
 
@@ -502,12 +518,62 @@ mod tests {
         let all = root.all();
         furnish(&root.0, busybox());
         assert_eq!(root.all(), all);
+        // What its owner has emptied stays so, without a stamp too.
+        root.write("etc/resolv.conf", "");
+        let all = root.all();
+        furnish(&root.0, busybox());
+        assert_eq!(root.all(), all);
+        // A build on it says what processes get: the profile is all that it needs for that.
+        root.write(&DEFAULTS[1..], "{}");
+        let count = root.all().len();
+        furnish(&root.0, busybox());
+        assert_eq!(
+            (root.all().len(), root.read(&shell::PROFILE[1..])),
+            (count + 1, shell::PROFILE_TEXT.into())
+        );
+    }
+
+    #[test]
+    fn what_was_begun_is_brought_whole_by_the_next_boot() {
+        if !is_root() {
+            return;
+        }
+        let root = Root::new("begun");
+        for path in ["etc/profile.d/x.sh", "etc/resolv.conf", "bin/sh"] {
+            root.write(path, "");
+        }
+        // What an init before had in its way, and would have waited for.
+        let fifo = root.0.join("etc/passwd.kelvin-new");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        // Killed after the account, before the rest.
+        let mut killed = Image {
+            root: &root.0,
+            is_begun: false,
+            is_known: false,
+            brought: Vec::new(),
+            failed: Vec::new(),
+        };
+        killed.directories();
+        killed.link("/etc/machine-id", Path::new("/run/kelvin/machine-id")).unwrap();
+        killed.account().unwrap();
+        assert!(!root.0.join(&STAMP[1..]).exists());
+        furnish(&root.0, None);
+        assert_eq!(
+            root.read("etc/resolv.conf"),
+            "nameserver 169.254.0.22\n",
+            "empty by the image, not by anybody"
+        );
+        assert_eq!(root.read(&shell::PROFILE[1..]), shell::PROFILE_TEXT);
+        assert!(root.0.join(&STAMP[1..]).exists() && !root.0.join(&BEGUN[1..]).exists());
+        let all = root.all();
+        furnish(&root.0, None);
+        assert_eq!(root.all(), all);
     }
 
     #[test]
     fn an_id_is_free_in_both_files_and_a_group_of_that_name_is_used() {
         let of = |passwd: &str, group: &str| {
-            let made = Accounts::new(passwd, group, "/bin/sh");
+            let made = Accounts::new(passwd, group, "/bin/sh").unwrap();
             (made.uid, made.gid, made.group.is_none())
         };
         assert_eq!(of("", ""), (1000, 1000, false));
@@ -517,5 +583,9 @@ mod tests {
         assert_eq!(of("", "user:x:50:\n"), (1000, 50, true), "a group of the system's");
         let (odd_passwd, odd_group) = ("::\nx\n:x:1000\n", "user\n");
         assert_eq!(of(odd_passwd, odd_group), (1001, 1001, false));
+        // -1 would mean root's to chown.
+        assert_eq!(of("", "user:x:4294967295:\n"), (1000, 1000, false));
+        let all: String = (FIRST_ID..60_000).map(|id| format!("a:x:{id}:\n")).collect();
+        assert!(Accounts::new(&all, "", "/bin/sh").is_none(), "no account shares an id");
     }
 }

@@ -16,8 +16,9 @@ pub const BROUGHT_C: &CStr = c"/usr/local/lib/kelvin/sh";
 
 /// The variable that tells a login shell which `PATH` it was started with.
 pub const PATH_VARIABLE: &str = "KELVIN_PATH";
-/// What makes it keep that: the profile of most images begins with a `PATH` of its own, and clients start login shells.
-pub const PROFILE: &str = "/etc/profile.d/kelvin-path.sh";
+/// What makes it keep that: the profile of most images begins with a `PATH` of its own, and clients start login shells. The
+/// first of its directory: what the others add to the `PATH` stays.
+pub const PROFILE: &str = "/etc/profile.d/00-kelvin-path.sh";
 /// What is in there.
 pub const PROFILE_TEXT: &str = "# Kelvin: a login shell keeps the PATH that its image or its caller says.\n\
     if [ -n \"${KELVIN_PATH-}\" ]; then\n  PATH=$KELVIN_PATH\n  export PATH\nfi\n";
@@ -75,8 +76,15 @@ mod tests {
     #[test]
     fn a_login_shell_keeps_its_path() {
         assert!(PROFILE_TEXT.contains(PATH_VARIABLE));
+        let directory = std::env::temp_dir().join(format!("kelvin-profile-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let name = std::path::Path::new(PROFILE).file_name().unwrap();
+        std::fs::write(directory.join(name), PROFILE_TEXT).unwrap();
+        std::fs::write(directory.join("go.sh"), "PATH=$PATH:/go\n").unwrap();
         let shell = |path: Option<&str>| {
-            let script = format!("set -eu; PATH=/profile; {PROFILE_TEXT}echo \"$PATH\"");
+            let all = directory.display();
+            let script =
+                format!("set -eu; PATH=/profile; for i in {all}/*.sh; do . $i; done; echo \"$PATH\"");
             let mut command = std::process::Command::new("/bin/sh");
             command.env_clear().args(["-c", &script]);
             command.envs(path.map(|path| (PATH_VARIABLE, path)));
@@ -84,8 +92,9 @@ mod tests {
         };
         assert_eq!(
             (shell(Some("/go/bin:/bin")), shell(None)),
-            ("/go/bin:/bin\n".into(), "/profile\n".into())
+            ("/go/bin:/bin:/go\n".into(), "/profile:/go\n".into())
         );
+        std::fs::remove_dir_all(&directory).unwrap();
     }
 
     #[test]

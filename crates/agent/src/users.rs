@@ -34,7 +34,8 @@ fn read(path: &str) -> String {
 /// The largest id. Source: runc, `libcontainer/user`.
 const LARGEST: u32 = i32::MAX.cast_unsigned();
 
-fn id(text: &str) -> Option<u32> {
+/// The user or group id that `text` is: -1 and its like mean nobody to the kernel's calls, and nothing else may be one.
+pub fn id(text: &str) -> Option<u32> {
     let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     text.parse().ok().filter(|id| is_number && *id <= LARGEST)
 }
@@ -101,8 +102,8 @@ impl User {
         let mut user = match line(passwd, name, 7) {
             Some(fields) => Self {
                 name: fields[0].to_owned(),
-                uid: fields[2].parse().ok()?,
-                gid: fields[3].parse().ok()?,
+                uid: id(fields[2])?,
+                gid: id(fields[3])?,
                 groups: Vec::new(),
                 home: PathBuf::from(if fields[5].is_empty() { "/" } else { fields[5] }),
                 shell: fields[6].to_owned(),

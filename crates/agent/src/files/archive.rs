@@ -334,6 +334,27 @@ mod tests {
         let mixed = Tar::default().file("f/a", "a").link("f/l", "a").directory("f/s/", 0o700).end();
         assert_eq!(ground.copy(&mixed, "f/*", "/two").unwrap().files, 2);
         assert_eq!(listed("two"), files("a l"));
+        // What has names that stand in the way of that is left alone, and names may be as long as they can be.
+        for name in ["long.kelvin-first", ".kelvin-copy-0"] {
+            fs::write(ground.path(name), name).unwrap();
+        }
+        let (long, linked) = ("n".repeat(255), Tar::default().file("a", "a").hard_link("h", "a"));
+        let linked = linked.directory("s/", 0o700).end();
+        for to in ["long", &long] {
+            assert_eq!(ground.copy(&linked, "*", &format!("/{to}")).unwrap().files, 2);
+            assert_eq!(listed(to), files("a h"));
+            let inode = |name: &str| fs::metadata(ground.path(to).join(name)).unwrap().ino();
+            assert_eq!(inode("a"), inode("h"), "by its former place");
+            assert_eq!(
+                fs::metadata(ground.path(to)).unwrap().mode() & 0o7777,
+                0o755,
+                "not of what it contains"
+            );
+        }
+        for name in ["long.kelvin-first", ".kelvin-copy-0"] {
+            assert_eq!(ground.read(name), name);
+            fs::remove_file(ground.path(name)).unwrap();
+        }
         // Without a pattern it is one source, and an archive in which that is two things is none.
         let both = Tar::default().file("x", "x").file("x/y", "y").end();
         let several = ground.copy(&both, "x", "/three").unwrap_err();

@@ -4,7 +4,7 @@
 //! from        entry           to `/d`                     to `/d/`, or `/d` is a directory, or a directory was copied
 //! a           a (file)        /d                          /d/a
 //! a           a/b/c           /d/b/c                      /d/b/c
-//! *.txt       x.txt           /d; a second one fails      /d/x.txt
+//! *.txt       x.txt           /d; a second makes it /d/   /d/x.txt
 //! .           a/b             /d/a/b                      /d/a/b
 //! ```
 //!
@@ -25,12 +25,12 @@ use std::rc::Rc;
 
 use kelvin_api::image::Unpacked;
 use rustix::fs::{
-    AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, Uid, chownat, fchmod, fchown, fstatvfs, futimens,
-    linkat, mkdirat, openat, renameat, symlinkat, utimensat,
+    AtFlags, Gid, Mode, OFlags, RenameFlags, Timespec, Timestamps, Uid, chownat, fchmod, fchown, fstatvfs,
+    futimens, linkat, openat, renameat_with, symlinkat, utimensat,
 };
 
 use super::request::CHUNK;
-use super::tree::{Place, clear, file_at, make_dirs, open_dir, place_of};
+use super::tree::{Place, clear, file_at, make_dir_aside, make_dirs, open_dir, place_of};
 
 /// Components of one name.
 const DEPTH: usize = 256;
@@ -327,16 +327,12 @@ impl<'a> Copier<'a> {
         let at = |source: io::Error| Error::At { name: self.wanted.to.display().to_string(), source };
         let (parent, leaf) = split(self.to());
         let parent = open_dir(&self.root, parent).map_err(at)?;
-        let aside = [leaf, b".kelvin-first"].concat();
-        let moved = (|| {
-            renameat(&parent, leaf, &parent, &aside[..])?;
-            mkdirat(&parent, leaf, Mode::from_raw_mode(0o755))?;
-            Ok::<_, rustix::io::Errno>(())
-        })();
-        moved.map_err(|error| at(error.into()))?;
-        let directory = open_dir(&parent, leaf).map_err(at)?;
+        let (aside, directory) = make_dir_aside(&parent).map_err(at)?;
         self.give(&directory).map_err(at)?;
-        renameat(&parent, &aside[..], &directory, split(&first).1).map_err(|error| at(error.into()))?;
+        // Nothing is replaced: what is in the way is told.
+        renameat_with(&parent, leaf, &directory, split(&first).1, RenameFlags::NOREPLACE)
+            .and_then(|()| renameat_with(&parent, &aside, &parent, leaf, RenameFlags::NOREPLACE))
+            .map_err(|error| at(error.into()))?;
         self.single = None;
         Ok(Rc::clone(self.directory.insert(Rc::new(directory))))
     }
@@ -451,7 +447,7 @@ impl<'a> Copier<'a> {
         let has = fstatvfs(&file).map_err(|error| at(error.into()))?;
         // Said before the disk is full, where it can be: everybody in the machine writes to it.
         if entry.size > has.f_bfree.saturating_mul(has.f_frsize) {
-            return Err(at(io::Error::from_raw_os_error(libc::ENOSPC)));
+            return Err(at(rustix::io::Errno::NOSPC.into()));
         }
         let mut file = File::from(file);
         let mut left = entry.size;

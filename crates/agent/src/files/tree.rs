@@ -12,7 +12,7 @@ use rustix::io::Errno;
 /// Which file it is: device and inode.
 pub(super) type Place = (u64, u64);
 
-/// How often a path is walked again when somebody moves directories meanwhile.
+/// How often a path is walked again when somebody moves directories meanwhile, and how many names are tried.
 const ATTEMPTS: usize = 32;
 
 /// Opens the directory `path` below `base`; `base` itself for an empty one.
@@ -20,9 +20,37 @@ const ATTEMPTS: usize = 32;
 /// # Errors
 /// As the file system gives them.
 pub(super) fn open_dir(base: impl AsFd, path: &[u8]) -> io::Result<OwnedFd> {
+    open_as(base, path, ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
+}
+
+/// Makes the directory `name` in `directory`, for everybody to enter, and opens it: it, and no link that somebody puts in
+/// its place meanwhile.
+///
+/// # Errors
+/// As the file system gives them; `EEXIST` when something is called so.
+pub(super) fn make_dir(directory: impl AsFd, name: &[u8]) -> io::Result<OwnedFd> {
+    mkdirat(&directory, name, Mode::from_raw_mode(0o755))?;
+    open_as(directory, name, ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS)
+}
+
+/// The same, under a name that nothing has: that name, and the directory.
+///
+/// # Errors
+/// As the file system gives them; `EEXIST` when all [`ATTEMPTS`] names are taken.
+pub(super) fn make_dir_aside(directory: impl AsFd) -> io::Result<(Vec<u8>, OwnedFd)> {
+    let mut number = 0;
+    loop {
+        let name = format!(".kelvin-copy-{number}").into_bytes();
+        match make_dir(&directory, &name) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < ATTEMPTS => number += 1,
+            made => return Ok((name, made?)),
+        }
+    }
+}
+
+fn open_as(base: impl AsFd, path: &[u8], resolve: ResolveFlags) -> io::Result<OwnedFd> {
     let path: &[u8] = if path.is_empty() { b"." } else { path };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     let mut attempts = 0;
     loop {
         match openat2(&base, path, flags, Mode::empty(), resolve) {
@@ -53,11 +81,10 @@ pub(super) fn make_dirs(
         begin = end + 1;
         current = match open_dir(&base, whole) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                match mkdirat(&current, name, Mode::from_raw_mode(0o755)) {
-                    Err(Errno::EXIST) => return Err(io::ErrorKind::NotADirectory.into()),
-                    done => done?,
-                }
-                let fresh = open_dir(&current, name)?;
+                let fresh = make_dir(&current, name).map_err(|error| match error.kind() {
+                    io::ErrorKind::AlreadyExists => io::ErrorKind::NotADirectory.into(),
+                    _ => error,
+                })?;
                 made(&fresh)?;
                 fresh
             }

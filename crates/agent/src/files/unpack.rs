@@ -5,7 +5,8 @@
 //! ```
 //!
 //! Writes whatever the archive and the request name, as root. What fails in the middle leaves what was unpacked: the builder
-//! throws the machine away. One at a time: each remembers what it has made.
+//! throws the machine away. One at a time: each remembers what it has made. The thread has the turn: a client that leaves
+//! does not end it before its file system does.
 
 use std::collections::HashMap;
 use std::io::{self, Read};
@@ -17,14 +18,14 @@ use hyper::body::Incoming;
 use kelvin_api::image::Unpacked;
 use kelvin_api::signature::query;
 use tokio::io::AsyncReadExt;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc};
 
 use super::archive;
 use super::copy::{Error, Source, Wanted};
 use super::request::{CHUNK, Content, Reply, StoodStill};
 use super::upload::content;
 use crate::entries::clean;
-use crate::fault::Fault;
+use crate::fault::{FILE_SYSTEM, Fault};
 use crate::reply::{error, json};
 use crate::users;
 
@@ -44,10 +45,10 @@ pub async fn unpack(request: Request<Incoming>) -> Reply {
         Ok(content) => content,
         Err(reply) => return *reply,
     };
-    let Ok(_turn) = AT_ONCE.acquire().await else {
-        return error(StatusCode::INTERNAL_SERVER_ERROR, "nothing is unpacked any more");
+    let Ok(Ok(turn)) = tokio::time::timeout(FILE_SYSTEM, AT_ONCE.acquire()).await else {
+        return error(StatusCode::TOO_MANY_REQUESTS, "another upload is being unpacked");
     };
-    match run(content, wanted, Path::new("/")).await {
+    match run(content, wanted, Path::new("/"), turn).await {
         Ok(unpacked) => json(StatusCode::OK, &unpacked),
         Err(problem) => {
             let source = std::error::Error::source(&problem).map(|source| format!(": {source}"));
@@ -56,11 +57,17 @@ pub async fn unpack(request: Request<Incoming>) -> Reply {
     }
 }
 
-async fn run(content: Content, wanted: Wanted, root: &Path) -> Result<Unpacked, Error> {
+async fn run(
+    content: Content,
+    wanted: Wanted,
+    root: &Path,
+    turn: SemaphorePermit<'static>,
+) -> Result<Unpacked, Error> {
     let root = root.to_owned();
     let (sender, receiver) = mpsc::channel(QUEUE);
     let work = tokio::task::spawn_blocking(move || {
         let queue = Queue { receiver, chunk: Bytes::new(), ended: false };
+        let _turn = turn;
         archive::unpack(queue, &wanted, &root)
     });
     tokio::select! {
@@ -232,16 +239,32 @@ mod tests {
         header.set_mode(0o600);
         builder.append_data(&mut header, "large", &large[..]).unwrap();
         let tar = builder.into_inner().unwrap();
-        let content: Content = Box::pin(io::Cursor::new(tar));
-        let done = run(content, to("/good"), &root).await.unwrap();
+        static TURNS: Semaphore = Semaphore::const_new(1);
+        let content: Content = Box::pin(io::Cursor::new(tar.clone()));
+        let done = run(content, to("/good"), &root, TURNS.acquire().await.unwrap()).await.unwrap();
         assert_eq!((done.files, done.bytes), (1, large.len() as u64));
         assert_eq!(std::fs::read(root.join("good/large")).unwrap(), large);
         // Its sender goes on for ever, and sends nothing.
         let (silent, _other) = tokio::io::duplex(64);
         let content: Content = Box::pin(AsyncReadExt::chain(io::Cursor::new(vec![7; 1024]), silent));
-        let done = tokio::time::timeout(std::time::Duration::from_secs(60), run(content, to("/bad"), &root));
+        let minute = std::time::Duration::from_secs(60);
+        let turn = TURNS.acquire().await.unwrap();
+        let done = tokio::time::timeout(minute, run(content, to("/bad"), &root, turn));
         let problem = done.await.expect("it is waited for").unwrap_err();
         assert_eq!(status(&problem), StatusCode::BAD_REQUEST);
+        // Its client leaves in the middle: the thread has the turn until it has seen that.
+        let (silent, _other) = tokio::io::duplex(64);
+        let content: Content =
+            Box::pin(AsyncReadExt::chain(io::Cursor::new(tar[..1 << 20].to_vec()), silent));
+        let turn = TURNS.acquire().await.unwrap();
+        let mut left = Box::pin(run(content, to("/left"), &root, turn));
+        while !root.join("left/large").exists() {
+            assert!(futures::poll!(&mut left).is_pending(), "there is more to come");
+            tokio::task::yield_now().await;
+        }
+        assert!(TURNS.try_acquire().is_err());
+        drop(left);
+        let _next = tokio::time::timeout(minute, TURNS.acquire()).await.expect("its turn ends").unwrap();
         std::fs::remove_dir_all(&root).unwrap();
         let stood_still = Error::Torn(io::Error::new(io::ErrorKind::TimedOut, StoodStill));
         assert_eq!(status(&stood_still), StatusCode::REQUEST_TIMEOUT);
