@@ -457,7 +457,7 @@ async fn set_public(
     let body: UpdateTemplate = parse(&read(request).await?)?;
     let inner = &control.inner;
     let _changing = inner.builds.changing.lock().await;
-    let owner = inner.owners.of(&name).filter(|owner| owner.project == caller.project.as_str());
+    let owner = inner.owners.of(&name).filter(|_| inner.owners.is_own(&caller.project, &name));
     let owner = owner.ok_or_else(|| unknown_template(&name))?;
     if let Some(public) = body.public {
         let project = caller.project.as_str();

@@ -32,7 +32,7 @@ const STOP_GRACE: Duration = Duration::from_secs(10);
 /// What of a build's events may wait to be written, and is written at once.
 const EVENTS: usize = 256;
 
-fn name_taken(name: &str) -> Failure {
+pub(crate) fn name_taken(name: &str) -> Failure {
     let text = format!("the name {name} is taken");
     Failure::new(ErrorCode::NameTaken, text, "choose another, or delete what has it when it is yours")
 }
@@ -107,7 +107,9 @@ impl Inner {
         key: Option<String>,
     ) -> Result<(BuildId, TemplateOwner), Failure> {
         let name = template.as_str();
-        if !self.owners.is_own(caller, name) {
+        // Whose the name is stays as it is while this is held.
+        let _changing = self.builds.changing.lock().await;
+        if !self.owners.is_own(&caller.project, name) {
             // An imported template is everybody's, and a name of a snapshot would mean something else all at once.
             let is_taken = self.owners.of(name).is_some()
                 || self.has_template(name).await?
@@ -117,6 +119,7 @@ impl Inner {
             }
         }
         let id = BuildId::random();
+                || self.builds.is_imported(&template)
         let new = NewBuild {
             id: id.clone(),
             template: template.clone(),
@@ -125,7 +128,6 @@ impl Inner {
             wanted,
             key,
         };
-        let _changing = self.builds.changing.lock().await;
         match self.database.request_build(new, CAPS).await.map_err(database_failed)? {
             Requested::Done(owner) => {
                 self.owners.set(name, owner.clone());
@@ -333,20 +335,20 @@ impl Inner {
     /// too. Whether there is such a one.
     pub(crate) async fn remove_template(&self, caller: &Account, name: &str) -> Result<bool, Failure> {
         let Ok(template) = name.parse::<TemplateName>() else { return Ok(false) };
-        let is_own = self.owners.is_own(caller, name);
-        let is_imported = caller.is_admin && self.owners.of(name).is_none();
-        let is_theirs = is_own || (is_imported && self.has_template(name).await?);
-        if !is_theirs {
-            return Ok(false);
-        }
-        let _changing = loop {
+        let (_changing, is_own) = loop {
             let changing = self.builds.changing.lock().await;
             let running = self.builds.of(&template);
             if running.is_empty() {
-                break changing;
+                break (changing, is_own);
             }
             drop(changing);
             for one in running {
+            // Looked up each time: meanwhile it may have been deleted, and the name another project's.
+            let is_own = self.owners.is_own(&caller.project, name);
+            let is_imported = caller.is_admin && self.owners.of(name).is_none();
+            if !is_own && !(is_imported && self.has_template(name).await?) {
+                return Ok(false);
+            }
                 one.give_up(ErrorCode::BuildCancelled);
                 one.over.cancelled().await;
             }

@@ -98,7 +98,7 @@ async fn link(
     request: Request,
 ) -> Outcome {
     let inner = &control.inner;
-    if !inner.owners.is_own(&caller, &name) {
+    if !inner.owners.is_own(&caller.project, &name) {
         return Err(unknown_template(&name).into());
     }
     let hash = parse_hash(&hash)?;
