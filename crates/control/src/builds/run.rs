@@ -25,7 +25,8 @@ pub(super) const CAPS: Caps =
     Caps { templates: 1000, requested: 100, under_way: 16, kept: 20, life_ms: 24 * 3600 * 1000 };
 /// When a build is given up.
 const DEADLINE: Duration = Duration::from_secs(3600);
-/// How long to wait before a node is asked once more to give a build up, or the database to note its end.
+/// How long to wait before a node that could not be asked to give a build up, or a database that could not note its end, is
+/// asked once more: neither tells when it can be.
 const RETRY: Duration = Duration::from_millis(500);
 /// How long a server that stops waits for a node that gives a build up.
 const STOP_GRACE: Duration = Duration::from_secs(10);
@@ -118,8 +119,8 @@ impl Inner {
                 return Err(name_taken(name));
             }
         }
-        let id = BuildId::random();
                 || self.builds.is_imported(&template)
+        let id = BuildId::random();
         let new = NewBuild {
             id: id.clone(),
             template: template.clone(),
@@ -237,11 +238,6 @@ impl Inner {
         former: Vec<Arc<Running>>,
         request: Build,
     ) -> Result<Built, BuildFailure> {
-        let stopped = async {
-            self.stop.cancelled().await;
-            running.give_up(ErrorCode::BuildInterrupted);
-        };
-        tokio::pin!(stopped);
         let turn = async {
             for one in former {
                 one.over.cancelled().await;
@@ -250,8 +246,7 @@ impl Inner {
         };
         let _turn = tokio::select! {
             biased;
-            () = &mut stopped => None,
-            () = running.given_up() => None,
+            () = self.given_up(running) => None,
             turn = turn => turn.ok(),
         };
         let template = request.template.clone();
@@ -269,7 +264,7 @@ impl Inner {
         tokio::pin!(building, giving_up, lapsed);
         let (mut book, mut batch, mut tells) =
             (Book::new(self.database.clone(), running.build.clone()), Vec::new(), true);
-        let mut is_stopping = running.why().is_some();
+        let mut has_given_up = false;
         let ended = loop {
             tokio::select! {
                 ended = &mut building => break ended,
@@ -277,8 +272,7 @@ impl Inner {
                     0 => tells = false,
                     _ => book.write(&mut batch).await,
                 },
-                () = &mut stopped, if !is_stopping => is_stopping = true,
-                () = &mut giving_up => {}
+                () = &mut giving_up, if !has_given_up => has_given_up = true,
                 () = &mut lapsed => {
                     let text = "the node did not give the build up in time";
                     break Err(Failure::new(ErrorCode::BuildInterrupted, text, "build again").into());
@@ -292,15 +286,20 @@ impl Inner {
         ended
     }
 
-    /// Has the node give a build up once it is to be; asks again until this is dropped: at first the node may not have known
-    /// of it yet.
+    /// Returns once a build is to be given up; it is when the server stops.
+    async fn given_up(&self, running: &Running) {
+        if self.stop.run_until_cancelled(running.given_up()).await.is_none() {
+            running.give_up(ErrorCode::BuildInterrupted);
+        }
+    }
+
+    /// Has the node give a build up once it is to be.
     async fn give_up_on_node(&self, running: &Running) {
-        running.given_up().await;
-        loop {
-            if let Err(failure) = self.node.cancel_build(&running.build).await
-                && failure.error_code != ErrorCode::BuildNotFound
-            {
-                tracing::warn!(build = %running.build, error = chain(&failure), "a build is not given up");
+        self.given_up(running).await;
+        while let Err(failure) = self.node.cancel_build(&running.build).await {
+            // Then it has ended, or is refused when it comes.
+            if failure.error_code == ErrorCode::BuildNotFound {
+                return;
             }
             tokio::time::sleep(RETRY).await;
         }
@@ -308,6 +307,7 @@ impl Inner {
 
     /// Gives a build up; returns when nothing of it runs any more.
     pub(super) async fn cancel_build(&self, row: &BuildRow) -> Result<(), Failure> {
+            tracing::warn!(build = %running.build, error = chain(&failure), "a build is not given up");
         let running = {
             let _changing = self.builds.changing.lock().await;
             let running = self.builds.find(&row.id);
@@ -337,12 +337,6 @@ impl Inner {
         let Ok(template) = name.parse::<TemplateName>() else { return Ok(false) };
         let (_changing, is_own) = loop {
             let changing = self.builds.changing.lock().await;
-            let running = self.builds.of(&template);
-            if running.is_empty() {
-                break (changing, is_own);
-            }
-            drop(changing);
-            for one in running {
             // Looked up each time: meanwhile it may have been deleted, and the name another project's.
             let is_own = self.owners.is_own(&caller.project, name);
             let is_imported = caller.is_admin && self.owners.of(name).is_none();
@@ -355,6 +349,12 @@ impl Inner {
         };
         match self.node.remove_template(&template).await {
             // It was never built, or the server died before it had forgotten whose it was.
+            let running = self.builds.of(&template);
+            if running.is_empty() {
+                break (changing, is_own);
+            }
+            drop(changing);
+            for one in running {
             Err(failure) if is_own && failure.error_code == ErrorCode::TemplateNotFound => {}
             // A node that makes none has none of this project.
             Err(failure) if is_own && failure.error_code == ErrorCode::BuildUnsupported => {}

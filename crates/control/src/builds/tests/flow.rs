@@ -290,6 +290,31 @@ async fn what_a_build_says_is_bounded() {
         let path = format!("/templates/web/builds/{build}/logs?direction=backward&limit=1");
         world.get(&world.blue, &path).await.body["logs"][0]["message"].as_str().unwrap().to_owned()
     };
+#[tokio::test]
+async fn a_build_is_cancelled_once_though_the_node_does_not_know_it_yet() {
+    let world = world().await;
+    let build = world.asked(&world.blue, "web").await;
+    let held = world.node.hold_builds().await;
+    world.start(&world.blue, "web", &build, json!({ "fromImage": "a" })).await;
+    world.becomes(&world.blue, "web", &build, "building").await;
+    let path = format!("/templates/web/builds/{build}");
+    let cancelling = world.ask(&world.blue, "DELETE", &path, Value::Null);
+    let coming = async {
+        while world.node.cancels(&build) == 0 {
+            tokio::task::yield_now().await;
+        }
+        drop(held);
+    };
+    let (cancelled, ()) = soon(async { futures::join!(cancelling, coming) }).await;
+    assert_eq!(cancelled.status, StatusCode::NO_CONTENT, "{cancelled:?}");
+    assert_eq!((world.node.cancels(&build), world.node.building()), (1, 0));
+    assert_eq!(
+        world.status(&world.blue, "web", &build).await["reason"]["errorCode"],
+        json!("build_cancelled")
+    );
+    world.control.stop().await;
+}
+
     let count = async |build: &str, offset: u64| {
         let path = format!("/templates/web/builds/{build}/status?logsOffset={offset}");
         world.get(&world.blue, &path).await.body["logs"].as_array().unwrap().len()
