@@ -21,8 +21,14 @@ use crate::database::{
 use crate::failures::{database_failed, unknown_template};
 
 /// What a project may have.
-pub(super) const CAPS: Caps =
-    Caps { templates: 1000, requested: 100, under_way: 16, kept: 20, life_ms: 24 * 3600 * 1000 };
+pub(super) const CAPS: Caps = Caps {
+    templates: 1000,
+    requested: 100,
+    under_way: 16,
+    kept: 20,
+    life_ms: 24 * 3600 * 1000,
+    log_bytes: 256 << 20,
+};
 /// When a build is given up.
 const DEADLINE: Duration = Duration::from_secs(3600);
 /// How long to wait before a node that could not be asked to give a build up, or a database that could not note its end, is
