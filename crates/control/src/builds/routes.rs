@@ -296,6 +296,12 @@ async fn start(
     Ok(StatusCode::ACCEPTED.into_response())
 }
 
+/// Whether a build was given up, by whomever.
+fn was_given_up(row: &BuildRow) -> bool {
+    let code = row.error.as_ref().map(|error| error.failure.error_code);
+    matches!(code, Some(ErrorCode::BuildCancelled | ErrorCode::BuildInterrupted))
+}
+
 async fn cancel(
     State(control): State<Control>,
     Who(caller): Who,
@@ -305,7 +311,8 @@ async fn cancel(
     let row = control.inner.own_build(&caller, Some(&name), &build).await?;
     match control.inner.cancel_build(&row).await {
         // It was given up, or interrupted, before the server died.
-        Err(failure) if failure.error_code == ErrorCode::BuildState && again.is_some() => {}
+        Err(failure)
+            if failure.error_code == ErrorCode::BuildState && again.is_some() && was_given_up(&row) => {}
         other => other?,
     }
     Ok(StatusCode::NO_CONTENT.into_response())

@@ -272,24 +272,24 @@ async fn a_build_is_cancelled_in_each_of_its_states() {
         let refused = cancel(build).await;
         assert_eq!((refused.status, refused.code()), (StatusCode::CONFLICT, "build_state"));
     }
+    // The same, of a client that does not know its answer, for the server died.
+    for (build, status) in [(&running, StatusCode::NO_CONTENT), (&ready, StatusCode::CONFLICT)] {
+        let path = format!("/templates/web/builds/{build}");
+        let forgotten = crate::database::NewKey {
+            key: format!("blue:{build}"),
+            fingerprint: kelvin_api::digest::sha256(format!("DELETE {path}\n").as_bytes()),
+            subjects: Vec::new(),
+        };
+        assert!(world.control.inner.database.add_key_of(forgotten).await.unwrap());
+        let mut request = World::request(&world.blue, "DELETE", &path, &Value::Null);
+        request.headers_mut().insert("idempotency-key", build.parse().unwrap());
+        assert_eq!(world.send(request).await.status, status);
+    }
     let unknown = cancel(&kelvin_api::id::BuildId::random().to_string()).await;
     assert_eq!((unknown.status, unknown.code()), (StatusCode::NOT_FOUND, "build_not_found"));
     world.control.stop().await;
 }
 
-#[tokio::test]
-async fn what_a_build_says_is_bounded() {
-    let world = world().await;
-    let (build, node) = world.started(&world.blue, "web").await;
-    for _ in 0..20_010 {
-        node.told.send(event(None, BuildLevel::Info, "x")).await.unwrap();
-    }
-    node.end(Ok(()), "i");
-    world.becomes(&world.blue, "web", &build, "ready").await;
-    let tail = async |build: &str| {
-        let path = format!("/templates/web/builds/{build}/logs?direction=backward&limit=1");
-        world.get(&world.blue, &path).await.body["logs"][0]["message"].as_str().unwrap().to_owned()
-    };
 #[tokio::test]
 async fn a_build_is_cancelled_once_though_the_node_does_not_know_it_yet() {
     let world = world().await;
@@ -315,6 +315,19 @@ async fn a_build_is_cancelled_once_though_the_node_does_not_know_it_yet() {
     world.control.stop().await;
 }
 
+#[tokio::test]
+async fn what_a_build_says_is_bounded() {
+    let world = world().await;
+    let (build, node) = world.started(&world.blue, "web").await;
+    for _ in 0..20_010 {
+        node.told.send(event(None, BuildLevel::Info, "x")).await.unwrap();
+    }
+    node.end(Ok(()), "i");
+    world.becomes(&world.blue, "web", &build, "ready").await;
+    let tail = async |build: &str| {
+        let path = format!("/templates/web/builds/{build}/logs?direction=backward&limit=1");
+        world.get(&world.blue, &path).await.body["logs"][0]["message"].as_str().unwrap().to_owned()
+    };
     let count = async |build: &str, offset: u64| {
         let path = format!("/templates/web/builds/{build}/status?logsOffset={offset}");
         world.get(&world.blue, &path).await.body["logs"].as_array().unwrap().len()
