@@ -119,13 +119,13 @@ impl Inner {
         if !self.owners.is_own(&caller.project, name) {
             // An imported template is everybody's, and a name of a snapshot would mean something else all at once.
             let is_taken = self.owners.of(name).is_some()
+                || self.builds.is_imported(&template)
                 || self.has_template(name).await?
                 || self.snapshot_of(caller, name).await?.is_some();
             if is_taken {
                 return Err(name_taken(name));
             }
         }
-                || self.builds.is_imported(&template)
         let id = BuildId::random();
         let new = NewBuild {
             id: id.clone(),
@@ -307,13 +307,13 @@ impl Inner {
             if failure.error_code == ErrorCode::BuildNotFound {
                 return;
             }
+            tracing::warn!(build = %running.build, error = chain(&failure), "a build is not given up");
             tokio::time::sleep(RETRY).await;
         }
     }
 
     /// Gives a build up; returns when nothing of it runs any more.
     pub(super) async fn cancel_build(&self, row: &BuildRow) -> Result<(), Failure> {
-            tracing::warn!(build = %running.build, error = chain(&failure), "a build is not given up");
         let running = {
             let _changing = self.builds.changing.lock().await;
             let running = self.builds.find(&row.id);
@@ -349,18 +349,18 @@ impl Inner {
             if !is_own && !(is_imported && self.has_template(name).await?) {
                 return Ok(false);
             }
-                one.give_up(ErrorCode::BuildCancelled);
-                one.over.cancelled().await;
-            }
-        };
-        match self.node.remove_template(&template).await {
-            // It was never built, or the server died before it had forgotten whose it was.
             let running = self.builds.of(&template);
             if running.is_empty() {
                 break (changing, is_own);
             }
             drop(changing);
             for one in running {
+                one.give_up(ErrorCode::BuildCancelled);
+                one.over.cancelled().await;
+            }
+        };
+        match self.node.remove_template(&template).await {
+            // It was never built, or the server died before it had forgotten whose it was.
             Err(failure) if is_own && failure.error_code == ErrorCode::TemplateNotFound => {}
             // A node that makes none has none of this project.
             Err(failure) if is_own && failure.error_code == ErrorCode::BuildUnsupported => {}
