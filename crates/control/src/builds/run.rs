@@ -346,7 +346,8 @@ impl Inner {
             // Looked up each time: meanwhile it may have been deleted, and the name another project's.
             let is_own = self.owners.is_own(&caller.project, name);
             let is_imported = caller.is_admin && self.owners.of(name).is_none();
-            if !is_own && !(is_imported && self.has_template(name).await?) {
+            let is_theirs = is_own || (is_imported && self.has_template(name).await?);
+            if !is_theirs {
                 return Ok(false);
             }
             let running = self.builds.of(&template);
