@@ -388,6 +388,11 @@ impl Inner {
     }
 }
 
+/// Which lines are shown, and how many at once, where a request may say so.
+fn shown_lines(level: Option<LogLevel>, limit: Option<usize>) -> (LogLevel, usize) {
+    (level.unwrap_or(LogLevel::Debug), limit.unwrap_or(LINES).min(LINES))
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct StatusQuery {
@@ -404,7 +409,7 @@ async fn status(
 ) -> Outcome {
     // The row first: what it says of the end is not newer than the lines.
     let row = control.inner.own_build(&caller, Some(&name), &build).await?;
-    let (level, limit) = (query.level.unwrap_or(LogLevel::Debug), query.limit.unwrap_or(LINES).min(LINES));
+    let (level, limit) = shown_lines(query.level, query.limit);
     let skip = query.logs_offset.unwrap_or(0);
     Ok(json(StatusCode::OK, &control.inner.build_info(row, skip, level, limit).await?))
 }
@@ -450,7 +455,7 @@ async fn logs(
         Direction::Forward => Lines::From(query.cursor.unwrap_or(0)),
         Direction::Backward => Lines::Back(query.cursor),
     };
-    let (level, limit) = (query.level.unwrap_or(LogLevel::Debug), query.limit.unwrap_or(LINES).min(LINES));
+    let (level, limit) = shown_lines(query.level, query.limit);
     let logs = control.inner.entries(&row, lines, level, limit).await?;
     Ok(json(StatusCode::OK, &BuildLogs { logs }))
 }
