@@ -57,8 +57,9 @@ pub mod testing {
     }
 }
 
-macro_rules! id {
-    ($(#[$doc:meta])* $name:ident, $kind:literal) => {
+/// An identifier that is a text: parsed on its way in, shown as it is.
+macro_rules! text {
+    ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -66,31 +67,9 @@ macro_rules! id {
         pub struct $name(String);
 
         impl $name {
-            /// A new id of 100 random bits from the kernel.
-            pub fn random() -> Self {
-                Self(random(20))
-            }
-
-            /// The id as text.
+            /// It as text.
             pub fn as_str(&self) -> &str {
                 &self.0
-            }
-        }
-
-        impl FromStr for $name {
-            type Err = ParseIdError;
-
-            fn from_str(text: &str) -> Result<Self, ParseIdError> {
-                let reason = if text.is_empty() {
-                    "it is empty"
-                } else if text.len() > 64 {
-                    "it is longer than 64 characters"
-                } else if !text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit()) {
-                    "only a-z and 0-9 are allowed"
-                } else {
-                    return Ok(Self(text.to_owned()));
-                };
-                Err(ParseIdError { kind: $kind, reason })
             }
         }
 
@@ -117,6 +96,36 @@ macro_rules! id {
         impl fmt::Debug for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident, $kind:literal) => {
+        text!($(#[$doc])* $name);
+
+        impl $name {
+            /// A new id of 100 random bits from the kernel.
+            pub fn random() -> Self {
+                Self(random(20))
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = ParseIdError;
+
+            fn from_str(text: &str) -> Result<Self, ParseIdError> {
+                let reason = if text.is_empty() {
+                    "it is empty"
+                } else if text.len() > 64 {
+                    "it is longer than 64 characters"
+                } else if !text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit()) {
+                    "only a-z and 0-9 are allowed"
+                } else {
+                    return Ok(Self(text.to_owned()));
+                };
+                Err(ParseIdError { kind: $kind, reason })
             }
         }
     };
@@ -194,11 +203,10 @@ impl fmt::Display for TemplateName {
     }
 }
 
-/// A build of a template: a UUID in lower case, as official clients parse it.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(try_from = "String", into = "String")]
-pub struct BuildId(String);
+text!(
+    /// A build of a template: a UUID in lower case, as official clients parse it.
+    BuildId
+);
 
 impl BuildId {
     /// Lengths of its groups of hexadecimal digits. Source: RFC 9562.
@@ -215,22 +223,21 @@ impl BuildId {
         let (b, c, d, e) = (&rest[..4], &rest[5..8], &rest[9..12], &rest[12..]);
         Self(format!("{a}-{b}-4{c}-a{d}-{e}"))
     }
+}
 
-    /// The id as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
+/// Digits as they are written here: in lower case.
+fn is_hex(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
 }
 
 impl FromStr for BuildId {
     type Err = ParseIdError;
 
     fn from_str(text: &str) -> Result<Self, ParseIdError> {
-        let is_hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
         let mut groups = text.split('-');
-        let is_one = Self::GROUPS.iter().all(|&length| {
-            groups.next().is_some_and(|group| group.len() == length && group.bytes().all(is_hex))
-        });
+        let is_one = Self::GROUPS
+            .iter()
+            .all(|&length| groups.next().is_some_and(|group| group.len() == length && is_hex(group)));
         if !is_one || groups.next().is_some() {
             return Err(ParseIdError { kind: "build", reason: "it is no UUID in lower case" });
         }
@@ -238,64 +245,22 @@ impl FromStr for BuildId {
     }
 }
 
-/// What uploaded files are called: 64 hexadecimal digits in lower case, which the client has made of them.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(try_from = "String", into = "String")]
-pub struct FilesHash(String);
-
-impl FilesHash {
-    /// It as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
+text!(
+    /// What uploaded files are called: 64 hexadecimal digits in lower case, which the client has made of them.
+    FilesHash
+);
 
 impl FromStr for FilesHash {
     type Err = ParseIdError;
 
     fn from_str(text: &str) -> Result<Self, ParseIdError> {
-        if text.len() != 64
-            || !text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
-        {
+        if text.len() != 64 || !is_hex(text) {
             let reason = "it is not 64 hexadecimal digits in lower case";
             return Err(ParseIdError { kind: "files", reason });
         }
         Ok(Self(text.to_owned()))
     }
 }
-
-macro_rules! as_text {
-    ($($name:ident),*) => {$(
-        impl TryFrom<String> for $name {
-            type Error = ParseIdError;
-
-            fn try_from(text: String) -> Result<Self, ParseIdError> {
-                text.parse()
-            }
-        }
-
-        impl From<$name> for String {
-            fn from(id: $name) -> Self {
-                id.0
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(&self.0)
-            }
-        }
-
-        impl fmt::Debug for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(&self.0)
-            }
-        }
-    )*};
-}
-
-as_text!(BuildId, FilesHash);
 
 /// A secret token, shown to its owner once; `Debug` never prints it.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -304,7 +304,7 @@ impl Control {
             .method_not_allowed_fallback(wrong_method)
             .layer(from_fn_with_state(self.clone(), authenticate))
             // Signed URLs ask for no key.
-            .merge(signed)
+            .merge(signed.method_not_allowed_fallback(wrong_method))
             .layer(from_fn_with_state(documented, check_documented))
             .route("/health", get(async || StatusCode::NO_CONTENT))
             .route(

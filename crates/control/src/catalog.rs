@@ -197,7 +197,7 @@ impl Inner {
             Err(_) => None,
         };
         // Another project's is not there.
-        let Some(source) = template.filter(|_| self.owners.may_use(caller, name)) else {
+        let Some(source) = template.filter(|_| self.owners.may_use(&caller.project, name)) else {
             let kept = match self.snapshot_of(caller, name).await? {
                 Some(id) if tag.is_none() => self.node.source(id.as_str()).await?,
                 _ => None,
@@ -258,7 +258,7 @@ impl Inner {
         templates.retain_mut(|template| {
             let name = &template.template_id;
             template.public = self.owners.of(name).is_some_and(|owner| owner.public);
-            self.owners.may_use(caller, name)
+            self.owners.may_use(&caller.project, name)
         });
         let spawns = self.database.spawns().await.map_err(database_failed)?;
         for template in &mut templates {
@@ -414,7 +414,7 @@ impl Inner {
     ) -> Result<(Vec<TemplateBuild>, Option<String>), Failure> {
         let limit = page_limit(query.limit.as_ref())?;
         let after = query.next_token.as_deref().map(parse_page_token).transpose()?;
-        if !self.owners.is_own(caller, name) {
+        if !self.owners.is_own(&caller.project, name) {
             return Ok((Vec::new(), None));
         }
         let mut rows = self.database.builds_of(name, after, limit + 1).await.map_err(database_failed)?;
@@ -437,7 +437,7 @@ async fn template(
     let template = match inner.template(&caller, name).await {
         // It was not built yet.
         Err(failure) if failure.error_code == ErrorCode::TemplateNotFound => {
-            let owner = inner.owners.of(name).filter(|_| inner.owners.is_own(&caller, name));
+            let owner = inner.owners.of(name).filter(|_| inner.owners.is_own(&caller.project, name));
             let newest = inner.database.builds_of(name, None, 1).await.map_err(database_failed)?;
             match (owner, newest.first()) {
                 (Some(owner), Some(row)) => unbuilt(row, &owner),

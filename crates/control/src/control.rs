@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::accounts::Accounts;
+use crate::builds::uploads::Uploading;
 use crate::builds::{BuildOptions, Owners, UnderWay};
 use crate::changes::Changes;
 use crate::database::Database;
@@ -59,6 +60,8 @@ pub(crate) struct Inner {
     pub(crate) build_options: BuildOptions,
     /// Builds that wait or run.
     pub(crate) builds: UnderWay,
+    /// Uploads that are under way.
+    pub(crate) uploading: Uploading,
     /// Whose templates are.
     pub(crate) owners: Owners,
     /// What URLs of uploads are signed with.

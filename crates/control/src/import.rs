@@ -21,6 +21,7 @@ use axum::response::{IntoResponse, Response};
 use futures::stream;
 use http::{HeaderMap, Method, StatusCode, header};
 use kelvin_api::error::{ErrorCode, Failure};
+use kelvin_api::id::TemplateName;
 use kelvin_api::import::{IMPORT_EVENTS, ImportEvent, ImportProgress, ImportTemplate};
 use kelvin_api::sandbox::Template;
 use kelvin_api::units::MemoryMib;
@@ -29,6 +30,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::audit::Audit;
+use crate::builds::Importing;
 use crate::codes;
 use crate::control::{Control, Inner};
 use crate::create::memory_of;
@@ -102,9 +104,12 @@ fn wants_events(headers: &HeaderMap) -> bool {
         .any(|kind| kind.trim().eq_ignore_ascii_case(IMPORT_EVENTS))
 }
 
-/// Refuses to replace what a project has built.
-fn check_owner(inner: &Inner, template: &kelvin_api::id::TemplateName) -> Result<(), Failure> {
-    let Some(owner) = inner.owners.of(template.as_str()) else { return Ok(()) };
+/// Reserves the name of an import: what a project has built is not replaced, and none builds it meanwhile.
+async fn reserve(inner: &Inner, template: &TemplateName) -> Result<Importing, Failure> {
+    let _changing = inner.builds.changing.lock().await;
+    let Some(owner) = inner.owners.of(template.as_str()) else {
+        return Ok(inner.builds.import(template.clone()));
+    };
     let text = format!("the name {template} is that of a template of the project {}", owner.project);
     Err(Failure::new(ErrorCode::NameTaken, text, "choose another, or have the project delete its template"))
 }
@@ -174,11 +179,12 @@ async fn import(
 ) -> Outcome {
     let is_told = key.is_none() && wants_events(request.headers());
     let request = of(&name, parse_required(&read(request).await?)?)?;
-    check_owner(&control.inner, &request.template)?;
+    let reserved = reserve(&control.inner, &request.template).await?;
     let (told, mut progress) = watch::channel(None);
     let (inner, late) = (Arc::clone(&control.inner), Arc::clone(&audit));
     let mut importing = control.inner.tasks.spawn(async move {
         let imported = inner.node.import(request, told).await;
+        drop(reserved);
         let status = imported.as_ref().map_or_else(|failure| failure.kind.status(), |_| StatusCode::OK);
         late.end_late(&inner.database, status).await;
         imported

@@ -13,6 +13,7 @@ use kelvin_api::sandbox::{
 use kelvin_node_api::{Child, Created, Live, Paused, Taken};
 
 use crate::accounts::Account;
+use crate::builds::name_taken;
 use crate::control::Inner;
 use crate::create::{DEFAULT_TIMEOUT_S, ENV_BYTES, METADATA_BYTES, Reply, check_env, check_map, deadline};
 use crate::database::{NewSnapshot, SandboxRow};
@@ -165,6 +166,12 @@ impl Inner {
         };
         let _change = self.changes.begin(id, "snapshot").await?;
         let row = self.row_here(id).await?;
+        // A template that is yet to be built would hide it. The node refuses the names of those that it has.
+        if let Some(name) = &name
+            && self.owners.is_own(&row.project, name.as_str())
+        {
+            return Err(name_taken(name.as_str()));
+        }
         let mode = PauseMode::of(body.memory);
         // The sandbox's project owns it, whoever asks.
         let quota = match caller.project == row.project {

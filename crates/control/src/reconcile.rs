@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::accounts::Accounts;
 use crate::auth::ApiKey;
+use crate::builds::uploads::Uploading;
 use crate::builds::{BuildOptions, Owners, UnderWay};
 use crate::control::{Control, Inner, Wakes};
 use crate::database::{self, Database};
@@ -71,6 +72,7 @@ impl Control {
             wakes: Wakes::default(),
             build_options: options,
             builds: UnderWay::new(options),
+            uploading: Uploading::default(),
             owners,
             upload_secret,
             metrics: Metrics::default(),

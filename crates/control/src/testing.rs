@@ -31,6 +31,13 @@ pub(crate) struct ScriptedNode {
     has_asked: tokio::sync::Notify,
     /// Builds that are under way.
     building: Mutex<HashMap<BuildId, CancellationToken>>,
+    /// Builds that it was asked to give up, in this order.
+    cancelled: Mutex<Vec<BuildId>>,
+    /// Held by a test while no build begins.
+    begins: tokio::sync::Mutex<()>,
+    /// Held by a test while no import ends.
+    imports: tokio::sync::Mutex<()>,
+    has_import: tokio::sync::Notify,
     files: Mutex<HashMap<(Project, FilesHash), Vec<u8>>>,
 }
 
@@ -111,6 +118,26 @@ impl ScriptedNode {
     /// Builds that are under way.
     pub fn building(&self) -> usize {
         lock(&self.building).len()
+    }
+
+    /// While it lives, a build that is asked for has not come yet.
+    pub async fn hold_builds(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.begins.lock().await
+    }
+
+    /// While it lives, no import ends.
+    pub async fn hold_imports(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.imports.lock().await
+    }
+
+    /// Returns when it was asked for an import.
+    pub async fn importing(&self) {
+        self.has_import.notified().await;
+    }
+
+    /// How often it was asked to give a build up.
+    pub fn cancels(&self, build: &str) -> usize {
+        lock(&self.cancelled).iter().filter(|id| id.as_str() == build).count()
     }
 
     /// What was uploaded.
@@ -236,6 +263,8 @@ impl NodeService for ScriptedNode {
     }
 
     async fn import(&self, _: Import, _: ImportTold) -> Result<Template, Failure> {
+        self.has_import.notify_one();
+        drop(self.imports.lock().await);
         refused()
     }
 
@@ -246,6 +275,10 @@ impl NodeService for ScriptedNode {
     async fn build(&self, request: Build, told: BuildTold) -> Result<Built, BuildFailure> {
         let (answer, answered) = oneshot::channel();
         let (id, cancelled) = (request.build.clone(), CancellationToken::new());
+        drop(self.begins.lock().await);
+        if lock(&self.cancelled).contains(&id) {
+            return Err(Failure::new(ErrorCode::BuildCancelled, "it was given up", "none").into());
+        }
         lock(&self.building).insert(id.clone(), cancelled.clone());
         lock(&self.asked).push_back(AskedBuild { request, told, answer });
         self.has_asked.notify_one();
@@ -261,6 +294,7 @@ impl NodeService for ScriptedNode {
 
     async fn cancel_build(&self, build: &BuildId) -> Result<(), Failure> {
         let gone = || Failure::new(ErrorCode::BuildNotFound, "it is not under way", "look");
+        lock(&self.cancelled).push(build.clone());
         lock(&self.building).get(build).ok_or_else(gone)?.cancel();
         Ok(())
     }

@@ -86,7 +86,8 @@ pub trait NodeService: Send + Sync + 'static {
         let _ = (request, told);
         Err(no_builds().into())
     }
-    /// Gives a build up; returns when nothing of it runs any more. One that is not under way is `BuildNotFound`.
+    /// Gives a build up; returns when nothing of it runs any more. One that is not under way is `BuildNotFound`, and is given up
+    /// where it comes later: the two requests may overtake each other.
     async fn cancel_build(&self, build: &BuildId) -> Result<(), Failure> {
         let _ = build;
         Err(no_builds())

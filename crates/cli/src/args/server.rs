@@ -98,7 +98,8 @@ pub struct ServeArgs {
     /// given again for another registry.
     #[arg(long, value_name = "HOST=URL", value_parser = mirror)]
     pub registry_mirror: Vec<String>,
-    /// Docker's configuration, whose credentials and credential helpers pull images [default: none is read].
+    /// Docker's configuration, whose credentials and credential helpers pull images, for every project that names none of its own
+    /// [default: none is read].
     #[arg(long, value_name = "FILE")]
     pub docker_config: Option<PathBuf>,
     /// Bytes of the cache of images' layers [default: the node's].

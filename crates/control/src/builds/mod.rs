@@ -28,5 +28,6 @@ pub(crate) mod uploads;
 mod tests;
 
 pub(crate) use owners::Owners;
+pub(crate) use run::name_taken;
 pub use under_way::BuildOptions;
-pub(crate) use under_way::UnderWay;
+pub(crate) use under_way::{Importing, UnderWay};

@@ -3,9 +3,10 @@
 //! Who writes: whoever has written it to the database just before. This process is the only one that writes there.
 
 use std::collections::HashMap;
-use std::sync::{PoisonError, RwLock};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
-use crate::accounts::Account;
+use kelvin_api::account::Project;
+
 use crate::database::TemplateOwner;
 
 /// The owners of templates. One without is everybody's.
@@ -18,19 +19,24 @@ impl Owners {
         Self(RwLock::new(known))
     }
 
+    fn known(&self) -> RwLockReadGuard<'_, HashMap<String, TemplateOwner>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whose a template is.
     pub fn of(&self, template: &str) -> Option<TemplateOwner> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).get(template).cloned()
+        self.known().get(template).cloned()
     }
 
-    /// Whether a template is `caller`'s project's own.
-    pub fn is_own(&self, caller: &Account, template: &str) -> bool {
-        self.of(template).is_some_and(|owner| owner.project == caller.project.as_str())
+    /// Whether a template is `project`'s own.
+    pub fn is_own(&self, project: &Project, template: &str) -> bool {
+        self.known().get(template).is_some_and(|owner| owner.project == project.as_str())
     }
 
-    /// Whether `caller` may see and start a template.
-    pub fn may_use(&self, caller: &Account, template: &str) -> bool {
-        self.of(template).is_none_or(|owner| owner.public || owner.project == caller.project.as_str())
+    /// Whether `project` may see and start a template.
+    pub fn may_use(&self, project: &Project, template: &str) -> bool {
+        let known = self.known();
+        known.get(template).is_none_or(|owner| owner.public || owner.project == project.as_str())
     }
 
     pub fn set(&self, template: &str, owner: TemplateOwner) {

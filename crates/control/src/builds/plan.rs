@@ -1,6 +1,6 @@
 //! What a build begins with, as a request has it: checked before anything is started.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use kelvin_api::build::{RegistryLogin, StartBuild, TemplateStage};
@@ -40,17 +40,19 @@ fn host(reference: &str) -> Option<&str> {
     is_host.then(|| first.split_once(':').map_or(first, |(host, _)| host))
 }
 
-/// Whether a host is this machine. What a name resolves to is for who connects.
-fn is_loopback(host: &str) -> bool {
+/// Whether a host is this machine, or on its link, as the metadata of clouds are. What a name resolves to is for who connects.
+fn is_of_this_machine(host: &str) -> bool {
     let name = host.trim_end_matches('.').to_ascii_lowercase();
     if name == "localhost" || name.ends_with(".localhost") {
         return true;
     }
     match name.parse::<IpAddr>().map(|address| address.to_canonical()) {
         Ok(IpAddr::V4(address)) => {
-            address.is_loopback() || address == Ipv4Addr::UNSPECIFIED || address.octets()[0] == 0
+            address.is_loopback() || address.is_link_local() || address.octets()[0] == 0
         }
-        Ok(IpAddr::V6(address)) => address.is_loopback() || address.is_unspecified(),
+        Ok(IpAddr::V6(address)) => {
+            address.is_loopback() || address.is_unspecified() || address.is_unicast_link_local()
+        }
         // `127.1`, `0x7f.1`: what the C library takes for an address, and no name of a registry.
         Err(_) => name
             .rsplit('.')
@@ -68,7 +70,7 @@ fn reference(caller: &Account, text: &str) -> Result<String, Failure> {
             "for example python:3.12, or host:5000/team/app:1",
         );
     }
-    if host(text).is_some_and(is_loopback) && !caller.is_admin {
+    if host(text).is_some_and(is_of_this_machine) && !caller.is_admin {
         return Err(not_an_admin());
     }
     Ok(text.to_owned())
@@ -244,6 +246,9 @@ mod tests {
             ("[::1]:5000/a", true),
             ("[::ffff:127.0.0.1]/a", true),
             ("127.1:80/a", true),
+            ("169.254.169.254/a", true),
+            ("[fe80::1]:80/a", true),
+            ("[::ffff:169.254.169.254]/a", true),
             ("0x7f.1/a", true),
             ("2130706433:80/a", true),
         ] {

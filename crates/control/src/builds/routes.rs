@@ -296,6 +296,12 @@ async fn start(
     Ok(StatusCode::ACCEPTED.into_response())
 }
 
+/// Whether a build was given up, by whomever.
+fn was_given_up(row: &BuildRow) -> bool {
+    let code = row.error.as_ref().map(|error| error.failure.error_code);
+    matches!(code, Some(ErrorCode::BuildCancelled | ErrorCode::BuildInterrupted))
+}
+
 async fn cancel(
     State(control): State<Control>,
     Who(caller): Who,
@@ -305,7 +311,8 @@ async fn cancel(
     let row = control.inner.own_build(&caller, Some(&name), &build).await?;
     match control.inner.cancel_build(&row).await {
         // It was given up, or interrupted, before the server died.
-        Err(failure) if failure.error_code == ErrorCode::BuildState && again.is_some() => {}
+        Err(failure)
+            if failure.error_code == ErrorCode::BuildState && again.is_some() && was_given_up(&row) => {}
         other => other?,
     }
     Ok(StatusCode::NO_CONTENT.into_response())
@@ -381,6 +388,11 @@ impl Inner {
     }
 }
 
+/// Which lines are shown, and how many at once, where a request may say so.
+fn shown_lines(level: Option<LogLevel>, limit: Option<usize>) -> (LogLevel, usize) {
+    (level.unwrap_or(LogLevel::Debug), limit.unwrap_or(LINES).min(LINES))
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct StatusQuery {
@@ -397,7 +409,7 @@ async fn status(
 ) -> Outcome {
     // The row first: what it says of the end is not newer than the lines.
     let row = control.inner.own_build(&caller, Some(&name), &build).await?;
-    let (level, limit) = (query.level.unwrap_or(LogLevel::Debug), query.limit.unwrap_or(LINES).min(LINES));
+    let (level, limit) = shown_lines(query.level, query.limit);
     let skip = query.logs_offset.unwrap_or(0);
     Ok(json(StatusCode::OK, &control.inner.build_info(row, skip, level, limit).await?))
 }
@@ -443,7 +455,7 @@ async fn logs(
         Direction::Forward => Lines::From(query.cursor.unwrap_or(0)),
         Direction::Backward => Lines::Back(query.cursor),
     };
-    let (level, limit) = (query.level.unwrap_or(LogLevel::Debug), query.limit.unwrap_or(LINES).min(LINES));
+    let (level, limit) = shown_lines(query.level, query.limit);
     let logs = control.inner.entries(&row, lines, level, limit).await?;
     Ok(json(StatusCode::OK, &BuildLogs { logs }))
 }
@@ -457,7 +469,7 @@ async fn set_public(
     let body: UpdateTemplate = parse(&read(request).await?)?;
     let inner = &control.inner;
     let _changing = inner.builds.changing.lock().await;
-    let owner = inner.owners.of(&name).filter(|owner| owner.project == caller.project.as_str());
+    let owner = inner.owners.of(&name).filter(|_| inner.owners.is_own(&caller.project, &name));
     let owner = owner.ok_or_else(|| unknown_template(&name))?;
     if let Some(public) = body.public {
         let project = caller.project.as_str();

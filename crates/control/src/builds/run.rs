@@ -21,18 +21,25 @@ use crate::database::{
 use crate::failures::{database_failed, unknown_template};
 
 /// What a project may have.
-pub(super) const CAPS: Caps =
-    Caps { templates: 1000, requested: 100, under_way: 16, kept: 20, life_ms: 24 * 3600 * 1000 };
+pub(super) const CAPS: Caps = Caps {
+    templates: 1000,
+    requested: 100,
+    under_way: 16,
+    kept: 20,
+    life_ms: 24 * 3600 * 1000,
+    log_bytes: 256 << 20,
+};
 /// When a build is given up.
 const DEADLINE: Duration = Duration::from_secs(3600);
-/// How long to wait before a node is asked once more to give a build up, or the database to note its end.
+/// How long to wait before a node that could not be asked to give a build up, or a database that could not note its end, is
+/// asked once more: neither tells when it can be.
 const RETRY: Duration = Duration::from_millis(500);
 /// How long a server that stops waits for a node that gives a build up.
 const STOP_GRACE: Duration = Duration::from_secs(10);
 /// What of a build's events may wait to be written, and is written at once.
 const EVENTS: usize = 256;
 
-fn name_taken(name: &str) -> Failure {
+pub(crate) fn name_taken(name: &str) -> Failure {
     let text = format!("the name {name} is taken");
     Failure::new(ErrorCode::NameTaken, text, "choose another, or delete what has it when it is yours")
 }
@@ -107,9 +114,12 @@ impl Inner {
         key: Option<String>,
     ) -> Result<(BuildId, TemplateOwner), Failure> {
         let name = template.as_str();
-        if !self.owners.is_own(caller, name) {
+        // Whose the name is stays as it is while this is held.
+        let _changing = self.builds.changing.lock().await;
+        if !self.owners.is_own(&caller.project, name) {
             // An imported template is everybody's, and a name of a snapshot would mean something else all at once.
             let is_taken = self.owners.of(name).is_some()
+                || self.builds.is_imported(&template)
                 || self.has_template(name).await?
                 || self.snapshot_of(caller, name).await?.is_some();
             if is_taken {
@@ -125,7 +135,6 @@ impl Inner {
             wanted,
             key,
         };
-        let _changing = self.builds.changing.lock().await;
         match self.database.request_build(new, CAPS).await.map_err(database_failed)? {
             Requested::Done(owner) => {
                 self.owners.set(name, owner.clone());
@@ -235,11 +244,6 @@ impl Inner {
         former: Vec<Arc<Running>>,
         request: Build,
     ) -> Result<Built, BuildFailure> {
-        let stopped = async {
-            self.stop.cancelled().await;
-            running.give_up(ErrorCode::BuildInterrupted);
-        };
-        tokio::pin!(stopped);
         let turn = async {
             for one in former {
                 one.over.cancelled().await;
@@ -248,8 +252,7 @@ impl Inner {
         };
         let _turn = tokio::select! {
             biased;
-            () = &mut stopped => None,
-            () = running.given_up() => None,
+            () = self.given_up(running) => None,
             turn = turn => turn.ok(),
         };
         let template = request.template.clone();
@@ -267,7 +270,7 @@ impl Inner {
         tokio::pin!(building, giving_up, lapsed);
         let (mut book, mut batch, mut tells) =
             (Book::new(self.database.clone(), running.build.clone()), Vec::new(), true);
-        let mut is_stopping = running.why().is_some();
+        let mut has_given_up = false;
         let ended = loop {
             tokio::select! {
                 ended = &mut building => break ended,
@@ -275,8 +278,7 @@ impl Inner {
                     0 => tells = false,
                     _ => book.write(&mut batch).await,
                 },
-                () = &mut stopped, if !is_stopping => is_stopping = true,
-                () = &mut giving_up => {}
+                () = &mut giving_up, if !has_given_up => has_given_up = true,
                 () = &mut lapsed => {
                     let text = "the node did not give the build up in time";
                     break Err(Failure::new(ErrorCode::BuildInterrupted, text, "build again").into());
@@ -290,16 +292,22 @@ impl Inner {
         ended
     }
 
-    /// Has the node give a build up once it is to be; asks again until this is dropped: at first the node may not have known
-    /// of it yet.
+    /// Returns once a build is to be given up; it is when the server stops.
+    async fn given_up(&self, running: &Running) {
+        if self.stop.run_until_cancelled(running.given_up()).await.is_none() {
+            running.give_up(ErrorCode::BuildInterrupted);
+        }
+    }
+
+    /// Has the node give a build up once it is to be.
     async fn give_up_on_node(&self, running: &Running) {
-        running.given_up().await;
-        loop {
-            if let Err(failure) = self.node.cancel_build(&running.build).await
-                && failure.error_code != ErrorCode::BuildNotFound
-            {
-                tracing::warn!(build = %running.build, error = chain(&failure), "a build is not given up");
+        self.given_up(running).await;
+        while let Err(failure) = self.node.cancel_build(&running.build).await {
+            // Then it has ended, or is refused when it comes.
+            if failure.error_code == ErrorCode::BuildNotFound {
+                return;
             }
+            tracing::warn!(build = %running.build, error = chain(&failure), "a build is not given up");
             tokio::time::sleep(RETRY).await;
         }
     }
@@ -333,17 +341,18 @@ impl Inner {
     /// too. Whether there is such a one.
     pub(crate) async fn remove_template(&self, caller: &Account, name: &str) -> Result<bool, Failure> {
         let Ok(template) = name.parse::<TemplateName>() else { return Ok(false) };
-        let is_own = self.owners.is_own(caller, name);
-        let is_imported = caller.is_admin && self.owners.of(name).is_none();
-        let is_theirs = is_own || (is_imported && self.has_template(name).await?);
-        if !is_theirs {
-            return Ok(false);
-        }
-        let _changing = loop {
+        let (_changing, is_own) = loop {
             let changing = self.builds.changing.lock().await;
+            // Looked up each time: meanwhile it may have been deleted, and the name another project's.
+            let is_own = self.owners.is_own(&caller.project, name);
+            let is_imported = caller.is_admin && self.owners.of(name).is_none();
+            let is_theirs = is_own || (is_imported && self.has_template(name).await?);
+            if !is_theirs {
+                return Ok(false);
+            }
             let running = self.builds.of(&template);
             if running.is_empty() {
-                break changing;
+                break (changing, is_own);
             }
             drop(changing);
             for one in running {

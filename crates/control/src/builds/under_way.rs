@@ -64,6 +64,24 @@ pub(crate) struct UnderWay {
     /// Held while what is written down of builds and of templates' owners, and what is here, change together.
     pub changing: tokio::sync::Mutex<()>,
     all: Mutex<HashMap<BuildId, Arc<Running>>>,
+    /// Names that imports make templates of, once for each import.
+    imports: Arc<Mutex<Vec<TemplateName>>>,
+}
+
+/// An import that is under way: until it is dropped, no project builds a template of its name.
+#[derive(Debug)]
+pub(crate) struct Importing {
+    imports: Arc<Mutex<Vec<TemplateName>>>,
+    template: TemplateName,
+}
+
+impl Drop for Importing {
+    fn drop(&mut self) {
+        let mut imports = self.imports.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = imports.iter().position(|name| *name == self.template) {
+            imports.swap_remove(at);
+        }
+    }
 }
 
 impl UnderWay {
@@ -72,7 +90,19 @@ impl UnderWay {
             turns: Semaphore::new(options.max_builds.clamp(1, Semaphore::MAX_PERMITS)),
             changing: tokio::sync::Mutex::default(),
             all: Mutex::default(),
+            imports: Arc::default(),
         }
+    }
+
+    /// An import that begins; asked for while `changing` is held, by who has seen that no project has the name.
+    pub fn import(&self, template: TemplateName) -> Importing {
+        self.imports.lock().unwrap_or_else(PoisonError::into_inner).push(template.clone());
+        Importing { imports: Arc::clone(&self.imports), template }
+    }
+
+    /// Whether an import makes a template of that name.
+    pub fn is_imported(&self, template: &TemplateName) -> bool {
+        self.imports.lock().unwrap_or_else(PoisonError::into_inner).contains(template)
     }
 
     fn all(&self) -> MutexGuard<'_, HashMap<BuildId, Arc<Running>>> {

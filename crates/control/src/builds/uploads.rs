@@ -5,22 +5,28 @@
 //! PUT url ──> the signature, the key's account, the length ──> streamed to the node, which keeps it once it is whole
 //! ```
 //!
-//! A URL is good for an hour, and for as long as the key that asked for it is. Who writes: the task of the request, which runs
-//! to its end when its client leaves. A crash leaves what the node cleans up.
+//! A URL is good for an hour, and for as long as the key that asked for it is. Some uploads of a project run at one time, others
+//! wait for their turn before anything is read of them. Who writes: the task of the request, which runs to its end when its
+//! client leaves. A crash leaves what the node cleans up.
 
+use std::collections::HashMap;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+use axum::body::Bytes;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
-use futures::StreamExt as _;
+use futures::{Stream, StreamExt as _, stream};
 use http::{HeaderMap, Method, StatusCode, Uri, header};
+use kelvin_api::account::Project;
 use kelvin_api::build::FilesUpload;
 use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::FilesHash;
 use kelvin_api::signature::{Operation, Signed, sign};
 use serde::Deserialize;
+use tokio::sync::Semaphore;
 
 use super::codes as own;
 use crate::accounts::Caller;
@@ -34,6 +40,12 @@ use crate::request::{Outcome, OverTls, Path, Query, Who, json};
 
 /// How long a URL is good, in seconds.
 const LIFE_S: i64 = 3600;
+/// Uploads of a project that run at one time: each takes as much of the disk as one may have, beside what is kept.
+const AT_ONCE: usize = 4;
+/// When an upload of which nothing comes is given up.
+const SILENCE: Duration = Duration::from_secs(60);
+/// When an upload is given up that has begun.
+const DEADLINE: Duration = Duration::from_secs(3600);
 
 /// The routes.
 pub(crate) fn routes() -> Api {
@@ -63,6 +75,33 @@ pub(crate) fn routes() -> Api {
                 .errors(&[codes::NODE, own::UPLOAD])
                 .empty(204),
         )
+}
+
+/// Uploads that are under way, by project.
+#[derive(Debug, Default)]
+pub(crate) struct Uploading(Mutex<HashMap<Project, Arc<Semaphore>>>);
+
+impl Uploading {
+    /// What an upload of `project` has to have. One for each project that ever uploaded: keys make those, not requests.
+    fn turns(&self, project: &Project) -> Arc<Semaphore> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(all.entry(project.clone()).or_insert_with(|| Arc::new(Semaphore::new(AT_ONCE))))
+    }
+}
+
+/// What comes of an upload, until nothing comes for too long, or it lasts too long.
+fn in_time<E: Into<axum::BoxError>>(
+    content: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static,
+) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
+    let end = tokio::time::Instant::now() + DEADLINE;
+    stream::unfold(Some(content), move |content| async move {
+        let mut content = content?;
+        let until = end.min(tokio::time::Instant::now() + SILENCE);
+        match tokio::time::timeout_at(until, content.next()).await {
+            Ok(piece) => Some((piece?.map_err(io::Error::other), Some(content))),
+            Err(_) => Some((Err(io::Error::new(io::ErrorKind::TimedOut, "nothing more came in time")), None)),
+        }
+    })
 }
 
 fn parse_hash(text: &str) -> Result<FilesHash, Failure> {
@@ -98,7 +137,7 @@ async fn link(
     request: Request,
 ) -> Outcome {
     let inner = &control.inner;
-    if !inner.owners.is_own(&caller, &name) {
+    if !inner.owners.is_own(&caller.project, &name) {
         return Err(unknown_template(&name).into());
     }
     let hash = parse_hash(&hash)?;
@@ -148,7 +187,7 @@ impl Inner {
         if !signed.is_of(self.upload_secret.expose()) {
             return Err(refused("the URL's signature is not valid"));
         }
-        if query.expires.parse::<i64>().is_ok_and(|until| until < self.clock.wall().as_second()) {
+        if query.expires.parse::<i64>().map_or(true, |until| until < self.clock.wall().as_second()) {
             return Err(refused("the URL's signature is already expired"));
         }
         // A key that was revoked meanwhile is none.
@@ -169,9 +208,15 @@ impl Inner {
         if length.and_then(|text| text.parse::<u64>().ok()).is_some_and(|length| length > most) {
             return Err(too_large());
         }
+        let turns = self.uploading.turns(&caller.project);
+        let waiting = tokio::time::timeout(DEADLINE, turns.acquire()).await;
+        let Ok(Ok(_turn)) = waiting else {
+            let text = format!("{AT_ONCE} uploads of this project are under way");
+            return Err(Failure::new(ErrorCode::TooManyRequests, text, "send it again when one has ended"));
+        };
         let (over, cut) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let (is_over, is_cut, mut got) = (Arc::clone(&over), Arc::clone(&cut), 0_u64);
-        let content = request.into_body().into_data_stream().map(move |piece| match piece {
+        let content = in_time(request.into_body().into_data_stream()).boxed().map(move |piece| match piece {
             Ok(piece) => {
                 got += piece.len() as u64;
                 if got <= most {
@@ -182,16 +227,18 @@ impl Inner {
             }
             Err(error) => {
                 is_cut.store(true, Ordering::Relaxed);
-                Err(io::Error::new(io::ErrorKind::UnexpectedEof, error))
+                Err(error)
             }
         });
         let kept = self.node.put_files(&caller.project, hash, Box::pin(content)).await;
         match kept {
             Err(_) if over.load(Ordering::Relaxed) => Err(too_large()),
-            Err(failure) if cut.load(Ordering::Relaxed) => {
-                Err(Failure::new(ErrorCode::BodyCut, "the body ended early", "send it again")
-                    .with_cause(&failure))
-            }
+            Err(failure) if cut.load(Ordering::Relaxed) => Err(Failure::new(
+                ErrorCode::BodyCut,
+                "the body ended early, or came too slowly",
+                "send it again",
+            )
+            .with_cause(&failure)),
             other => other,
         }
     }
@@ -235,6 +282,32 @@ async fn upload(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_upload_of_which_nothing_comes_is_given_up() {
+        let piece = || Ok::<_, io::Error>(Bytes::from_static(b"a"));
+        let silent = in_time(stream::iter([piece()]).chain(stream::pending()).boxed());
+        let silent: Vec<_> = silent.collect().await;
+        assert_eq!(silent.len(), 2);
+        assert_eq!(silent[1].as_ref().unwrap_err().kind(), io::ErrorKind::TimedOut);
+        // One that goes on for ever, a piece just before each end.
+        let slow = stream::repeat(()).then(|()| tokio::time::sleep(SILENCE - Duration::from_secs(1)));
+        let begun = tokio::time::Instant::now();
+        let slow: Vec<_> = in_time(slow.map(move |()| piece()).boxed()).collect().await;
+        assert!(slow.len() > 60 && slow.last().is_some_and(Result::is_err));
+        assert_eq!(begun.elapsed().as_secs(), DEADLINE.as_secs());
+        let whole: Vec<_> = in_time(stream::iter([piece(), piece()])).collect().await;
+        assert!(whole.len() == 2 && whole.iter().all(Result::is_ok));
+    }
+
+    #[tokio::test]
+    async fn some_uploads_of_a_project_run_at_one_time() {
+        let (uploading, blue) = (Uploading::default(), "blue".parse().unwrap());
+        let turns = uploading.turns(&blue);
+        let _held: Vec<_> = (0..AT_ONCE).map(|_| turns.try_acquire().unwrap()).collect();
+        assert!(uploading.turns(&blue).try_acquire().is_err());
+        assert!(uploading.turns(&"green".parse().unwrap()).try_acquire().is_ok());
+    }
 
     #[test]
     fn a_url_leads_back_to_where_the_request_came() {

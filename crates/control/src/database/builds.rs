@@ -50,6 +50,8 @@ pub struct Caps {
     pub kept: u64,
     /// How long one that was asked for may be started, in milliseconds.
     pub life_ms: i64,
+    /// Bytes of what builds said that have ended, with what keeping a line takes: beyond it that of the oldest is forgotten.
+    pub log_bytes: u64,
 }
 
 /// What became of a build that was asked for.
@@ -163,7 +165,7 @@ pub trait Builds: Send + Sync {
     /// Notes a build and whose its template is to be, before there is anything of it. Forgets what is too old of the
     /// template's builds.
     async fn request_build(&self, build: NewBuild, caps: Caps) -> Result<Requested, Error>;
-    /// Has a build wait for its turn, when the project has room for it.
+    /// Has a build wait for its turn, when the project has room for it. Forgets what is too much of what its former ones said.
     async fn start_build(&self, id: &BuildId, caps: Caps) -> Result<Started, Error>;
     /// Notes that a build runs.
     async fn run_build(&self, id: &BuildId) -> Result<(), Error>;

@@ -7,6 +7,7 @@
 //!
 //! Nothing is written; a crash leaves none of them.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kelvin_api::error::{ErrorCode, Failure};
@@ -17,6 +18,8 @@ use crate::error::Error;
 
 /// Builds of one node at one time: beyond it somebody has lost count.
 const MOST: usize = 64;
+/// Builds that were cancelled before they came, and are known: more than can be on their way.
+const MOST_EARLY: usize = 1024;
 
 /// Tells one build that it is given up, and why.
 #[derive(Debug)]
@@ -81,7 +84,11 @@ struct Entry {
 
 /// A cheap handle.
 #[derive(Debug, Clone, Default)]
-pub struct Builds(Arc<Mutex<Vec<Entry>>>);
+pub struct Builds {
+    entries: Arc<Mutex<Vec<Entry>>>,
+    /// What was cancelled and was not under way, the newest first. Taken with `entries` held.
+    early: Arc<Mutex<VecDeque<BuildId>>>,
+}
 
 /// A build, until it is dropped: then nothing of it runs any more.
 #[derive(Debug)]
@@ -122,13 +129,17 @@ impl Underway {
 
 impl Builds {
     fn entries(&self) -> MutexGuard<'_, Vec<Entry>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn early(&self) -> MutexGuard<'_, VecDeque<BuildId>> {
+        self.early.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Begins `build` of `template`; others of that name are told to end. `hurry`: the node stops.
     ///
     /// # Errors
-    /// `Build` when there is one of that id, or there are too many.
+    /// `Build` when there is one of that id, it was cancelled before, or there are too many.
     pub fn begin(
         &self,
         build: &BuildId,
@@ -143,6 +154,16 @@ impl Builds {
             let text = format!("build {build} is under way");
             return refused(ErrorCode::BuildState, text, "wait for it, or begin another");
         }
+        let mut early = self.early();
+        if let Some(at) = early.iter().position(|id| id == build) {
+            early.remove(at);
+            return refused(
+                ErrorCode::BuildCancelled,
+                format!("build {build} was cancelled"),
+                "begin it anew",
+            );
+        }
+        drop(early);
         if entries.len() >= MOST {
             let text = format!("{MOST} builds are under way on this node");
             return refused(ErrorCode::TooManyBuilds, text, "try again when some have ended");
@@ -174,17 +195,28 @@ impl Builds {
         self.entries().iter().flat_map(|entry| entry.needs.clone()).collect()
     }
 
+    /// Gives `build` up, and returns that of which its end is seen; one that is not under way is refused when it comes.
+    fn give_up(&self, build: &BuildId) -> Option<CancellationToken> {
+        let entries = self.entries();
+        if let Some(entry) = entries.iter().find(|entry| entry.build == *build) {
+            let text = format!("build {build} was cancelled");
+            entry.stop.give_up(Failure::new(ErrorCode::BuildCancelled, text, "begin it anew"));
+            return Some(entry.ended.clone());
+        }
+        let mut early = self.early();
+        if !early.contains(build) {
+            early.truncate(MOST_EARLY - 1);
+            early.push_front(build.clone());
+        }
+        None
+    }
+
     /// Gives `build` up and waits for its end.
     ///
     /// # Errors
-    /// `Build` with `BuildNotFound` when it is not under way.
+    /// `Build` with `BuildNotFound` when it is not under way: then it is refused when it comes.
     pub async fn cancel(&self, build: &BuildId) -> Result<(), Error> {
-        let ended = self.entries().iter().find(|entry| entry.build == *build).map(|entry| {
-            let text = format!("build {build} was cancelled");
-            entry.stop.give_up(Failure::new(ErrorCode::BuildCancelled, text, "begin it anew"));
-            entry.ended.clone()
-        });
-        let Some(ended) = ended else {
+        let Some(ended) = self.give_up(build) else {
             let text = format!("no build {build} is under way");
             let failure =
                 Failure::new(ErrorCode::BuildNotFound, text, "it may have ended: ask for its state");
@@ -236,7 +268,6 @@ mod tests {
     async fn who_cancels_waits_for_the_end() {
         let (builds, hurry) = (Builds::default(), CancellationToken::new());
         let (id, web) = (BuildId::random(), "web".parse().unwrap());
-        assert_eq!(code(builds.cancel(&id).await.unwrap_err()), ErrorCode::BuildNotFound);
         let build = builds.begin(&id, &web, &hurry).unwrap();
         build.needs("image");
         assert_eq!(builds.needed(), ["image"]);
@@ -248,6 +279,22 @@ mod tests {
         assert!(builds.needed().is_empty());
         cancelling.await.unwrap();
         assert_eq!(code(builds.cancel(&id).await.unwrap_err()), ErrorCode::BuildNotFound);
+    }
+
+    #[tokio::test]
+    async fn one_that_is_cancelled_before_it_comes_is_refused_when_it_does() {
+        let (builds, hurry) = (Builds::default(), CancellationToken::new());
+        let (early, web) = (BuildId::random(), "web".parse().unwrap());
+        for _ in 0..2 {
+            assert_eq!(code(builds.cancel(&early).await.unwrap_err()), ErrorCode::BuildNotFound);
+        }
+        let other = builds.begin(&BuildId::random(), &web, &hurry).unwrap();
+        assert_eq!(code(builds.begin(&early, &web, &hurry).unwrap_err()), ErrorCode::BuildCancelled);
+        other.stop.check().expect("it is superseded by none");
+        for _ in 0..2 * MOST_EARLY {
+            let _ = builds.cancel(&BuildId::random()).await;
+        }
+        assert_eq!(builds.early().len(), MOST_EARLY);
     }
 
     #[test]

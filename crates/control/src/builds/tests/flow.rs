@@ -272,8 +272,46 @@ async fn a_build_is_cancelled_in_each_of_its_states() {
         let refused = cancel(build).await;
         assert_eq!((refused.status, refused.code()), (StatusCode::CONFLICT, "build_state"));
     }
+    // The same, of a client that does not know its answer, for the server died.
+    for (build, status) in [(&running, StatusCode::NO_CONTENT), (&ready, StatusCode::CONFLICT)] {
+        let path = format!("/templates/web/builds/{build}");
+        let forgotten = crate::database::NewKey {
+            key: format!("blue:{build}"),
+            fingerprint: kelvin_api::digest::sha256(format!("DELETE {path}\n").as_bytes()),
+            subjects: Vec::new(),
+        };
+        assert!(world.control.inner.database.add_key_of(forgotten).await.unwrap());
+        let mut request = World::request(&world.blue, "DELETE", &path, &Value::Null);
+        request.headers_mut().insert("idempotency-key", build.parse().unwrap());
+        assert_eq!(world.send(request).await.status, status);
+    }
     let unknown = cancel(&kelvin_api::id::BuildId::random().to_string()).await;
     assert_eq!((unknown.status, unknown.code()), (StatusCode::NOT_FOUND, "build_not_found"));
+    world.control.stop().await;
+}
+
+#[tokio::test]
+async fn a_build_is_cancelled_once_though_the_node_does_not_know_it_yet() {
+    let world = world().await;
+    let build = world.asked(&world.blue, "web").await;
+    let held = world.node.hold_builds().await;
+    world.start(&world.blue, "web", &build, json!({ "fromImage": "a" })).await;
+    world.becomes(&world.blue, "web", &build, "building").await;
+    let path = format!("/templates/web/builds/{build}");
+    let cancelling = world.ask(&world.blue, "DELETE", &path, Value::Null);
+    let coming = async {
+        while world.node.cancels(&build) == 0 {
+            tokio::task::yield_now().await;
+        }
+        drop(held);
+    };
+    let (cancelled, ()) = soon(async { futures::join!(cancelling, coming) }).await;
+    assert_eq!(cancelled.status, StatusCode::NO_CONTENT, "{cancelled:?}");
+    assert_eq!((world.node.cancels(&build), world.node.building()), (1, 0));
+    assert_eq!(
+        world.status(&world.blue, "web", &build).await["reason"]["errorCode"],
+        json!("build_cancelled")
+    );
     world.control.stop().await;
 }
 

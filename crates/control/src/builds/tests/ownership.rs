@@ -153,3 +153,60 @@ async fn the_same_request_with_the_same_key_is_one_build() {
     assert!(seen.contains(&(&json!("POST /v3/templates"), &json!("web"))), "{seen:?}");
     world.control.stop().await;
 }
+
+#[tokio::test]
+async fn a_template_that_became_another_projects_meanwhile_is_not_deleted() {
+    let world = world().await;
+    world.built(&world.blue, "web").await;
+    let inner = &world.control.inner;
+    // Another delete is before this one: it has begun, and its turn has not come.
+    let changing = inner.builds.changing.lock().await;
+    let request = World::request(&world.blue, "DELETE", "/templates/web", &Value::Null);
+    let deleting = tokio::spawn(world.router.clone().oneshot(request));
+    let audited = async || {
+        let entries = world.get(ADMIN, "/audit?limit=10").await.body;
+        entries.as_array().unwrap().iter().any(|entry| entry["action"] == "DELETE /templates/{name}")
+    };
+    soon(async {
+        while !audited().await {
+            tokio::task::yield_now().await;
+        }
+        // Between its entry and its turn it waits for nothing but this thread.
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let owner = crate::database::TemplateOwner {
+        project: "green".into(),
+        public: false,
+        created_at: jiff::Timestamp::UNIX_EPOCH,
+    };
+    inner.owners.set("web", owner);
+    drop(changing);
+    let gone = read(soon(deleting).await.unwrap().unwrap()).await;
+    assert_eq!(gone.status, StatusCode::NOT_FOUND, "{gone:?}");
+    assert_eq!(world.get(&world.green, "/templates/web").await.status, StatusCode::OK);
+    world.control.stop().await;
+}
+
+#[tokio::test]
+async fn no_project_takes_the_name_of_an_import_that_is_under_way() {
+    let world = world().await;
+    let held = world.node.hold_imports().await;
+    let body = json!({ "rootfs": "/a", "kernel": "/b", "initrd": "/c" });
+    let importing = tokio::spawn(world.router.clone().oneshot(World::request(
+        ADMIN,
+        "POST",
+        "/templates/new/import",
+        &body,
+    )));
+    soon(world.node.importing()).await;
+    let taken = world.ask(&world.blue, "POST", "/v3/templates", json!({ "name": "new" })).await;
+    assert_eq!((taken.status, taken.code()), (StatusCode::CONFLICT, "name_taken"));
+    drop(held);
+    // The scripted node imports nothing: the name is free again.
+    assert!(!soon(importing).await.unwrap().unwrap().status().is_success());
+    world.asked(&world.blue, "new").await;
+    world.control.stop().await;
+}

@@ -143,6 +143,8 @@ async fn an_upload_is_let_in_by_what_was_signed_alone() {
     }
     assert_eq!(refused(&format!("/uploads/{a}")).await, (400, "invalid_query".to_owned()));
     assert_eq!(refused(&url.replacen(&a, "x", 1)).await, (400, "invalid_path".to_owned()));
+    let read = world.send(Request::builder().uri(&*url).body(Body::empty()).unwrap()).await;
+    assert_eq!((read.status, read.code()), (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"));
     // It was right an hour ago.
     let secret = world.control.inner.upload_secret.expose();
     let by = format!("blue/{}", parts["key"]);

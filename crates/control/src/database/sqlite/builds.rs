@@ -19,6 +19,10 @@ type Sql<T> = Result<T, rusqlite::Error>;
 const COLUMNS: &str =
     "id, template, project, state, wanted, created_ms, updated_ms, ended_ms, image, error, disk_mib";
 
+/// What stands in place of what a build said.
+const FORGOTTEN: &str =
+    "what this build said is not kept any more: later builds of the project have said more";
+
 fn json<T: serde::de::DeserializeOwned>(text: &str) -> Sql<T> {
     serde_json::from_str(text).map_err(|error| bad(error.into()))
 }
@@ -96,6 +100,32 @@ fn forget(connection: &Connection, chosen: &str, of: &str, number: i64) -> Sql<(
     connection.prepare_cached(&lines)?.execute((of, number))?;
     let builds = format!("DELETE FROM builds WHERE id IN ({chosen})");
     connection.prepare_cached(&builds)?.execute((of, number)).map(drop)
+}
+
+/// What a line takes beside its text.
+const LINE_BYTES: u64 = 64;
+
+/// Forgets what the oldest builds of a project said, beyond `most` bytes of those that have ended.
+fn forget_lines(connection: &Connection, project: &str, most: u64) -> Sql<()> {
+    let most = i64::try_from(most).unwrap_or(i64::MAX);
+    let chosen: Vec<String> = connection
+        .prepare_cached(
+            "SELECT id FROM (SELECT id, SUM(log_bytes) OVER (ORDER BY ended_ms DESC, id DESC) AS up_to FROM builds \
+             WHERE project = ?1 AND state IN ('ready', 'error') AND log_bytes > 0) WHERE up_to > ?2",
+        )?
+        .query_map((project, most), |row| row.get(0))?
+        .collect::<Sql<_>>()?;
+    for id in chosen {
+        connection.prepare_cached("DELETE FROM build_lines WHERE build = ?1")?.execute([&id])?;
+        connection
+            .prepare_cached(
+                "INSERT INTO build_lines (build, n, at_ms, level, step, message) \
+                 SELECT id, 0, ended_ms, ?2, NULL, ?3 FROM builds WHERE id = ?1",
+            )?
+            .execute((&id, LogLevel::Info as i64, FORGOTTEN))?;
+        connection.prepare_cached("UPDATE builds SET log_bytes = 0 WHERE id = ?1")?.execute([&id])?;
+    }
+    Ok(())
 }
 
 fn request(connection: &Connection, build: &NewBuild, caps: Caps, now: i64) -> Sql<Requested> {
@@ -210,6 +240,7 @@ impl Builds for Sqlite {
                 if count(&transaction, sql, &project)? >= caps.under_way {
                     return Ok(Started::TooMany { limit: caps.under_way });
                 }
+                forget_lines(&transaction, &project, caps.log_bytes)?;
                 transaction
                     .prepare_cached("UPDATE builds SET state = 'waiting', updated_ms = ?2 WHERE id = ?1")?
                     .execute((&id, now))?;
@@ -312,8 +343,9 @@ impl Builds for Sqlite {
         self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
+                let mut added = 0;
                 for (number, line) in (first..).zip(&lines) {
-                    transaction
+                    let rows = transaction
                         .prepare_cached(
                             "INSERT OR IGNORE INTO build_lines (build, n, at_ms, level, step, message) \
                              VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
@@ -326,7 +358,11 @@ impl Builds for Sqlite {
                             line.step,
                             &line.message,
                         ))?;
+                    added += rows as u64 * (LINE_BYTES + line.message.len() as u64);
                 }
+                transaction
+                    .prepare_cached("UPDATE builds SET log_bytes = log_bytes + ?2 WHERE id = ?1")?
+                    .execute((&id, i64::try_from(added).unwrap_or(i64::MAX)))?;
                 transaction.commit()
             })
             .await

@@ -214,6 +214,11 @@ pub(super) const MIGRATIONS: &[&str] = &[
         PRIMARY KEY (build, n)
     ) WITHOUT ROWID;
 ",
+    // What a project's builds said is bounded; a start looks for builds that were under way.
+    "
+    ALTER TABLE builds ADD COLUMN log_bytes INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX builds_under_way ON builds (node) WHERE state IN ('waiting', 'building');
+",
 ];
 
 #[cfg(test)]

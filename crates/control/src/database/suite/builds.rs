@@ -12,7 +12,8 @@ use crate::database::{
 };
 use crate::placement::NodeName;
 
-const CAPS: Caps = Caps { templates: 2, requested: 3, under_way: 1, kept: 2, life_ms: 3_600_000 };
+const CAPS: Caps =
+    Caps { templates: 2, requested: 3, under_way: 1, kept: 2, life_ms: 3_600_000, log_bytes: 200 };
 
 fn asked(project: &str, template: &str) -> NewBuild {
     NewBuild {
@@ -181,4 +182,45 @@ pub(crate) async fn what_a_build_said_is_read_from_both_ends(subject: &impl Subj
     assert_eq!(read(Lines::LastOf(None), LogLevel::Debug, 9).await, "0123");
     let found = database.build_lines(&id, Lines::Skip(5), LogLevel::Debug, 1).await.unwrap();
     assert_eq!(found, [line(5)]);
+}
+
+pub(crate) async fn what_a_projects_builds_said_is_bounded(subject: &impl Subject) {
+    let database = open(subject);
+    let said = async |project: &str, template: &str| {
+        let id = requested(&database, &asked(project, template)).await;
+        database.start_build(&id, CAPS).await.unwrap();
+        let line = BuildLine {
+            at: jiff::Timestamp::UNIX_EPOCH,
+            level: LogLevel::Info,
+            step: None,
+            message: "a".repeat(30),
+        };
+        database.add_build_lines(&id, 0, vec![line]).await.unwrap();
+        tokio::time::advance(Duration::from_secs(1)).await;
+        id
+    };
+    let lines = async |id: &BuildId| {
+        let lines = database.build_lines(id, Lines::Skip(0), LogLevel::Debug, 9).await.unwrap();
+        lines.into_iter().map(|line| line.message).collect::<Vec<_>>()
+    };
+    let kept = |lines: Vec<String>| lines == ["a".repeat(30)];
+    let others = said("green", "other").await;
+    database.end_build(&others, failed()).await.unwrap();
+    let mut all = Vec::new();
+    for template in ["web", "api", "web"] {
+        let id = said("blue", template).await;
+        database.end_build(&id, failed()).await.unwrap();
+        all.push(id);
+    }
+    for id in &all {
+        assert!(kept(lines(id).await), "there is room until the next begins");
+    }
+    let last = said("blue", "api").await;
+    // Two lines have room; the one that runs and another project's are not counted.
+    let first = lines(&all[0]).await;
+    assert!(first.len() == 1 && first[0].contains("not kept any more"), "{first:?}");
+    for id in [&all[1], &all[2], &last, &others] {
+        assert!(kept(lines(id).await));
+    }
+    assert_eq!(state(&database, &all[0]).await, Some(BuildState::Error));
 }

@@ -43,6 +43,7 @@ macro_rules! keeps_its_promises {
             a_build_ends_once_and_gives_its_template_tags
             a_template_is_its_first_projects
             builds_that_are_too_old_are_forgotten
+            what_a_projects_builds_said_is_bounded
             what_a_build_said_is_read_from_both_ends
             measurements_are_of_sandboxes_that_are_there
             the_audit_log_is_read_backwards
