@@ -204,6 +204,33 @@ fn a_stage_is_done_when_something_is_copied_from_it() {
 }
 
 #[test]
+fn another_project_finds_nothing_of_it() {
+    let world = World::make().unwrap();
+    let ground = Ground::new(&world, plain());
+    ground.live(|ground, node| async move {
+        settle(&node).await;
+        let of = |project: &str| Build {
+            project: project.parse().unwrap(),
+            steps: vec![run("write key"), run("write last")],
+            ..request("")
+        };
+        for project in ["a", "b"] {
+            ground.commands();
+            assert_eq!(build(&node, of(project)).await.0.unwrap().cached_steps, 0);
+            let commands = ground.commands();
+            let runs = builds_own(&commands).into_iter().filter(|text| text.contains("write key")).count();
+            assert_eq!(runs, 1, "{project}: {commands:?}");
+        }
+        assert_eq!(ground.images.made.load(Ordering::Relaxed), 2);
+        assert_eq!(build(&node, of("a")).await.0.unwrap().cached_steps, 2);
+        settle(&node).await;
+        assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+        node.stop().await;
+    });
+    ground.driver.kill_all();
+}
+
+#[test]
 fn a_build_on_a_template_goes_on_where_that_has_ended() {
     let world = World::make().unwrap();
     let ground = Ground::new(&world, plain());
@@ -284,6 +311,13 @@ fn a_build_that_fails_names_its_step_and_leaves_the_template() {
             ),
             (
                 Build { ready: Some("fail".into()), ..request("x") },
+                None,
+                ErrorCode::BuildStepFailed,
+                "not ready within 300 s",
+            ),
+            // It does not even begin: a profile that waits, as the shell's.
+            (
+                Build { start: Some("hang".into()), ready: None, ..request("x") },
                 None,
                 ErrorCode::BuildStepFailed,
                 "not ready within 300 s",

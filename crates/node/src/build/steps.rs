@@ -116,7 +116,6 @@ impl Building<'_> {
             None => {
                 let decides = root(stages, stages.len() - 1) == number;
                 let base = self.find_base(stage.from, decides).await?;
-                self.underway.needs(&base.guest.digest);
                 let (key, state, told) = (base.key.clone(), base.state.clone(), base.told.clone());
                 let guest = base.guest.clone();
                 (Some(base), key, state, told, guest)
