@@ -146,8 +146,8 @@ impl Building<'_> {
             inner.allocator.remove_staged(staged).await;
             return Err(error);
         }
-        let (layers, key, state) = (inner.layers.clone(), base.key.clone(), base.state.clone());
-        let layer = blocking("keeping a layer", move || layers.put_staged(&key, &staged, &state));
+        let (layers, key) = (inner.layers.clone(), base.key.clone());
+        let layer = blocking("keeping a layer", move || layers.put_staged(&key, &staged));
         Ok(Disk::Layer(layer.await?))
     }
 
