@@ -203,6 +203,30 @@ fn a_stage_is_done_when_something_is_copied_from_it() {
     ground.driver.kill_all();
 }
 
+/// As one whose shell has a profile that waits.
+#[test]
+fn a_service_that_does_not_even_begin_has_the_same_deadline() {
+    let world = World::make().unwrap();
+    let ground = Ground::new(&world, plain());
+    ground.live(|ground, node| async move {
+        settle(&node).await;
+        let hangs =
+            Build { start: Some("hang".into()), ready: None, steps: vec![run("write last")], ..request("") };
+        let failed = build(&node, hangs).await.0.unwrap_err();
+        assert_eq!(
+            (failed.step, failed.failure.error_code),
+            (None, ErrorCode::BuildStepFailed),
+            "{failed:?}"
+        );
+        assert!(failed.failure.message.contains("not ready within 300 s"), "{failed:?}");
+        assert_eq!(failed.failure.cause.as_deref(), Some("said before"));
+        settle(&node).await;
+        assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+        node.stop().await;
+    });
+    ground.driver.kill_all();
+}
+
 #[test]
 fn another_project_finds_nothing_of_it() {
     let world = World::make().unwrap();
@@ -311,13 +335,6 @@ fn a_build_that_fails_names_its_step_and_leaves_the_template() {
             ),
             (
                 Build { ready: Some("fail".into()), ..request("x") },
-                None,
-                ErrorCode::BuildStepFailed,
-                "not ready within 300 s",
-            ),
-            // It does not even begin: a profile that waits, as the shell's.
-            (
-                Build { start: Some("hang".into()), ready: None, ..request("x") },
                 None,
                 ErrorCode::BuildStepFailed,
                 "not ready within 300 s",
