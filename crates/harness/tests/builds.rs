@@ -203,6 +203,57 @@ fn a_stage_is_done_when_something_is_copied_from_it() {
     ground.driver.kill_all();
 }
 
+/// As one whose shell has a profile that waits.
+#[test]
+fn a_service_that_does_not_even_begin_has_the_same_deadline() {
+    let world = World::make().unwrap();
+    let ground = Ground::new(&world, plain());
+    ground.live(|ground, node| async move {
+        settle(&node).await;
+        let hangs =
+            Build { start: Some("hang".into()), ready: None, steps: vec![run("write last")], ..request("") };
+        let failed = build(&node, hangs).await.0.unwrap_err();
+        assert_eq!(
+            (failed.step, failed.failure.error_code),
+            (None, ErrorCode::BuildStepFailed),
+            "{failed:?}"
+        );
+        assert!(failed.failure.message.contains("not ready within 300 s"), "{failed:?}");
+        assert_eq!(failed.failure.cause.as_deref(), Some("said before"));
+        settle(&node).await;
+        assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+        node.stop().await;
+    });
+    ground.driver.kill_all();
+}
+
+#[test]
+fn another_project_finds_nothing_of_it() {
+    let world = World::make().unwrap();
+    let ground = Ground::new(&world, plain());
+    ground.live(|ground, node| async move {
+        settle(&node).await;
+        let of = |project: &str| Build {
+            project: project.parse().unwrap(),
+            steps: vec![run("write key"), run("write last")],
+            ..request("")
+        };
+        for project in ["a", "b"] {
+            ground.commands();
+            assert_eq!(build(&node, of(project)).await.0.unwrap().cached_steps, 0);
+            let commands = ground.commands();
+            let runs = builds_own(&commands).into_iter().filter(|text| text.contains("write key")).count();
+            assert_eq!(runs, 1, "{project}: {commands:?}");
+        }
+        assert_eq!(ground.images.made.load(Ordering::Relaxed), 2);
+        assert_eq!(build(&node, of("a")).await.0.unwrap().cached_steps, 2);
+        settle(&node).await;
+        assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+        node.stop().await;
+    });
+    ground.driver.kill_all();
+}
+
 #[test]
 fn a_build_on_a_template_goes_on_where_that_has_ended() {
     let world = World::make().unwrap();

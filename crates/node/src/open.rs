@@ -123,6 +123,8 @@ impl Node {
             None => Clock::system()
                 .map_err(|source| Error::Io { what: "asking the kernel which boot this is", source })?,
         };
+        // Caches of builds never take what machines need: they stop well above the floor.
+        let spare = options.disk_floor_mib.saturating_mul(2 << 20);
         let inner = Arc::new(Inner {
             capacity: Capacity::new(&options),
             clock,
@@ -130,8 +132,8 @@ impl Node {
             adoptions: Semaphore::new(ADOPTIONS),
             builds: Builds::default(),
             images,
-            layers: Layers::new(store.clone(), options.layer_cache_bytes),
-            uploads: Uploads::new(store.clone(), options.upload_bytes, options.upload_cache_bytes),
+            layers: Layers::new(store.clone(), options.layer_cache_bytes, spare),
+            uploads: Uploads::new(store.clone(), options.upload_bytes, options.upload_cache_bytes, spare),
             options,
             templates: Templates::new(store.clone()),
             store,

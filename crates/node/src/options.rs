@@ -53,7 +53,8 @@ pub struct Options {
     pub docker_config: Option<PathBuf>,
     /// What is kept of images that were pulled, in bytes.
     pub image_cache_bytes: u64,
-    /// What is kept of disks after steps of builds, in bytes; what several of them share counts for each.
+    /// What is kept of disks after steps of builds, in bytes; what several of them share counts for each. Less is kept when less
+    /// than twice `disk_floor_mib` is free beside it, and of uploads, too.
     pub layer_cache_bytes: u64,
     /// The largest upload for a build, in bytes.
     pub upload_bytes: u64,

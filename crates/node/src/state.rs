@@ -97,6 +97,18 @@ impl Inner {
         Ok(())
     }
 
+    /// The same of what waits anyway: caches of builds go first.
+    pub async fn ensure_disk(&self) -> Result<(), Error> {
+        if self.check_disk().is_ok() {
+            return Ok(());
+        }
+        let (layers, uploads) = (self.layers.clone(), self.uploads.clone());
+        let trimmed = kelvin_host::blocking::spawn(move || layers.trim().and_then(|()| uploads.trim())).await;
+        trimmed
+            .map_err(|error| Error::Io { what: "making room", source: std::io::Error::other(error) })??;
+        self.check_disk()
+    }
+
     pub fn find_snapshot(&self, id: &SnapshotId) -> Result<Arc<Snapshot>, Error> {
         let missing = || kelvin_store::Error::Missing { kind: "snapshot", name: id.to_string() };
         Ok(self.snapshots.get(id).ok_or_else(missing)?)

@@ -5,6 +5,8 @@
 //! <place>/<key>-<time>/…      staged ──sync──> published (one rename) ──> older ones of its key go ──> trimmed to the cap
 //! ```
 //!
+//! There is room for as much as the cap, and for less when the file system is full of other things: a cache is the first to go.
+//!
 //! Who writes: `layers` and `uploads`, through this. A crash leaves what is in `staging/`, or an older one of a key beside the
 //! newer, which the next of that key removes. When one was used last is its directory's time. All calls block.
 
@@ -16,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use crate::{Error, Store, io_error, names, publish, unpublish};
+use crate::{Error, Store, io_error, names, publish, remove_withdrawn, withdraw};
 
 /// How often each directory is held.
 type Holds = Arc<Mutex<BTreeMap<PathBuf, u32>>>;
@@ -27,6 +29,7 @@ pub(crate) struct Cache {
     store: Store,
     place: &'static str,
     cap_bytes: u64,
+    free_bytes: u64,
     holds: Holds,
 }
 
@@ -63,9 +66,10 @@ fn bytes_of(directory: &Path) -> io::Result<u64> {
 }
 
 impl Cache {
-    /// That of `place`, below the data directory: at most `cap_bytes`, and what is held.
-    pub fn new(store: Store, place: &'static str, cap_bytes: u64) -> Self {
-        Self { store, place, cap_bytes, holds: Holds::default() }
+    /// That of `place`, below the data directory: at most `cap_bytes`, and fewer when less than `free_bytes` of the file system
+    /// is free beside them; and what is held.
+    pub fn new(store: Store, place: &'static str, cap_bytes: u64, free_bytes: u64) -> Self {
+        Self { store, place, cap_bytes, free_bytes, holds: Holds::default() }
     }
 
     pub fn store(&self) -> &Store {
@@ -132,16 +136,31 @@ impl Cache {
 
     /// Removes a directory that nobody holds; whether it was.
     fn remove(&self, directory: &Path) -> Result<bool, Error> {
-        let holds = locked(&self.holds);
-        if holds.contains_key(directory) {
-            return Ok(false);
-        }
-        unpublish(&self.store, directory, false)?;
+        let withdrawn = {
+            let holds = locked(&self.holds);
+            if holds.contains_key(directory) {
+                return Ok(false);
+            }
+            withdraw(&self.store, directory)?
+        };
+        // Not under the lock, which tasks take: gigabytes take a while.
+        remove_withdrawn(&withdrawn)?;
         Ok(true)
     }
 
-    /// Removes what was used least recently until the rest is below the cap.
-    fn trim(&self) -> Result<(), Error> {
+    /// Whether the file system has less left than it should.
+    fn is_short(&self) -> Result<bool, Error> {
+        let root = self.store.root();
+        let found = rustix::fs::statvfs(root)
+            .map_err(|error| io_error("asking for free space", root)(error.into()))?;
+        Ok(found.f_bavail.saturating_mul(found.f_frsize) < self.free_bytes)
+    }
+
+    /// Removes what was used least recently until there is room for the rest.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn trim(&self) -> Result<(), Error> {
         let root = self.root();
         let mut all = Vec::new();
         for name in names::<String>(&root)? {
@@ -156,7 +175,7 @@ impl Cache {
         all.sort();
         let mut total: u64 = all.iter().map(|(_, bytes, _)| bytes).sum();
         for (_, bytes, path) in all {
-            if total <= self.cap_bytes {
+            if total <= self.cap_bytes && !self.is_short()? {
                 break;
             }
             if self.remove(&path)? {
@@ -174,7 +193,7 @@ mod tests {
     use super::*;
 
     fn cache(root: &Path, cap_bytes: u64) -> Cache {
-        Cache::new(Store::open(root, true).unwrap(), "layers", cap_bytes)
+        Cache::new(Store::open(root, true).unwrap(), "layers", cap_bytes, 0)
     }
 
     fn put(cache: &Cache, key: &str, content: &str) -> Held {
@@ -204,6 +223,18 @@ mod tests {
         let newest = put(&cache, "a", "newest");
         assert_eq!(cache.of_key("a").unwrap(), std::slice::from_ref(&newest.directory));
         assert!(cache.find("a-b").unwrap().is_some() && cache.find("b").unwrap().is_none());
+        assert_eq!(fs::read_dir(dir.path().join("staging")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_full_file_system_is_no_place_for_what_nobody_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let full = Cache { free_bytes: u64::MAX, ..cache(dir.path(), u64::MAX) };
+        let held = put(&full, "held", "x");
+        drop(put(&full, "other", "x"));
+        full.trim().unwrap();
+        assert!(full.find("other").unwrap().is_none());
+        assert_eq!(content(&held), "x");
         assert_eq!(fs::read_dir(dir.path().join("staging")).unwrap().count(), 0);
     }
 

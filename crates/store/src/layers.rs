@@ -12,7 +12,6 @@ use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::{Cache, Held};
@@ -28,8 +27,6 @@ const NOTE: &str = "layer.json";
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Note {
-    /// What a build carries from step to step, as its writer says it.
-    state: serde_json::Value,
     /// Of the disk, once somebody has asked for it.
     #[serde(default)]
     digest: Option<FileDigest>,
@@ -47,9 +44,17 @@ pub struct Layer {
 }
 
 impl Layers {
-    /// Those of `store`: at most `cap_bytes` of disk, and what is held.
-    pub fn new(store: Store, cap_bytes: u64) -> Self {
-        Self(Cache::new(store, "layers", cap_bytes))
+    /// Those of `store`: at most `cap_bytes` of disk, and fewer when less than `free_bytes` is free beside them; and what is held.
+    pub fn new(store: Store, cap_bytes: u64, free_bytes: u64) -> Self {
+        Self(Cache::new(store, "layers", cap_bytes, free_bytes))
+    }
+
+    /// Removes what there is no room for any more.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn trim(&self) -> Result<(), Error> {
+        self.0.trim()
     }
 
     /// The layer of `key`; none when it is not there, or is of a form that this release does not know.
@@ -71,26 +76,25 @@ impl Layers {
     ///
     /// # Errors
     /// `Io`; then nothing is left.
-    pub fn put(&self, key: &str, disk: &Path, state: &impl Serialize) -> Result<Layer, Error> {
+    pub fn put(&self, key: &str, disk: &Path) -> Result<Layer, Error> {
         let staged = self.0.store().stage()?;
         let clone =
             |staged: &Path| clone_file(disk, &staged.join(DISK)).map(drop).map_err(io_error("cloning", disk));
-        self.keep(key, &staged, state, clone)
+        self.keep(key, &staged, clone)
     }
 
     /// The same of a file called [`DISK`] that lies in `staged`, which is gone afterwards.
     ///
     /// # Errors
     /// `Io`; then nothing is left.
-    pub fn put_staged(&self, key: &str, staged: &Path, state: &impl Serialize) -> Result<Layer, Error> {
-        self.keep(key, staged, state, |_| Ok(()))
+    pub fn put_staged(&self, key: &str, staged: &Path) -> Result<Layer, Error> {
+        self.keep(key, staged, |_| Ok(()))
     }
 
     fn keep(
         &self,
         key: &str,
         staged: &Path,
-        state: &impl Serialize,
         make: impl FnOnce(&Path) -> Result<(), Error>,
     ) -> Result<Layer, Error> {
         let kept = (|| {
@@ -98,11 +102,8 @@ impl Layers {
             let disk = staged.join(DISK);
             fs::set_permissions(&disk, fs::Permissions::from_mode(0o400))
                 .map_err(io_error("sealing", &disk))?;
-            let path = staged.join(NOTE);
-            let state = serde_json::to_value(state)
-                .map_err(|source| Error::Manifest { path: path.clone(), source })?;
-            let note = Note { state, digest: None };
-            write_json(&path, &note)?;
+            let note = Note { digest: None };
+            write_json(&staged.join(NOTE), &note)?;
             Ok(Layer { held: self.0.put(key, staged)?, note })
         })();
         if kept.is_err() {
@@ -129,11 +130,6 @@ impl Layer {
         Ok(found.map_err(io_error("reading", &path))?.len())
     }
 
-    /// What was kept beside it; none when that is of another form.
-    pub fn state<T: DeserializeOwned>(&self) -> Option<T> {
-        serde_json::from_value(self.note.state.clone()).ok()
-    }
-
     /// The digest of its disk: the one that is known, or taken now, which reads what the disk holds.
     ///
     /// # Errors
@@ -155,13 +151,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_layer_is_its_disk_and_its_state() {
+    fn a_layer_is_its_disk_and_the_digest_of_that() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("data"), true).unwrap();
-        let layers = Layers::new(store.clone(), u64::MAX);
+        let layers = Layers::new(store.clone(), u64::MAX, 0);
         let disk = dir.path().join("machine's");
         fs::write(&disk, "disk").unwrap();
-        let mut layer = layers.put("k", &disk, &["state"]).unwrap();
+        let mut layer = layers.put("k", &disk).unwrap();
         fs::write(&disk, "the machine goes on").unwrap();
         assert_eq!(fs::read_to_string(layer.disk()).unwrap(), "disk");
         assert_eq!(layer.disk_bytes().unwrap(), 4);
@@ -169,14 +165,12 @@ mod tests {
         assert_eq!(digest, digest_file(&layer.disk()).unwrap());
         drop(layer);
         // Another life of the daemon.
-        let layers = Layers::new(Store::open(store.root(), true).unwrap(), u64::MAX);
+        let layers = Layers::new(Store::open(store.root(), true).unwrap(), u64::MAX, 0);
         let mut found = layers.find("k").unwrap().unwrap();
-        assert_eq!(found.state::<Vec<String>>().unwrap(), ["state"]);
-        assert!(found.state::<u32>().is_none());
         assert_eq!(found.note.digest, Some(digest.clone()));
         assert_eq!(found.digest().unwrap(), digest);
         // Of a release to come.
-        fs::write(found.held.directory.join(NOTE), "{}").unwrap();
+        fs::write(found.held.directory.join(NOTE), r#"{"of": "later"}"#).unwrap();
         assert!(layers.find("k").unwrap().is_none());
     }
 
@@ -184,10 +178,10 @@ mod tests {
     fn what_cannot_be_kept_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path(), true).unwrap();
-        let layers = Layers::new(store.clone(), u64::MAX);
-        layers.put("k", &dir.path().join("absent"), &()).unwrap_err();
+        let layers = Layers::new(store.clone(), u64::MAX, 0);
+        layers.put("k", &dir.path().join("absent")).unwrap_err();
         let staged = store.stage().unwrap();
-        layers.put_staged("k", &staged, &()).unwrap_err();
+        layers.put_staged("k", &staged).unwrap_err();
         assert_eq!(fs::read_dir(dir.path().join("staging")).unwrap().count(), 0);
         assert_eq!(fs::read_dir(dir.path().join("layers")).unwrap().count(), 0);
     }

@@ -324,18 +324,27 @@ fn publish(staged: &Path, target: &Path, durably: bool) -> Result<(), Error> {
 /// Removes a published directory as one step: what a crash leaves lies in `staging/`. Gone already is fine. `durably`, no
 /// power failure brings it back.
 fn unpublish(store: &Store, target: &Path, durably: bool) -> Result<(), Error> {
-    let staged = store.staging_path();
-    match fs::rename(target, &staged) {
-        // A removal that failed half-way may have been told of and not be durable.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(io_error("removing", target)(error)),
-        Ok(()) => {}
-    }
+    let staged = withdraw(store, target)?;
+    // A removal that failed half-way may have been told of and not be durable.
     if durably {
         sync_parent(target).map_err(io_error("syncing", target))?;
     }
-    match fs::remove_dir_all(&staged) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("removing", &staged)(error)),
+    remove_withdrawn(&staged)
+}
+
+/// The first half of that: nobody finds it any more. Where it lies in `staging/`, if it was there.
+fn withdraw(store: &Store, target: &Path) -> Result<PathBuf, Error> {
+    let staged = store.staging_path();
+    match fs::rename(target, &staged) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("removing", target)(error)),
+        _ => Ok(staged),
+    }
+}
+
+/// The second.
+fn remove_withdrawn(staged: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(staged) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("removing", staged)(error)),
         _ => Ok(()),
     }
 }

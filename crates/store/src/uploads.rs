@@ -64,9 +64,18 @@ fn key(project: &Project, hash: &FilesHash) -> String {
 }
 
 impl Uploads {
-    /// Those of `store`: each of at most `most_bytes`, all of at most `cap_bytes` and what is held.
-    pub fn new(store: Store, most_bytes: u64, cap_bytes: u64) -> Self {
-        Self { cache: Cache::new(store, "uploads", cap_bytes), most_bytes }
+    /// Those of `store`: each of at most `most_bytes`, all of at most `cap_bytes`, and fewer when less than `free_bytes` is free
+    /// beside them; and what is held.
+    pub fn new(store: Store, most_bytes: u64, cap_bytes: u64, free_bytes: u64) -> Self {
+        Self { cache: Cache::new(store, "uploads", cap_bytes, free_bytes), most_bytes }
+    }
+
+    /// Removes what there is no room for any more.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn trim(&self) -> Result<(), Error> {
+        self.cache.trim()
     }
 
     /// The upload of `project` under `hash`; none when it is not there.
@@ -155,7 +164,7 @@ mod tests {
 
     fn uploads(root: &Path) -> (Uploads, Project, FilesHash) {
         let store = Store::open(root, true).unwrap();
-        (Uploads::new(store, 10, u64::MAX), Project::default(), "ab".repeat(32).parse().unwrap())
+        (Uploads::new(store, 10, u64::MAX, 0), Project::default(), "ab".repeat(32).parse().unwrap())
     }
 
     fn staged(root: &Path) -> usize {

@@ -85,7 +85,7 @@ impl BaseImages for Handle {
     }
 }
 
-/// Faults, and commands that do what their text says: `fail` ends with 3, `write` leaves itself on the disk.
+/// Faults, and commands that do what their text says: `fail` ends with 3, `write` leaves itself on the disk, `hang` never ends.
 struct Guests {
     faults: Scripted,
     done: Arc<Mutex<Vec<String>>>,
@@ -110,10 +110,16 @@ impl Script for Guests {
                 || what.starts_with("run ./fail")
                 || what.contains("from=fail") =>
             {
-                Exec { code: 3, output: "\u{1b}[31mfirst line\nno such thing\n".to_owned(), writes: false }
+                let output = "\u{1b}[31mfirst line\nno such thing\n".to_owned();
+                Exec { code: 3, output, ..Exec::default() }
             }
             what if what.starts_with("read") => Exec { output: "said before\n".into(), ..Exec::default() },
-            _ => Exec { code: 0, output: "done\n".to_owned(), writes },
+            what => Exec {
+                output: "done\n".to_owned(),
+                writes,
+                hangs: what.contains("; hang"),
+                ..Exec::default()
+            },
         }
     }
 }

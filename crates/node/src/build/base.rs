@@ -100,6 +100,8 @@ impl Building<'_> {
             }
         };
         let guest = self.inner.build_guest().await?;
+        // Before a registry is asked, which may take minutes: its template may be made anew meanwhile.
+        self.underway.needs(&guest.digest);
         let bytes = |mib: DiskMib| u64::from(mib.0) << 20;
         let size = match self.request.disk_mib {
             Some(disk) => DiskSize::Exactly(bytes(disk)),
@@ -116,7 +118,8 @@ impl Building<'_> {
         });
         let image = logged(&self.log, lines, found).await?;
         let state = state_of(image.config());
-        let key = base_key(&["image", &image.key(), &size.key()], &guest.digest, &state);
+        let key =
+            base_key(&self.request.project, &["image", &image.key(), &size.key()], &guest.digest, &state);
         Ok(Base { key, state, guest, told: BuildState::default(), origin: Origin::Made(image, size) })
     }
 
@@ -143,8 +146,8 @@ impl Building<'_> {
             inner.allocator.remove_staged(staged).await;
             return Err(error);
         }
-        let (layers, key, state) = (inner.layers.clone(), base.key.clone(), base.state.clone());
-        let layer = blocking("keeping a layer", move || layers.put_staged(&key, &staged, &state));
+        let (layers, key) = (inner.layers.clone(), base.key.clone());
+        let layer = blocking("keeping a layer", move || layers.put_staged(&key, &staged));
         Ok(Disk::Layer(layer.await?))
     }
 
@@ -153,6 +156,8 @@ impl Building<'_> {
             Error::Store(kelvin_store::Error::Missing { .. }) => Error::NoTemplate(name.to_string()),
             other => other,
         })?;
+        self.underway.needs(&template.image);
+        self.underway.needs(&template.guest);
         let has = template.shape.disk_mib;
         if decides && self.request.disk_mib.is_some_and(|wanted| wanted != has) {
             let text = format!("the disk of template {name} has {} MiB", has.0);
@@ -172,8 +177,7 @@ impl Building<'_> {
                 stop_signal: built.stop_signal,
             },
         };
-        let key = base_key(&["template", &template.image], &template.guest, &state);
-        self.underway.needs(&template.image);
+        let key = base_key(&self.request.project, &["template", &template.image], &template.guest, &state);
         let (guest, origin) = (template.guest(), Origin::Image(template.image.clone()));
         Ok(Base { key, told: state.clone(), state, guest, origin })
     }

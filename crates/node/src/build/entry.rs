@@ -131,7 +131,7 @@ impl<'a> Building<'a> {
     }
 
     async fn make(&mut self) -> Result<Made, StepError> {
-        let shape = self.check()?;
+        let shape = self.check().await?;
         let (request, stop) = (self.request, self.stop);
         let stages = stages(request).map_err(|(step, why)| bad_step(step, why))?;
         let needed = needed(&stages);
@@ -169,7 +169,7 @@ impl<'a> Building<'a> {
     }
 
     /// Refuses what can never be, and says in which shape it is made.
-    fn check(&self) -> Result<Shape, Error> {
+    async fn check(&self) -> Result<Shape, Error> {
         let request = self.request;
         let shape = Shape {
             vcpus: request.vcpus.unwrap_or(1),
@@ -177,7 +177,7 @@ impl<'a> Building<'a> {
             disk_mib: request.disk_mib.unwrap_or(DiskMib(DISK_MIB)),
         };
         self.inner.capacity.check(shape)?;
-        self.inner.check_disk()?;
+        self.inner.ensure_disk().await?;
         for (what, text) in [("start", &request.start), ("ready", &request.ready)] {
             let Some(text) = text else { continue };
             if text.trim().is_empty() || text.contains('\0') || text.len() > MOST_COMMAND {

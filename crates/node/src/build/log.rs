@@ -12,6 +12,8 @@ use crate::machine::text::{Lines, plain};
 /// Lines of commands in one build, and bytes of them.
 const LINES: u32 = 50_000;
 const BYTES: usize = 16 << 20;
+/// What of an output is cut into lines at once, in bytes.
+const PORTION: usize = 64 << 10;
 /// Lines that a failure is told with, and bytes of them.
 const TAIL_LINES: usize = 20;
 const TAIL_BYTES: usize = 4 << 10;
@@ -71,8 +73,11 @@ impl Log {
 
     /// Takes what a command has written.
     pub async fn output(&mut self, bytes: &[u8]) {
-        for line in self.lines.take(bytes) {
-            self.line(line).await;
+        // A message of a guest may be nothing but line ends: what becomes of it is held a portion at a time.
+        for portion in bytes.chunks(PORTION) {
+            for line in self.lines.take(portion) {
+                self.line(line).await;
+            }
         }
     }
 

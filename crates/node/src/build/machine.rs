@@ -21,7 +21,6 @@ use kelvin_host::net::Slot;
 use kelvin_host::process::ProcessKey;
 use kelvin_store::layers::{Layer, Layers};
 use kelvin_vmm::{MachineSpec, Running};
-use serde::Serialize;
 
 use crate::build::registry::Stop;
 use crate::capacity::{Amount, Hold};
@@ -120,13 +119,8 @@ impl BuildMachine {
     ///
     /// # Errors
     /// When the guest does not write everything back and freeze, `Io`, `Store`.
-    pub async fn keep(
-        &mut self,
-        layers: &Layers,
-        key: &str,
-        state: impl Serialize + Send + 'static,
-    ) -> Result<Layer, Error> {
-        self.inner.check_disk()?;
+    pub async fn keep(&mut self, layers: &Layers, key: &str) -> Result<Layer, Error> {
+        self.inner.ensure_disk().await?;
         let disk = self.spec.absolute().join("disk");
         // A slow disk is waited for ahead of the freeze: what is frozen has little left to write.
         if let Some(guest) = self.live.guest() {
@@ -148,7 +142,7 @@ impl BuildMachine {
             None => return Err(Error::Unknown(self.spec.vm.to_string())),
         }
         let (layers, key) = (layers.clone(), key.to_owned());
-        let kept = kelvin_host::blocking::spawn(move || layers.put(&key, &disk, &state)).await;
+        let kept = kelvin_host::blocking::spawn(move || layers.put(&key, &disk)).await;
         self.live.go_on(&self.inner.clock).await?;
         let layer = kept
             .map_err(|error| Error::Io { what: "keeping a layer", source: std::io::Error::other(error) })?;

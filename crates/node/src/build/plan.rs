@@ -1,10 +1,14 @@
 //! What a build carries from step to step, and the key of each state: pure, so that what is cached is known before a machine runs.
 //!
 //! ```text
-//! key(base) = H(image or template, disk, guest, facts)      key(step) = H(key before, instruction, digest of its upload)
+//! key(base) = H(project, image or template, disk, guest, facts)
+//! key(step) = H(key before, instruction, digest of its upload)
 //! key(last) = H(key of the last step, the defaults that the image gets)
 //! key(copy from a stage) = H(key before, instruction, key of that stage's disk)
 //! ```
+//!
+//! The project is part of every key: what a command leaves differs each time, as a private key that it makes does, and neither that
+//! nor whether it was run at all is another project's to know. An image that one project may pull is no other's, too.
 //!
 //! ENV and USER change the state alone; RUN, COPY and WORKDIR need a machine.
 //!
@@ -16,6 +20,7 @@
 
 use std::collections::BTreeMap;
 
+use kelvin_api::account::Project;
 use kelvin_api::sandbox::EnvVars;
 use kelvin_node_api::{BuildStep, Instruction};
 use kelvin_store::hash::sha256;
@@ -191,10 +196,10 @@ pub fn key(parts: &[&str]) -> String {
     sha256(serde_json::to_string(&versioned).unwrap_or_default().as_bytes())
 }
 
-/// The key of what a build begins with: `what` says it whole, `state` what it has set.
-pub fn base_key(what: &[&str], guest: &str, state: &BuildState) -> String {
+/// The key of what a build of `project` begins with: `what` says it whole, `state` what it has set.
+pub fn base_key(project: &Project, what: &[&str], guest: &str, state: &BuildState) -> String {
     let state = serde_json::to_string(state).unwrap_or_default();
-    let mut parts = vec!["base", guest, &state];
+    let mut parts = vec!["base", project.as_str(), guest, &state];
     parts.extend(what);
     key(&parts)
 }
@@ -328,6 +333,11 @@ mod tests {
         assert_eq!(text, r#"{"run":{"command":"a","user":null}}"#);
         assert_ne!(keys(&[exec("", &["a"])]), keys(&[run("a")]));
         assert_ne!(last_key("k", &BuildState::default()), "k");
+        let of = |project: &str| {
+            base_key(&project.parse().unwrap(), &["image", "i"], "guest", &BuildState::default())
+        };
+        assert_eq!(of("a"), of("a"));
+        assert_ne!(of("a"), of("b"));
     }
 
     #[test]

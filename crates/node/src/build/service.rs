@@ -67,10 +67,13 @@ impl Node {
         };
         let made = made.map_err(|failed| {
             let failure = Failure::from(failed.error);
+            // A step and what it wrote are its project's: both may have secrets in them.
+            let is_ours = failure.error_code != ErrorCode::BuildStepFailed;
             tracing::info!(
                 step = failed.step,
-                error = failure.message,
-                cause = failure.cause,
+                code = %failure.error_code,
+                error = is_ours.then_some(&*failure.message),
+                cause = failure.cause.as_deref().filter(|_| is_ours),
                 "the build failed"
             );
             BuildFailure { step: failed.step, failure }
@@ -113,7 +116,7 @@ impl Node {
         mut content: FilesContent,
     ) -> Result<(), Error> {
         let inner = Arc::clone(&self.inner);
-        inner.check_disk()?;
+        inner.ensure_disk().await?;
         let (uploads, project, hash) = (inner.uploads.clone(), project.clone(), hash.clone());
         // Not on a task of the node: a client that goes away takes its upload along.
         let _request = inner.activity.request();
@@ -128,6 +131,8 @@ impl Node {
                 })?;
                 portion.extend_from_slice(&bytes);
                 if portion.len() >= PORTION {
+                    // Uploads that come at one time are bounded by nothing else.
+                    inner.check_disk()?;
                     upload = written(upload, std::mem::take(&mut portion)).await?;
                 }
             }

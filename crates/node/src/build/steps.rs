@@ -116,7 +116,6 @@ impl Building<'_> {
             None => {
                 let decides = root(stages, stages.len() - 1) == number;
                 let base = self.find_base(stage.from, decides).await?;
-                self.underway.needs(&base.guest.digest);
                 let (key, state, told) = (base.key.clone(), base.state.clone(), base.told.clone());
                 let guest = base.guest.clone();
                 (Some(base), key, state, told, guest)
@@ -209,7 +208,7 @@ impl Building<'_> {
                 if let Some(machine) = &mut self.machine {
                     let told = in_machine(machine, None, write_defaults(&machine.processes, last));
                     Box::pin(self.stop.unless(told)).await?;
-                    let kept = machine.keep(&self.inner.layers, key, last.clone());
+                    let kept = machine.keep(&self.inner.layers, key);
                     disks[number] = Some(Disk::Layer(Box::pin(self.stop.unless(kept)).await?));
                 }
             }
@@ -328,7 +327,7 @@ impl Building<'_> {
             let doing = Doing { step, before, after: &planned.state, files, source: reads };
             let ran = in_machine(machine, source, doing.run(&machine.processes, &mut self.log));
             Box::pin(self.stop.unless(ran)).await?;
-            let kept = machine.keep(&self.inner.layers, &planned.key, planned.state.clone());
+            let kept = machine.keep(&self.inner.layers, &planned.key);
             disks[number] = Some(Disk::Layer(Box::pin(self.stop.unless(kept)).await?));
         }
         Ok(())

@@ -28,8 +28,10 @@ const LOG: &str = "/var/log/kelvin-start.log";
 const TAIL: usize = 64 << 10;
 /// Lines of it that are told.
 const TAIL_LINES: usize = 20;
-/// How long a service may take until it can be used.
+/// How long all of it may take: whatever the guest is asked, what it runs is its image's.
 const LIMIT: Duration = Duration::from_secs(300);
+/// How long the guest may take to show what a service that failed has said.
+const TOLD: Duration = Duration::from_secs(10);
 /// How long after an answer it is asked again.
 const AGAIN: Duration = Duration::from_millis(500);
 /// How long one that says nothing of itself is waited for. Source: E2B's default, 20 s.
@@ -47,16 +49,13 @@ const ROOT: &str = "root";
 pub async fn begin(processes: &Processes, template: &Template) -> Result<(), Error> {
     let Some(service) = &template.service else { return Ok(()) };
     let guest = Guest { processes, template };
-    let Some(start) = &service.start else { return guest.wait_ready(service, None).await };
-    guest.make_log().await?;
-    let before = match service.ready {
-        Some(_) => BTreeSet::new(),
-        None => guest.listening().await?,
-    };
-    let text = format!("exec >>{LOG} 2>&1 </dev/null; {start}");
-    let process = processes.start(&guest.command(&text)).await;
-    let process = process.map_err(|failed| guest.not_run("the start command", failed))?;
-    guest.wait_ready(service, Some((process, before))).await
+    match tokio::time::timeout(LIMIT, guest.bring_up(service)).await {
+        Ok(done) => done,
+        Err(_) => {
+            let what = format!("the template was not ready within {} s", LIMIT.as_secs());
+            Err(guest.failed(what).await)
+        }
+    }
 }
 
 struct Guest<'a> {
@@ -65,6 +64,19 @@ struct Guest<'a> {
 }
 
 impl Guest<'_> {
+    async fn bring_up(&self, service: &Service) -> Result<(), Error> {
+        let Some(start) = &service.start else { return self.wait_ready(service, None).await };
+        self.make_log().await?;
+        let before = match service.ready {
+            Some(_) => BTreeSet::new(),
+            None => self.listening().await?,
+        };
+        let text = format!("exec >>{LOG} 2>&1 </dev/null; {start}");
+        let process = self.processes.start(&self.command(&text)).await;
+        let process = process.map_err(|failed| self.not_run("the start command", failed))?;
+        self.wait_ready(service, Some((process, before))).await
+    }
+
     fn command<'c>(&'c self, text: &'c str) -> Command<'c> {
         let template = self.template;
         let (user, cwd) = (template.user.as_deref(), template.workdir.as_deref());
@@ -93,8 +105,7 @@ impl Guest<'_> {
                 None => self.until_listened_to(&before).await,
             }
         };
-        let limit = tokio::time::sleep(LIMIT);
-        tokio::pin!(ready, limit);
+        tokio::pin!(ready);
         loop {
             tokio::select! {
                 biased;
@@ -108,10 +119,6 @@ impl Guest<'_> {
                     _ if service.ready.is_none() => return Ok(()),
                     _ => process = None,
                 },
-                () = &mut limit => {
-                    let what = format!("the template was not ready within {} s", LIMIT.as_secs());
-                    return Err(self.failed(what).await);
-                }
             }
         }
     }
@@ -184,7 +191,7 @@ impl Guest<'_> {
             let bytes = Limited::new(reply.into_body(), TAIL).collect().await.ok()?.to_bytes();
             Some(text::last_lines(&bytes, TAIL_LINES)).filter(|said| !said.is_empty())
         };
-        Error::Service { what, said: said.await }
+        Error::Service { what, said: tokio::time::timeout(TOLD, said).await.ok().flatten() }
     }
 }
 

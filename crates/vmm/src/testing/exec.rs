@@ -39,6 +39,9 @@ pub(super) async fn answer(
         }
         (_, "/process.Process/Start") => {
             let exec = machine.exec(&format!("run {}", command(&body)))?;
+            if exec.hangs {
+                return std::future::pending().await;
+            }
             (StatusCode::OK, "application/connect+proto", Bytes::from(told(&exec)))
         }
         (_, "/filesystem.Filesystem/MakeDir") => {
@@ -144,7 +147,7 @@ mod tests {
         let body = [&[0, 0, 0, 0, 0][..], &message].concat();
         assert_eq!(command(&body), "x".repeat(300));
         assert_eq!(command(b""), "");
-        let stream = told(&Exec { code: -1, output: "out".to_owned(), writes: false });
+        let stream = told(&Exec { code: -1, output: "out".to_owned(), ..Exec::default() });
         assert!(stream.windows(3).any(|bytes| bytes == b"out"));
         // sint32 -1 is 1 on the wire.
         assert!(stream.windows(4).any(|bytes| bytes == [0x08, 1, 0x10, 1]));

@@ -87,6 +87,8 @@ pub struct Exec {
     pub output: String,
     /// Whether it is written to the disk, in a line of its own.
     pub writes: bool,
+    /// Whether it never comes to an end; the guest itself goes on.
+    pub hangs: bool,
 }
 
 /// Decides what becomes of each call.
