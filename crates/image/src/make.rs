@@ -56,7 +56,8 @@ pub(crate) async fn make(
     disk: Option<u64>,
     told: &Told,
 ) -> Result<Written, Error> {
-    let (blobs, coming) = mpsc::channel(1);
+    // Room for all: while the feed waited for room, nobody would read what the other pulls get, and registries count as stalled.
+    let (blobs, coming) = mpsc::channel(image.layers.len().max(1));
     let (lines, mut said) = mpsc::channel::<String>(16);
     let stop = Arc::new(AtomicBool::new(false));
     let _guard = StopOnDrop(Arc::clone(&stop));

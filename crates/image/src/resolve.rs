@@ -15,6 +15,7 @@ use crate::local::{Local, step};
 use crate::manifest::{self, Descriptor, Document, Manifest};
 use crate::reference::Reference;
 use crate::registry::credentials::Credentials;
+use crate::registry::reach::Reach;
 use crate::registry::{Registries, Session};
 use crate::told::Told;
 
@@ -30,6 +31,8 @@ pub enum Source {
         reference: String,
         /// Of this request; without them those of Docker's configuration.
         credentials: Option<Credentials>,
+        /// Where the registry, and what it sends a pull to, may be. Mirrors are the operator's, and may be anywhere.
+        reach: Reach,
     },
     /// In an OCI image layout, a directory.
     Layout(PathBuf),
@@ -130,11 +133,12 @@ pub(crate) async fn of_registry(
     limits: &Limits,
     reference: &str,
     credentials: Option<Credentials>,
+    reach: Reach,
     told: &Told,
 ) -> Result<Resolved, Error> {
     let reference = Reference::parse(reference)?;
     let shown = reference.to_string();
-    let session = Arc::new(registries.session(reference, credentials).await?);
+    let session = Arc::new(registries.session(reference, credentials, reach).await?);
     let refused = |part: &str, why| Error::refused(format!("the {part} of {shown}"), why);
     let (mut wanted, mut expected) = (session.reference.wanted(), session.reference.digest.clone());
     let mut size = None;

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ::http::header::{self, HeaderMap, HeaderValue};
 use ::http::{Response, StatusCode};
@@ -13,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
-use super::http::{Trouble, later};
+use super::http::{Pace, Trouble, later};
 use super::{Endpoint, Session, short, wrong_size};
 use crate::cache::{Cache, Flight, Pinned};
 use crate::digest::Digest;
@@ -210,7 +211,9 @@ impl Session {
         let writer = spawn_blocking(move || part.take(frames));
         let mut body = response.into_body();
         let mut came = had;
+        let mut pace = Pace::new(self.shared.limits.slowest, self.shared.limits.idle);
         let outcome = loop {
+            let asked = Instant::now();
             match self.shared.http.frame(&mut body).await {
                 Ok(None) => break Ok(()),
                 Err(trouble) => break Err(trouble),
@@ -218,6 +221,9 @@ impl Session {
                     came += bytes.len() as u64;
                     if came > size {
                         break Err(wrong_size(&name, size, came));
+                    }
+                    if let Err(trouble) = pace.came(bytes.len() as u64, asked.elapsed()) {
+                        break Err(trouble);
                     }
                     // It has failed; why, it says itself.
                     if sender.send(bytes).await.is_err() {
