@@ -84,6 +84,10 @@ impl Resolved {
     ) -> Self {
         let mut key = Sha256::new();
         key.update(MAKER);
+        if let Origin::Registry(session) = &origin {
+            key.update(session.reference.full_repository());
+            key.update("\n");
+        }
         for id in &read.diff_ids {
             key.update(id.to_string());
         }
@@ -108,7 +112,9 @@ impl Resolved {
     }
 
     /// Over everything that decides about the ext4 file's content, apart from the disk's size: the layers' archives and the
-    /// version of what lays them over each other. 64 hexadecimal digits.
+    /// version of what lays them over each other; and over the repository of a registry's image. What the configuration says of
+    /// layers is not proven before they are read, so that a file that is kept under this key is of use to who may pull from the
+    /// same repository, and to nobody else. 64 hexadecimal digits.
     pub fn key(&self) -> String {
         self.key.hex().to_owned()
     }
@@ -166,6 +172,7 @@ pub(crate) async fn of_registry(
     };
     told(&format!("{shown} is {digest}"));
     let pinned = session.blob(cache, &manifest.config, "configuration", told).await?;
+    let expected = manifest.config.digest.clone();
     let limit = limits.config_bytes;
     let bytes = tokio::task::spawn_blocking(move || {
         use std::io::Read as _;
@@ -174,7 +181,7 @@ pub(crate) async fn of_registry(
         file.take(limit)
             .read_to_end(&mut bytes)
             .map_err(|error| Error::io("reading a configuration", error))?;
-        if Digest::of(&bytes) != *pinned.digest() {
+        if Digest::of(&bytes) != expected {
             // A crash, or the disk: the next try pulls it anew.
             pinned.forget();
             return Err(Error::io("reading a configuration", std::io::ErrorKind::InvalidData.into()));

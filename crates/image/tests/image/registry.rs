@@ -505,6 +505,70 @@ async fn a_tenant_reaches_no_address_of_this_machine() {
 }
 
 #[tokio::test]
+async fn what_is_cached_of_one_repository_is_not_given_to_another() {
+    let image = image();
+    let owner = failing(&image, "nothing", 0, good).await;
+    // It has the manifest and the configuration of another's image, and none of its layers.
+    let layer = layer_of(&image);
+    let thief = failing(&image, layer, usize::MAX, |_, _| crate::server::missing("BLOB_UNKNOWN")).await;
+    let place = place();
+    let (found, _) = place.make_of(&source(owner.reference("a/b")), "x.ext4").await.unwrap();
+    for reference in [thief.reference("a/b"), thief.reference("other")] {
+        let failed = place.make_of(&source(reference), "y.ext4").await.unwrap_err();
+        assert!(matches!(failed, Error::NotFound { .. }), "{failed}");
+    }
+    // Neither is what a node keeps under the image's key.
+    let stolen = place.images.resolve(&source(thief.reference("a/b")), &|_| ()).await.unwrap();
+    assert_eq!(stolen.digest(), found.digest());
+    assert_ne!(stolen.key(), found.key());
+}
+
+#[tokio::test]
+async fn what_one_registry_holds_up_is_not_held_up_for_another() {
+    let image = image();
+    let layer = layer_of(&image);
+    let slow = failing(&image, layer, usize::MAX, |image, asked| {
+        let mut reply = good(image, asked);
+        // A false beginning of the layer, and nothing more.
+        reply.body = vec![0; reply.body.len()];
+        reply.ending(End::Stall(1000))
+    })
+    .await;
+    let whole = failing(&image, "nothing", 0, good).await;
+    let place = Place::limited(Limits { idle: Duration::from_secs(20), ..quick() });
+    let (held, free) = (source(slow.reference("a/b")), source(whole.reference("a/b")));
+    let both = async {
+        tokio::select! {
+            ended = place.make_of(&held, "held.ext4") => panic!("{:?}", ended.map(drop)),
+            made = async {
+                while slow.times(layer) == 0 {
+                    tokio::task::yield_now().await;
+                }
+                place.make_of(&free, "free.ext4").await
+            } => made.map(drop),
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), both).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_false_beginning_that_a_mirror_leaves_is_not_gone_on_with() {
+    let image = image();
+    let registry = failing(&image, "nothing", 0, good).await;
+    let lies = failing(&image, layer_of(&image), usize::MAX, |image, asked| {
+        let mut reply = good(image, asked);
+        reply.body = vec![0; reply.body.len()];
+        reply.ending(End::Reset(1000))
+    })
+    .await;
+    let mirrors = vec![format!("{}=http://{}", registry.address, lies.address).parse().unwrap()];
+    let place = Place::with(Options { mirrors, limits: quick(), ..Options::default() });
+    place.make_of(&source(registry.reference("a/b")), "x.ext4").await.unwrap();
+    assert_eq!(Ext4::open(&place.path("x.ext4")).read("/noise").len(), 300_000);
+    assert_eq!(registry.times(layer_of(&image)), 2, "on from what was there, and from the beginning");
+}
+
+#[tokio::test]
 async fn a_document_that_trickles_is_ended() {
     let image = image();
     let server = failing(&image, "/manifests/", usize::MAX, |image, asked| {
