@@ -22,8 +22,8 @@ use kelvin_node_api::{Build, BuildFrom, BuildStage, BuildStep, Instruction, Node
 use kelvin_store::Store;
 
 use crate::ground::{
-    Ground, build, builds_own, check, copy, copy_from, create, hash, plain, request, run, settle, staged,
-    step, upload, web, web_disk,
+    Ground, build, builds_own, check, copy, copy_from, create, hash, of_image, plain, request, run, settle,
+    staged, step, upload, web, web_disk,
 };
 
 #[test]
@@ -307,7 +307,7 @@ fn a_build_that_fails_names_its_step_and_leaves_the_template() {
             request
         };
         let workdir = step(Instruction::Workdir(String::new()), "WORKDIR");
-        let absent = BuildFrom::Image { reference: "absent".to_owned(), credentials: None };
+        let absent = of_image("absent");
         let unknown = BuildFrom::Template("nothing".parse().unwrap());
         let cases = [
             (with(0, run("fail")), Some(0), ErrorCode::BuildStepFailed, "RUN fail failed with exit code 3"),

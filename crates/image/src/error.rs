@@ -123,6 +123,12 @@ pub enum Error {
         /// As it says.
         reason: String,
     },
+    /// The registry, or where it sends a pull to, is not of the internet, and the pull is not the operator's.
+    #[error("{registry} leads to an address of this machine or of a private network")]
+    NotPublic {
+        /// Its host.
+        registry: String,
+    },
     /// The registry does not answer, or answers nonsense.
     #[error("{registry} cannot be used: {reason}")]
     Unavailable {
@@ -175,6 +181,7 @@ impl Error {
             Self::Reference { .. } | Self::Options { .. } => ErrorCode::InvalidImage,
             Self::NotFound { .. } => ErrorCode::ImageNotFound,
             Self::Denied { .. } => ErrorCode::RegistryDenied,
+            Self::NotPublic { .. } => ErrorCode::NotAnAdmin,
             Self::Unavailable { .. } => ErrorCode::RegistryUnavailable,
             Self::Refused { .. } | Self::TooSmall { .. } => ErrorCode::ImageRefused,
             Self::DiskFull { .. } => ErrorCode::DiskFull,
@@ -191,6 +198,9 @@ impl Error {
             Self::NotFound { .. } => "check the name and the tag; a private image needs credentials",
             Self::Denied { .. } => {
                 "give credentials that may pull it, in the request or in the configuration of Docker"
+            }
+            Self::NotPublic { .. } => {
+                "let the operator pull it with the server's own key, or set a mirror of the registry"
             }
             Self::Unavailable { .. } => "try again later, or set a mirror of the registry",
             Self::Refused { why: Refusal::Limit { .. }, .. } => {

@@ -12,7 +12,7 @@
 //! leaves: parts of blobs, which go on or are removed at the next start; of a target nothing, or, on a host's file system
 //! without `O_TMPFILE`, a file that the caller removes. The target is not synced: who publishes it does that.
 //!
-//! Who may use a local source, or a registry without TLS, is the caller's to decide.
+//! Who may use a local source, or a registry that is not on the internet ([`Reach`]), is the caller's to decide.
 
 mod cache;
 mod config;
@@ -40,6 +40,7 @@ pub use error::{Error, Refusal};
 pub use limits::Limits;
 pub use registry::Mirror;
 pub use registry::credentials::Credentials;
+pub use registry::reach::Reach;
 pub use resolve::{Resolved, Source};
 pub use told::Told;
 
@@ -108,10 +109,10 @@ impl Images {
         let limits = Arc::clone(&self.limits);
         match source {
             Source::Scratch => Ok(Resolved::scratch()),
-            Source::Registry { reference, credentials } => {
+            Source::Registry { reference, credentials, reach } => {
                 let credentials = credentials.clone();
                 let (registries, cache) = (&self.registries, &self.cache);
-                resolve::of_registry(registries, cache, &limits, reference, credentials, told).await
+                resolve::of_registry(registries, cache, &limits, reference, credentials, *reach, told).await
             }
             Source::Layout(path) => {
                 local(path, move |path| resolve::of_local(Local::layout(path)?, shown(path), &limits)).await
@@ -169,7 +170,8 @@ mod tests {
         let images = Images::open(directory.path().to_owned(), Options::default()).unwrap();
         is_send(images.resolve(&Source::Layout(PathBuf::new()), &|_| ()));
         is_send(async {
-            let source = Source::Registry { reference: String::new(), credentials: None };
+            let source =
+                Source::Registry { reference: String::new(), credentials: None, reach: Reach::Public };
             let image = images.resolve(&source, &|_| ()).await?;
             images.make(&image, Path::new("x"), None, &|_| ()).await
         });

@@ -26,6 +26,10 @@ pub struct Limits {
     pub memory_bytes: u64,
     /// How long a registry may say nothing.
     pub idle: Duration,
+    /// How long an answer that is no blob may take as a whole: a manifest, a token, an error.
+    pub document: Duration,
+    /// Bytes of a blob that have to come in a second, on the average of `idle`.
+    pub slowest: u64,
     /// How often something is asked of a registry at most.
     pub tries: u32,
     /// The wait before the second try; it doubles.
@@ -47,6 +51,8 @@ impl Default for Limits {
             path_bytes: 4096,
             memory_bytes: 208 << 20,
             idle: Duration::from_secs(30),
+            document: Duration::from_secs(60),
+            slowest: 16 << 10,
             tries: 5,
             backoff: Duration::from_millis(500),
             retry_after: Duration::from_secs(60),

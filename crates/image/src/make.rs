@@ -6,7 +6,7 @@
 //!
 //! What is half done when nobody waits any more, or when the process dies, has no name and goes with its descriptor.
 
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 
 use crate::cache::{Cache, Pinned};
 use crate::decompress;
-use crate::digest::Hashing;
+use crate::digest::{Digest, Hashing};
 use crate::error::{Error, Fault, Refusal};
 use crate::ext4::{self, Written};
 use crate::limits::Limits;
@@ -38,6 +38,21 @@ enum Blob {
     Local(Arc<Local>),
 }
 
+/// A reader that fails when nobody waits any more: one entry may have all bytes that there may be.
+struct UntilStopped<'a, R> {
+    inner: R,
+    stopped: &'a dyn Fn() -> bool,
+}
+
+impl<R: Read> Read for UntilStopped<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if (self.stopped)() {
+            return Err(io::Error::other("nobody waits any more"));
+        }
+        self.inner.read(buffer)
+    }
+}
+
 /// Says that nobody waits any more.
 struct StopOnDrop(Arc<AtomicBool>);
 
@@ -56,7 +71,8 @@ pub(crate) async fn make(
     disk: Option<u64>,
     told: &Told,
 ) -> Result<Written, Error> {
-    let (blobs, coming) = mpsc::channel(1);
+    // Room for all: while the feed waited for room, nobody would read what the other pulls get, and registries count as stalled.
+    let (blobs, coming) = mpsc::channel(image.layers.len().max(1));
     let (lines, mut said) = mpsc::channel::<String>(16);
     let stop = Arc::new(AtomicBool::new(false));
     let _guard = StopOnDrop(Arc::clone(&stop));
@@ -192,7 +208,7 @@ impl Job {
             };
             let (number, found, bytes) = {
                 let plain = decompress::open(&mut digested.1, left).map_err(Fault::reading)?;
-                let plain = Hashing::new(plain);
+                let plain = Hashing::new(UntilStopped { inner: plain, stopped });
                 let layer_number = u16::try_from(at).unwrap_or(u16::MAX);
                 let mut archive = Archive::new(plain, &self.limits, entries);
                 tree.apply(&mut archive, layer_number, spool, stopped)?;
@@ -211,11 +227,17 @@ impl Job {
             Ok((number, bytes))
         })();
         laid.map_err(|fault: Fault| {
-            if let (Blob::Cached(pinned), Fault::Refused(Refusal::Digest { .. } | Refusal::Compression(_))) =
-                (blob, &fault)
+            if stopped() {
+                return Error::Stopped;
+            }
+            let is_limit = matches!(fault, Fault::Refused(Refusal::Limit { .. }));
+            if let (Blob::Cached(pinned), Fault::Refused(_), Some(of)) = (blob, &fault, &layer.descriptor)
+                && !is_limit
+                && !is_sound(pinned, &of.digest)
             {
-                // Was it the disk? Then the next pull is of use, and otherwise it is not kept for nothing.
+                // The disk, or a crash before it had the content: the next pull is of use, and the image is not to blame.
                 pinned.forget();
+                return Error::io("reading a cached layer", io::ErrorKind::InvalidData.into());
             }
             fault.of(&part)
         })
@@ -224,4 +246,11 @@ impl Job {
     fn say(&self, line: String) {
         let _ = self.lines.blocking_send(line);
     }
+}
+
+/// Whether a blob is still what was verified when it was pulled.
+fn is_sound(pinned: &Pinned, digest: &Digest) -> bool {
+    let Ok(file) = pinned.open() else { return false };
+    let mut all = Hashing::new(file);
+    io::copy(&mut all, &mut io::sink()).is_ok() && all.finish().0 == *digest
 }

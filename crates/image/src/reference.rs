@@ -159,6 +159,11 @@ impl Reference {
         if self.registry == DEFAULT { DEFAULT_HOST } else { &self.registry }
     }
 
+    /// The repository with its registry: `docker.io/library/python`.
+    pub(crate) fn full_repository(&self) -> String {
+        format!("{}/{}", self.registry, self.repository)
+    }
+
     /// What a manifest is asked for by.
     pub(crate) fn wanted(&self) -> String {
         match (&self.digest, &self.tag) {
@@ -170,7 +175,7 @@ impl Reference {
 
 impl fmt::Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.registry, self.repository)?;
+        f.write_str(&self.full_repository())?;
         if let Some(tag) = &self.tag {
             write!(f, ":{tag}")?;
         }

@@ -15,6 +15,7 @@ use crate::local::{Local, step};
 use crate::manifest::{self, Descriptor, Document, Manifest};
 use crate::reference::Reference;
 use crate::registry::credentials::Credentials;
+use crate::registry::reach::Reach;
 use crate::registry::{Registries, Session};
 use crate::told::Told;
 
@@ -30,6 +31,8 @@ pub enum Source {
         reference: String,
         /// Of this request; without them those of Docker's configuration.
         credentials: Option<Credentials>,
+        /// Where the registry, and what it sends a pull to, may be. Mirrors are the operator's, and may be anywhere.
+        reach: Reach,
     },
     /// In an OCI image layout, a directory.
     Layout(PathBuf),
@@ -81,6 +84,10 @@ impl Resolved {
     ) -> Self {
         let mut key = Sha256::new();
         key.update(MAKER);
+        if let Origin::Registry(session) = &origin {
+            key.update(session.reference.full_repository());
+            key.update("\n");
+        }
         for id in &read.diff_ids {
             key.update(id.to_string());
         }
@@ -105,7 +112,9 @@ impl Resolved {
     }
 
     /// Over everything that decides about the ext4 file's content, apart from the disk's size: the layers' archives and the
-    /// version of what lays them over each other. 64 hexadecimal digits.
+    /// version of what lays them over each other; and over the repository of a registry's image. What the configuration says of
+    /// layers is not proven before they are read, so that a file that is kept under this key is of use to who may pull from the
+    /// same repository, and to nobody else. 64 hexadecimal digits.
     pub fn key(&self) -> String {
         self.key.hex().to_owned()
     }
@@ -130,11 +139,12 @@ pub(crate) async fn of_registry(
     limits: &Limits,
     reference: &str,
     credentials: Option<Credentials>,
+    reach: Reach,
     told: &Told,
 ) -> Result<Resolved, Error> {
     let reference = Reference::parse(reference)?;
     let shown = reference.to_string();
-    let session = Arc::new(registries.session(reference, credentials).await?);
+    let session = Arc::new(registries.session(reference, credentials, reach).await?);
     let refused = |part: &str, why| Error::refused(format!("the {part} of {shown}"), why);
     let (mut wanted, mut expected) = (session.reference.wanted(), session.reference.digest.clone());
     let mut size = None;
@@ -162,6 +172,7 @@ pub(crate) async fn of_registry(
     };
     told(&format!("{shown} is {digest}"));
     let pinned = session.blob(cache, &manifest.config, "configuration", told).await?;
+    let expected = manifest.config.digest.clone();
     let limit = limits.config_bytes;
     let bytes = tokio::task::spawn_blocking(move || {
         use std::io::Read as _;
@@ -170,7 +181,7 @@ pub(crate) async fn of_registry(
         file.take(limit)
             .read_to_end(&mut bytes)
             .map_err(|error| Error::io("reading a configuration", error))?;
-        if Digest::of(&bytes) != *pinned.digest() {
+        if Digest::of(&bytes) != expected {
             // A crash, or the disk: the next try pulls it anew.
             pinned.forget();
             return Err(Error::io("reading a configuration", std::io::ErrorKind::InvalidData.into()));

@@ -69,6 +69,8 @@ pub enum BuildFrom {
         reference: String,
         /// Of this request; otherwise those that the node has for the registry.
         credentials: Option<RegistryCredentials>,
+        /// Where the registry may be.
+        reach: RegistryReach,
     },
     /// A template that is there.
     Template(TemplateName),
@@ -80,6 +82,16 @@ pub enum BuildFrom {
     Stage(u32),
     /// No file and no setting.
     Scratch,
+}
+
+/// Which addresses a pull may connect to, beside those of the node's mirrors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RegistryReach {
+    /// Those of the internet.
+    Public,
+    /// Every address, the node's own and private ones too: for the operator.
+    Any,
 }
 
 /// Who pulls.

@@ -22,7 +22,7 @@ pub mod wire;
 
 pub use build::{
     Build, BuildEvent, BuildFailure, BuildFrom, BuildLevel, BuildStage, BuildStep, BuildTold, Built,
-    FilesContent, Instruction, RegistryCredentials,
+    FilesContent, Instruction, RegistryCredentials, RegistryReach,
 };
 pub use service::NodeService;
 pub use traffic::{Cut, Inbound, Io, Outbound, Route, SandboxTraffic, Unanswered, Wake};

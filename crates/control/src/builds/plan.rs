@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use kelvin_api::build::{RegistryLogin, StartBuild, TemplateStage};
 use kelvin_api::error::{ErrorCode, Failure};
-use kelvin_node_api::{BuildFrom, RegistryCredentials};
+use kelvin_node_api::{BuildFrom, RegistryCredentials, RegistryReach};
 
 use crate::accounts::Account;
 use crate::admission::not_an_admin;
@@ -132,7 +132,9 @@ pub(super) fn from(caller: &Account, body: &mut StartBuild) -> Result<From, Fail
     if let Some(text) = &body.from_image {
         let reference = reference(caller, text)?;
         let credentials = login.map(credentials).transpose()?;
-        return Ok(From::Node(BuildFrom::Image { reference, credentials }));
+        // What a name resolves to, and where a registry sends a pull, is judged by who connects.
+        let reach = if caller.is_admin { RegistryReach::Any } else { RegistryReach::Public };
+        return Ok(From::Node(BuildFrom::Image { reference, credentials, reach }));
     }
     if let Some(text) = &body.from_layout {
         return Ok(From::Node(BuildFrom::Layout(local(caller, "fromLayout", text)?)));
@@ -255,6 +257,17 @@ mod tests {
             assert!(from(&caller(true), &mut image(text)).is_ok(), "{text}");
             let refused = from(&caller(false), &mut image(text)).err().map(|failure| failure.error_code);
             assert_eq!(refused, is_ours.then_some(ErrorCode::NotAnAdmin), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_operator_alone_pulls_from_every_address() {
+        for (is_admin, expected) in [(false, RegistryReach::Public), (true, RegistryReach::Any)] {
+            let found = from(&caller(is_admin), &mut image("example.org/a")).unwrap();
+            assert!(
+                matches!(found, From::Node(BuildFrom::Image { reach, .. }) if reach == expected),
+                "{found:?}"
+            );
         }
     }
 

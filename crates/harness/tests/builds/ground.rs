@@ -22,7 +22,7 @@ use kelvin_node::options::Options;
 use kelvin_node::{BaseImage, BaseImages, DiskSize, ImageConfig, ImageSource, Node, Told};
 use kelvin_node_api::{
     Base, Build, BuildEvent, BuildFailure, BuildFrom, BuildStage, BuildStep, Built, Create, Instruction,
-    NodeService,
+    NodeService, RegistryReach,
 };
 use kelvin_store::Store;
 use kelvin_store::image::Template;
@@ -209,6 +209,12 @@ pub fn web() -> TemplateName {
     "web".parse().unwrap()
 }
 
+/// A build that begins with an image of a registry.
+pub fn of_image(reference: &str) -> BuildFrom {
+    let reference = reference.to_owned();
+    BuildFrom::Image { reference, credentials: None, reach: RegistryReach::Public }
+}
+
 /// One of each kind of step.
 pub fn request(last: &str) -> Build {
     Build {
@@ -216,7 +222,7 @@ pub fn request(last: &str) -> Build {
         template: web(),
         project: Project::default(),
         stages: Vec::new(),
-        from: BuildFrom::Image { reference: "python:3.12".to_owned(), credentials: None },
+        from: of_image("python:3.12"),
         steps: vec![
             run("write one"),
             step(Instruction::Env(vec![("PATH".to_owned(), "/app/bin:$PATH".to_owned())]), "ENV PATH"),

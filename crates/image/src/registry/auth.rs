@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use super::credentials::{Credentials, IDENTITY};
 use super::http::{Ask, Http, Trouble, host, later};
+use super::reach::Reach;
 use crate::error::{Error, shown};
 use crate::limits::Limits;
 use crate::reference::is_loopback;
@@ -112,6 +113,7 @@ pub(super) struct Asker<'a> {
     pub(super) registry: &'a str,
     pub(super) repository: &'a str,
     pub(super) is_insecure: bool,
+    pub(super) reach: Reach,
     pub(super) credentials: Option<&'a Credentials>,
 }
 
@@ -169,7 +171,7 @@ impl Asker<'_> {
         if let Some(credentials) = self.credentials
             && credentials.username == IDENTITY
         {
-            let mut ask = Ask::get(realm.parse().ok()?, self.is_insecure);
+            let mut ask = Ask::get(realm.parse().ok()?, self.is_insecure, self.reach);
             ask.method = Method::POST;
             let form = HeaderValue::from_static("application/x-www-form-urlencoded");
             ask.headers.insert(header::CONTENT_TYPE, form);
@@ -179,7 +181,8 @@ impl Asker<'_> {
             return Some(ask);
         }
         let separator = if realm.contains('?') { '&' } else { '?' };
-        let mut ask = Ask::get(format!("{realm}{separator}{fields}").parse().ok()?, self.is_insecure);
+        let mut ask =
+            Ask::get(format!("{realm}{separator}{fields}").parse().ok()?, self.is_insecure, self.reach);
         ask.authorization = match self.credentials {
             Some(credentials) => Some(basic(credentials)?),
             None => None,

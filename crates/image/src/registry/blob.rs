@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ::http::header::{self, HeaderMap, HeaderValue};
 use ::http::{Response, StatusCode};
@@ -13,9 +14,9 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
-use super::http::{Trouble, later};
+use super::http::{Pace, Trouble, later};
 use super::{Endpoint, Session, short, wrong_size};
-use crate::cache::{Cache, Flight, Pinned};
+use crate::cache::{Cache, Flight, Pinned, key};
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::manifest::Descriptor;
@@ -100,13 +101,14 @@ impl Session {
         what: &str,
         told: &Told,
     ) -> Result<Pinned, Error> {
+        let key = key(&self.reference.full_repository(), &descriptor.digest);
         let mut failed = None;
         for endpoint in &self.endpoints {
-            let turn = cache.flight(&descriptor.digest).await;
-            if let Some(pinned) = cache.get(&descriptor.digest, descriptor.size) {
+            let turn = cache.flight(&key).await;
+            if let Some(pinned) = cache.get(&key, descriptor.size) {
                 return Ok(pinned);
             }
-            match self.blob_from(endpoint, cache, descriptor, turn, what, told).await {
+            match self.blob_from(endpoint, cache, &key, descriptor, turn, what, told).await {
                 Ok(pinned) => return Ok(pinned),
                 Err(error @ (Error::DiskFull { .. } | Error::Io { .. })) => return Err(error),
                 Err(error) => {
@@ -118,46 +120,54 @@ impl Session {
         Err(failed.unwrap_or(Error::Stopped))
     }
 
+    #[expect(clippy::too_many_arguments, reason = "where from, where to, and what")]
     async fn blob_from(
         &self,
         endpoint: &Endpoint,
         cache: &Arc<Cache>,
+        key: &Digest,
         descriptor: &Descriptor,
         turn: Flight,
         what: &str,
         told: &Told,
     ) -> Result<Pinned, Error> {
-        let path = cache.part(&descriptor.digest);
         let size = descriptor.size;
         let mut part = {
-            let path = path.clone();
-            blocking(move || Part::open(&path, size, turn)).await?.map_err(writing)?
+            let (cache, path) = (Arc::clone(cache), cache.part(key));
+            let open = move || cache.trim_parts().and_then(|()| Part::open(&path, size, turn));
+            blocking(open).await?.map_err(writing)?
         };
         told(&match part.bytes {
             0 => format!("pulling {what} {}, {size} bytes", short(&descriptor.digest)),
             had => format!("pulling {what} {}, {had} of {size} bytes are there", short(&descriptor.digest)),
         });
+        let mut is_begun_by_another = part.bytes > 0;
         let mut tries = self.tries(endpoint);
-        while part.bytes < size {
-            let (back, outcome) = self.some(endpoint, descriptor, part, what).await?;
-            part = back;
-            match outcome {
-                Ok(()) if part.bytes == size => {}
-                Ok(()) => tries.again(format!("{what} is cut short"), None, told).await?,
-                Err(Trouble::Later { reason, after }) => tries.again(reason, after, told).await?,
-                Err(Trouble::Missing(reason)) => return Err(self.missing(endpoint, what, &reason)),
-                Err(Trouble::Failed(error)) => return Err(error),
+        loop {
+            while part.bytes < size {
+                let (back, outcome) = self.some(endpoint, descriptor, part, what).await?;
+                part = back;
+                match outcome {
+                    Ok(()) if part.bytes == size => {}
+                    Ok(()) => tries.again(format!("{what} is cut short"), None, told).await?,
+                    Err(Trouble::Later { reason, after }) => tries.again(reason, after, told).await?,
+                    Err(Trouble::Missing(reason)) => return Err(self.missing(endpoint, what, &reason)),
+                    Err(Trouble::Failed(error)) => return Err(error),
+                }
             }
+            let Err(why) = descriptor.digest.check(&Digest::finish(part.hasher.clone())) else { break };
+            part = blocking(move || part.restart().map(|()| part)).await?.map_err(writing)?;
+            if !is_begun_by_another {
+                return Err(Error::refused(self.part(what, descriptor), why));
+            }
+            // A mirror that lies, or a crash, has left a beginning that is none: that is not for this source to answer for.
+            is_begun_by_another = false;
+            told(&format!("what was there of {what} is of no use: pulling it from its beginning"));
         }
-        let (name, digest) = (self.part(what, descriptor), descriptor.digest.clone());
-        let cache = Arc::clone(cache);
+        let (cache, key) = (Arc::clone(cache), key.clone());
         blocking(move || {
-            let Part { hasher, _turn, .. } = part;
-            if let Err(why) = digest.check(&Digest::finish(hasher)) {
-                std::fs::remove_file(&path).map_err(writing)?;
-                return Err(Error::refused(name, why));
-            }
-            cache.publish(&digest, size).map_err(writing)
+            let _turn = part;
+            cache.publish(&key, size).map_err(writing)
         })
         .await?
     }
@@ -210,7 +220,9 @@ impl Session {
         let writer = spawn_blocking(move || part.take(frames));
         let mut body = response.into_body();
         let mut came = had;
+        let mut pace = Pace::new(self.shared.limits.slowest, self.shared.limits.idle);
         let outcome = loop {
+            let asked = Instant::now();
             match self.shared.http.frame(&mut body).await {
                 Ok(None) => break Ok(()),
                 Err(trouble) => break Err(trouble),
@@ -218,6 +230,9 @@ impl Session {
                     came += bytes.len() as u64;
                     if came > size {
                         break Err(wrong_size(&name, size, came));
+                    }
+                    if let Err(trouble) = pace.came(bytes.len() as u64, asked.elapsed()) {
+                        break Err(trouble);
                     }
                     // It has failed; why, it says itself.
                     if sender.send(bytes).await.is_err() {

@@ -1,9 +1,9 @@
 //! One request to a registry and the answer to it: redirects, idle limits, and what a status means.
 //!
 //! Credentials go to the host that they are for: a redirect to another one, or to another port, loses them. Plain HTTP is spoken
-//! to this machine and to a mirror that is configured so.
+//! to this machine and to a mirror that is configured so. Every address, of a redirect too, is one that [`Reach`] allows.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,11 +11,13 @@ use http::header::{self, HeaderMap, HeaderValue};
 use http::{Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::{ConfigBuilderExt as _, HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
+use tokio::sync::OnceCell;
 
+use super::reach::{NotPublic, Reach, Resolver};
 use crate::error::{Error, Refusal, shown};
 use crate::limits::Limits;
 use crate::reference::is_loopback;
@@ -57,23 +59,33 @@ pub(super) struct Ask {
     pub(super) body: Bytes,
     /// Whether plain HTTP to `uri`'s host, and to this machine, is allowed.
     pub(super) is_insecure: bool,
+    /// Which addresses it, and what it is redirected to, may have.
+    pub(super) reach: Reach,
 }
 
 impl Ask {
-    pub(super) fn get(uri: Uri, is_insecure: bool) -> Self {
+    pub(super) fn get(uri: Uri, is_insecure: bool, reach: Reach) -> Self {
         let (headers, body) = (HeaderMap::new(), Bytes::new());
-        Self { method: Method::GET, uri, headers, authorization: None, body, is_insecure }
+        Self { method: Method::GET, uri, headers, authorization: None, body, is_insecure, reach }
     }
 }
 
-type HttpsClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+type HttpsClient = Client<HttpsConnector<HttpConnector<Resolver>>, Full<Bytes>>;
+
+/// A client for each reach: a connection that is kept for one must not serve the other.
+#[derive(Debug)]
+struct Clients {
+    public: HttpsClient,
+    any: HttpsClient,
+}
 
 /// The client.
 #[derive(Debug, Clone)]
 pub(super) struct Http {
     /// Made for the first request: it reads every root certificate of the host, and most nodes that start pull nothing.
-    client: Arc<OnceLock<HttpsClient>>,
+    clients: Arc<OnceCell<Clients>>,
     idle: Duration,
+    document: Duration,
 }
 
 fn origin(uri: &Uri) -> (Option<&str>, Option<String>, Option<u16>) {
@@ -95,35 +107,17 @@ pub(super) fn host(uri: &Uri) -> String {
 
 impl Http {
     pub(super) fn new(limits: &Limits) -> Self {
-        Self { client: Arc::default(), idle: limits.idle }
+        Self { clients: Arc::default(), idle: limits.idle, document: limits.document }
     }
 
-    fn connect() -> HttpsClient {
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(CONNECT));
-        connector.enforce_http(false);
-        let provider = rustls::crypto::ring::default_provider;
-        let builder = match HttpsConnectorBuilder::new().with_provider_and_native_roots(provider()) {
-            Ok(builder) => builder,
-            Err(error) => {
-                tracing::warn!(%error, "no roots are trusted for TLS: registries over HTTPS cannot be used");
-                let roots = rustls::RootCertStore::empty();
-                let config = rustls::ClientConfig::builder_with_provider(provider().into())
-                    .with_safe_default_protocol_versions()
-                    .map(|config| config.with_root_certificates(roots).with_no_client_auth());
-                match config {
-                    Ok(config) => HttpsConnectorBuilder::new().with_tls_config(config),
-                    Err(_) => unreachable!("ring has the default versions of TLS"),
-                }
-            }
-        };
-        let connector = builder.https_or_http().enable_http1().wrap_connector(connector);
-        Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(Duration::from_secs(20))
-            .pool_max_idle_per_host(4)
-            .build(connector)
+    async fn client(&self, reach: Reach) -> Result<&HttpsClient, Error> {
+        let make =
+            || async { tokio::task::spawn_blocking(clients).await.map_err(|error| Error::ended(&error)) };
+        let clients = self.clients.get_or_try_init(make).await?;
+        Ok(match reach {
+            Reach::Public => &clients.public,
+            Reach::Any => &clients.any,
+        })
     }
 
     /// Sends `ask` and follows where it is sent. The answer has any status but a redirect. With it comes whether it is of the
@@ -134,6 +128,7 @@ impl Http {
         let mut authorization = ask.authorization.clone();
         for _ in 0..=MAX_REDIRECTS {
             allow(&uri, ask, &first)?;
+            ask.reach.check(&uri).map_err(|why| failed(&uri, &why))?;
             let mut request = Request::builder().method(ask.method.clone()).uri(uri.clone());
             if let Some(headers) = request.headers_mut() {
                 headers.extend(ask.headers.clone());
@@ -146,17 +141,11 @@ impl Http {
             }
             let request =
                 request.body(Full::new(ask.body.clone())).map_err(|_| nonsense(&uri, "an odd address"))?;
-            let response =
-                tokio::time::timeout(self.idle, self.client.get_or_init(Self::connect).request(request))
-                    .await
-                    .map_err(|_| later(format!("{} does not answer", host(&uri))))?
-                    .map_err(|error| {
-                        later(format!(
-                            "{}: {}",
-                            host(&uri),
-                            shown(kelvin_api::error::chain(&error).as_bytes())
-                        ))
-                    })?;
+            let client = self.client(ask.reach).await?;
+            let response = tokio::time::timeout(self.idle, client.request(request))
+                .await
+                .map_err(|_| later(format!("{} does not answer", host(&uri))))?
+                .map_err(|error| failed(&uri, &error))?;
             let is_redirect = matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308);
             if !is_redirect || ask.method != Method::GET {
                 let is_own = origin(&uri) == first;
@@ -198,19 +187,22 @@ impl Http {
         }
     }
 
-    /// A whole body of at most `limit` bytes.
+    /// A whole body of at most `limit` bytes, within the time that a document may take: a byte now and then is no progress.
     ///
     /// # Errors
     /// `Ok(None)` when it is longer.
     pub(super) async fn whole(&self, body: &mut Incoming, limit: u64) -> Result<Option<Vec<u8>>, Trouble> {
-        let mut whole = Vec::new();
-        while let Some(bytes) = self.frame(body).await? {
-            whole.extend_from_slice(&bytes);
-            if whole.len() as u64 > limit {
-                return Ok(None);
+        let read = async {
+            let mut whole = Vec::new();
+            while let Some(bytes) = self.frame(body).await? {
+                whole.extend_from_slice(&bytes);
+                if whole.len() as u64 > limit {
+                    return Ok(None);
+                }
             }
-        }
-        Ok(Some(whole))
+            Ok(Some(whole))
+        };
+        tokio::time::timeout(self.document, read).await.map_err(|_| later("it is too slow"))?
     }
 
     /// What an answer that is no success means.
@@ -235,6 +227,84 @@ impl Http {
             _ if status.is_server_error() => Trouble::Later { reason, after },
             _ => Error::Unavailable { registry, reason }.into(),
         }
+    }
+}
+
+/// Both clients, with the host's certificates, which are read now. Blocks.
+fn clients() -> Clients {
+    let versions =
+        rustls::ClientConfig::builder_with_provider(rustls::crypto::ring::default_provider().into())
+            .with_safe_default_protocol_versions();
+    let Ok(versions) = versions else { unreachable!("ring has the default versions of TLS") };
+    let config = match versions.clone().with_native_roots() {
+        Ok(config) => config,
+        Err(error) => {
+            tracing::warn!(%error, "no roots are trusted for TLS: registries over HTTPS cannot be used");
+            versions.with_root_certificates(rustls::RootCertStore::empty())
+        }
+    };
+    let config = config.with_no_client_auth();
+    let client = |reach| {
+        let mut connector = HttpConnector::new_with_resolver(Resolver(reach));
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(CONNECT));
+        connector.enforce_http(false);
+        Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(Duration::from_secs(20))
+            .pool_max_idle_per_host(4)
+            .build(
+                HttpsConnectorBuilder::new()
+                    .with_tls_config(config.clone())
+                    .https_or_http()
+                    .enable_http1()
+                    .wrap_connector(connector),
+            )
+    };
+    Clients { public: client(Reach::Public), any: client(Reach::Any) }
+}
+
+/// A request that has come to no answer.
+fn failed(uri: &Uri, error: &(dyn std::error::Error + 'static)) -> Trouble {
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    if causes.any(|cause| cause.is::<NotPublic>()) {
+        return Error::NotPublic { registry: host(uri) }.into();
+    }
+    later(format!("{}: {}", host(uri), shown(kelvin_api::error::chain(error).as_bytes())))
+}
+
+/// Ends what comes more slowly than may be: an idle limit alone lets a byte now and then hold a pull for as long as its build
+/// may take. Only the time that the other side is waited for counts, not that of our own disk.
+pub(super) struct Pace {
+    /// How much has to come in each `window` of waiting.
+    least: u64,
+    window: Duration,
+    waited: Duration,
+    bytes: u64,
+}
+
+impl Pace {
+    /// At least `rate` bytes a second, on the average of a `window`.
+    pub(super) fn new(rate: u64, window: Duration) -> Self {
+        let least = u64::try_from(window.as_millis()).unwrap_or(u64::MAX).saturating_mul(rate) / 1000;
+        Self { least, window, waited: Duration::ZERO, bytes: 0 }
+    }
+
+    /// `bytes` have come after they were `waited` for.
+    ///
+    /// # Errors
+    /// `Later` when a window has passed with less than there has to be.
+    pub(super) fn came(&mut self, bytes: u64, waited: Duration) -> Result<(), Trouble> {
+        self.waited += waited;
+        self.bytes += bytes;
+        if self.waited < self.window {
+            return Ok(());
+        }
+        if self.bytes < self.least {
+            return Err(later(format!("it sends {} bytes in {:.0?}", self.bytes, self.waited)));
+        }
+        (self.waited, self.bytes) = (Duration::ZERO, 0);
+        Ok(())
     }
 }
 
@@ -301,7 +371,7 @@ mod tests {
 
     #[test]
     fn plain_http_goes_where_it_may() {
-        let ask = |uri: &str, is_insecure| Ask::get(uri.parse().unwrap(), is_insecure);
+        let ask = |uri: &str, is_insecure| Ask::get(uri.parse().unwrap(), is_insecure, Reach::Any);
         let may = |from: &str, is_insecure, to: &str| {
             let ask = ask(from, is_insecure);
             allow(&to.parse().unwrap(), &ask, &origin(&ask.uri)).is_ok()
@@ -314,6 +384,20 @@ mod tests {
         assert!(!may("http://mirror.example/", true, "http://other.example/x"));
         assert!(!may("http://a.example/", false, "http://a.example/"));
         assert!(!may("https://a.example/", true, "ftp://a.example/"));
+    }
+
+    #[test]
+    fn what_trickles_is_ended() {
+        let (window, second) = (Duration::from_secs(30), Duration::from_secs(1));
+        let mut pace = Pace::new(1024, window);
+        for _ in 0..90 {
+            assert!(pace.came(1024, second).is_ok());
+        }
+        // What comes at once is of no harm, and neither is the disk's time.
+        assert!(pace.came(1 << 20, Duration::ZERO).is_ok());
+        let mut pace = Pace::new(1024, window);
+        let ended = (1..=60).find(|_| pace.came(1023, second).is_err());
+        assert_eq!(ended, Some(30));
     }
 
     #[test]

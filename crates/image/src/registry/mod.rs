@@ -14,6 +14,7 @@ mod auth;
 mod blob;
 pub(crate) mod credentials;
 mod http;
+pub(crate) mod reach;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -28,6 +29,7 @@ use hyper::body::Incoming;
 use self::auth::{Asker, Challenge};
 use self::credentials::Credentials;
 use self::http::{Ask, Http, Trouble, later, too_long};
+use self::reach::Reach;
 use crate::digest::Digest;
 use crate::error::{Error, Refusal, shown};
 use crate::limits::Limits;
@@ -86,6 +88,8 @@ struct Endpoint {
     base: String,
     authority: String,
     is_insecure: bool,
+    /// A mirror is the operator's, and may be anywhere.
+    reach: Reach,
     tries: u32,
     credentials: Option<Credentials>,
     /// What was shown last and let in.
@@ -154,7 +158,7 @@ impl Registries {
         }
     }
 
-    /// Pulls of `reference`; `given` are of this request and win.
+    /// Pulls of `reference` from addresses within `reach`, and from mirrors; `given` are of this request and win.
     ///
     /// # Errors
     /// `Denied` when the configured credentials cannot be read.
@@ -162,6 +166,7 @@ impl Registries {
         self: &Arc<Self>,
         reference: Reference,
         given: Option<Credentials>,
+        reach: Reach,
     ) -> Result<Session, Error> {
         let mut endpoints = Vec::new();
         for mirror in self.mirrors.iter().filter(|mirror| mirror.registry == reference.registry) {
@@ -178,6 +183,7 @@ impl Registries {
             endpoints.push(Endpoint {
                 base: mirror.url.trim_end_matches('/').to_owned(),
                 is_insecure: uri.scheme_str() == Some("http"),
+                reach: Reach::Any,
                 authority,
                 tries: self.limits.tries.min(MIRROR_TRIES),
                 credentials,
@@ -194,6 +200,7 @@ impl Registries {
             base: format!("{}://{authority}", if is_insecure { "http" } else { "https" }),
             authority,
             is_insecure,
+            reach,
             tries: self.limits.tries,
             credentials,
             authorization: Mutex::default(),
@@ -227,7 +234,7 @@ impl Session {
             registry: endpoint.authority.clone(),
             reason: "its address cannot be used".to_owned(),
         })?;
-        let mut ask = Ask::get(address, endpoint.is_insecure);
+        let mut ask = Ask::get(address, endpoint.is_insecure, endpoint.reach);
         ask.headers = headers;
         let known = endpoint.authorization.lock().unwrap_or_else(PoisonError::into_inner).clone();
         ask.authorization = known;
@@ -243,6 +250,7 @@ impl Session {
             registry: &endpoint.authority,
             repository: &self.reference.repository,
             is_insecure: endpoint.is_insecure,
+            reach: endpoint.reach,
             credentials: endpoint.credentials.as_ref(),
         };
         let answer = asker.answer(challenge).await?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use kelvin_api::error::ErrorCode;
 use kelvin_api::id::Token;
-use kelvin_image::{Credentials, Error, Limits, Mirror, Options, Refusal, Source};
+use kelvin_image::{Credentials, Error, Limits, Mirror, Options, Reach, Refusal, Source};
 
 use crate::fixture::{Ext4, Image, Layer, MANIFEST, Place, Tar, digest, noise};
 use crate::server::{Asked, End, Reply, Server, good};
@@ -31,13 +31,13 @@ fn place() -> Place {
 }
 
 fn source(reference: impl Into<String>) -> Source {
-    Source::Registry { reference: reference.into(), credentials: None }
+    Source::Registry { reference: reference.into(), credentials: None, reach: Reach::Any }
 }
 
 fn with_password(reference: impl Into<String>, password: &str) -> Source {
     let password = Token::from_secret(password.to_owned());
     let credentials = Some(Credentials { username: "me".to_owned(), password });
-    Source::Registry { reference: reference.into(), credentials }
+    Source::Registry { reference: reference.into(), credentials, reach: Reach::Any }
 }
 
 fn basic(password: &str) -> String {
@@ -307,7 +307,7 @@ async fn an_identity_token_is_exchanged() {
     address.set(server.address).unwrap();
     let password = Token::from_secret("sesame/1".to_owned());
     let credentials = Some(Credentials { username: "<token>".to_owned(), password });
-    let source = Source::Registry { reference: server.reference("a/b"), credentials };
+    let source = Source::Registry { reference: server.reference("a/b"), credentials, reach: Reach::Any };
     place().make_of(&source, "x.ext4").await.unwrap();
 }
 
@@ -473,4 +473,122 @@ async fn a_mirror_is_first_and_the_registry_behind_it() {
     for mirror in [&good_mirror, &lies, &broken] {
         assert!(mirror.asked().iter().all(|asked| asked.header("authorization").is_none()));
     }
+}
+
+/// The same source, for a tenant.
+fn of_tenant(reference: impl Into<String>) -> Source {
+    Source::Registry { reference: reference.into(), credentials: None, reach: Reach::Public }
+}
+
+#[tokio::test]
+async fn a_tenant_reaches_no_address_of_this_machine() {
+    let image = image();
+    let server = failing(&image, "nothing", 0, good).await;
+    let port = server.address.port();
+    let place = place();
+    // By address, by a name that resolves to one, and by addresses of private networks.
+    for host in ["127.0.0.1", "localhost", "[::1]", "10.0.0.1", "169.254.169.254", "[::ffff:127.0.0.1]"] {
+        let began = Instant::now();
+        let failed = place.images.resolve(&of_tenant(format!("{host}:{port}/a")), &|_| ()).await.unwrap_err();
+        assert_eq!(failed.code(), ErrorCode::NotAnAdmin, "{host}: {failed}");
+        // Not by what a connection comes to: nobody tries, and nobody tries again.
+        assert!(began.elapsed() < quick().idle, "{host}");
+    }
+    assert!(server.asked().is_empty());
+    // The operator does, and a connection that was kept for it is none of a tenant's.
+    place.make_of(&source(server.reference("a/b")), "x.ext4").await.unwrap();
+    assert!(place.images.resolve(&of_tenant(server.reference("a/b")), &|_| ()).await.is_err());
+    // A mirror is the operator's.
+    let mirrors = vec![format!("nowhere.example=http://{}", server.address).parse().unwrap()];
+    let mirrored = Place::with(Options { mirrors, limits: quick(), ..Options::default() });
+    mirrored.make_of(&of_tenant("nowhere.example/a/b"), "x.ext4").await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_cached_of_one_repository_is_not_given_to_another() {
+    let image = image();
+    let owner = failing(&image, "nothing", 0, good).await;
+    // It has the manifest and the configuration of another's image, and none of its layers.
+    let layer = layer_of(&image);
+    let thief = failing(&image, layer, usize::MAX, |_, _| crate::server::missing("BLOB_UNKNOWN")).await;
+    let place = place();
+    let (found, _) = place.make_of(&source(owner.reference("a/b")), "x.ext4").await.unwrap();
+    for reference in [thief.reference("a/b"), thief.reference("other")] {
+        let failed = place.make_of(&source(reference), "y.ext4").await.unwrap_err();
+        assert!(matches!(failed, Error::NotFound { .. }), "{failed}");
+    }
+    // Neither is what a node keeps under the image's key.
+    let stolen = place.images.resolve(&source(thief.reference("a/b")), &|_| ()).await.unwrap();
+    assert_eq!(stolen.digest(), found.digest());
+    assert_ne!(stolen.key(), found.key());
+}
+
+#[tokio::test]
+async fn what_one_registry_holds_up_is_not_held_up_for_another() {
+    let image = image();
+    let layer = layer_of(&image);
+    let slow = failing(&image, layer, usize::MAX, |image, asked| {
+        let mut reply = good(image, asked);
+        // A false beginning of the layer, and nothing more.
+        reply.body = vec![0; reply.body.len()];
+        reply.ending(End::Stall(1000))
+    })
+    .await;
+    let whole = failing(&image, "nothing", 0, good).await;
+    let place = Place::limited(Limits { idle: Duration::from_secs(20), ..quick() });
+    let (held, free) = (source(slow.reference("a/b")), source(whole.reference("a/b")));
+    let both = async {
+        tokio::select! {
+            ended = place.make_of(&held, "held.ext4") => panic!("{:?}", ended.map(drop)),
+            made = async {
+                while slow.times(layer) == 0 {
+                    tokio::task::yield_now().await;
+                }
+                place.make_of(&free, "free.ext4").await
+            } => made.map(drop),
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), both).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_false_beginning_that_a_mirror_leaves_is_not_gone_on_with() {
+    let image = image();
+    let registry = failing(&image, "nothing", 0, good).await;
+    let lies = failing(&image, layer_of(&image), usize::MAX, |image, asked| {
+        let mut reply = good(image, asked);
+        reply.body = vec![0; reply.body.len()];
+        reply.ending(End::Reset(1000))
+    })
+    .await;
+    let mirrors = vec![format!("{}=http://{}", registry.address, lies.address).parse().unwrap()];
+    let place = Place::with(Options { mirrors, limits: quick(), ..Options::default() });
+    place.make_of(&source(registry.reference("a/b")), "x.ext4").await.unwrap();
+    assert_eq!(Ext4::open(&place.path("x.ext4")).read("/noise").len(), 300_000);
+    assert_eq!(registry.times(layer_of(&image)), 2, "on from what was there, and from the beginning");
+}
+
+#[tokio::test]
+async fn a_document_that_trickles_is_ended() {
+    let image = image();
+    let server = failing(&image, "/manifests/", usize::MAX, |image, asked| {
+        good(image, asked).ending(End::Trickle(Duration::from_millis(20)))
+    })
+    .await;
+    let limits = Limits { document: Duration::from_millis(400), tries: 1, ..quick() };
+    let place = Place::limited(limits);
+    let failed = place.images.resolve(&source(server.reference("a/b")), &|_| ()).await.unwrap_err();
+    assert!(failed.to_string().contains("too slow"), "{failed}");
+}
+
+#[tokio::test]
+async fn a_layer_that_trickles_is_ended() {
+    let image = image();
+    let server = failing(&image, layer_of(&image), usize::MAX, |image, asked| {
+        good(image, asked).ending(End::Trickle(Duration::from_millis(20)))
+    })
+    .await;
+    let place = Place::limited(Limits { tries: 1, ..quick() });
+    let failed = place.make_of(&source(server.reference("a/b")), "x.ext4").await.unwrap_err();
+    assert!(matches!(&failed, Error::Unavailable { reason, .. } if reason.contains("bytes in")), "{failed}");
 }

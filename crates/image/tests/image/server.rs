@@ -36,6 +36,8 @@ pub enum End {
     Reset(usize),
     /// After so many bytes nothing more comes.
     Stall(usize),
+    /// Byte by byte, with so long between them.
+    Trickle(Duration),
 }
 
 #[derive(Debug, Clone)]
@@ -153,6 +155,14 @@ async fn talk(mut stream: TcpStream, answer: Arc<Answer>, log: Arc<Mutex<Vec<Ask
             // What was sent is read first: a reset may throw it away.
             let _ = tokio::time::timeout(Duration::from_millis(200), stream.read_u8()).await;
             socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).ok()?;
+        }
+        End::Trickle(between) => {
+            for byte in &reply.body {
+                stream.write_u8(*byte).await.ok()?;
+                stream.flush().await.ok()?;
+                // The pace is what is tested.
+                tokio::time::sleep(between).await;
+            }
         }
         End::Stall(after) => {
             stream.write_all(&reply.body[..after]).await.ok()?;

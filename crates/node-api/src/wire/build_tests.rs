@@ -21,7 +21,7 @@ use super::{Remote, serve};
 use crate::{
     Bake, Build, BuildEvent, BuildFailure, BuildFrom, BuildLevel, BuildStage, BuildStep, BuildTold, Built,
     Changes, Child, ConsoleLine, Create, Created, FilesContent, Forked, Garbage, Import, ImportTold,
-    Instruction, Live, NodeService, Paused, RegistryCredentials, Source, Taken,
+    Instruction, Live, NodeService, Paused, RegistryCredentials, RegistryReach, Source, Taken,
 };
 
 /// Longer than anything here takes.
@@ -201,6 +201,7 @@ fn build() -> Build {
         from: BuildFrom::Image {
             reference: "python:3.12".to_owned(),
             credentials: Some(RegistryCredentials { username: "u".to_owned(), password }),
+            reach: RegistryReach::Public,
         },
         steps: vec![BuildStep {
             instruction: Instruction::Run { command: "make".to_owned(), user: None, argv: None },

@@ -88,8 +88,8 @@ impl Building<'_> {
     pub(super) async fn find_base(&self, from: &BuildFrom, decides: bool) -> Result<Base, Error> {
         let source = match from {
             BuildFrom::Template(name) => return self.base_template(name, decides).await,
-            BuildFrom::Image { reference, credentials } => {
-                ImageSource::Registry { reference, credentials: credentials.as_ref() }
+            BuildFrom::Image { reference, credentials, reach } => {
+                ImageSource::Registry { reference, credentials: credentials.as_ref(), reach: *reach }
             }
             BuildFrom::Layout(path) => ImageSource::Layout(path),
             BuildFrom::Archive(path) => ImageSource::Archive(path),

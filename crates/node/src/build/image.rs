@@ -6,7 +6,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::sandbox::EnvVars;
-use kelvin_node_api::RegistryCredentials;
+use kelvin_node_api::{RegistryCredentials, RegistryReach};
 
 use crate::build::plan::{BuildState, ImageFacts};
 
@@ -22,6 +22,8 @@ pub enum ImageSource<'a> {
         reference: &'a str,
         /// Who pulls.
         credentials: Option<&'a RegistryCredentials>,
+        /// Where the registry may be.
+        reach: RegistryReach,
     },
     /// An OCI image layout.
     Layout(&'a Path),

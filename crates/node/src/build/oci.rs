@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use kelvin_api::error::{ErrorCode, Failure};
-use kelvin_image::{Config, Credentials, Images, Mirror, Resolved, Source};
+use kelvin_image::{Config, Credentials, Images, Mirror, Reach, Resolved, Source};
+use kelvin_node_api::RegistryReach;
 
 use crate::build::image::{BaseImage, BaseImages, DiskSize, ImageConfig, ImageSource, Told};
 use crate::build::plan::ImageFacts;
@@ -50,12 +51,16 @@ impl OciImages {
 impl BaseImages for OciImages {
     async fn resolve(&self, source: ImageSource<'_>, told: &Told) -> Result<Arc<dyn BaseImage>, Failure> {
         let source = match source {
-            ImageSource::Registry { reference, credentials } => Source::Registry {
+            ImageSource::Registry { reference, credentials, reach } => Source::Registry {
                 reference: reference.to_owned(),
                 credentials: credentials.map(|known| Credentials {
                     username: known.username.clone(),
                     password: known.password.clone(),
                 }),
+                reach: match reach {
+                    RegistryReach::Public => Reach::Public,
+                    RegistryReach::Any => Reach::Any,
+                },
             },
             ImageSource::Layout(path) => Source::Layout(path.to_owned()),
             ImageSource::Archive(path) => Source::Archive(path.to_owned()),

@@ -48,7 +48,7 @@ async fn a_build_goes_from_its_request_to_its_template() {
         (request.start.as_deref(), request.ready.as_deref(), request.force),
         (Some("serve"), None, false)
     );
-    let BuildFrom::Image { reference, credentials: Some(login) } = &request.from else {
+    let BuildFrom::Image { reference, credentials: Some(login), .. } = &request.from else {
         panic!("{request:?}")
     };
     assert_eq!(
