@@ -189,8 +189,16 @@ fn step(asked: Asked) -> Result<Step, Error> {
             let files_hash = Some(files.to_string());
             TemplateStep { files_hash, ..template_step("COPY", vec![from, to, of, mode]) }
         }
-        Instruction::Run { command, user } => {
-            template_step("RUN", [command].into_iter().chain(user).collect())
+        Instruction::CopyFrom { stage, from, to, owner: of, mode } => {
+            let of = of.unwrap_or_default();
+            if !of.is_empty() {
+                owner(&of)?;
+            }
+            let mode = mode.map(|mode| format!("{mode:o}")).unwrap_or_default();
+            TemplateStep { from_stage: Some(stage), ..template_step("COPY", vec![from, to, of, mode]) }
+        }
+        Instruction::Run { command, user, argv } => {
+            TemplateStep { argv, ..template_step("RUN", [command].into_iter().chain(user).collect()) }
         }
         Instruction::Env(pairs) => {
             template_step("ENV", pairs.into_iter().flat_map(|(name, value)| [name, value]).collect())

@@ -21,6 +21,7 @@
 use std::collections::BTreeMap;
 
 use kelvin_api::account::Project;
+use kelvin_api::image::{self, ImageDefaults, MAX_DEFAULTS};
 use kelvin_api::sandbox::EnvVars;
 use kelvin_node_api::{BuildStep, Instruction};
 use kelvin_store::hash::sha256;
@@ -39,8 +40,6 @@ const MOST_COMMAND: usize = (128 << 10) - 4096;
 const MOST_ARGV: usize = 1 << 20;
 /// Bytes of a path. Source: Linux, `PATH_MAX`.
 const MOST_PATH: usize = 4095;
-/// Bytes of what the guest is told of defaults. Source: `crates/agent`, which reads no more.
-const MOST_DEFAULTS: usize = 64 << 10;
 /// Where steps run when neither image nor step says so.
 const HOME: &str = "/home/user";
 
@@ -136,11 +135,13 @@ impl BuildState {
                 next.user = Some(user.clone());
             }
         }
-        match next.defaults() {
-            text if text.len() > MOST_DEFAULTS => {
-                Err(format!("the variables of an image have at most {MOST_DEFAULTS} bytes together"))
+        // What the agent would ignore is no state.
+        match next.defaults().encode() {
+            Ok(_) => Ok(next),
+            Err(image::Error::Size(_)) => {
+                Err(format!("the variables of an image have at most {MAX_DEFAULTS} bytes together"))
             }
-            _ => Ok(next),
+            Err(error) => Err(format!("the agent would not read what it is told of the image: {error}")),
         }
     }
 
@@ -164,19 +165,10 @@ impl BuildState {
         Ok(format!("/{}", parts.join("/")))
     }
 
-    /// What the agent of the image's machines is told: the content of `/etc/kelvin/image.json`.
-    pub fn defaults(&self) -> String {
-        #[derive(Serialize)]
-        struct Defaults<'a> {
-            #[serde(skip_serializing_if = "EnvVars::is_empty")]
-            env: &'a EnvVars,
-            #[serde(skip_serializing_if = "Option::is_none")]
-            workdir: Option<&'a str>,
-            #[serde(skip_serializing_if = "Option::is_none")]
-            user: Option<&'a str>,
-        }
-        let (workdir, user) = (self.workdir.as_deref(), self.user.as_deref());
-        serde_json::to_string(&Defaults { env: &self.env, workdir, user }).unwrap_or_default()
+    /// What the agent of the image's machines is told.
+    pub fn defaults(&self) -> ImageDefaults {
+        let Self { env, workdir, user, .. } = self;
+        ImageDefaults { env: env.clone(), workdir: workdir.clone(), user: user.clone() }
     }
 }
 
@@ -257,7 +249,7 @@ pub fn plan(
 
 /// The key of the last state, whose disk has the defaults of `state` on it.
 pub fn last_key(before: &str, state: &BuildState) -> String {
-    key(&["defaults", before, &state.defaults()])
+    key(&["defaults", before, &serde_json::to_string(&state.defaults()).unwrap_or_default()])
 }
 
 #[cfg(test)]
@@ -361,10 +353,10 @@ mod tests {
         let last = &planned[4].state;
         assert_eq!((last.user(), last.cwd()), ("app:staff", Some("/home/user/web")));
         assert_eq!(
-            last.defaults(),
+            String::from_utf8(last.defaults().encode().unwrap()).unwrap(),
             r#"{"env":{"PATH":"/app/bin:/usr/bin"},"workdir":"/home/user/web","user":"app:staff"}"#
         );
-        assert_eq!(BuildState::default().defaults(), "{}");
+        assert_eq!(BuildState::default().defaults().encode().unwrap(), b"{}");
         let named = BuildState { user: Some("app".to_owned()), ..BuildState::default() };
         assert_eq!(named.cwd(), None);
     }
@@ -378,7 +370,7 @@ mod tests {
             (env("", "x"), "no name of a variable"),
             (env("A=B", "x"), "no name of a variable"),
             (env("A", "${B"), "no end"),
-            (env("A", &"x".repeat(MOST_DEFAULTS)), "bytes together"),
+            (env("A", &"x".repeat(MAX_DEFAULTS)), "bytes together"),
             (step(Instruction::User(String::new())), "no name of a user"),
             (step(Instruction::User("a b".to_owned())), "no name of a user"),
             (step(Instruction::User("a:b:c".to_owned())), "no name of a user"),

@@ -11,6 +11,7 @@ use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Limited, StreamBody};
 use hyper::body::{Frame, Incoming};
 use kelvin_api::error::{ErrorCode, Failure};
+use kelvin_api::image::{DEFAULTS, UNPACK, USER_HEADER, Unpacked};
 use kelvin_node_api::{BuildStep, Instruction};
 use kelvin_store::uploads::Files;
 use serde::Deserialize;
@@ -20,10 +21,8 @@ use crate::build::log::Log;
 use crate::build::plan::BuildState;
 use crate::error::Error;
 use crate::machine::agent::Body;
-use crate::machine::processes::{Command, Exit, Failed, Processes, Told, USER_HEADER, whole};
+use crate::machine::processes::{Command, Exit, Failed, Processes, Told, whole};
 
-/// Where the agent finds what processes have that say nothing of it.
-const DEFAULTS: &str = "/etc/kelvin/image.json";
 /// What is read of a reply of the agent, in bytes.
 const REPLY: usize = 64 << 10;
 /// What is sent of an upload at once, in bytes.
@@ -150,7 +149,7 @@ impl Doing<'_> {
         let mut query = vec![("from", from), ("to", to), ("owner", owner)];
         query.extend(mode.as_deref().map(|mode| ("mode", mode)));
         query.extend(self.before.cwd().map(|cwd| ("workdir", cwd)));
-        uri("/unpack", &query)
+        uri(UNPACK, &query)
     }
 
     /// Streams an archive into the guest, which unpacks it.
@@ -161,11 +160,6 @@ impl Doing<'_> {
         content: Body,
         log: &mut Log,
     ) -> Result<(), Error> {
-        #[derive(Deserialize)]
-        struct Unpacked {
-            files: u64,
-            bytes: u64,
-        }
         let request =
             Request::post(uri).header(CONTENT_TYPE, "application/x-tar").body(content).map_err(asking)?;
         let (status, reply) = answer(processes, processes.send(request).await?).await?;
@@ -210,9 +204,13 @@ fn bounded(text: &str) -> String {
 /// # Errors
 /// `Agent` when it does not take that.
 pub async fn write_defaults(processes: &Processes, state: &BuildState) -> Result<(), Error> {
+    let defaults = state
+        .defaults()
+        .encode()
+        .map_err(|error| step_failed(format!("{DEFAULTS} would not be read: {error}"), None))?;
     let request = Request::post(uri("/files", &[("path", DEFAULTS), ("username", "root")]))
         .header(CONTENT_TYPE, "application/octet-stream")
-        .body(whole(state.defaults()))
+        .body(whole(defaults))
         .map_err(asking)?;
     let (status, reply) = answer(processes, processes.send(request).await?).await?;
     match status.is_success() {

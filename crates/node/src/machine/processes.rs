@@ -14,6 +14,7 @@ use kelvin_api::envd::process::__buffa::oneof::process_event::{Event as ProcessE
 use kelvin_api::envd::process::__buffa::view::StartResponseView;
 use kelvin_api::envd::process::{ProcessClient, ProcessConfig, StartRequest};
 use kelvin_api::id::{Token, VmId};
+use kelvin_api::image::USER_HEADER;
 use kelvin_api::sandbox::EnvVars;
 use kelvin_vmm::stream::GuestStream;
 use tokio_util::sync::CancellationToken;
@@ -24,8 +25,6 @@ use crate::machine::agent::{Agent, Body};
 
 /// What runs commands: the agent takes another shell in an image without it. Source: E2B's SDK, `Commands.run`.
 const SHELL: &str = "/bin/bash";
-/// Says who runs a process, also by ids and with a group. Source: `crates/api/src/image.rs`, `USER_HEADER`.
-pub const USER_HEADER: &str = "x-kelvin-user";
 
 /// What a shell is given to run `text` with the variables `env`.
 fn words(text: &str, env: &EnvVars) -> Vec<String> {
