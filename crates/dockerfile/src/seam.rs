@@ -1,6 +1,6 @@
 //! Steps as a node is asked for them, as far as the seam between the parts reaches.
 //!
-//! It has no command without a shell and no copy from another stage: none comes back for those. Its RUN goes through a login
+//! RUN goes through a login
 //! shell where the image has bash, whose `/etc/profile` may set PATH anew. Variables that are left for later go through ENV and
 //! WORKDIR alone, whose texts a node expands when it does the step: it knows `${NAME}`, `${NAME:-word}` and `${NAME:+word}`, and
 //! takes a backslash before what is special.
@@ -12,7 +12,7 @@ pub use kelvin_node_api::{BuildStep, Instruction};
 use crate::command::{self, quoted};
 use crate::context::Context;
 use crate::error::{Error, Fault};
-use crate::plan::{Action, Copy, CopyFrom, Stage};
+use crate::plan::{Action, Copy, CopyFrom, Source, Stage};
 use crate::text::{Apply, Part, Text};
 use crate::upload::Upload;
 
@@ -27,7 +27,8 @@ pub struct Asked {
     pub upload: Option<Upload>,
 }
 
-/// The steps of a stage for a node, in order: one for each, and of a COPY one for each of its uploads.
+/// The steps of a stage for a node, in order: one for each, of a COPY one for each of its uploads, and of one from another stage
+/// one for each of its sources.
 ///
 /// # Errors
 /// With the line of the first step that a node cannot be asked for, or whose files are not there.
@@ -35,17 +36,9 @@ pub fn steps(stage: &Stage, context: &Context) -> Result<Vec<Asked>, Error> {
     let mut asked = Vec::new();
     for step in &stage.steps {
         let beyond = || {
-            let (what, instead) = match &step.action {
-                Action::Copy(Copy { from: CopyFrom::Stage(_), .. }) => (
-                    "a copy from another stage or image",
-                    "Make the files in this stage, or copy them from the context.",
-                ),
-                _ => (
-                    "a variable of the image",
-                    "Write the value, or set the variable by ARG or ENV in the same stage.",
-                ),
-            };
-            Fault::unsupported(format!("{what} in this instruction"), instead).at(step.line, &step.shown)
+            let what = "a variable of the image in this instruction".to_owned();
+            let instead = "Write the value, or set the variable by ARG or ENV in the same stage.";
+            Fault::unsupported(what, instead).at(step.line, &step.shown)
         };
         let one =
             |instruction: Instruction| BuildStep { instruction, force: false, shown: step.shown.clone() };
@@ -54,11 +47,14 @@ pub fn steps(stage: &Stage, context: &Context) -> Result<Vec<Asked>, Error> {
             asked.push(Asked { line: step.line, step: made, upload: None });
             continue;
         };
-        let uploads = context.uploads(step)?;
-        if uploads.is_empty() {
-            return Err(beyond());
+        if let CopyFrom::Stage(stage) = written.from {
+            for source in &written.sources {
+                let made = one(copy_from(written, stage, source).ok_or_else(beyond)?);
+                asked.push(Asked { line: step.line, step: made, upload: None });
+            }
+            continue;
         }
-        for upload in uploads {
+        for upload in context.uploads(step)? {
             let made = one(copy(written, &upload).ok_or_else(beyond)?);
             asked.push(Asked { line: step.line, step: made, upload: Some(upload) });
         }
@@ -103,6 +99,15 @@ pub fn copy(copy: &Copy, upload: &Upload) -> Option<Instruction> {
         owner,
         mode: copy.mode,
     })
+}
+
+/// One source of `copy` for a node, from the disk of `stage` as the plan counts them.
+fn copy_from(copy: &Copy, stage: usize, source: &Source) -> Option<Instruction> {
+    // A file that stands in the Dockerfile is of no stage; the planner makes no such copy.
+    let Source::Path(from) = source else { return None };
+    let (to, owner) = (copy.to.literal()?.to_owned(), Some(copy.owner.literal()?.to_owned()));
+    let stage = u32::try_from(stage).ok()?;
+    Some(Instruction::CopyFrom { stage, from: from.clone(), to, owner, mode: copy.mode })
 }
 
 fn is_name(name: &str) -> bool {

@@ -366,8 +366,17 @@ fn a_stage_is_steps_for_a_node() {
     let asked = steps("ENV k=secret\nCOPY a /x\nRUN y\nUSER u").unwrap();
     let shown: Vec<_> = asked.iter().map(|one| (one.step.shown.as_str(), one.upload.is_some())).collect();
     assert_eq!(shown, [("ENV k", false), ("COPY a /x", true), ("RUN y", false), ("USER u", false)]);
+    let copied = steps("COPY --from=c --chown=app /x /y* /z/").unwrap();
+    let of = |from: &str| Instruction::CopyFrom {
+        stage: 0,
+        from: from.to_owned(),
+        to: "/z/".to_owned(),
+        owner: Some("app".to_owned()),
+        mode: None,
+    };
+    let copied: Vec<_> = copied.into_iter().map(|one| one.step.instruction).collect();
+    assert_eq!(copied, [of("/x"), of("/y*")]);
     for (body, says) in [
-        ("RUN a\nCOPY --from=c /x /y", "a copy from another stage"),
         ("RUN a\nUSER $NAME", "a variable of the image"),
         ("RUN a\nCOPY a $HOME/", "a variable of the image"),
         ("RUN a\nCOPY none /x", "matches no file"),

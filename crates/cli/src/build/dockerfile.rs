@@ -1,7 +1,7 @@
 //! A Dockerfile as a build that a server can be asked for.
 //!
 //! ```text
-//! Dockerfile ──plan──> chain of stages ──seam::steps──> steps of a request, and their uploads
+//! Dockerfile ──plan──> stages, the target last ──seam::steps──> steps of a request, and their uploads
 //! ```
 //!
 //! Docker's steps run as root in `/` where neither image nor Dockerfile says otherwise, a server's as `user` in that one's home:
@@ -14,7 +14,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use kelvin_api::build::TemplateStep;
+use kelvin_api::build::{TemplateStage, TemplateStep};
 use kelvin_dockerfile::seam::{self, Asked, Instruction};
 use kelvin_dockerfile::{
     Config, Context, Dockerfile, Error, Fault, Healthcheck, Limits, Options, Plan, Stage, StageFrom,
@@ -34,16 +34,23 @@ const MOST_STEPS: usize = 1000;
 /// What a Dockerfile asks for.
 #[derive(Debug)]
 pub struct Built {
-    /// What its first stage begins with.
-    pub image: String,
-    /// What is done.
-    pub steps: Vec<Step>,
+    /// The stages that are needed, in the order in which their steps are counted; the last becomes the template.
+    pub stages: Vec<Part>,
     /// ENTRYPOINT and CMD.
     pub start: Option<String>,
     /// HEALTHCHECK's command.
     pub ready: Option<String>,
     /// What is odd, or not kept, and no error.
     pub warnings: Vec<String>,
+}
+
+/// A stage.
+#[derive(Debug)]
+pub struct Part {
+    /// What it begins with; its steps are not in there.
+    pub from: TemplateStage,
+    /// What is done then.
+    pub steps: Vec<Step>,
 }
 
 impl From<Error> for Failed {
@@ -63,25 +70,16 @@ pub fn read(args: &DockerfileArgs, environment: &dyn Fn(&str) -> Option<OsString
     let (values, mut warnings) = build_args(&args.build_args, environment)?;
     let options = Options { target: args.target.clone(), args: values, ..Options::default() };
     let plan = Dockerfile::parse(&text(&path)?)?.plan(&options)?;
-    let (image, stages) = chain(&plan)?;
     let context = Context::open(directory, Some(&path), Limits::default())?;
-    let mut steps = Vec::new();
-    for stage in &stages {
-        for asked in seam::steps(stage, &context)? {
-            steps.push(step(asked)?);
-        }
-    }
-    if let Some(first) = stages.first() {
-        steps.splice(0..0, as_in_docker(&steps, first.line, image));
-    }
-    if let Some(beyond) = steps.get(MOST_STEPS) {
+    let stages = parts(&plan, &context)?;
+    if let Some(beyond) = stages.iter().flat_map(|stage| &stage.steps).nth(MOST_STEPS) {
         let fault = Fault::TooLarge { what: "the Dockerfile in steps", limit: MOST_STEPS as u64 };
         let (line, instruction) = (beyond.line.unwrap_or_default(), beyond.shown.clone());
         return Err(Error { line, instruction, fault }.into());
     }
     warnings.extend(plan.warnings.iter().cloned());
     warnings.extend(not_kept(&plan.config));
-    Ok(Built { image: image.to_owned(), steps, start: plan.start, ready: plan.ready, warnings })
+    Ok(Built { stages, start: plan.start, ready: plan.ready, warnings })
 }
 
 fn text(path: &PathBuf) -> Result<String, Failed> {
@@ -127,26 +125,32 @@ fn build_args(
     Ok((values, warnings))
 }
 
-/// The image that the target begins with, and the stages from there to the target.
-fn chain(plan: &Plan) -> Result<(&str, Vec<&Stage>), Error> {
-    let mut stages = Vec::new();
-    let mut at = plan.target;
-    loop {
-        let stage = &plan.stages[at];
-        stages.insert(0, stage);
-        match &stage.from {
-            StageFrom::Image(image) => return Ok((image, stages)),
-            // An earlier one.
-            StageFrom::Stage(base) => at = *base,
-            StageFrom::Scratch => {
-                return Err(unsupported(
-                    stage.line,
-                    "FROM scratch".to_owned(),
-                    "FROM scratch",
-                    "Begin with an image: FROM debian:12-slim, or a small one, FROM busybox.",
-                ));
-            }
+/// The stages of `plan`.
+fn parts(plan: &Plan, context: &Context) -> Result<Vec<Part>, Error> {
+    let mut parts: Vec<Part> = Vec::new();
+    // Whether a stage says, or one that it begins with, that it is as Docker has it.
+    let mut says = Vec::new();
+    for (number, stage) in plan.stages.iter().enumerate() {
+        let asked = seam::steps(stage, context)?;
+        let mut steps = asked.into_iter().map(step).collect::<Result<Vec<_>, _>>()?;
+        let below = matches!(stage.from, StageFrom::Stage(base) if says[base]);
+        // Of an image that is only copied from nothing is asked.
+        let has_to = !below && (!steps.is_empty() || number == plan.target);
+        if has_to {
+            steps.splice(0..0, as_in_docker(&steps, stage));
         }
+        says.push(below || has_to);
+        parts.push(Part { from: begins(&stage.from), steps });
+    }
+    Ok(parts)
+}
+
+fn begins(from: &StageFrom) -> TemplateStage {
+    let nothing = TemplateStage::default();
+    match from {
+        StageFrom::Image(image) => TemplateStage { from_image: Some(image.clone()), ..nothing },
+        StageFrom::Stage(base) => TemplateStage { from_stage: u32::try_from(*base).ok(), ..nothing },
+        StageFrom::Scratch => TemplateStage { scratch: Some(true), ..nothing },
     }
 }
 
@@ -214,7 +218,12 @@ fn step(asked: Asked) -> Result<Step, Error> {
 }
 
 /// What `steps` rely on and do not say themselves: that Docker begins as root, and in `/`. They stand where FROM does.
-fn as_in_docker(steps: &[Step], line: u32, image: &str) -> Vec<Step> {
+fn as_in_docker(steps: &[Step], stage: &Stage) -> Vec<Step> {
+    let name = match &stage.from {
+        StageFrom::Image(image) => image.as_str(),
+        StageFrom::Stage(_) => stage.name.as_deref().unwrap_or("a stage"),
+        StageFrom::Scratch => "scratch",
+    };
     let first = |kinds: &[&str]| steps.iter().find(|step| kinds.contains(&step.step.kind.as_str()));
     let is_of = |step: &Step, kind: &str| step.step.kind == kind;
     let has_user = first(&["USER", "WORKDIR", "COPY", "RUN"]).is_some_and(|step| is_of(step, "USER"));
@@ -223,8 +232,8 @@ fn as_in_docker(steps: &[Step], line: u32, image: &str) -> Vec<Step> {
     });
     let step = |kind: &str, arg: &str| Step {
         step: template_step(kind, vec![arg.to_owned()]),
-        shown: format!("FROM {image}: {kind} {arg}"),
-        line: Some(line),
+        shown: format!("FROM {name}: {kind} {arg}"),
+        line: Some(stage.line),
         files: None,
     };
     let user = (!has_user).then(|| step("USER", "root"));

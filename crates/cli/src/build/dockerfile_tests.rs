@@ -25,7 +25,17 @@ fn built(dockerfile: &str) -> Built {
 /// Kind and arguments of each step, and its line.
 fn steps(built: &Built) -> Vec<(u32, String)> {
     let text = |step: &Step| format!("{} {}", step.step.kind, step.step.args.join("|"));
-    built.steps.iter().map(|step| (step.line.unwrap(), text(step))).collect()
+    all(built).map(|step| (step.line.unwrap(), text(step))).collect()
+}
+
+/// The steps of all stages, as they are counted.
+fn all(built: &Built) -> impl Iterator<Item = &Step> {
+    built.stages.iter().flat_map(|stage| &stage.steps)
+}
+
+/// The image that the first stage begins with.
+fn image(built: &Built) -> &str {
+    built.stages[0].from.from_image.as_deref().unwrap()
 }
 
 fn expect(built: &Built, steps_are: &[(u32, &str)]) {
@@ -55,7 +65,7 @@ fn a_dockerfile_becomes_the_steps_of_a_request() {
          HEALTHCHECK --interval=5s CMD curl -f localhost\n\
          CMD [\"python\", \"app.py\"]\n",
     );
-    assert_eq!(built.image, "python:3.12");
+    assert_eq!((image(&built), built.stages.len()), ("python:3.12", 1));
     expect(
         &built,
         &[
@@ -72,8 +82,8 @@ fn a_dockerfile_becomes_the_steps_of_a_request() {
     assert_eq!(built.start.as_deref(), Some("exec python app.py"));
     assert_eq!(built.ready.as_deref(), Some("curl -f localhost"));
     assert_eq!(built.warnings, ["not kept with the template: LABEL, EXPOSE, HEALTHCHECK's options"]);
-    assert_eq!(built.steps[6].label(), "line 8: RUN pip install flask");
-    for step in &built.steps {
+    assert_eq!(built.stages[0].steps[6].label(), "line 8: RUN pip install flask");
+    for step in all(&built) {
         assert_eq!(step.step.files_hash.as_deref(), step.files.as_ref().map(Files::hash));
         assert_eq!(step.files.is_some(), step.step.kind == "COPY");
     }
@@ -108,12 +118,52 @@ fn a_stage_goes_on_from_the_stages_below_it() {
                 RUN run\n";
     let built = built(text);
     expect(&built, &[(2, "USER a"), (3, "WORKDIR /w"), (7, "WORKDIR /w/x"), (8, "RUN exec /bin/sh -c run")]);
-    assert_eq!(built.image, "debian");
+    assert_eq!(image(&built), "debian");
+    assert_eq!(built.stages[1].from, TemplateStage { from_stage: Some(0), ..TemplateStage::default() });
     let target = |target: &str| DockerfileArgs { target: Some(target.to_owned()), ..Default::default() };
     let tools = of(&context(text), target("tools")).unwrap();
     expect(&tools, &[(2, "USER a"), (3, "WORKDIR /w"), (5, "RUN exec /bin/sh -c tools")]);
     let none = format!("{:?}", of(&context(text), target("nothing")).unwrap_err());
     assert!(none.contains("there is no stage nothing"), "{none}");
+}
+
+#[test]
+fn stages_copy_from_each_other_and_begin_with_nothing() {
+    let built = built(
+        "FROM golang AS build\n\
+         WORKDIR /src\n\
+         COPY app.py .\n\
+         RUN make\n\
+         FROM node AS unneeded\n\
+         RUN npm\n\
+         FROM scratch\n\
+         COPY --from=build --chown=1:2 --chmod=0755 /src/a /src/b* /bin/\n\
+         COPY --from=alpine:3 /etc/ssl /etc/ssl\n\
+         CMD [\"/bin/a\"]\n",
+    );
+    let none = TemplateStage::default;
+    let begins: Vec<&TemplateStage> = built.stages.iter().map(|stage| &stage.from).collect();
+    let named = |image: &str| TemplateStage { from_image: Some(image.to_owned()), ..none() };
+    let is = [named("golang"), named("alpine:3"), TemplateStage { scratch: Some(true), ..none() }];
+    assert_eq!(begins, is.iter().collect::<Vec<_>>());
+    expect(
+        &built,
+        &[
+            (1, "USER root"),
+            (2, "WORKDIR /src"),
+            (3, "COPY .|/src/|0:0|"),
+            (4, "RUN exec /bin/sh -c make"),
+            (7, "USER root"),
+            (7, "WORKDIR /"),
+            (8, "COPY /src/a|/bin/|1:2|755"),
+            (8, "COPY /src/b*|/bin/|1:2|755"),
+            (9, "COPY /etc/ssl|/etc/ssl|0:0|"),
+        ],
+    );
+    let from: Vec<Option<u32>> = all(&built).map(|step| step.step.from_stage).collect();
+    assert_eq!(from[6..], [Some(0), Some(0), Some(1)]);
+    assert!(from[..6].iter().all(Option::is_none));
+    assert_eq!(built.start.as_deref(), Some("exec /bin/a"));
 }
 
 #[test]
@@ -124,8 +174,8 @@ fn build_arguments_are_given_or_the_environments() {
         ..Default::default()
     };
     let built = of(&directory, args(&["V=2", "SET", "UNSET", "OTHER=a=b"])).unwrap();
-    assert_eq!(built.image, "a:2");
-    assert_eq!(built.steps.last().unwrap().step.args, ["s", "from outside", "u", "default"]);
+    assert_eq!(image(&built), "a:2");
+    assert_eq!(all(&built).last().unwrap().step.args, ["s", "from outside", "u", "default"]);
     assert_eq!(
         built.warnings,
         ["the environment has no UNSET for --build-arg UNSET", "no ARG asks for the build argument OTHER"]
@@ -136,10 +186,6 @@ fn build_arguments_are_given_or_the_environments() {
 #[test]
 fn what_is_not_built_is_refused_with_its_line_and_what_to_do() {
     for (dockerfile, says, todo) in [
-        ("FROM a AS b\nFROM c\nCOPY --from=b /x /y\n", "line 3: a copy from another stage", "in this stage"),
-        ("FROM a\nCOPY --from=c /x /y\n", "line 2: a copy from another stage or image", "in this stage"),
-        ("FROM scratch\nCOPY . /\n", "line 1: FROM scratch is not supported", "FROM debian"),
-        ("FROM scratch AS a\nFROM a\n", "line 1: FROM scratch is not supported", "FROM debian"),
         ("FROM a\nRUN --mount=type=cache,target=/x b\n", "line 2: ", "remediation: Some("),
         ("FROM a\nUSER $NAME\n", "line 2: a variable of the image", "Write the value"),
         ("FROM a\n\nUSER a b\n", "line 3: ", "remediation: Some("),
@@ -153,7 +199,7 @@ fn what_is_not_built_is_refused_with_its_line_and_what_to_do() {
         assert!(said.contains(says) && said.contains(todo) && said.contains("code: 1"), "{said}");
     }
     let many = format!("FROM a\nUSER b\nWORKDIR /\n{}", "ENV a=b\n".repeat(MOST_STEPS - 2));
-    assert_eq!(built(&many).steps.len(), MOST_STEPS);
+    assert_eq!(all(&built(&many)).count(), MOST_STEPS);
     let said = refused(&format!("{many}RUN c\n"));
     assert!(said.contains("line 1002: the Dockerfile in steps has more than 1000"), "{said}");
 }
@@ -164,7 +210,7 @@ fn the_dockerfile_may_be_elsewhere_and_has_to_be_there() {
     let other = directory.path().join("Other");
     std::fs::write(&other, "FROM b\n").unwrap();
     let named = |path: &Path| DockerfileArgs { dockerfile: Some(path.to_owned()), ..Default::default() };
-    assert_eq!(of(&directory, named(&other)).unwrap().image, "b");
+    assert_eq!(image(&of(&directory, named(&other)).unwrap()), "b");
     assert!(of(&directory, named(&directory.path().join("None"))).is_err());
     assert!(of(&directory, named(directory.path())).is_err());
     for bytes in [&b"FROM a\xff\n"[..], &vec![b'#'; 2 << 20]] {
@@ -179,7 +225,7 @@ async fn an_upload_has_what_is_copied() {
     let directory = context("FROM a\nCOPY . /srv/\n");
     let copied = || {
         let built = of(&directory, DockerfileArgs::default()).unwrap();
-        built.steps.into_iter().find_map(|step| step.files).unwrap()
+        built.stages.into_iter().flat_map(|stage| stage.steps).find_map(|step| step.files).unwrap()
     };
     assert_eq!(copied().name(), "what `COPY . /srv/` copies");
     let (mut pieces, packing) = copied().pack();

@@ -126,15 +126,28 @@ fn request(args: &BuildArgs) -> Result<(StartBuild, Vec<Step>), Failed> {
         for warning in &built.warnings {
             let _ = writeln!(std::io::stderr().lock(), "warning: {warning}");
         }
-        start.from_image = Some(built.image);
         start.start_cmd = start.start_cmd.or(built.start);
         start.ready_cmd = start.ready_cmd.or(built.ready);
-        built.steps
+        let mut steps = Vec::new();
+        for mut stage in built.stages {
+            stage.from.steps = stage.steps.iter().map(|step| step.step.clone()).collect();
+            steps.append(&mut stage.steps);
+            start.stages.push(stage.from);
+        }
+        // The target is the build itself.
+        if let Some(target) = start.stages.pop() {
+            start.from_image = target.from_image;
+            start.from_stage = target.from_stage;
+            start.scratch = target.scratch;
+            start.steps = target.steps;
+        }
+        steps
     } else {
         let steps = args.steps.0.iter().map(|(kind, text)| Step::of_option(*kind, text));
-        steps.collect::<Result<_, _>>()?
+        let steps = steps.collect::<Result<Vec<_>, _>>()?;
+        start.steps = steps.iter().map(|step| step.step.clone()).collect();
+        steps
     };
-    start.steps = steps.iter().map(|step| step.step.clone()).collect();
     Ok((start, steps))
 }
 
