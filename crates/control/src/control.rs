@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::accounts::Accounts;
-use crate::builds::uploads::Uploading;
+use crate::builds::turns::Uploading;
 use crate::builds::{BuildOptions, Owners, UnderWay};
 use crate::changes::Changes;
 use crate::database::Database;

@@ -17,7 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::accounts::Accounts;
 use crate::auth::ApiKey;
-use crate::builds::uploads::Uploading;
+use crate::builds::turns::Uploading;
 use crate::builds::{BuildOptions, Owners, UnderWay};
 use crate::control::{Control, Inner, Wakes};
 use crate::database::{self, Database};

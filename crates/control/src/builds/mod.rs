@@ -21,6 +21,7 @@ mod plan;
 pub(crate) mod routes;
 mod run;
 mod steps;
+pub(crate) mod turns;
 mod under_way;
 pub(crate) mod uploads;
 

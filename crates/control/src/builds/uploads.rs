@@ -9,10 +9,9 @@
 //! wait for their turn before anything is read of them. Who writes: the task of the request, which runs to its end when its
 //! client leaves. A crash leaves what the node cleans up.
 
-use std::collections::HashMap;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::body::Bytes;
@@ -20,15 +19,14 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use futures::{Stream, StreamExt as _, stream};
 use http::{HeaderMap, Method, StatusCode, Uri, header};
-use kelvin_api::account::Project;
 use kelvin_api::build::FilesUpload;
 use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::FilesHash;
 use kelvin_api::signature::{Operation, Signed, sign};
 use serde::Deserialize;
-use tokio::sync::Semaphore;
 
 use super::codes as own;
+use super::turns::AT_ONCE;
 use crate::accounts::Caller;
 use crate::audit::Audit;
 use crate::codes;
@@ -40,8 +38,6 @@ use crate::request::{Outcome, OverTls, Path, Query, Who, json};
 
 /// How long a URL is good, in seconds.
 const LIFE_S: i64 = 3600;
-/// Uploads of a project that run at one time: each takes as much of the disk as one may have, beside what is kept.
-const AT_ONCE: usize = 4;
 /// When an upload of which nothing comes is given up.
 const SILENCE: Duration = Duration::from_secs(60);
 /// When an upload is given up that has begun.
@@ -75,18 +71,6 @@ pub(crate) fn routes() -> Api {
                 .errors(&[codes::NODE, own::UPLOAD])
                 .empty(204),
         )
-}
-
-/// Uploads that are under way, by project.
-#[derive(Debug, Default)]
-pub(crate) struct Uploading(Mutex<HashMap<Project, Arc<Semaphore>>>);
-
-impl Uploading {
-    /// What an upload of `project` has to have. One for each project that ever uploaded: keys make those, not requests.
-    fn turns(&self, project: &Project) -> Arc<Semaphore> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(all.entry(project.clone()).or_insert_with(|| Arc::new(Semaphore::new(AT_ONCE))))
-    }
 }
 
 /// What comes of an upload, until nothing comes for too long, or it lasts too long.
@@ -298,15 +282,6 @@ mod tests {
         assert_eq!(begun.elapsed().as_secs(), DEADLINE.as_secs());
         let whole: Vec<_> = in_time(stream::iter([piece(), piece()])).collect().await;
         assert!(whole.len() == 2 && whole.iter().all(Result::is_ok));
-    }
-
-    #[tokio::test]
-    async fn some_uploads_of_a_project_run_at_one_time() {
-        let (uploading, blue) = (Uploading::default(), "blue".parse().unwrap());
-        let turns = uploading.turns(&blue);
-        let _held: Vec<_> = (0..AT_ONCE).map(|_| turns.try_acquire().unwrap()).collect();
-        assert!(uploading.turns(&blue).try_acquire().is_err());
-        assert!(uploading.turns(&"green".parse().unwrap()).try_acquire().is_ok());
     }
 
     #[test]

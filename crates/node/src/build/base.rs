@@ -11,7 +11,7 @@ use kelvin_store::image::Guest;
 use kelvin_store::layers::{DISK, Layer};
 use tokio::sync::mpsc;
 
-use crate::build::entry::{Building, DISK_MIB, blocking, refused};
+use crate::build::building::{Building, DISK_MIB, blocking, refused};
 use crate::build::image::{BaseImage, DiskSize, ImageSource, state_of};
 use crate::build::log::Log;
 use crate::build::plan::{BuildState, ImageFacts, base_key};

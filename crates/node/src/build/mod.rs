@@ -5,7 +5,8 @@
 //!                                                                        bake (service, ready) ─> publish ─> pool
 //! ```
 //!
-//! Read in this order: `service` (what a node is asked), `entry` (a build from its request to its template), `stages` (which there
+//! Read in this order: `service` (what a node is asked), `entry` (a build from its request to its template; `building` is what
+//! its parts share), `stages` (which there
 //! are), `base` (what they begin with), `plan` (their keys), `steps` (what is cached, and the rest), `machine`, `run` (one step),
 //! `copy_from` (a copy from a stage), `log`, `image` and `oci` (where images come from), `registry` (cancel, supersede).
 //!
@@ -14,6 +15,7 @@
 //! which the next build goes on.
 
 mod base;
+pub mod building;
 mod copy_from;
 pub mod entry;
 mod expand;

@@ -10,7 +10,8 @@ use kelvin_node_api::{Build, BuildFailure, BuildTold, FilesContent};
 use kelvin_store::uploads::Upload;
 
 use crate::Node;
-use crate::build::entry::{Building, Made};
+use crate::build::building::Building;
+use crate::build::entry::Made;
 use crate::build::log::Log;
 use crate::error::Error;
 use crate::inspect::Known;

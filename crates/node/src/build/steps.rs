@@ -14,8 +14,8 @@ use kelvin_store::image::Guest;
 use kelvin_store::layers::Layer;
 
 use crate::build::base::{Base, Disk};
+use crate::build::building::{Building, StepError, at, planned};
 use crate::build::copy_from::of_stage;
-use crate::build::entry::{Building, StepError, at, planned};
 use crate::build::machine::{BuildMachine, Ground};
 use crate::build::plan::{BuildState, Planned, last_key};
 use crate::build::run::{Doing, Source, write_defaults};
