@@ -75,6 +75,10 @@ impl Sources {
     fn add(&mut self, extension: &str, text: &str) {
         if extension == "rs" {
             self.tests.extend(tests(text).map(str::to_owned));
+            // The database's suite is a function for each promise, which a macro makes a test of each implementation.
+            let promises = text.split("async fn ").skip(1).filter_map(|rest| rest.split_once("(subject: "));
+            self.tests
+                .extend(promises.map(|(name, _)| name).filter(|name| !name.contains('(')).map(str::to_owned));
         } else {
             let names = text.split("def test_").skip(1).filter_map(|rest| rest.split('(').next());
             self.tests.extend(names.map(|name| format!("test_{name}")));
@@ -160,8 +164,15 @@ mod tests {
             "rs",
             "#[test]\nfn one_holds() {}\n#[tokio::test(flavor = \"x\")]\n#[ignore]\nasync fn two_hold() {}",
         );
+        sources.add(
+            "rs",
+            "async fn four_is(a: u8) {}\npub(crate) async fn four_hold(subject: &impl Subject) {}",
+        );
         sources.add("py", "def test_three():\n    a_code_of_errors");
-        assert_eq!(sources.tests.iter().collect::<Vec<_>>(), ["one_holds", "test_three", "two_hold"]);
+        assert_eq!(
+            sources.tests.iter().collect::<Vec<_>>(),
+            ["four_hold", "one_holds", "test_three", "two_hold"]
+        );
         let spec = "| a `no_test` is | `one_holds`, `two_hold`; unit tests in `a/b.rs` |\n| b | `test_three` |\n\
             A `a_code_of_errors`.";
         assert!(sources.missing(spec).is_empty());
