@@ -126,7 +126,10 @@ impl Inner {
                 (Some(live), true) => self.finish(live).await.map_err(database_failed)?,
                 (Some(live), false) => self.database.set_live(by, live).await.map_err(database_failed)?,
                 (None, true) => self.database.undo(by, &id).await.map_err(database_failed)?,
-                (None, false) => self.database.end(by, &id).await.map_err(database_failed)?,
+                (None, false) => {
+                    let reason = "the node has it no more";
+                    self.database.end(by, &id, reason).await.map_err(database_failed)?;
+                }
             }
         }
         Ok(())
@@ -155,8 +158,8 @@ impl Inner {
                     for live in changes.changed.values() {
                         result = result.and(self.database.set_live(by, live).await.map_err(database_failed));
                     }
-                    for id in changes.ended.keys() {
-                        result = result.and(self.database.end(by, id).await.map_err(database_failed));
+                    for (id, reason) in &changes.ended {
+                        result = result.and(self.database.end(by, id, reason).await.map_err(database_failed));
                     }
                     if changes.resync {
                         result = result.and(self.compare(false).await);

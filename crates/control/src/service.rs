@@ -101,7 +101,7 @@ impl Inner {
     pub(crate) async fn kill(&self, id: &SandboxId) -> Result<(), Failure> {
         self.row_here(id).await?;
         self.node.kill(id).await?;
-        self.database.end(&self.placement, id).await.map_err(database_failed)
+        self.database.end(&self.placement, id, "killed").await.map_err(database_failed)
     }
 
     pub(crate) async fn set_timeout(

@@ -1,7 +1,7 @@
 //! What the control plane remembers: one interface, and what is behind it.
 //!
 //! ```text
-//! use cases ──> Database ──> dyn Repository: Sandboxes, Keys, Catalog, Builds, Usage, Answers, AuditLog
+//! use cases ──> Database ──> dyn Repository: Sandboxes, Keys, Catalog, Builds, Usage, Answers, AuditLog, Events
 //!                                  └─ sqlite: kelvin.db
 //! ```
 //!
@@ -15,6 +15,7 @@ mod audit;
 mod builds;
 mod catalog;
 mod error;
+mod events;
 mod keys;
 mod limits;
 #[cfg(test)]
@@ -34,6 +35,7 @@ pub use builds::{
 };
 pub use catalog::{Catalog, NewSnapshot, Owner, TagRow};
 pub use error::Error;
+pub use events::{Event, Events, Happened, Which};
 pub use keys::{Keys, Known};
 pub use limits::{Exceeded, Limited, Quota};
 pub use repository::Repository;

@@ -99,8 +99,9 @@ pub trait Sandboxes: Send + Sync {
     async fn set_live(&self, by: &Placement, live: &Live) -> Result<(), Error>;
     /// Forgets a sandbox that `by` has not made, and its key: a retry starts afresh. Nothing when it is another's.
     async fn undo(&self, by: &Placement, id: &SandboxId) -> Result<(), Error>;
-    /// Forgets a sandbox that has ended at `by`; its key stays, and with it the reply. Nothing when it is another's.
-    async fn end(&self, by: &Placement, id: &SandboxId) -> Result<(), Error>;
+    /// Forgets a sandbox that has ended at `by`, for `reason`; its key stays, and with it the reply. Nothing when it is
+    /// another's.
+    async fn end(&self, by: &Placement, id: &SandboxId, reason: &str) -> Result<(), Error>;
     /// A sandbox that runs or is paused.
     async fn get(&self, id: &SandboxId) -> Result<Option<SandboxRow>, Error>;
     /// Sets when a sandbox ends.

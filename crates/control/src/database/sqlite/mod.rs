@@ -7,6 +7,7 @@ mod answers;
 mod audit;
 mod builds;
 mod catalog;
+mod events;
 mod keys;
 mod quota;
 mod sandboxes;

@@ -8,9 +8,11 @@ use kelvin_node_api::Live;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params_from_iter};
 
-use super::{Sqlite, answers, audit, bad, time};
+use super::{Sqlite, answers, audit, bad, events, time};
 use crate::database::limits::More;
-use crate::database::{Begun, Claim, Ended, Error, Exceeded, Filter, NewKey, Quota, SandboxRow, Sandboxes};
+use crate::database::{
+    Begun, Claim, Ended, Error, Exceeded, Filter, Happened, NewKey, Quota, SandboxRow, Sandboxes,
+};
 use crate::placement::{Epoch, Placement};
 
 fn word(state: SandboxState) -> &'static str {
@@ -103,8 +105,16 @@ fn is_anothers(transaction: &Transaction<'_>, id: &str, by: &Placement) -> Resul
 }
 
 impl Sqlite {
-    async fn forget(&self, by: &Placement, id: &SandboxId, with_it: &'static str) -> Result<(), Error> {
-        let (by, id) = (by.clone(), id.to_string());
+    /// Removes the row of `id` and what `with_it` says; `reason`, when it was there for its owner, is why it ended.
+    async fn forget(
+        &self,
+        by: &Placement,
+        id: &SandboxId,
+        with_it: &'static str,
+        reason: Option<&str>,
+    ) -> Result<(), Error> {
+        let (by, id, now) = (by.clone(), id.to_string(), self.clock.wall());
+        let ended = reason.map(|reason| Happened::Ended { reason: reason.to_owned() });
         self.db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
@@ -112,6 +122,9 @@ impl Sqlite {
                     return Ok(());
                 }
                 transaction.prepare_cached(with_it)?.execute([&id])?;
+                if let Some(ended) = ended {
+                    events::note(&transaction, &id, now, ended)?;
+                }
                 transaction.prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?.execute([&id])?;
                 transaction.commit()
             })
@@ -166,11 +179,15 @@ impl Sandboxes for Sqlite {
         reply: Option<String>,
         ended: Option<Ended>,
     ) -> Result<(), Error> {
-        let (by, live) = (by.clone(), live.clone());
+        let (by, live, now) = (by.clone(), live.clone(), self.clock.wall());
         let is_written = self
             .db
             .call(move |connection| {
                 let transaction = connection.transaction()?;
+                let was_creating = transaction
+                    .prepare_cached("SELECT parent FROM sandboxes WHERE id = ?1 AND state = 'creating'")?
+                    .query_row([live.sandbox.as_str()], |row| row.get::<_, Option<String>>(0))
+                    .optional()?;
                 let changed = transaction
                     .prepare_cached(
                         "UPDATE sandboxes SET state = ?7, vcpus = ?2, memory_mib = ?3, disk_mib = ?4, \
@@ -190,6 +207,16 @@ impl Sandboxes for Sqlite {
                     ))?;
                 if changed == 0 && is_anothers(&transaction, live.sandbox.as_str(), &by)? {
                     return Ok(false);
+                }
+                // Not once more for one that is committed again.
+                if let Some(parent) = was_creating {
+                    let parent = parent.map(|id| id.parse()).transpose();
+                    let parent = parent.map_err(|error: kelvin_api::id::ParseIdError| bad(error.into()))?;
+                    let created = Happened::Created { start_path: live.start_path, parent };
+                    events::note(&transaction, live.sandbox.as_str(), now, created)?;
+                    // One that the server before this one made may have been paused since.
+                    let rank = i64::try_from(live.rank()).unwrap_or(i64::MAX);
+                    events::note_steps(&transaction, live.sandbox.as_str(), now, (1, rank))?;
                 }
                 transaction
                     .prepare_cached(
@@ -212,35 +239,42 @@ impl Sandboxes for Sqlite {
     }
 
     async fn set_live(&self, by: &Placement, live: &Live) -> Result<(), Error> {
-        let (by, live) = (by.clone(), live.clone());
+        let (by, live, now) = (by.clone(), live.clone(), self.clock.wall());
         // What is known already costs no write, and no sync: a start tells everything again.
         let outlives_a_boot = live.state == SandboxState::Paused;
         let job = move |connection: &mut Connection| {
-            connection
+            let id = live.sandbox.as_str();
+            let Some(before) = events::rank(connection, id)? else { return Ok(()) };
+            let rank = i64::try_from(live.rank()).unwrap_or(i64::MAX);
+            let transaction = connection.transaction()?;
+            let changed = transaction
                 .prepare_cached(
                     "UPDATE sandboxes SET state = ?2, ends_ms = ?3, rank = ?4 \
                      WHERE id = ?1 AND state != 'creating' AND rank <= ?4 \
                      AND (state, ends_ms, rank) IS NOT (?2, ?3, ?4) AND node = ?5 AND epoch <= ?6",
                 )?
                 .execute((
-                    live.sandbox.as_str(),
+                    id,
                     word(live.state),
                     live.ends_at.as_millisecond(),
-                    i64::try_from(live.rank()).unwrap_or(i64::MAX),
+                    rank,
                     by.node.as_str(),
                     by.epoch.0,
-                ))
-                .map(drop)
+                ))?;
+            if changed > 0 {
+                events::note_steps(&transaction, id, now, (before, rank))?;
+            }
+            transaction.commit()
         };
         if outlives_a_boot { self.db.call_durable(job).await } else { self.db.call(job).await }
     }
 
     async fn undo(&self, by: &Placement, id: &SandboxId) -> Result<(), Error> {
-        self.forget(by, id, "DELETE FROM idempotency WHERE sandbox = ?1").await
+        self.forget(by, id, "DELETE FROM idempotency WHERE sandbox = ?1", None).await
     }
 
-    async fn end(&self, by: &Placement, id: &SandboxId) -> Result<(), Error> {
-        self.forget(by, id, "DELETE FROM metrics WHERE sandbox = ?1").await
+    async fn end(&self, by: &Placement, id: &SandboxId, reason: &str) -> Result<(), Error> {
+        self.forget(by, id, "DELETE FROM metrics WHERE sandbox = ?1", Some(reason)).await
     }
 
     async fn get(&self, id: &SandboxId) -> Result<Option<SandboxRow>, Error> {
@@ -258,25 +292,29 @@ impl Sandboxes for Sqlite {
     }
 
     async fn set_deadline(&self, id: &SandboxId, ends_at: jiff::Timestamp) -> Result<(), Error> {
-        let id = id.to_string();
+        let (id, now) = (id.to_string(), self.clock.wall());
         self.db
             .call(move |connection| {
-                connection
+                let transaction = connection.transaction()?;
+                transaction
                     .prepare_cached("UPDATE sandboxes SET ends_ms = ?2 WHERE id = ?1")?
-                    .execute((id, ends_at.as_millisecond()))
-                    .map(drop)
+                    .execute((&id, ends_at.as_millisecond()))?;
+                events::note(&transaction, &id, now, Happened::DeadlineSet { ends_at })?;
+                transaction.commit()
             })
             .await
     }
 
     async fn set_internet(&self, id: &SandboxId, allowed: Option<bool>) -> Result<(), Error> {
-        let id = id.to_string();
+        let (id, now) = (id.to_string(), self.clock.wall());
         self.db
             .call(move |connection| {
-                connection
+                let transaction = connection.transaction()?;
+                transaction
                     .prepare_cached("UPDATE sandboxes SET allow_internet = ?2 WHERE id = ?1")?
-                    .execute((id, allowed))
-                    .map(drop)
+                    .execute((&id, allowed))?;
+                events::note(&transaction, &id, now, Happened::NetworkSet)?;
+                transaction.commit()
             })
             .await
     }

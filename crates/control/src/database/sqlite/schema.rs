@@ -219,6 +219,19 @@ pub(super) const MIGRATIONS: &[&str] = &[
     ALTER TABLE builds ADD COLUMN log_bytes INTEGER NOT NULL DEFAULT 0;
     CREATE INDEX builds_under_way ON builds (node) WHERE state IN ('waiting', 'building');
 ",
+    // What became of sandboxes. A number is never given twice: who reads goes on behind the last one that it has seen.
+    "
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        at_ms INTEGER NOT NULL,
+        sandbox TEXT NOT NULL,
+        project TEXT NOT NULL,
+        template TEXT NOT NULL,
+        what TEXT NOT NULL
+    );
+    CREATE INDEX events_by_sandbox ON events (sandbox, id);
+    CREATE INDEX events_by_project ON events (project, id);
+",
 ];
 
 #[cfg(test)]
@@ -272,7 +285,7 @@ mod tests {
         let database = Database::open(&path, Clock::system().unwrap()).unwrap();
         let rows = database.list(Filter { limit: 10, ..Filter::default() }).await.unwrap();
         for row in rows {
-            database.end(&here, &row.id).await.unwrap();
+            database.end(&here, &row.id, "killed").await.unwrap();
         }
         assert_eq!(database.all(&here).await.unwrap().len(), 1);
     }

@@ -127,8 +127,8 @@ pub(crate) async fn measurements_are_of_sandboxes_that_are_there(subject: &impl 
     assert!((used[0].sandbox_start_rate - 0.3).abs() < 1e-9, "{used:?}");
     // Not another node's to end, and what was measured stays with it.
     let north = Placement { node: "north".to_owned().into(), ..here.clone() };
-    database.end(&north, &one.id).await.unwrap();
+    database.end(&north, &one.id, "killed").await.unwrap();
     assert_eq!(times(&one.id, 0, i64::MAX, 100).await, [1, 2, 3]);
-    database.end(&here, &one.id).await.unwrap();
+    database.end(&here, &one.id, "killed").await.unwrap();
     assert!(times(&one.id, 0, i64::MAX, 100).await.is_empty());
 }

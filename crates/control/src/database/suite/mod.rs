@@ -3,12 +3,14 @@
 mod builds;
 mod catalog;
 mod data;
+mod events;
 mod keys;
 mod sandboxes;
 
 pub(crate) use builds::*;
 pub(crate) use catalog::*;
 pub(crate) use data::{Subject, begin, live, quota, row};
+pub(crate) use events::*;
 pub(crate) use keys::*;
 pub(crate) use sandboxes::*;
 
@@ -47,6 +49,8 @@ macro_rules! keeps_its_promises {
             what_a_build_said_is_read_from_both_ends
             measurements_are_of_sandboxes_that_are_there
             the_audit_log_is_read_backwards
+            what_becomes_of_a_sandbox_is_told_once_and_in_order
+            there_is_no_event_of_what_was_not_recorded
             what_was_written_is_there_for_the_next_server
         }
     };

@@ -57,10 +57,10 @@ pub(crate) async fn what_is_undone_leaves_no_key_and_what_has_ended_does(subject
     begin(&database, &undone).await;
     make(&database, &ended, SandboxState::Running).await;
     database.undo(&here, &undone.id).await.unwrap();
-    database.end(&here, &ended.id).await.unwrap();
+    database.end(&here, &ended.id, "killed").await.unwrap();
     // Twice is as once.
     database.undo(&here, &undone.id).await.unwrap();
-    database.end(&here, &ended.id).await.unwrap();
+    database.end(&here, &ended.id, "killed").await.unwrap();
     assert!(database.all(&here).await.unwrap().is_empty());
     assert!(database.key(undone.id.to_string()).await.unwrap().is_none());
     assert!(database.key(ended.id.to_string()).await.unwrap().is_some());
@@ -128,7 +128,7 @@ pub(crate) async fn a_row_is_changed_by_its_own_node_alone(subject: &impl Subjec
     for other in [&first, &north] {
         assert!(database.all(other).await.unwrap().is_empty());
         database.set_live(other, &live(&running.id, SandboxState::Paused, 9)).await.unwrap();
-        database.end(other, &running.id).await.unwrap();
+        database.end(other, &running.id, "killed").await.unwrap();
         database.undo(other, &creating.id).await.unwrap();
         let late = live(&creating.id, SandboxState::Running, 0);
         let refused = database.commit(other, &late, Some("reply".into()), None).await;
@@ -143,7 +143,7 @@ pub(crate) async fn a_row_is_changed_by_its_own_node_alone(subject: &impl Subjec
     let third = Placement { epoch: Epoch(3), ..first };
     assert_eq!(database.all(&third).await.unwrap().len(), 2);
     database.undo(&third, &creating.id).await.unwrap();
-    database.end(&third, &running.id).await.unwrap();
+    database.end(&third, &running.id, "killed").await.unwrap();
     assert!(database.all(&second).await.unwrap().is_empty());
 }
 
