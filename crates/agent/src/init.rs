@@ -153,9 +153,23 @@ fn mount_with(source: &str, target: &str, kind: &str, flags: MountFlags, options
     }
 }
 
+/// Whether the modules here are those of the kernel that runs, of release `running`: `made_for` is what `/modules/release`
+/// says. A template may have a kernel of its owner's, who builds in what the machine needs. Old RAM disks say nothing.
+fn fit(made_for: Option<&str>, running: &str) -> bool {
+    made_for.is_none_or(|release| release.trim() == running)
+}
+
 /// Loads what `/modules/order` names, in that order: the image builder resolved the dependencies. Then the nodes of
 /// devices whose drivers the kernel loads when somebody opens them.
 fn load_modules() -> io::Result<()> {
+    let made_for = std::fs::read_to_string("/modules/release").ok();
+    let running = rustix::system::uname();
+    let running = running.release().to_string_lossy();
+    if !fit(made_for.as_deref(), &running) {
+        let release = made_for.unwrap_or_default();
+        eprintln!("init: no module is loaded: they are of {release}, and this is {running}");
+        return make_devices("");
+    }
     let order = std::fs::read_to_string("/modules/order")?;
     let mut first_error = Ok(());
     for name in order.lines() {
@@ -268,6 +282,13 @@ fn enter_root() -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn modules_of_another_kernel_are_not_loaded() {
+        assert!(fit(None, "6.1.0-56-cloud-amd64"));
+        assert!(fit(Some("6.1.0-56-cloud-amd64\n"), "6.1.0-56-cloud-amd64"));
+        assert!(!fit(Some("6.1.0-56-cloud-amd64"), "6.1.192-kelvin"));
+    }
 
     #[test]
     fn devices_that_load_their_driver_are_read() {

@@ -64,8 +64,8 @@ impl Teller<'_> {
     fn each<const N: usize, T>(
         &mut self,
         stage: ImportStage,
-        sources: [&Source<'_>; N],
-        mut work: impl FnMut(usize, &Source<'_>, &mut dyn FnMut(u64)) -> Result<T, Error>,
+        sources: [&Source; N],
+        mut work: impl FnMut(usize, &Source, &mut dyn FnMut(u64)) -> Result<T, Error>,
     ) -> Result<[T; N], Error> {
         let mut before = 0;
         self.tell(stage, before);
@@ -114,7 +114,7 @@ impl Store {
         &self,
         [staged_image, staged_guest]: &[PathBuf; 2],
         import: &Import<'_>,
-        sources: [&Source<'_>; 3],
+        sources: [&Source; 3],
         mut teller: Teller<'_>,
     ) -> Result<Template, Error> {
         let digests = teller.each(ImportStage::Hashing, sources, |_, source, told| source.digest(told))?;

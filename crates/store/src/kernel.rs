@@ -71,15 +71,15 @@ pub(crate) fn check(file: &File, path: &Path) -> Result<(), Error> {
 }
 
 /// A guest with a kernel of somebody's own, that is not in the store yet.
-pub struct OwnKernel<'a> {
-    source: Source<'a>,
+pub struct OwnKernel {
+    source: Source,
     kernel: FileDigest,
     /// Whose initial RAM disk it has.
     of: Guest,
     guest: Guest,
 }
 
-impl OwnKernel<'_> {
+impl OwnKernel {
     /// The guest that it will be.
     pub fn guest(&self) -> &Guest {
         &self.guest
@@ -91,7 +91,7 @@ impl Store {
     ///
     /// # Errors
     /// `Unimportable` for what is no kernel, or too large; `Io` when it cannot be read.
-    pub fn own_kernel<'a>(&self, path: &'a Path, of: &Guest) -> Result<OwnKernel<'a>, Error> {
+    pub fn own_kernel(&self, path: &Path, of: &Guest) -> Result<OwnKernel, Error> {
         let source = Source::open(path, Links::Refuse, MAX_KERNEL)?;
         check(&source.file, path)?;
         let kernel = source.digest(&mut |_| ())?;
@@ -104,7 +104,7 @@ impl Store {
     /// # Errors
     /// `Unimportable` when the file was written to since it was looked at; `Missing` when the guest whose initial RAM disk it
     /// has is gone; `Io`. Then there is nothing new.
-    pub fn put_own_kernel(&self, own: &OwnKernel<'_>) -> Result<(), Error> {
+    pub fn put_own_kernel(&self, own: &OwnKernel) -> Result<(), Error> {
         let _uncollected = self.lock(FlockOperation::LockShared)?;
         let directory = self.guest(&own.guest.digest);
         if directory.exists() {
@@ -118,7 +118,7 @@ impl Store {
         published
     }
 
-    fn stage_own_kernel(&self, own: &OwnKernel<'_>, staged: &Path) -> Result<(), Error> {
+    fn stage_own_kernel(&self, own: &OwnKernel, staged: &Path) -> Result<(), Error> {
         let from = self.guest(&own.of.digest);
         let manifest: GuestManifest = match read_json(&from.join("manifest.json")) {
             Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {

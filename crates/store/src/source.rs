@@ -4,7 +4,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
 
@@ -22,8 +22,8 @@ pub enum Links {
 }
 
 /// A file to import, open.
-pub(crate) struct Source<'a> {
-    path: &'a Path,
+pub(crate) struct Source {
+    path: PathBuf,
     pub(crate) file: File,
     /// How long it is.
     pub(crate) bytes: u64,
@@ -37,10 +37,10 @@ fn written(found: &fs::Metadata) -> Written {
     (found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec())
 }
 
-impl<'a> Source<'a> {
+impl Source {
     /// Opens `path` when it is a regular file of at most `most` bytes. What is something else is never opened: a device may
     /// do what an open tells it.
-    pub(crate) fn open(path: &'a Path, links: Links, most: u64) -> Result<Self, Error> {
+    pub(crate) fn open(path: &Path, links: Links, most: u64) -> Result<Self, Error> {
         let refused = |reason: &str| Error::Unimportable { path: path.to_owned(), reason: reason.to_owned() };
         let flags = match links {
             Links::Follow => OFlags::PATH | OFlags::CLOEXEC,
@@ -62,19 +62,19 @@ impl<'a> Source<'a> {
         if bytes > most {
             return Err(refused(&format!("it has {bytes} bytes, {most} is the most")));
         }
-        Ok(Self { path, file, bytes, written: written(&found) })
+        Ok(Self { path: path.to_owned(), file, bytes, written: written(&found) })
     }
 
     pub(crate) fn digest(&self, told: &mut dyn FnMut(u64)) -> Result<FileDigest, Error> {
-        let file = self.file.try_clone().map_err(io_error("reading", self.path))?;
-        digest_open(file, told).map_err(io_error("reading", self.path))
+        let file = self.file.try_clone().map_err(io_error("reading", &self.path))?;
+        digest_open(file, told).map_err(io_error("reading", &self.path))
     }
 
     /// Clones it to `staged`; after that it must still be what was hashed.
     pub(crate) fn copy(&self, staged: &Path, told: &mut dyn FnMut(u64)) -> Result<(), Error> {
         use std::os::unix::fs::PermissionsExt;
-        clone_of(&self.file, staged, told).map_err(io_error("copying", self.path))?;
-        let found = self.file.metadata().map_err(io_error("reading", self.path))?;
+        clone_of(&self.file, staged, told).map_err(io_error("copying", &self.path))?;
+        let found = self.file.metadata().map_err(io_error("reading", &self.path))?;
         if (found.len(), written(&found)) != (self.bytes, self.written) {
             let reason = "it was changed meanwhile".to_owned();
             return Err(Error::Unimportable { path: self.path.to_owned(), reason });

@@ -125,10 +125,20 @@ fn ensure_initrd(directory: &Path, kernel: &Path, agent: &Path, busybox: &Path) 
     // The kernel opens the console for PID 1 before anything is mounted.
     archive.node("dev/console", 0o020_600, (5, 1), &[]);
     add_modules(&mut archive, kernel)?;
+    archive.add("modules/release", 0o100_644, release(kernel)?.as_bytes());
     archive.add("init", 0o100_755, &fs::read(agent)?);
     archive.add("busybox", 0o100_755, &fs::read(busybox)?);
     write_if_changed(&done, &archive.finish())?;
     Ok(done)
+}
+
+/// The release of `kernel`, as it says itself: a guest with another kernel and this RAM disk loads none of its modules.
+fn release(kernel: &Path) -> Result<String> {
+    let trees = fs::list(kernel.join("image"))?;
+    let [tree] = &trees[..] else {
+        return Err(format!("{} has the modules of {} kernels", kernel.display(), trees.len()).into());
+    };
+    Ok(fs::name(tree)?.to_owned())
 }
 
 /// Adds the modules of `kernel`, the order in which they are loaded, and the device nodes that load others.
