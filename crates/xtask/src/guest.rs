@@ -51,7 +51,7 @@ impl Kernel {
     }
 
     /// The one that is asked for.
-    fn asked() -> Result<Self> {
+    pub fn asked() -> Result<Self> {
         Self::parse(std::env::var(KERNEL).ok().as_deref())
     }
 }
@@ -339,4 +339,19 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
         )?;
     }
     Ok(fs::rename(&fresh, to)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_is_asked_for_by_name() {
+        assert_eq!(Kernel::parse(None).unwrap(), DEFAULT_KERNEL);
+        assert_eq!(Kernel::parse(Some("")).unwrap(), DEFAULT_KERNEL);
+        assert_eq!(Kernel::parse(Some("own")).unwrap(), Kernel::Own);
+        assert_eq!(Kernel::parse(Some("distribution")).unwrap(), Kernel::Distribution);
+        let error = Kernel::parse(Some("debian")).unwrap_err().to_string();
+        assert!(error.contains("KELVIN_GUEST_KERNEL=debian: it is own or distribution"), "{error}");
+    }
 }
