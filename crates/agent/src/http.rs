@@ -60,6 +60,8 @@ pub fn run() -> io::Result<()> {
     let state = Arc::new(State::default());
     let control = Control::open(Arc::clone(&state), Channel::open()?)?;
     let again = control.is_another();
+    // Before the host hears of it: who asks for the console finds it there.
+    crate::init::tell_stages();
     std::thread::Builder::new().name("control".to_owned()).spawn(move || control.run())?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(BLOCKING).build()?;

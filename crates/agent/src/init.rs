@@ -10,6 +10,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use kelvin_api::boot::BootStages;
+
 use crate::activation::{self, Kept};
 use crate::{furnish, groups, network};
 
@@ -19,6 +21,8 @@ use rustix::process::{WaitOptions, wait};
 
 /// Environment variable through which the agent learns what went wrong.
 pub const PROBLEMS: &str = "KELVIN_INIT_PROBLEMS";
+/// The one through which the first agent learns how long the boot took until it was started: see [`Stages`].
+pub const STAGES: &str = "KELVIN_INIT_STAGES";
 
 /// In the initial RAM disk.
 const BUSYBOX: &str = "/busybox";
@@ -27,6 +31,7 @@ const ROOT_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Runs the machine. Never returns.
 pub fn run() -> ! {
+    let mut stages = Stages::begin();
     let mut problems = Vec::new();
     let mut step = |name: &str, result: io::Result<()>| {
         if let Err(error) = result {
@@ -44,6 +49,7 @@ pub fn run() -> ! {
     // Open: its name goes with the initial RAM disk, and its memory when it is not needed.
     let busybox = std::fs::File::open(BUSYBOX).ok();
     step("root disk", enter_root());
+    stages.root_disk = since_start().saturating_sub(stages.kernel);
     let quiet = MountFlags::NOSUID | MountFlags::NODEV;
     // Programs that make terminals themselves are not root, and cannot give them away.
     step(
@@ -60,8 +66,10 @@ pub fn run() -> ! {
         let path = format!("/proc/sys/{}", name.replace('.', "/"));
         step(name, optional(std::fs::write(path, value)));
     }
+    let before = since_start();
     step("loopback", network::loopback_up());
     step("network", network::configure());
+    stages.network = since_start().saturating_sub(before);
     for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
     {
         let _ = std::os::unix::fs::symlink(target, format!("/dev/{link}"));
@@ -75,6 +83,7 @@ pub fn run() -> ! {
     );
     let problems = problems.join("; ");
     let mut agent = None;
+    let mut stages = Some(stages);
     loop {
         if agent.is_none() {
             let started = Command::new("/proc/self/exe")
@@ -82,6 +91,7 @@ pub fn run() -> ! {
                 .env_clear()
                 .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
                 .env(PROBLEMS, &problems)
+                .env(STAGES, stages.take().map(|stages| stages.until(since_start())).unwrap_or_default())
                 .env(activation::VARIABLE, kept.as_ref().map_or(-1, |fd| *fd).to_string())
                 .spawn();
             match started {
@@ -105,6 +115,47 @@ pub fn run() -> ! {
             Ok(None) => {}
             Err(_) => agent = None,
         }
+    }
+}
+
+/// How long the guest has run: its kernel's clock, which nobody sets.
+fn since_start() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Duration::new(u64::try_from(now.tv_sec).unwrap_or(0), u32::try_from(now.tv_nsec).unwrap_or(0))
+}
+
+/// When parts of the boot ended, for [`BootStages`].
+struct Stages {
+    kernel: Duration,
+    root_disk: Duration,
+    network: Duration,
+}
+
+impl Stages {
+    fn begin() -> Self {
+        Self { kernel: since_start(), root_disk: Duration::ZERO, network: Duration::ZERO }
+    }
+
+    /// As the agent is told that is started `now`: microseconds of kernel, root disk and network, and until now.
+    fn until(&self, now: Duration) -> String {
+        [self.kernel, self.root_disk, self.network, now].map(|stage| stage.as_micros().to_string()).join(" ")
+    }
+}
+
+/// What init told the agent in [`STAGES`], with the agent's own part until `now`.
+fn stages_of(told: &str, now: Duration) -> Option<BootStages> {
+    let mut parts = told.split(' ').map(|part| part.parse().map(Duration::from_micros).ok());
+    let [kernel, root_disk, network, started] = std::array::from_fn(|_| parts.next().flatten());
+    let (kernel, root_disk, network, started) = (kernel?, root_disk?, network?, started?);
+    let init = started.saturating_sub(kernel + root_disk + network);
+    Some(BootStages::new(kernel, root_disk, init, network, now.saturating_sub(started)))
+}
+
+/// Says on the console how long each stage of the boot took, once: an agent that was started again has no part in it.
+pub fn tell_stages() {
+    let told = std::env::var(STAGES).unwrap_or_default();
+    if let Some(stages) = stages_of(&told, since_start()) {
+        eprintln!("{}", stages.line());
     }
 }
 
@@ -153,9 +204,23 @@ fn mount_with(source: &str, target: &str, kind: &str, flags: MountFlags, options
     }
 }
 
+/// Whether the modules here are those of the kernel that runs, of release `running`: `made_for` is what `/modules/release`
+/// says. A template may have a kernel of its owner's, who builds in what the machine needs. Old RAM disks say nothing.
+fn fit(made_for: Option<&str>, running: &str) -> bool {
+    made_for.is_none_or(|release| release.trim() == running)
+}
+
 /// Loads what `/modules/order` names, in that order: the image builder resolved the dependencies. Then the nodes of
 /// devices whose drivers the kernel loads when somebody opens them.
 fn load_modules() -> io::Result<()> {
+    let made_for = std::fs::read_to_string("/modules/release").ok();
+    let running = rustix::system::uname();
+    let running = running.release().to_string_lossy();
+    if !fit(made_for.as_deref(), &running) {
+        let release = made_for.unwrap_or_default();
+        eprintln!("init: no module is loaded: they are of {release}, and this is {running}");
+        return make_devices("");
+    }
     let order = std::fs::read_to_string("/modules/order")?;
     let mut first_error = Ok(());
     for name in order.lines() {
@@ -268,6 +333,29 @@ fn enter_root() -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What init measures is what the console says; an agent that came later says nothing.
+    #[test]
+    fn stages_of_the_boot_add_up() {
+        let us = Duration::from_micros;
+        let told =
+            Stages { kernel: us(800_000), root_disk: us(30_000), network: us(2_000) }.until(us(842_000));
+        let line = stages_of(&told, us(880_000)).unwrap().line();
+        assert_eq!(
+            line,
+            "init: boot in ms: kernel 800.0, root disk 30.0, init 10.0, network 2.0, agent 38.0"
+        );
+        for odd in ["", "1 2 3", "1 2 x 4"] {
+            assert!(stages_of(odd, us(5)).is_none(), "{odd}");
+        }
+    }
+
+    #[test]
+    fn modules_of_another_kernel_are_not_loaded() {
+        assert!(fit(None, "6.1.0-56-cloud-amd64"));
+        assert!(fit(Some("6.1.0-56-cloud-amd64\n"), "6.1.0-56-cloud-amd64"));
+        assert!(!fit(Some("6.1.0-56-cloud-amd64"), "6.1.192-kelvin"));
+    }
 
     #[test]
     fn devices_that_load_their_driver_are_read() {

@@ -223,6 +223,9 @@ pub struct StartBuild {
     /// Tried until it exits with 0: then the snapshot is taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ready_cmd: Option<String>,
+    /// Kelvin, for the server's own key: the kernel of its machines, an absolute path on the server's machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<String>,
 }
 
 /// How far a build is.

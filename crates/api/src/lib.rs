@@ -4,6 +4,7 @@
 //! anything a driver needs.
 
 pub mod account;
+pub mod boot;
 pub mod build;
 mod code;
 pub mod digest;

@@ -3,13 +3,15 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use kelvin_api::boot::BootStages;
+use kelvin_api::phase::Phase;
 use kelvin_api::sandbox::NewSandbox;
 use kelvin_client::agent::{Agent, Command, Process, Told};
 use kelvin_client::{Client, Error};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::args::{MachineArgs, ProcessArgs, RunArgs};
-use crate::output::{Failed, waterfall};
+use crate::output::{Failed, boot_stages, waterfall};
 
 /// A command was ended at its deadline. Source: timeout(1).
 const DEADLINE: u8 = 124;
@@ -57,6 +59,12 @@ pub async fn run(client: &Client, args: RunArgs) -> Result<ExitCode, Failed> {
     let sandbox = created.map_err(not_run)?.sandbox;
     if args.timing {
         waterfall(sandbox.start_reason.as_deref().unwrap_or_default(), &sandbox.phases);
+        if sandbox.phases.contains_key(&Phase::Boot)
+            && let Ok(logs) = client.logs(sandbox.sandbox_id.as_str()).await
+        {
+            let lines = logs.log_entries.iter().map(|entry| entry.message.as_str());
+            boot_stages(BootStages::find(lines));
+        }
     }
     let agent = client
         .agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), args.process.user.clone())

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use comfy_table::{ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use kelvin_api::boot::BootStages;
 use kelvin_api::error::{Failure, chain};
 use kelvin_api::network::{NetworkState, Traffic};
 use kelvin_api::phase::Phase;
@@ -318,6 +319,14 @@ pub fn waterfall(title: &str, phases: &BTreeMap<Phase, f64>) {
         let _ =
             writeln!(stderr, "  {:<9}{ms:>9.2} ms  {}{}", phase.name(), " ".repeat(from), "#".repeat(length));
         start += ms;
+    }
+}
+
+/// What a guest has told of its boot, on standard error, below a waterfall.
+pub fn boot_stages(stages: Option<BootStages>) {
+    let mut stderr = std::io::stderr().lock();
+    for (name, ms) in stages.into_iter().flat_map(BootStages::iter) {
+        let _ = writeln!(stderr, "    boot: {name:<10}{ms:>9.1} ms");
     }
 }
 

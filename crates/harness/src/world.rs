@@ -116,10 +116,12 @@ impl World {
         let file = root.join("file");
         // What a guest finds on its disk: nothing yet.
         std::fs::write(&file, "")?;
+        let kernel = root.join("file-kernel");
+        std::fs::write(&kernel, kelvin_store::kernel::SMALLEST)?;
         let import = Import {
             name: "base".parse()?,
             rootfs: &file,
-            kernel: &file,
+            kernel: &kernel,
             initrd: &file,
             links: Links::Follow,
             vcpus: 1,
@@ -127,6 +129,7 @@ impl World {
         };
         store.import(&import, &mut |_| ())?;
         std::fs::remove_file(&file)?;
+        std::fs::remove_file(&kernel)?;
         let options = Options {
             accelerator: Accelerator::Tcg,
             vcpus: 64,

@@ -203,6 +203,43 @@ fn a_stage_is_done_when_something_is_copied_from_it() {
     ground.driver.kill_all();
 }
 
+/// The kernel of its machines is the file that a build names; what is none is refused before anything runs.
+#[test]
+fn a_build_with_a_kernel_of_its_own_has_another_guest() {
+    let world = World::make().unwrap();
+    let ground = Ground::new(&world, plain());
+    ground.live(|ground, node| async move {
+        settle(&node).await;
+        upload(&node).await.unwrap();
+        build(&node, request("write last")).await.0.unwrap();
+        settle(&node).await;
+        let (before, _) = web_disk(&ground.options.data_dir).unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        let path = elsewhere.path().join("kernel");
+        let with = || Build { kernel: Some(path.clone()), ..request("write last") };
+        std::fs::write(&path, "no kernel").unwrap();
+        ground.commands();
+        let refused = build(&node, with()).await.0.unwrap_err();
+        assert_eq!(refused.failure.error_code, ErrorCode::InvalidFile, "{refused:?}");
+        settle(&node).await;
+        assert_eq!(builds_own(&ground.commands()), Vec::<&str>::new());
+        assert_eq!(web_disk(&ground.options.data_dir).unwrap().0, before);
+
+        std::fs::write(&path, [kelvin_store::kernel::SMALLEST, b"own"].concat()).unwrap();
+        build(&node, with()).await.0.unwrap();
+        let (after, _) = web_disk(&ground.options.data_dir).unwrap();
+        assert!(after.kernel != before.kernel && after.guest != before.guest, "{after:?}");
+        assert_eq!(after.initrd, before.initrd, "the agent stays");
+        settle(&node).await;
+        create(&node, web()).await.unwrap();
+        settle(&node).await;
+        // A collection finds who needs it.
+        let garbage = NodeService::collect(&node, false).await.unwrap();
+        assert!(!garbage.guests.contains(&after.guest), "{garbage:?}");
+        assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+    });
+}
+
 /// As one whose shell has a profile that waits.
 #[test]
 fn a_service_that_does_not_even_begin_has_the_same_deadline() {

@@ -40,10 +40,12 @@ fn subject(node: Arc<dyn NodeService>, traffic: Arc<dyn SandboxTraffic>, of: &No
     // As the world has imported it.
     let file = of.data_dir().join("file");
     std::fs::write(&file, "").unwrap();
+    let kernel = of.data_dir().join("file-kernel");
+    std::fs::write(&kernel, kelvin_store::kernel::SMALLEST).unwrap();
     let imported = Import {
         template: template.clone(),
         rootfs: file.clone(),
-        kernel: file.clone(),
+        kernel,
         initrd: file,
         vcpus: 1,
         memory_mib: MemoryMib(MEMORY),

@@ -32,6 +32,7 @@ fn with_server<F: Future<Output = ()> + Send + 'static>(
         for name in ["rootfs", "kernel", "initrd"] {
             std::fs::write(life.node.data_dir().join(name), name)?;
         }
+        std::fs::write(life.node.data_dir().join("kernel"), kelvin_store::kernel::SMALLEST)?;
         work(Arc::clone(&life), own).await;
         life.server.stop().await;
         Ok::<_, Broken>(())

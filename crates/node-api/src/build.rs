@@ -37,6 +37,9 @@ pub struct Build {
     pub start: Option<String>,
     /// Tried until it exits with 0, for `/bin/sh -c`: then the snapshot is taken.
     pub ready: Option<String>,
+    /// The kernel of its machines, a file on the node's machine, by its absolute path; otherwise that of what it begins with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
     /// Of machines that ask for no other; 1 when it is left out.
     pub vcpus: Option<u32>,
     /// Of machines that ask for no other; 512 when it is left out.

@@ -141,6 +141,7 @@ mod tests {
             for name in ["rootfs", "kernel", "initrd"] {
                 fs::write(files.join(name), name.repeat(5000)).unwrap();
             }
+            fs::write(files.join("kernel"), crate::kernel::SMALLEST).unwrap();
             let store = |name: &str| {
                 let store = Store::open(&directory.path().join(name), true).unwrap();
                 let (rootfs, kernel, initrd) =

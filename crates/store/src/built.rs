@@ -118,6 +118,7 @@ mod tests {
                 path
             };
             let (rootfs, kernel, initrd) = (file("rootfs"), file("kernel"), file("initrd"));
+            fs::write(&kernel, crate::kernel::SMALLEST).unwrap();
             let import = Import {
                 name: "base".parse().unwrap(),
                 rootfs: &rootfs,

@@ -276,12 +276,13 @@ mod tests {
             fs::write(&path, name).unwrap();
             path
         };
+        fs::write(dir.path().join("vmlinuz"), crate::kernel::SMALLEST).unwrap();
         let template = store
             .import(
                 &crate::import::Import {
                     name: "base".parse().unwrap(),
                     rootfs: &file("rootfs"),
-                    kernel: &file("kernel"),
+                    kernel: &dir.path().join("vmlinuz"),
                     initrd: &file("initrd"),
                     links: crate::import::Links::Follow,
                     vcpus: 1,

@@ -7,37 +7,28 @@
 //!
 //! Each file is opened once, and refused when somebody writes to it meanwhile: what is there is what was hashed. Hashed is the
 //! file and not its clone, which shares its blocks and none of its pages in memory. An image or a guest that is there already
-//! is not made again. Who writes: this module, below `staging/`, by renames, the template last. Absent on purpose: whether the files are what they are said to be, and who may
-//! name them.
+//! is not made again. Who writes: this module, below `staging/`, by renames, the template last. Absent on purpose: whether the files are what they are said to be, but
+//! for the kernel ([`crate::kernel`]), and who may name them.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use kelvin_api::id::TemplateName;
 use kelvin_api::import::{ImportProgress, ImportStage};
 use kelvin_api::units::{DiskMib, MemoryMib, Shape};
-use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags, openat};
+use rustix::fs::FlockOperation;
 
-use crate::disk::clone_of;
-use crate::hash::{FileDigest, digest_open, sha256};
 use crate::image::{Guest, GuestManifest, INITRD, ImageManifest, KERNEL, ROOTFS, Template};
+use crate::kernel::{self, MAX_KERNEL};
+pub use crate::source::Links;
+use crate::source::Source;
 use crate::{Error, Store, io_error, publish, write_json};
 
 /// The largest root file system, in bytes: its manifest has a digest for each 4 MiB.
 const MAX_ROOTFS: u64 = 1 << 40;
-/// The largest kernel and the largest initial RAM disk, in bytes: a VMM reads them into the guest's memory.
-const MAX_BOOT_FILE: u64 = 1 << 30;
-
-/// Whether a file to import may be named by a link.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Links {
-    /// It may: who imports has typed the name.
-    Follow,
-    /// It may not: the file that is named is the file that is meant.
-    Refuse,
-}
+/// The largest initial RAM disk, in bytes: a VMM reads it into the guest's memory.
+const MAX_INITRD: u64 = 1 << 30;
 
 /// Files and shape to import as a template.
 #[derive(Debug)]
@@ -58,68 +49,6 @@ pub struct Import<'a> {
     pub memory_mib: MemoryMib,
 }
 
-/// A file to import, open.
-struct Source<'a> {
-    path: &'a Path,
-    file: File,
-    bytes: u64,
-    written: Written,
-}
-
-/// When a file was changed last: it is another after each write.
-type Written = (i64, i64, i64, i64);
-
-fn written(found: &fs::Metadata) -> Written {
-    (found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec())
-}
-
-impl<'a> Source<'a> {
-    /// Opens `path` when it is a regular file of at most `most` bytes. What is something else is never opened: a device may
-    /// do what an open tells it.
-    fn open(path: &'a Path, links: Links, most: u64) -> Result<Self, Error> {
-        let refused = |reason: &str| Error::Unimportable { path: path.to_owned(), reason: reason.to_owned() };
-        let flags = match links {
-            Links::Follow => OFlags::PATH | OFlags::CLOEXEC,
-            Links::Refuse => OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW,
-        };
-        let place = openat(CWD, path, flags, Mode::empty()).map_err(|error| match error {
-            rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR => refused("there is no such file"),
-            _ => io_error("opening", path)(error.into()),
-        })?;
-        let found = rustix::fs::fstat(&place).map_err(|error| io_error("reading", path)(error.into()))?;
-        if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
-            return Err(refused("it is not a regular file"));
-        }
-        // The one that was looked at, whatever its name means by now.
-        let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&place));
-        let file = File::open(again).map_err(io_error("opening", path))?;
-        let found = file.metadata().map_err(io_error("reading", path))?;
-        let bytes = found.len();
-        if bytes > most {
-            return Err(refused(&format!("it has {bytes} bytes, {most} is the most")));
-        }
-        Ok(Self { path, file, bytes, written: written(&found) })
-    }
-
-    fn digest(&self, told: &mut dyn FnMut(u64)) -> Result<FileDigest, Error> {
-        let file = self.file.try_clone().map_err(io_error("reading", self.path))?;
-        digest_open(file, told).map_err(io_error("reading", self.path))
-    }
-
-    /// Clones it to `staged`; after that it must still be what was hashed.
-    fn copy(&self, staged: &Path, told: &mut dyn FnMut(u64)) -> Result<(), Error> {
-        use std::os::unix::fs::PermissionsExt;
-        clone_of(&self.file, staged, told).map_err(io_error("copying", self.path))?;
-        let found = self.file.metadata().map_err(io_error("reading", self.path))?;
-        if (found.len(), written(&found)) != (self.bytes, self.written) {
-            let reason = "it was changed meanwhile".to_owned();
-            return Err(Error::Unimportable { path: self.path.to_owned(), reason });
-        }
-        // VMMs of any user read it; nobody writes it again.
-        fs::set_permissions(staged, fs::Permissions::from_mode(0o444)).map_err(io_error("sealing", staged))
-    }
-}
-
 /// Tells how far an import is.
 struct Teller<'a> {
     told: &'a mut dyn FnMut(ImportProgress),
@@ -135,8 +64,8 @@ impl Teller<'_> {
     fn each<const N: usize, T>(
         &mut self,
         stage: ImportStage,
-        sources: [&Source<'_>; N],
-        mut work: impl FnMut(usize, &Source<'_>, &mut dyn FnMut(u64)) -> Result<T, Error>,
+        sources: [&Source; N],
+        mut work: impl FnMut(usize, &Source, &mut dyn FnMut(u64)) -> Result<T, Error>,
     ) -> Result<[T; N], Error> {
         let mut before = 0;
         self.tell(stage, before);
@@ -155,7 +84,7 @@ impl Store {
     /// this thread. One import of a name at a time: the caller sees to it.
     ///
     /// # Errors
-    /// `Unimportable` for what is no regular file, or too large; `Io` when a file cannot be read or the store cannot be
+    /// `Unimportable` for what is no regular file, too large, or no kernel; `Io` when a file cannot be read or the store cannot be
     /// written. The template is then what it was.
     pub fn import(
         &self,
@@ -167,9 +96,10 @@ impl Store {
         let open = |path, most| Source::open(path, import.links, most);
         let sources = [
             &open(import.rootfs, MAX_ROOTFS)?,
-            &open(import.kernel, MAX_BOOT_FILE)?,
-            &open(import.initrd, MAX_BOOT_FILE)?,
+            &open(import.kernel, MAX_KERNEL)?,
+            &open(import.initrd, MAX_INITRD)?,
         ];
+        kernel::check(&sources[1].file, import.kernel)?;
         let teller = Teller { told, total_bytes: sources.iter().map(|source| source.bytes).sum() };
         let staged = [self.staging_path(), self.staging_path()];
         let imported = self.import_by(&staged, import, sources, teller);
@@ -184,16 +114,16 @@ impl Store {
         &self,
         [staged_image, staged_guest]: &[PathBuf; 2],
         import: &Import<'_>,
-        sources: [&Source<'_>; 3],
+        sources: [&Source; 3],
         mut teller: Teller<'_>,
     ) -> Result<Template, Error> {
         let digests = teller.each(ImportStage::Hashing, sources, |_, source, told| source.digest(told))?;
         let [rootfs, kernel, initrd] = digests;
         let disk_mib = DiskMib(u32::try_from(rootfs.bytes >> 20).unwrap_or(u32::MAX));
         let image = rootfs.digest.clone();
-        let guest = sha256(format!("{} {}", kernel.digest, initrd.digest).as_bytes());
+        let guest = Guest::of(kernel.digest.clone(), initrd.digest.clone());
         let image_dir = self.root.join("images").join(&image);
-        let guest_dir = self.guest(&guest);
+        let guest_dir = self.guest(&guest.digest);
         let (has_image, has_guest) = (image_dir.exists(), guest_dir.exists());
         for (staged, is_there) in [(staged_image, has_image), (staged_guest, has_guest)] {
             if !is_there {
@@ -217,8 +147,7 @@ impl Store {
             publish(staged_guest, &guest_dir, true)?;
         }
         let (vcpus, memory_mib) = (import.vcpus, import.memory_mib);
-        let (kernel, initrd) = (manifest.kernel.digest, manifest.initrd.digest);
-        let (guest, shape) = (Guest { digest: guest, kernel, initrd }, Shape { vcpus, memory_mib, disk_mib });
+        let shape = Shape { vcpus, memory_mib, disk_mib };
         let template = Template::plain(import.name.clone(), image, guest, shape);
         write_json(&self.template_path(&import.name), &template)?;
         teller.tell(ImportStage::Publishing, teller.total_bytes);
@@ -228,7 +157,10 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::os::unix::fs::{FileExt, symlink};
+
+    use rustix::fs::{CWD, FileType, Mode};
 
     use super::*;
     use crate::hash::CHUNK_BYTES;
@@ -242,9 +174,8 @@ mod tests {
         fn make() -> Self {
             let directory = tempfile::tempdir().unwrap();
             let store = Store::open(&directory.path().join("data"), true).unwrap();
-            for name in ["kernel", "initrd"] {
-                fs::write(directory.path().join(name), name).unwrap();
-            }
+            fs::write(directory.path().join("kernel"), kernel::SMALLEST).unwrap();
+            fs::write(directory.path().join("initrd"), "initrd").unwrap();
             // Written chunks around a hole.
             let rootfs = File::create(directory.path().join("rootfs")).unwrap();
             rootfs.set_len(CHUNK_BYTES * 3 + 5).unwrap();
@@ -277,7 +208,7 @@ mod tests {
     #[test]
     fn each_stage_goes_through_all_bytes() {
         let ground = Ground::make();
-        let total = CHUNK_BYTES * 3 + 5 + 12;
+        let total = CHUNK_BYTES * 3 + 5 + 6 + kernel::SMALLEST.len() as u64;
         for _ in 0..2 {
             let (imported, seen) = ground.import("rootfs", Links::Refuse);
             let template = imported.unwrap();
@@ -344,7 +275,7 @@ mod tests {
     #[test]
     fn what_is_too_large_is_refused_before_it_is_read() {
         let ground = Ground::make();
-        File::create(ground.at("kernel")).unwrap().set_len(MAX_BOOT_FILE + 1).unwrap();
+        File::create(ground.at("kernel")).unwrap().set_len(MAX_KERNEL + 1).unwrap();
         let (refused, seen) = ground.import("rootfs", Links::Follow);
         assert!(refused.unwrap_err().to_string().contains("is the most"));
         assert!(seen.is_empty());
@@ -355,7 +286,7 @@ mod tests {
         let ground = Ground::make();
         let before = ground.import("rootfs", Links::Refuse).0.unwrap();
         let guests = ground.store.root().join("guests");
-        fs::write(ground.at("kernel"), "another").unwrap();
+        fs::write(ground.at("kernel"), [kernel::SMALLEST, b"another"].concat()).unwrap();
         // A file in the way of the new guest's directory.
         fs::rename(&guests, ground.at("aside")).unwrap();
         fs::write(&guests, "").unwrap();

@@ -26,8 +26,10 @@ pub mod hash;
 pub mod identity;
 pub mod image;
 pub mod import;
+pub mod kernel;
 pub mod layers;
 pub mod snapshot;
+mod source;
 pub mod uploads;
 pub mod verify;
 

@@ -1,7 +1,7 @@
 //! Makes what a machine boots: kernel, initial RAM disk with the agent, root file system.
 //!
 //! ```text
-//! .cache/guest/kernel/   vmlinuz and the modules, from the distribution's kernel for virtual machines
+//! .cache/guest/kernel/   vmlinuz and the modules, from the distribution's kernel for virtual machines, or a kernel of our own
 //! .cache/guest/busybox/  a static shell, for images that have none
 //! .cache/guest/initrd    newc archive: modules in load order, the agent as /init, busybox
 //! .cache/guest/*.ext4    the images, each made again when its recipe under guest/ or the kernel changes
@@ -16,12 +16,45 @@ use crate::distribution::Distribution;
 use crate::kernel::{self, Wanted};
 use crate::packages::{as_root, codename, debian_sources, feed};
 use crate::stamps::{EPOCH, digest, is_fresh};
-use crate::{Result, busybox, cache, cargo, files as fs, is_prebuilt, output, root, run, say, shared};
+use crate::{
+    Result, busybox, cache, cargo, files as fs, is_prebuilt, output, own_kernel, root, run, say, shared,
+};
 
 /// Sizes of the images' disks: about 0.5 and 1 GiB of files, the rest is free.
 const BASE_MIB: u64 = 2560;
 const INTERPRETER_MIB: u64 = 3584;
 const UUID: &str = "6b656c76-696e-4000-8000-000000000001";
+
+/// The variable that says which kernel guests have: `own` or `distribution`.
+const KERNEL: &str = "KELVIN_GUEST_KERNEL";
+/// Which one they have where it is not set.
+const DEFAULT_KERNEL: Kernel = Kernel::Distribution;
+
+/// Which kernel guests have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    /// Ours, see [`own_kernel`].
+    Own,
+    /// The distribution's for virtual machines, see [`kernel`].
+    Distribution,
+}
+
+impl Kernel {
+    /// The one that `said` names, the value of the variable.
+    fn parse(said: Option<&str>) -> Result<Self> {
+        match said {
+            None | Some("") => Ok(DEFAULT_KERNEL),
+            Some("own") => Ok(Self::Own),
+            Some("distribution") => Ok(Self::Distribution),
+            Some(other) => Err(format!("{KERNEL}={other}: it is own or distribution").into()),
+        }
+    }
+
+    /// The one that is asked for.
+    pub fn asked() -> Result<Self> {
+        Self::parse(std::env::var(KERNEL).ok().as_deref())
+    }
+}
 
 /// Paths of a whole guest.
 pub struct Guest {
@@ -45,10 +78,15 @@ pub fn files() -> [(&'static str, PathBuf); 4] {
 pub fn ensure() -> Result<Guest> {
     let directory = cache().join("guest");
     fs::create_dir_all(&directory)?;
-    let list = |name: &str| fs::read_to_string(root().join("guest/base").join(name));
-    let (loaded, on_demand) = (list("modules")?, list("modules-on-demand")?);
-    let package = Distribution::here()?.family().guest_kernel();
-    let kernel = kernel::ensure(&directory, Wanted { package, loaded: &loaded, on_demand: &on_demand })?;
+    let kernel = match Kernel::asked()? {
+        Kernel::Own => own_kernel::ensure(&directory)?,
+        Kernel::Distribution => {
+            let list = |name: &str| fs::read_to_string(root().join("guest/base").join(name));
+            let (loaded, on_demand) = (list("modules")?, list("modules-on-demand")?);
+            let package = Distribution::here()?.family().guest_kernel();
+            kernel::ensure(&directory, Wanted { package, loaded: &loaded, on_demand: &on_demand })?
+        }
+    };
     let agent = build_agent()?;
     let busybox = busybox::ensure(&directory)?;
     let initrd = ensure_initrd(&directory, &kernel, &agent, &busybox)?;
@@ -87,10 +125,20 @@ fn ensure_initrd(directory: &Path, kernel: &Path, agent: &Path, busybox: &Path) 
     // The kernel opens the console for PID 1 before anything is mounted.
     archive.node("dev/console", 0o020_600, (5, 1), &[]);
     add_modules(&mut archive, kernel)?;
+    archive.add("modules/release", 0o100_644, release(kernel)?.as_bytes());
     archive.add("init", 0o100_755, &fs::read(agent)?);
     archive.add("busybox", 0o100_755, &fs::read(busybox)?);
     write_if_changed(&done, &archive.finish())?;
     Ok(done)
+}
+
+/// The release of `kernel`, as it says itself: a guest with another kernel and this RAM disk loads none of its modules.
+fn release(kernel: &Path) -> Result<String> {
+    let trees = fs::list(kernel.join("image"))?;
+    let [tree] = &trees[..] else {
+        return Err(format!("{} has the modules of {} kernels", kernel.display(), trees.len()).into());
+    };
+    Ok(fs::name(tree)?.to_owned())
 }
 
 /// Adds the modules of `kernel`, the order in which they are loaded, and the device nodes that load others.
@@ -291,4 +339,19 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
         )?;
     }
     Ok(fs::rename(&fresh, to)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_is_asked_for_by_name() {
+        assert_eq!(Kernel::parse(None).unwrap(), DEFAULT_KERNEL);
+        assert_eq!(Kernel::parse(Some("")).unwrap(), DEFAULT_KERNEL);
+        assert_eq!(Kernel::parse(Some("own")).unwrap(), Kernel::Own);
+        assert_eq!(Kernel::parse(Some("distribution")).unwrap(), Kernel::Distribution);
+        let error = Kernel::parse(Some("debian")).unwrap_err().to_string();
+        assert!(error.contains("KELVIN_GUEST_KERNEL=debian: it is own or distribution"), "{error}");
+    }
 }

@@ -8,7 +8,8 @@
 //! kernel/key          what it was made of
 //! ```
 //!
-//! Made once for all checkouts: `kernels/DIGEST-OF-KEY/` of the shared cache is a copy.
+//! Made once for all checkouts: `kernels/DIGEST-OF-KEY/` of the shared cache is a copy, and `DIGEST-OF-KEY.lock` is locked while
+//! one makes it.
 //!
 //! Distributions differ in where modules are (`lib/modules`, `usr/lib/modules`), in which package (Ubuntu's kernel has
 //! them in another one) and in how they are packed. All are unpacked here: the agent's init loads plain modules, and
@@ -48,18 +49,40 @@ const FORMAT: u64 = 1;
 /// Makes `directory/kernel`, when it is missing or out of date: when other modules are wanted, or when apt has another
 /// version of its packages.
 pub fn ensure(directory: &Path, wanted: Wanted<'_>) -> Result<PathBuf> {
-    let done = directory.join("kernel");
     let asked = digest(&[
         &FORMAT.to_le_bytes(),
         wanted.package.as_bytes(),
         wanted.loaded.as_bytes(),
         wanted.on_demand.as_bytes(),
     ]);
-    let old = fs::read_to_string(done.join("key")).unwrap_or_default();
     let (names, files) = match with_lists(|| resolve(wanted.package)) {
-        Ok(found) => found,
+        Ok((names, files)) => (names, Ok(files)),
+        Err(error) => (Vec::new(), Err(error)),
+    };
+    make_once(directory, &asked, files, |work, _| {
+        say(&format!("fetching {}", wanted.package));
+        let archives = download(work, &names)?;
+        let tree = unpack(work, &archives)?;
+        make(work, &tree, wanted, &names.join(", "))?;
+        Ok(fs::remove_dir_all(&tree)?)
+    })
+}
+
+/// Makes `directory/kernel` by `make`, unless it is there or another checkout has made the same: its key is `asked`, which is
+/// over what is wanted, and the `files` of the packages that it is made of. `make` is told an empty directory to make it in,
+/// and the key; nobody makes the same meanwhile.
+pub fn make_once(
+    directory: &Path,
+    asked: &str,
+    files: Result<Vec<String>>,
+    make: impl FnOnce(&Path, &str) -> Result<()>,
+) -> Result<PathBuf> {
+    let done = directory.join("kernel");
+    let old = fs::read_to_string(done.join("key")).unwrap_or_default();
+    let files = match files {
+        Ok(files) => files,
         // Without a network what is there is as good as it was.
-        Err(error) if old.lines().next() == Some(&asked) => {
+        Err(error) if old.lines().next() == Some(asked) => {
             say(&format!("the guest's kernel stays as it is: {error}"));
             return Ok(done);
         }
@@ -69,29 +92,20 @@ pub fn ensure(directory: &Path, wanted: Wanted<'_>) -> Result<PathBuf> {
     if old == key {
         return Ok(done);
     }
+    fs::create_dir_all(directory)?;
     let work = directory.join("kernel.new");
     let _ = fs::remove_dir_all(&work);
-    // Of another checkout: the key is over everything that goes in.
     let kept = shared().join("kernels").join(digest(&[key.as_bytes()]));
+    let _alone = alone(&kept);
+    // Of another checkout: the key is over everything that goes in.
     if fs::read_to_string(kept.join("key")).is_ok_and(|found| found == key) && copy(&kept, &work).is_ok() {
         let _ = fs::remove_dir_all(&done);
         fs::rename(&work, &done)?;
         return Ok(done);
     }
     let _ = fs::remove_dir_all(&work);
-    say(&format!("fetching {}", wanted.package));
     fs::create_dir_all(&work)?;
-    // apt drops its privileges for a download; the directory has to let it in.
-    fs::set_permissions(&work, fs::Permissions::from_mode(0o777))?;
-    with_lists(|| {
-        let mut download = Command::new("apt-get");
-        download.args(["-q", "download"]).args(&names).current_dir(&work);
-        run(download.stdout(std::io::stderr()))
-    })?;
-    let tree = unpack(&work)?;
-    make(&work, &tree, wanted, &names.join(", "))?;
-    fs::remove_dir_all(&tree)?;
-    fs::set_permissions(&work, fs::Permissions::from_mode(0o755))?;
+    make(&work, &key)?;
     fs::write(work.join("key"), key)?;
     let _ = fs::remove_dir_all(&done);
     fs::rename(&work, &done)?;
@@ -99,6 +113,32 @@ pub fn ensure(directory: &Path, wanted: Wanted<'_>) -> Result<PathBuf> {
         say(&format!("the kernel is not kept for other checkouts: {error}"));
     }
     Ok(done)
+}
+
+/// Waits until nobody else makes `kept`; the kernel unlocks when its maker dies. Where no lock can be made nothing is kept
+/// for others either.
+fn alone(kept: &Path) -> Option<fs::File> {
+    fs::create_dir_all(kept.parent()?).ok()?;
+    let lock = fs::create(kept.with_extension("lock")).ok()?;
+    if let Err(fs::TryLockError::WouldBlock) = lock.try_lock() {
+        say("waiting: another checkout makes the same kernel");
+        lock.lock().ok()?;
+    }
+    Some(lock)
+}
+
+/// Downloads `packages` into `directory`; their files.
+pub fn download(directory: &Path, packages: &[impl AsRef<std::ffi::OsStr>]) -> Result<Vec<PathBuf>> {
+    // apt drops its privileges for a download; the directory has to let it in.
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o777))?;
+    with_lists(|| {
+        let mut download = Command::new("apt-get");
+        download.args(["-q", "download"]).args(packages).current_dir(directory);
+        run(download.stdout(std::io::stderr()))
+    })?;
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o755))?;
+    let files = fs::list(directory)?.into_iter();
+    Ok(files.filter(|path| path.extension().is_some_and(|end| end == "deb")).collect())
 }
 
 /// Keeps the kernel `done` as `kept`, under another name until it is whole: two checkouts may make the same.
@@ -152,13 +192,11 @@ fn parts_of_a_kernel(depends: &str) -> Vec<String> {
         .collect()
 }
 
-/// Unpacks every package in `work`, and the modules in them. The tree has its modules in `lib/modules`, whatever the
+/// Unpacks `archives` in `work`, and the modules in them. The tree has its modules in `lib/modules`, whatever the
 /// packages and this machine's kmod think.
-fn unpack(work: &Path) -> Result<PathBuf> {
+fn unpack(work: &Path, archives: &[PathBuf]) -> Result<PathBuf> {
     let tree = work.join("tree");
-    let archives: Vec<_> =
-        fs::list(work)?.into_iter().filter(|path| path.extension().is_some_and(|end| end == "deb")).collect();
-    for archive in &archives {
+    for archive in archives {
         run(Command::new("dpkg-deb").arg("-x").arg(archive).arg(&tree))?;
         fs::remove_file(archive)?;
     }
@@ -183,7 +221,7 @@ fn unpack(work: &Path) -> Result<PathBuf> {
 }
 
 /// The files under `directory` whose names end in `end`; links are not followed.
-fn find(directory: &Path, end: &str) -> Result<Vec<PathBuf>> {
+pub fn find(directory: &Path, end: &str) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let mut directories = vec![directory.to_owned()];
     while let Some(directory) = directories.pop() {
@@ -336,9 +374,13 @@ fn keep(tree: &Path, image: &Path, release: &str, modules: &[PathBuf]) -> Result
         }
     }
     run(Command::new("depmod").arg("-b").arg(image).arg(release))?;
-    // The same files give the same image.
+    same_times(&to)
+}
+
+/// Gives every file below `directory` the same time and mode: the same files give the same image.
+pub fn same_times(directory: &Path) -> Result<()> {
     let epoch = SystemTime::UNIX_EPOCH + Duration::from_secs(EPOCH.parse()?);
-    for path in find(&to, "")? {
+    for path in find(directory, "")? {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
         fs::set_modified(&path, epoch)?;
     }

@@ -20,6 +20,7 @@ mod kernel;
 mod kvm_host;
 mod lengths;
 mod mutate;
+mod own_kernel;
 mod package;
 mod package_test;
 mod packages;
@@ -66,6 +67,8 @@ const USAGE: &str = "usage: cargo xtask <command>
             run a command on a minimal Debian of that release (bookworm, trixie), with this tree and this toolchain
   bench     build and bake, then run `kelvin bench create` with the given arguments on a server of its own
   build     the binary, the guest's agent and the base image
+  kernel    a kernel of our own for guests, of the distribution's sources; KELVIN_GUEST_KERNEL=own has
+            every other command use it
   package   a Debian package: target/debian/kelvin_<version>_amd64.deb
   test-package
             install, upgrade, remove and purge it in booted machines with Debian 12 and 13
@@ -96,6 +99,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         Some("soak") => suite::soak(rest),
         Some("openapi") => suite::write_openapi(),
         Some("build") => server::prepare().map(drop),
+        Some("kernel") => own_kernel::command(),
         Some("package") => package::package().map(drop),
         Some("test-package") => package_test::run(rest),
         Some("deps") => deps::check(),

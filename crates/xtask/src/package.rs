@@ -62,7 +62,7 @@ pub fn stage() -> Result<Built> {
     let busybox = busybox::source()?;
     let (source, version) = busybox.split_once(' ').ok_or("the guest's busybox names no source")?;
     let copyright = [
-        ("@KERNEL@", kernel.package.as_str()),
+        ("@KERNEL@", kernel.said().as_str()),
         ("@VERSION@", &kernel.version),
         ("@BUSYBOX@", source),
         ("@BUSYBOX_VERSION@", version),
@@ -146,15 +146,23 @@ fn cargo_deb() -> Result<PathBuf> {
     Ok(binary)
 }
 
-/// Which of Debian's kernels a file is: its licence wants that its source can be found.
+/// Which of Debian's kernels a file is, or of which sources: its licence wants that its source can be found.
 struct Kernel {
     package: String,
     version: String,
 }
 
 impl Kernel {
-    /// Reads the kernel's own name of itself. Source: Linux, Documentation/arch/x86/boot.rst, `kernel_version`.
+    /// What was noted beside a kernel of our own; the name that another has of itself. Source: Linux,
+    /// Documentation/arch/x86/boot.rst, `kernel_version`.
     fn of(path: &Path) -> Result<Self> {
+        let source = path.with_file_name("source");
+        if source.exists() {
+            let noted = fs::read_to_string(&source)?;
+            let (package, version) =
+                noted.trim().split_once(' ').ok_or("the guest's kernel names no source")?;
+            return Ok(Self { package: package.to_owned(), version: version.to_owned() });
+        }
         let bytes = fs::read(path)?;
         let odd = || format!("{} is no kernel of Debian's", path.display());
         let at = bytes.get(0x20e..0x210).map(|field| usize::from(field[0]) | usize::from(field[1]) << 8);
@@ -162,6 +170,20 @@ impl Kernel {
             at.and_then(|at| bytes.get(at + 0x200..)).and_then(|rest| rest.split(|byte| *byte == 0).next());
         let text = String::from_utf8_lossy(text.ok_or_else(odd)?).into_owned();
         Self::parse(&text).ok_or_else(|| odd().into())
+    }
+
+    /// As the package's copyright has it, after "The guest's kernel".
+    fn said(&self) -> String {
+        if self.package.starts_with("linux-source-") {
+            let package = &self.package;
+            return format!(
+                "is built of {package} with Kelvin's guest/kernel/config, which it tells as /proc/config.gz."
+            );
+        }
+        format!(
+            "and the modules in its initial RAM disk are those of Debian's package {}, unchanged.",
+            self.package
+        )
     }
 
     fn parse(text: &str) -> Option<Self> {
@@ -182,6 +204,9 @@ mod tests {
         let kernel = Kernel::parse(said).unwrap();
         assert_eq!(kernel.package, "linux-image-6.1.0-56-cloud-amd64");
         assert_eq!(kernel.version, "6.1.192-2");
+        assert!(kernel.said().contains("package linux-image-6.1.0-56-cloud-amd64, unchanged"));
+        let own = Kernel { package: "linux-source-6.1".to_owned(), version: "6.1.192-2".to_owned() };
+        assert!(own.said().contains("built of linux-source-6.1 with"), "{}", own.said());
         assert!(Kernel::parse("6.1.0 (somebody@example.org) #1 SMP").is_none());
     }
 

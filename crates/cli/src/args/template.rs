@@ -28,6 +28,10 @@ pub struct BuildArgs {
     /// Command that is tried until it exits with 0; then the snapshot is taken. The Dockerfile's otherwise.
     #[arg(long, value_name = "CMD")]
     pub ready: Option<String>,
+    /// Kernel of its machines, an ELF program or a bzImage, a file on the server's machine [default: that of what it begins
+    /// with]; needs the server's own key. What its machine needs has to be built in: docs/images.md has the list.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
     /// vCPUs of its machines.
     #[arg(long, value_name = "N")]
     pub cpus: Option<u32>,

@@ -119,6 +119,7 @@ fn request(args: &BuildArgs) -> Result<(StartBuild, Vec<Step>), Failed> {
         force: args.no_cache.then_some(true),
         start_cmd: args.start.clone(),
         ready_cmd: args.ready.clone(),
+        kernel: path(args.kernel.as_ref())?,
         ..StartBuild::default()
     };
     let steps = if args.dockerfile.is_given() {

@@ -193,6 +193,14 @@ pub(super) fn all_from(caller: &Account, body: &mut StartBuild) -> Result<Vec<Fr
     Ok(all)
 }
 
+/// The kernel that a build asks for.
+///
+/// # Errors
+/// `NotAnAdmin` for a caller to whom files of this machine are none of their business, `InvalidFile`.
+pub(super) fn kernel(caller: &Account, text: Option<&str>) -> Result<Option<PathBuf>, Failure> {
+    text.map(|text| local(caller, "kernel", text)).transpose()
+}
+
 /// A start or a ready command; an empty one is none.
 ///
 /// # Errors

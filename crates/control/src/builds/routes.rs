@@ -16,7 +16,7 @@ use kelvin_node_api::BuildStage;
 use serde::Deserialize;
 
 use super::codes as own;
-use super::plan::{From as Begins, all_from, command};
+use super::plan::{From as Begins, all_from, command, kernel};
 use super::run::wrong_state;
 use super::steps::all_steps;
 use crate::codes;
@@ -283,6 +283,7 @@ async fn start(
     let all = all_from(&caller, &mut body)?;
     let made = all_steps(&body)?;
     let commands = [command("startCmd", body.start_cmd)?, command("readyCmd", body.ready_cmd)?];
+    let kernel = kernel(&caller, body.kernel.as_deref())?;
     let mut stages = Vec::new();
     for (begins, steps) in all.into_iter().zip(made) {
         let from = match begins {
@@ -291,7 +292,8 @@ async fn start(
         };
         stages.push(BuildStage { from, steps });
     }
-    let request = Inner::new_request(&row, stages, body.force == Some(true), commands)?;
+    let mut request = Inner::new_request(&row, stages, body.force == Some(true), commands)?;
+    request.kernel = kernel;
     inner.start_build(row, request).await?;
     Ok(StatusCode::ACCEPTED.into_response())
 }

@@ -400,7 +400,7 @@ fn is_given_up(row: &BuildRow) -> bool {
 }
 
 impl Inner {
-    /// A build that is about to be started, of its request alone: shape and force are added from what was asked for.
+    /// A build that is about to be started, of its request alone: kernel, shape and force are added from what was asked for.
     pub(super) fn new_request(
         row: &BuildRow,
         mut stages: Vec<BuildStage>,
@@ -421,6 +421,7 @@ impl Inner {
             force,
             start,
             ready,
+            kernel: None,
             vcpus: None,
             memory_mib: None,
             disk_mib: None,

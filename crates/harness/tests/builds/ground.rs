@@ -234,6 +234,7 @@ pub fn request(last: &str) -> Build {
         force: false,
         start: Some("serve".to_owned()),
         ready: Some("curl localhost".to_owned()),
+        kernel: None,
         vcpus: None,
         memory_mib: Some(MemoryMib(MEMORY)),
         disk_mib: None,

@@ -211,6 +211,7 @@ fn build() -> Build {
         force: false,
         start: Some("serve".to_owned()),
         ready: None,
+        kernel: Some("/boot/vmlinux".into()),
         vcpus: Some(2),
         memory_mib: None,
         disk_mib: None,

@@ -102,6 +102,7 @@ impl Building<'_> {
         let guest = self.inner.build_guest().await?;
         // Before a registry is asked, which may take minutes: its template may be made anew meanwhile.
         self.underway.needs(&guest.digest);
+        let guest = self.with_kernel(guest).await?;
         let bytes = |mib: DiskMib| u64::from(mib.0) << 20;
         let size = match self.request.disk_mib {
             Some(disk) => DiskSize::Exactly(bytes(disk)),
@@ -177,9 +178,25 @@ impl Building<'_> {
                 stop_signal: built.stop_signal,
             },
         };
-        let key = base_key(&self.request.project, &["template", &template.image], &template.guest, &state);
-        let (guest, origin) = (template.guest(), Origin::Image(template.image.clone()));
+        let guest = self.with_kernel(template.guest()).await?;
+        let key = base_key(&self.request.project, &["template", &template.image], &guest.digest, &state);
+        let origin = Origin::Image(template.image.clone());
         Ok(Base { key, told: state.clone(), state, guest, origin })
+    }
+
+    /// `guest`, which nobody collects, with the kernel that the build asks for.
+    async fn with_kernel(&self, guest: Guest) -> Result<Guest, Error> {
+        let Some(path) = self.request.kernel.clone() else { return Ok(guest) };
+        let (store, of) = (self.inner.store.clone(), guest);
+        let own = blocking("reading a kernel", move || store.own_kernel(&path, &of)).await?;
+        // Before it is there: a collection may begin as soon as it is.
+        self.underway.needs(&own.guest().digest);
+        let store = self.inner.store.clone();
+        blocking("importing a kernel", move || {
+            store.put_own_kernel(&own)?;
+            Ok::<_, kelvin_store::Error>(own.guest().clone())
+        })
+        .await
     }
 
     pub(super) async fn find_layer(&self, key: &str) -> Result<Option<Layer>, Error> {

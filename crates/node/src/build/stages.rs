@@ -151,6 +151,7 @@ mod tests {
             memory_mib: None,
             disk_mib: None,
             min_free_mib: None,
+            kernel: None,
             deadline: Duration::ZERO,
         }
     }

@@ -88,7 +88,8 @@ async fn bad_starts_are_refused_before_anything_is_started() {
         (json!({ "fromStage": 0, "stages": [{ "fromTemplate": "nothing" }] }), 404, "template_not_found"),
         (json!({ "fromImage": "a", "startCmd": "a\u{0}b" }), 400, "invalid_step"),
         (json!({ "fromImage": "a", "steps": "none" }), 400, "invalid_request"),
-        (json!({ "fromImage": "a", "kernel": "none" }), 400, "invalid_request"),
+        (json!({ "fromImage": "a", "kernels": "none" }), 400, "invalid_request"),
+        (json!({ "fromImage": "a", "kernel": "/boot/vmlinuz" }), 403, "not_an_admin"),
         (json!({ "fromImage": "a", "steps": vec![run.clone(); 1001] }), 400, "invalid_step"),
         (step(json!({ "type": "EXPOSE", "args": ["1"] })), 400, "invalid_step"),
         (step(json!({ "type": "RUN" })), 400, "invalid_step"),
@@ -112,7 +113,10 @@ async fn bad_starts_are_refused_before_anything_is_started() {
         assert_eq!(reply.status, StatusCode::NOT_FOUND, "{odd}");
     }
     let admins = world.asked(ADMIN, "local").await;
-    let reply = world.start(ADMIN, "local", &admins, json!({ "fromLayout": "/images/a" })).await;
+    let reply = world.start(ADMIN, "local", &admins, json!({ "fromImage": "a", "kernel": "vmlinuz" })).await;
+    assert_eq!((reply.status, reply.code()), (StatusCode::BAD_REQUEST, "invalid_file"), "{reply:?}");
+    let local = json!({ "fromLayout": "/images/a", "kernel": "/boot/vmlinuz" });
+    let reply = world.start(ADMIN, "local", &admins, local).await;
     assert_eq!(reply.status, StatusCode::ACCEPTED, "{reply:?}");
     world.control.stop().await;
 }

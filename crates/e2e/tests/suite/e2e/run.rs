@@ -17,10 +17,14 @@ async fn commands_run_and_tell_how_they_ended() {
     let cold = run(&["run", "--timing", "--", "python3", "-c", "print(2 ** 10)"]);
     assert_eq!(text(&cold.stdout), "1024\n", "{}", text(&cold.stderr));
     assert!(text(&cold.stderr).contains("cold: no snapshot of template base"), "{}", text(&cold.stderr));
+    for stage in ["kernel", "root disk", "init", "network", "agent"] {
+        assert!(text(&cold.stderr).contains(&format!("boot: {stage}")), "{}", text(&cold.stderr));
+    }
     server.node_when("baked", |node| node.settled && node.waiting_vmms > 0).await;
     let cloned = run(&["run", "--timing", "--", "python3", "-c", "print(2 ** 10)"]);
     assert_eq!(text(&cloned.stdout), "1024\n");
     assert!(text(&cloned.stderr).contains("clone: no warm slot"), "{}", text(&cloned.stderr));
+    assert!(!text(&cloned.stderr).contains("boot: "), "{}", text(&cloned.stderr));
 
     // Exit codes, both streams, environment, directory, user.
     let output = run(&[
