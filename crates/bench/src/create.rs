@@ -234,7 +234,7 @@ async fn memory(client: &Client, args: &Args) -> Result<u32, Error> {
         .map_or(0, |template| template.memory_mb))
 }
 
-async fn create(client: Client, args: Args) -> Result<(Sandbox, f64), Error> {
+pub(crate) async fn create(client: Client, args: Args) -> Result<(Sandbox, f64), Error> {
     let path = match args.path {
         Path::Cold => StartPath::Cold,
         Path::Clone => StartPath::Clone,
@@ -262,7 +262,7 @@ async fn create(client: Client, args: Args) -> Result<(Sandbox, f64), Error> {
     }
 }
 
-async fn first_command(client: Client, sandbox: Sandbox, created_ms: f64) -> Result<f64, Error> {
+pub(crate) async fn first_command(client: Client, sandbox: Sandbox, created_ms: f64) -> Result<f64, Error> {
     let agent = client.agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), None)?;
     let started = Instant::now();
     let command = Command { program: "true".to_owned(), ..Command::default() };

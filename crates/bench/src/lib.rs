@@ -4,6 +4,7 @@
 //! bare sequence of the same run are what is promised.
 
 pub mod bare;
+pub mod build;
 pub mod create;
 mod firecracker;
 pub mod fork;

@@ -64,6 +64,9 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
         }
         Command::Doctor(args) => doctor::run(&connection, output, &args).await,
         Command::Setup(args) => setup::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bench { command: BenchCommand::Build(args) } => {
+            build::measured::bench(&client()?, output, &args).await
+        }
         Command::Bench { command: BenchCommand::Create(args) } => {
             let report =
                 kelvin_bench::create::run(&client()?, &args).await.map_err(|error| Failed::other(&error))?;

@@ -42,6 +42,11 @@ impl Failed {
         Self { code, ..self }
     }
 
+    /// What went wrong.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
     /// What the program ends with.
     pub fn code(&self) -> ExitCode {
         ExitCode::from(self.code)

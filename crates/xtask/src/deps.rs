@@ -29,7 +29,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     // Of tests alone: nothing depends on it.
     ("harness", &["server", "control", "node", "node-api", "vmm", "store", "host", "api"]),
     ("client", &["api"]),
-    ("bench", &["client", "host", "api"]),
+    // `host` and `image`: it measures slots, and pulls, as a node has them.
+    ("bench", &["client", "image", "host", "api"]),
     // `host` for namespaces: the tests bring their own internet; `powercut` for a disk whose power fails.
     ("e2e", &["client", "host", "powercut", "api"]),
     (

@@ -4,6 +4,7 @@
 //! package managers of the machine; what is expensive is cached under `.cache/`.
 
 mod base;
+mod bench;
 mod busybox;
 mod circles;
 mod cores;
@@ -18,6 +19,7 @@ mod ground;
 mod guest;
 mod kernel;
 mod kvm_host;
+mod layout;
 mod lengths;
 mod mutate;
 mod own_kernel;
@@ -66,6 +68,9 @@ const USAGE: &str = "usage: cargo xtask <command>
   in-root [--fresh] RELEASE -- CMD
             run a command on a minimal Debian of that release (bookworm, trixie), with this tree and this toolchain
   bench     build and bake, then run `kelvin bench create` with the given arguments on a server of its own
+  bench build [ARGS...]
+            run `kelvin bench build`: installs skopeo and umoci, makes the image that is built on, and removes the server and
+            all of its data afterwards
   build     the binary, the guest's agent and the base image
   kernel    a kernel of our own for guests, of the distribution's sources; KELVIN_GUEST_KERNEL=own has
             every other command use it
@@ -83,7 +88,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         Some("test") => suite::run(rest),
         Some("up") => server::up(rest),
         Some("down") => server::down(),
-        Some("bench") => server::bench(rest),
+        Some("bench") => bench::run(rest),
         Some("kvm-host") => {
             let command = rest.strip_prefix(&["--".to_owned()]).unwrap_or(rest);
             return kvm_host::run_in(command).map(ExitCode::from);

@@ -1,4 +1,4 @@
-//! `up`, `down`, `demo`, `bench`: a server of the working tree, with its data under `.cache/`.
+//! `up`, `down`, `demo`: a server of the working tree, with its data under `.cache/`.
 //!
 //! ```text
 //! .cache/data.xfs        a file system that can clone files, mounted on .cache/data while a server is up
@@ -260,17 +260,61 @@ fn has_ended(pid: &str) -> bool {
 
 /// `cargo xtask down`.
 pub fn down() -> Result<()> {
-    let (binary, data) = (binary(), data_dir());
-    if let Some(server) = running(&data) {
-        let mut kill = client_of(&binary, &server, &data)?;
+    down_at(&data_dir())
+}
+
+/// The same of the server of `data`.
+fn down_at(data: &Path) -> Result<()> {
+    let binary = binary();
+    if let Some(server) = running(data) {
+        let mut kill = client_of(&binary, &server, data)?;
         run(kill.args(["sandbox", "kill", "--all", "--project", "*"]).stdout(Stdio::null()))?;
         stop(&server)?;
     }
-    if binary.exists() { unmount(&binary, &data) } else { Ok(()) }
+    if binary.exists() { unmount(&binary, data) } else { Ok(()) }
+}
+
+/// Runs `work` on a server of which nothing is left afterwards: its data are on a file system of their own, called `name` below
+/// `.cache/`. What a run that was killed has left is removed first.
+pub fn with_server_once(
+    built: &Built,
+    name: &str,
+    work: impl FnOnce(&Server, &Path) -> Result<()>,
+) -> Result<()> {
+    let data = cache().join(name);
+    let clear = || -> Result<()> {
+        down_at(&data)?;
+        // The file system, which `kelvin setup` has made beside the directory, and what it was mounted on.
+        run(as_root("rm").arg("-rf").arg("--one-file-system").arg(data.with_extension("xfs")).arg(&data))
+    };
+    clear()?;
+    let done = (|| {
+        mount(&built.binary, &data)?;
+        import(built, "base", &built.guest.rootfs, "512", &data)?;
+        let log = data.with_extension("log");
+        let server = start_at(&built.binary, &data, "127.0.0.1:0", &log)?;
+        let mut bake = client_of(&built.binary, &server, &data)?;
+        run(bake.args(["template", "bake", "base"]).stdout(std::io::stderr()))?;
+        work(&server, &data)
+    })();
+    done.and(clear())
+}
+
+/// A client command of `binary` as root, with the key of the server of `data`.
+pub fn root_client_of(binary: &Path, server: &Server, data: &Path) -> Command {
+    let mut command = as_root("env");
+    command.arg(format!("KELVIN_API_URL={}", server.url)).arg(binary);
+    command.arg("--api-key-file").arg(data.join("api-key"));
+    command
+}
+
+/// Where the data of the server are that [`up`] starts.
+pub fn own_data() -> PathBuf {
+    data_dir()
 }
 
 /// Runs `work` on a server, which is stopped afterwards when it was started here.
-fn with_server(work: impl FnOnce(&Built, &Server) -> Result<()>) -> Result<()> {
+pub fn with_server(work: impl FnOnce(&Built, &Server) -> Result<()>) -> Result<()> {
     let was_up = running(&data_dir()).is_some();
     let built = prepare()?;
     let server = start(&built)?;
@@ -371,18 +415,3 @@ const ON_DEMAND: [&str; 4] = [
     "exec 3<>/dev/fuse && test -w /dev/net/tun && sudo modprobe nf_tables && sudo modprobe xt_MASQUERADE",
     "truncate -s 1M /tmp/loop && device=$(sudo losetup --find --show /tmp/loop) && sudo losetup -d $device",
 ];
-
-/// `cargo xtask bench ARGS`.
-pub fn bench(arguments: &[String]) -> Result<()> {
-    with_server(|built, server| {
-        let mut command = as_root("env");
-        command
-            .arg(format!("KELVIN_API_URL={}", server.url))
-            .arg(&built.binary)
-            .arg("--api-key-file")
-            .arg(data_dir().join("api-key"))
-            .args(["bench", "create"])
-            .args(arguments);
-        run(&mut command)
-    })
-}

@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use sandbox::{EgressArgs, MachineArgs, ProcessArgs, RunArgs, SandboxCommand, SnapshotCommand};
 pub use server::{DoctorArgs, ServeArgs, SetupArgs, VmmArg, VmmArgs};
-pub use template::{BuildArgs, DockerfileArgs, StepKind};
+pub use template::{BuildArgs, DockerfileArgs, FromArgs, StepArgs, StepKind};
 
 /// Ready Linux machines in milliseconds: microVMs that are restored, not booted.
 #[derive(Debug, Parser)]
@@ -301,6 +301,9 @@ pub enum TemplateCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
+    /// Builds of templates, cold and again; pull and unpack beside skopeo and umoci; clones of what was built. Needs the
+    /// server's own key, on its machine.
+    Build(kelvin_bench::build::Args),
     /// Create to ready, and create to the end of the first command.
     Create(kelvin_bench::create::Args),
     /// Fork: how long the source stands still, how soon the children answer, what they cost.

@@ -6,6 +6,7 @@
 mod context;
 mod dockerfile;
 mod files;
+pub mod measured;
 mod step;
 
 use std::io::{IsTerminal as _, Write as _};
@@ -47,6 +48,8 @@ fn absolute(path: &Path) -> Result<String, Failed> {
 struct Shown {
     bar: ProgressBar,
     is_terminal: bool,
+    /// They are kept instead, and nothing is written.
+    kept: Option<Vec<BuildLogEntry>>,
     lines: usize,
     /// Kind and label of each step, of a Dockerfile: a server tells of it as the command that it has become.
     steps: Vec<Option<(String, String)>>,
@@ -58,10 +61,20 @@ impl Shown {
     fn new(what: &str, steps: &[Step]) -> Self {
         let named = |step: &Step| step.line.map(|_| (format!("{} ", step.step.kind), step.label()));
         let steps = steps.iter().map(named).collect();
-        Self { bar: spinner(what), is_terminal: std::io::stderr().is_terminal(), lines: 0, steps, now: 0 }
+        let is_terminal = std::io::stderr().is_terminal();
+        Self { bar: spinner(what), is_terminal, kept: None, lines: 0, steps, now: 0 }
+    }
+
+    /// Of a build that nobody watches.
+    fn kept() -> Self {
+        let (bar, kept) = (ProgressBar::hidden(), Some(Vec::new()));
+        Self { bar, is_terminal: false, kept, lines: 0, steps: Vec::new(), now: 0 }
     }
 
     fn say(&self, text: &str) {
+        if self.kept.is_some() {
+            return;
+        }
         if self.is_terminal {
             self.bar.println(text);
         } else {
@@ -71,6 +84,10 @@ impl Shown {
 
     fn add(&mut self, entries: &[BuildLogEntry]) {
         self.lines += entries.len();
+        if let Some(kept) = &mut self.kept {
+            kept.extend_from_slice(entries);
+            return;
+        }
         for entry in entries {
             let text = self.text(entry);
             if entry.level > LogLevel::Debug {
@@ -152,26 +169,50 @@ fn request(args: &BuildArgs) -> Result<(StartBuild, Vec<Step>), Failed> {
     Ok((start, steps))
 }
 
-/// Builds a template: asks, uploads, starts, and follows it to its end.
-pub async fn build(client: &Client, output: Output, args: BuildArgs) -> Result<ExitCode, Failed> {
-    let (start, steps) = request(&args)?;
-    let wanted = NewTemplate {
-        name: Some(args.name),
+fn wanted(args: &BuildArgs) -> NewTemplate {
+    NewTemplate {
+        name: Some(args.name.clone()),
         cpu_count: args.cpus,
         memory_mb: args.memory_mib,
         disk_size_mb: args.disk_mib,
         ..NewTemplate::default()
-    };
-    let asked = client.request_build(&wanted).await?;
+    }
+}
+
+/// Uploads what a build copies, starts it, and follows it to its end.
+async fn run(
+    client: &Client,
+    (template, build): (&str, &str),
+    shown: &mut Shown,
+    (start, steps): (StartBuild, Vec<Step>),
+    force: bool,
+) -> Result<BuildInfo, Failed> {
+    upload(client, template, shown, steps, force).await?;
+    client.start_build(template, build, &start).await?;
+    follow(client, template, build, shown).await
+}
+
+/// What has ended, when it has ended well. `labels`: what the steps are called.
+fn ready(info: BuildInfo, labels: &[String]) -> Result<BuildInfo, Failed> {
+    match (info.status, &info.reason) {
+        (BuildStatus::Ready, _) => Ok(info),
+        (_, Some(reason)) => Err(of_reason(reason, labels)),
+        _ => {
+            let text = format!("the build {} failed", info.build_id);
+            Err(bad(text, "`kelvin template logs` shows what it said"))
+        }
+    }
+}
+
+/// Builds a template: asks, uploads, starts, and follows it to its end.
+pub async fn build(client: &Client, output: Output, args: BuildArgs) -> Result<ExitCode, Failed> {
+    let (start, steps) = request(&args)?;
+    let asked = client.request_build(&wanted(&args)).await?;
     let (template, build) = (asked.template_id, asked.build_id);
     let mut shown = Shown::new(&format!("building {template}"), &steps);
     let labels: Vec<String> = steps.iter().map(Step::label).collect();
     let ended = tokio::select! {
-        ended = async {
-            upload(client, &template, &shown, steps, args.no_cache).await?;
-            client.start_build(&template, &build, &start).await?;
-            follow(client, &template, &build, &mut shown).await
-        } => ended,
+        ended = run(client, (&template, &build), &mut shown, (start, steps), args.no_cache) => ended,
         signal = told_to_end() => {
             let cancelled = client.cancel_build(&template, &build).await;
             shown.bar.finish_and_clear();
@@ -191,17 +232,24 @@ pub async fn build(client: &Client, output: Output, args: BuildArgs) -> Result<E
             return Err(failed);
         }
     };
-    match (info.status, &info.reason) {
-        (BuildStatus::Ready, _) => {
-            match output {
-                Output::Json => line(&serde_json::to_string_pretty(&info).unwrap_or_default()),
-                Output::Table => line(&template),
-            }
-            Ok(ExitCode::SUCCESS)
-        }
-        (_, Some(reason)) => Err(of_reason(reason, &labels)),
-        _ => Err(bad(format!("the build {build} failed"), "`kelvin template logs` shows what it said")),
+    let info = ready(info, &labels)?;
+    match output {
+        Output::Json => line(&serde_json::to_string_pretty(&info).unwrap_or_default()),
+        Output::Table => line(&template),
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The same without a word, and without an end by a signal; what the build has said.
+async fn build_unwatched(client: &Client, args: BuildArgs) -> Result<Vec<BuildLogEntry>, Failed> {
+    let (start, steps) = request(&args)?;
+    let asked = client.request_build(&wanted(&args)).await?;
+    let labels: Vec<String> = steps.iter().map(Step::label).collect();
+    let mut shown = Shown::kept();
+    let names = (asked.template_id.as_str(), asked.build_id.as_str());
+    let info = run(client, names, &mut shown, (start, steps), args.no_cache).await?;
+    ready(info, &labels)?;
+    Ok(shown.kept.unwrap_or_default())
 }
 
 /// A build's failure: the step as it was given, why, and the last that it said. `labels`: what the steps are called.

@@ -20,6 +20,7 @@ mod lifecycle;
 mod network;
 mod people;
 mod power;
+mod project;
 mod restart;
 mod run;
 mod sdk;
