@@ -130,7 +130,7 @@ async fn bad_input_is_refused_by_name_and_makes_nothing() {
         (&format!("POST /sandboxes/nosuch/promote HTTP/1.1\r\n{key}"), "", 404, "sandbox_not_found"),
         (&format!("GET /snapshots?limit=x HTTP/1.1\r\n{key}"), "", 400, "invalid_query"),
         (&format!("DELETE /snapshots/..%2Fx HTTP/1.1\r\n{key}"), "", 404, "snapshot_not_found"),
-        (&format!("DELETE /templates/base HTTP/1.1\r\n{key}"), "", 404, "snapshot_not_found"),
+        (&format!("DELETE /templates/nosuch HTTP/1.1\r\n{key}"), "", 404, "snapshot_not_found"),
         (&format!("PUT /pools/..%2Fx HTTP/1.1\r\n{key}"), "{}", 404, "template_not_found"),
         (&format!("PUT /pools/base HTTP/1.1\r\n{key}"), r#"{"min":5,"max":2}"#, 400, "invalid_pool"),
         (&format!("PUT /pools/base HTTP/1.1\r\n{key}"), r#"{"max":100000}"#, 400, "invalid_pool"),
