@@ -9,6 +9,7 @@ pub mod build;
 mod code;
 pub mod digest;
 pub mod error;
+pub mod event;
 pub mod guest;
 pub mod id;
 pub mod image;

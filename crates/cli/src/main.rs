@@ -49,6 +49,9 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Failed> {
         }
         Command::Key { command } => key::dispatch(&client()?, output, command).await,
         Command::Project { command } => key::project(&client()?, output, command).await,
+        Command::Events { sandbox, after, limit } => {
+            sandbox::events(&client()?, output, after, sandbox.as_deref(), limit).await
+        }
         Command::Audit { limit } => {
             output::print(output, &client()?.audit(limit).await?, key::audit_table);
             Ok(ExitCode::SUCCESS)

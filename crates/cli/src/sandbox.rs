@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use kelvin_api::envd::process::ProcessInfo;
+use kelvin_api::event::{Event, Happened};
 use kelvin_api::id::SandboxId;
 use kelvin_api::sandbox::{AutoResume, ForkSandbox, SandboxState};
 use kelvin_client::agent::Told;
@@ -174,6 +175,43 @@ impl From<ProcessInfo> for Ps {
         let words: Vec<String> = std::iter::once(config.cmd).chain(config.args).collect();
         Self { pid: info.pid, command: words.join(" "), cwd: config.cwd, tag: info.tag }
     }
+}
+
+/// `kelvin events`.
+pub async fn events(
+    client: &Client,
+    output: Output,
+    after: i64,
+    sandbox: Option<&str>,
+    limit: usize,
+) -> Result<ExitCode, Failed> {
+    print(output, &client.events(after, sandbox, limit).await?, event_table);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn event_table(events: &Vec<Event>) -> comfy_table::Table {
+    let mut shown = table(&["number", "when", "project", "sandbox", "template", "what", "details"]);
+    for event in events {
+        let details = match &event.what {
+            Happened::Created { start_path, parent: None } => start_path.name().to_owned(),
+            Happened::Created { start_path, parent: Some(parent) } => {
+                format!("{}, forked from {parent}", start_path.name())
+            }
+            Happened::DeadlineSet { end_at } => end_at.to_string(),
+            Happened::Ended { reason } => reason.clone(),
+            Happened::Paused | Happened::Resumed | Happened::NetworkSet => String::new(),
+        };
+        shown.add_row([
+            event.id.to_string(),
+            event.at.to_string(),
+            event.project.to_string(),
+            event.sandbox.to_string(),
+            event.template.clone(),
+            event.what.kind().to_owned(),
+            details,
+        ]);
+    }
+    shown
 }
 
 fn ps_table(rows: &Vec<Ps>) -> comfy_table::Table {

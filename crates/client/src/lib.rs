@@ -3,6 +3,7 @@
 //! Nothing is retried here: a caller that repeats a create passes the same idempotency key. Over TLS the host's
 //! roots are trusted, or those of `SSL_CERT_FILE`.
 
+mod accounts;
 pub mod agent;
 pub mod build;
 mod import;
@@ -18,7 +19,6 @@ use hyper::body::Incoming;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use kelvin_api::account::{ApiKeyInfo, AuditEntry, CreatedApiKey, Limits, NewApiKey, Project, ProjectInfo};
 use kelvin_api::error::ApiError;
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::network::{NetworkState, NetworkUpdate};
@@ -502,57 +502,6 @@ impl Client {
     pub async fn set_pool(&self, template: &str, wanted: &SetPool) -> Result<(), Error> {
         let path = format!("/pools/{}", segment(template));
         self.call(Method::PUT, &path, &[], Some(wanted)).await.map(drop)
-    }
-
-    /// Makes an API key.
-    ///
-    /// # Errors
-    /// Any of [`Error`].
-    pub async fn create_key(&self, wanted: &NewApiKey) -> Result<CreatedApiKey, Error> {
-        let (_, _, body) = self.call(Method::POST, "/api-keys", &[], Some(wanted)).await?;
-        decode(&body)
-    }
-
-    /// Every project, what it may have and what it uses.
-    ///
-    /// # Errors
-    /// Any of [`Error`].
-    pub async fn projects(&self) -> Result<Vec<ProjectInfo>, Error> {
-        self.get("/projects").await
-    }
-
-    /// Sets what all keys of a project may have together.
-    ///
-    /// # Errors
-    /// Any of [`Error`].
-    pub async fn limit_project(&self, project: &Project, limits: &Limits) -> Result<ProjectInfo, Error> {
-        let path = format!("/projects/{project}");
-        let (_, _, body) = self.call(Method::PUT, &path, &[], Some(limits)).await?;
-        decode(&body)
-    }
-
-    /// The API keys beside the server's own.
-    ///
-    /// # Errors
-    /// Any of [`Error`].
-    pub async fn keys(&self) -> Result<Vec<ApiKeyInfo>, Error> {
-        self.get("/api-keys").await
-    }
-
-    /// Revokes an API key by its id.
-    ///
-    /// # Errors
-    /// Any of [`Error`].
-    pub async fn revoke_key(&self, id: &str) -> Result<(), Error> {
-        self.call::<()>(Method::DELETE, &format!("/api-keys/{}", segment(id)), &[], None).await.map(drop)
-    }
-
-    /// The newest entries of the audit log, newest first.
-    ///
-    /// # Errors
-    /// Any of [`Error`].
-    pub async fn audit(&self, limit: usize) -> Result<Vec<AuditEntry>, Error> {
-        self.get(&format!("/audit?limit={limit}")).await
     }
 
     /// What runs on the node and what is left.

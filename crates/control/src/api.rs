@@ -36,7 +36,7 @@ use crate::openapi::{Api, Documented, Operation, Tag, op};
 use crate::reply::reply;
 use crate::request::{Outcome, Own, Path, Query, Who, about, json, parse, parse_required, read};
 use crate::service::sandbox_of;
-use crate::{builds, catalog, import, list, logs, meter, metrics, people};
+use crate::{builds, catalog, events, import, list, logs, meter, metrics, people};
 
 /// The time to live that a connect without a timeout asks for, in seconds. Source: E2B's clients.
 const CONNECT_TIMEOUT_S: u64 = 300;
@@ -279,6 +279,7 @@ pub(crate) fn routes() -> Api {
     sandboxes()
         .merge(list::routes())
         .merge(logs::routes())
+        .merge(events::routes())
         .merge(meter::routes())
         .merge(catalog::routes())
         .merge(builds::routes::routes())

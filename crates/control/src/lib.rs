@@ -24,6 +24,7 @@ mod codes;
 mod control;
 mod create;
 mod database;
+mod events;
 mod failures;
 mod import;
 mod lifecycle;

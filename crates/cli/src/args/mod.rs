@@ -78,6 +78,18 @@ pub enum Command {
         #[command(subcommand)]
         command: ProjectCommand,
     },
+    /// Show what became of sandboxes, also of those that are no more, oldest first.
+    Events {
+        /// Only of this sandbox.
+        #[arg(long, value_name = "ID")]
+        sandbox: Option<String>,
+        /// Only behind this event: the number of the last one that was seen.
+        #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+        after: i64,
+        /// How many, at most 1000.
+        #[arg(long, short = 'n', default_value_t = 1000)]
+        limit: usize,
+    },
     /// Show who changed what, newest first; needs the server's own key.
     Audit {
         /// How many entries.

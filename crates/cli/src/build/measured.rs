@@ -33,6 +33,7 @@ impl Builder for Measured<'_> {
             cpus: Some(cpus),
             memory_mib: Some(memory_mib),
             disk_mib: None,
+            kernel: None,
             no_cache: false,
         };
         build_unwatched(self.0, args).await.map_err(|failed| NotBuilt(failed.message().to_owned()))

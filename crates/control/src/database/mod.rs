@@ -35,7 +35,7 @@ pub use builds::{
 };
 pub use catalog::{Catalog, NewSnapshot, Owner, TagRow};
 pub use error::Error;
-pub use events::{Event, Events, Happened, Which};
+pub use events::{Events, Which};
 pub use keys::{Keys, Known};
 pub use limits::{Exceeded, Limited, Quota};
 pub use repository::Repository;

@@ -1,13 +1,12 @@
 //! The log of events in SQLite. Each is written with the change that it tells of.
 
 use async_trait::async_trait;
-use kelvin_api::sandbox::StartPath;
+use kelvin_api::event::{Event, Happened};
 use rusqlite::types::Value;
 use rusqlite::{Connection, OptionalExtension, Row, params_from_iter};
-use serde::{Deserialize, Serialize};
 
 use super::{Sqlite, bad, time};
-use crate::database::{Error, Event, Events, Happened, Which};
+use crate::database::{Error, Events, Which};
 
 /// Events that are kept.
 const KEPT: i64 = 1_000_000;
@@ -18,55 +17,17 @@ const STEPS: i64 = 16;
 /// The longest reason that is kept, in bytes.
 const LONGEST_REASON: usize = 1024;
 
-/// How [`Happened`] is written.
-#[derive(Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case")]
-enum Written {
-    Created { start_path: StartPath, parent: Option<kelvin_api::id::SandboxId> },
-    Paused,
-    Resumed,
-    DeadlineSet { ends_at: jiff::Timestamp },
-    NetworkSet,
-    Ended { reason: String },
-}
-
-impl From<Happened> for Written {
-    fn from(what: Happened) -> Self {
-        match what {
-            Happened::Created { start_path, parent } => Self::Created { start_path, parent },
-            Happened::Paused => Self::Paused,
-            Happened::Resumed => Self::Resumed,
-            Happened::DeadlineSet { ends_at } => Self::DeadlineSet { ends_at },
-            Happened::NetworkSet => Self::NetworkSet,
-            Happened::Ended { mut reason } => {
-                reason.truncate(reason.floor_char_boundary(LONGEST_REASON));
-                Self::Ended { reason }
-            }
-        }
-    }
-}
-
-impl From<Written> for Happened {
-    fn from(what: Written) -> Self {
-        match what {
-            Written::Created { start_path, parent } => Self::Created { start_path, parent },
-            Written::Paused => Self::Paused,
-            Written::Resumed => Self::Resumed,
-            Written::DeadlineSet { ends_at } => Self::DeadlineSet { ends_at },
-            Written::NetworkSet => Self::NetworkSet,
-            Written::Ended { reason } => Self::Ended { reason },
-        }
-    }
-}
-
 /// Notes what became of the sandbox `id`, which has a row; nothing when it has none.
 pub(super) fn note(
     connection: &Connection,
     id: &str,
     at: jiff::Timestamp,
-    what: Happened,
+    mut what: Happened,
 ) -> Result<(), rusqlite::Error> {
-    let what = serde_json::to_string(&Written::from(what)).map_err(|error| bad(error.into()))?;
+    if let Happened::Ended { reason } = &mut what {
+        reason.truncate(reason.floor_char_boundary(LONGEST_REASON));
+    }
+    let what = serde_json::to_string(&what).map_err(|error| bad(error.into()))?;
     let written = connection
         .prepare_cached(
             "INSERT INTO events (at_ms, sandbox, project, template, what) \
@@ -105,14 +66,14 @@ pub(super) fn rank(connection: &Connection, id: &str) -> Result<Option<i64>, rus
 
 fn event(row: &Row<'_>) -> Result<Event, rusqlite::Error> {
     let (sandbox, what): (String, String) = (row.get(2)?, row.get(5)?);
-    let what: Written = serde_json::from_str(&what).map_err(|error| bad(error.into()))?;
+    let what = serde_json::from_str(&what).map_err(|error| bad(error.into()))?;
     Ok(Event {
         id: row.get(0)?,
         at: time(row.get(1)?)?,
         sandbox: sandbox.parse().map_err(|error: kelvin_api::id::ParseIdError| bad(error.into()))?,
         project: row.get::<_, String>(3)?.parse().map_err(|error: &str| bad(error.into()))?,
         template: row.get(4)?,
-        what: what.into(),
+        what,
     })
 }
 

@@ -2,6 +2,7 @@
 
 use async_trait::async_trait;
 use kelvin_api::account::AuditEntry;
+use kelvin_api::event::Happened;
 use kelvin_api::id::{SandboxId, Token};
 use kelvin_api::sandbox::{Lifecycle, OnTimeout, PauseMode, SandboxState, StartPath};
 use kelvin_node_api::Live;
@@ -10,9 +11,7 @@ use rusqlite::{Connection, OptionalExtension, Row, Transaction, params_from_iter
 
 use super::{Sqlite, answers, audit, bad, events, time};
 use crate::database::limits::More;
-use crate::database::{
-    Begun, Claim, Ended, Error, Exceeded, Filter, Happened, NewKey, Quota, SandboxRow, Sandboxes,
-};
+use crate::database::{Begun, Claim, Ended, Error, Exceeded, Filter, NewKey, Quota, SandboxRow, Sandboxes};
 use crate::placement::{Epoch, Placement};
 
 fn word(state: SandboxState) -> &'static str {
@@ -299,7 +298,7 @@ impl Sandboxes for Sqlite {
                 transaction
                     .prepare_cached("UPDATE sandboxes SET ends_ms = ?2 WHERE id = ?1")?
                     .execute((&id, ends_at.as_millisecond()))?;
-                events::note(&transaction, &id, now, Happened::DeadlineSet { ends_at })?;
+                events::note(&transaction, &id, now, Happened::DeadlineSet { end_at: ends_at })?;
                 transaction.commit()
             })
             .await

@@ -1,10 +1,11 @@
 //! What became of sandboxes.
 
+use kelvin_api::event::{Event, Happened};
 use kelvin_api::id::SandboxId;
 use kelvin_api::sandbox::{SandboxState, StartPath};
 
 use super::data::{HOUR, Subject, begin, blue, live, make, open, row};
-use crate::database::{Database, Event, Happened, Which};
+use crate::database::{Database, Which};
 use crate::placement::{Epoch, Placement};
 
 async fn events(database: &Database, which: Which) -> Vec<Event> {
@@ -25,7 +26,7 @@ pub(crate) async fn what_becomes_of_a_sandbox_is_told_once_and_in_order(subject:
     // Committed twice, as a start does with what a server before it has begun.
     database.commit(&here, &live(&one.id, SandboxState::Running, 0), None, None).await.unwrap();
     let created = Happened::Created { start_path: StartPath::Clone, parent };
-    assert_eq!(of(&database, &one.id).await, [created.clone()]);
+    assert_eq!(of(&database, &one.id).await, std::slice::from_ref(&created));
     database.set_live(&here, &live(&one.id, SandboxState::Paused, 1)).await.unwrap();
     // What is known, and what is older than that, is no event.
     database.set_live(&here, &live(&one.id, SandboxState::Paused, 1)).await.unwrap();
@@ -44,7 +45,7 @@ pub(crate) async fn what_becomes_of_a_sandbox_is_told_once_and_in_order(subject:
     let Some((Happened::Ended { reason }, told)) = told.split_last() else { panic!("{told:?}") };
     assert!(long.starts_with(reason) && (1000..=1024).contains(&reason.len()), "{}", reason.len());
     let [paused, resumed] = [Happened::Paused, Happened::Resumed];
-    let changed = [Happened::DeadlineSet { ends_at }, Happened::NetworkSet];
+    let changed = [Happened::DeadlineSet { end_at: ends_at }, Happened::NetworkSet];
     assert_eq!(told, [&[created, paused.clone(), resumed.clone(), paused, resumed][..], &changed].concat());
 
     let other = row(&here);
