@@ -14,7 +14,6 @@
 //! same bytes, on any machine. A build that was ended goes on where it was, in the same checkout: what it has compiled is
 //! whole, or has no `.cmd` file and is compiled again; that holds as long as the machine runs, which is why the boot is noted.
 
-use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -71,7 +70,7 @@ pub fn command() -> Result<()> {
 /// When a package cannot be had, the configuration asks for what these sources do not have, or a compiler fails.
 pub fn ensure(directory: &Path) -> Result<PathBuf> {
     ensure_all(TOOLS)?;
-    let config = fs::read_to_string(config_path())?;
+    let config = said(&fs::read_to_string(config_path())?);
     let asked = digest(&[&RECIPE.to_le_bytes(), b"own", config.as_bytes(), tools()?.as_bytes()]);
     let found = with_lists(|| {
         let package = package_of(&output(Command::new("apt-cache").args(["depends", SOURCES]))?)?;
@@ -91,6 +90,12 @@ pub fn ensure(directory: &Path) -> Result<PathBuf> {
         fs::copy(build.join("source"), work.join("source"))?;
         Ok(fs::remove_dir_all(&build)?)
     })
+}
+
+/// The lines of a configuration that say something: what is for people makes no other kernel.
+fn said(config: &str) -> String {
+    let lines = config.lines().filter(|line| line.starts_with("CONFIG_") || off(line).is_some());
+    lines.map(|line| format!("{line}\n")).collect()
 }
 
 /// The versions of what compiles, a line each.
@@ -205,7 +210,7 @@ fn lost(config: &str, made: &str) -> Vec<String> {
         Some(name) => {
             !made.iter().any(|found| found.strip_prefix(name).is_some_and(|rest| rest.starts_with('=')))
         }
-        None => !line.starts_with("CONFIG_") || made.contains(&line),
+        None => made.contains(&line),
     };
     config.lines().filter(|line| !holds(line)).map(str::to_owned).collect()
 }
@@ -231,7 +236,7 @@ fn take(sources: &Path, work: &Path) -> Result<()> {
     for name in ["modules.builtin", "modules.builtin.modinfo"] {
         fs::copy(sources.join(name), listed.join(name))?;
     }
-    fs::create(listed.join("modules.order"))?.flush()?;
+    fs::write(listed.join("modules.order"), "")?;
     run(Command::new("depmod").arg("-b").arg(&tree).arg(release.trim()))?;
     fs::create_dir_all(work.join("image"))?;
     fs::rename(&listed, &image)?;
@@ -382,12 +387,20 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_a_configuration_says_to_people_makes_no_other_kernel() {
+        assert_eq!(
+            said("# text\n\nCONFIG_A=y\n# CONFIG_B is not set\n#CONFIG_C=y\n# it is not set\n"),
+            "CONFIG_A=y\n# CONFIG_B is not set\n"
+        );
+    }
+
     /// What is asked for and not made is an error, not a guest without it.
     #[test]
     fn what_the_sources_do_not_have_is_named() {
         let made = "#\n# x\n#\nCONFIG_A=y\nCONFIG_NR=64\n# CONFIG_C is not set\nCONFIG_D=y\n";
         assert!(
-            lost("# text\nCONFIG_A=y\nCONFIG_NR=64\n# CONFIG_C is not set\n# CONFIG_E is not set\n\n", made)
+            lost("CONFIG_A=y\nCONFIG_NR=64\n# CONFIG_C is not set\n# CONFIG_E is not set\n\n", made)
                 .is_empty()
         );
         assert_eq!(
