@@ -400,8 +400,7 @@ mod tests {
     fn what_the_sources_do_not_have_is_named() {
         let made = "#\n# x\n#\nCONFIG_A=y\nCONFIG_NR=64\n# CONFIG_C is not set\nCONFIG_D=y\n";
         assert!(
-            lost("CONFIG_A=y\nCONFIG_NR=64\n# CONFIG_C is not set\n# CONFIG_E is not set\n\n", made)
-                .is_empty()
+            lost("CONFIG_A=y\nCONFIG_NR=64\n# CONFIG_C is not set\n# CONFIG_E is not set\n", made).is_empty()
         );
         assert_eq!(
             lost("CONFIG_A=y\nCONFIG_B=y\nCONFIG_NR=6\n# CONFIG_D is not set\n# CONFIG_N is not set\n", made),
