@@ -148,7 +148,7 @@ fn stages_of(told: &str, now: Duration) -> Option<BootStages> {
     let [kernel, root_disk, network, started] = std::array::from_fn(|_| parts.next().flatten());
     let (kernel, root_disk, network, started) = (kernel?, root_disk?, network?, started?);
     let init = started.saturating_sub(kernel + root_disk + network);
-    Some(BootStages::new(kernel, root_disk, init, network, now.saturating_sub(started)))
+    Some(BootStages { kernel, root_disk, init, network, agent: now.saturating_sub(started) })
 }
 
 /// Says on the console how long each stage of the boot took, once: an agent that was started again has no part in it.

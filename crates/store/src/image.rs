@@ -142,6 +142,13 @@ pub struct Guest {
     pub initrd: String,
 }
 
+impl Guest {
+    /// The guest of these two files, by their digests.
+    pub fn of(kernel: String, initrd: String) -> Self {
+        Self { digest: sha256(format!("{kernel} {initrd}").as_bytes()), kernel, initrd }
+    }
+}
+
 /// Tells one import of a template from another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TemplateStamp {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
 
-use crate::hash::{FileDigest, sha256};
+use crate::hash::FileDigest;
 use crate::image::{Guest, GuestManifest, INITRD, KERNEL};
 use crate::source::{Links, Source};
 use crate::{Error, Store, io_error, publish, read_json, write_json};
@@ -131,13 +131,6 @@ impl Store {
         Source::open(&initrd, Links::Refuse, u64::MAX)?.copy(&staged.join(INITRD), &mut |_| ())?;
         let manifest = GuestManifest { kernel: own.kernel.clone(), initrd: manifest.initrd };
         write_json(&staged.join("manifest.json"), &manifest)
-    }
-}
-
-impl Guest {
-    /// The guest of these two files, by their digests.
-    pub fn of(kernel: String, initrd: String) -> Self {
-        Self { digest: sha256(format!("{kernel} {initrd}").as_bytes()), kernel, initrd }
     }
 }
 

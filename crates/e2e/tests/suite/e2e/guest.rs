@@ -8,6 +8,8 @@ use kelvin_client::agent::{Agent, Command, ErrorCode, Told};
 use kelvin_client::{Client, Error};
 use kelvin_e2e::{Ground, LIMIT, Server, agent_of, ask, new_sandbox, sh, shell, start_counter};
 
+use super::containers::CONTAINERS;
+
 fn root_of(client: &Client, sandbox: &Sandbox) -> Agent {
     client
         .agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), Some("root".to_owned()))
@@ -256,94 +258,6 @@ async fn an_agent_that_is_killed_comes_back_as_who_it_was() {
     client.kill(&sandbox.sandbox_id).await.expect("a kill");
     server.stop().await;
 }
-
-/// What Docker, buckets and VPNs stand on, of whichever kernel the guest has: built in, or loaded when it is asked for. A
-/// directory of its own for each.
-const CONTAINERS: [(&str, &str); 11] = [
-    (
-        "overlayfs",
-        "mkdir l u w m; echo below > l/f; mount -t overlay overlay -o lowerdir=l,upperdir=u,workdir=w m; \
-         echo above > m/f; test $(cat l/f u/f | tr -d '\\n') = belowabove; umount m",
-    ),
-    // A directory of its own for a container: its memory and its processes are limited.
-    (
-        "control groups of version 2",
-        "cd /sys/fs/cgroup; test $(stat -f -c %T .) = cgroup2fs; \
-         for one in cpu cpuset io memory pids; do grep -qw $one cgroup.controllers; done; \
-         echo '+cpu +memory +pids' > cgroup.subtree_control; mkdir ctr; echo 32M > ctr/memory.max; echo 64 > ctr/pids.max; echo '50000 100000' > ctr/cpu.max; \
-         sh -c 'echo 0 > ctr/cgroup.procs; grep -q ctr /proc/self/cgroup'; echo 1 > ctr/cgroup.freeze; \
-         grep -q 'frozen 1' ctr/cgroup.events; rmdir ctr",
-    ),
-    (
-        "links",
-        "ip link add br-t type bridge; ip link add v0 type veth peer name v1; ip link set v0 master br-t; \
-         ip link del v0; ip link del br-t; ip link add d0 type dummy; ip link del d0",
-    ),
-    ("a namespace of networks", "unshare --net --mount --pid --fork --uts --ipc ip link set lo up"),
-    (
-        "a namespace of users",
-        "setpriv --reuid 1000 --regid 1000 --clear-groups unshare --user --map-root-user id -u",
-    ),
-    (
-        "tun",
-        "python3 -c \"import fcntl, os, struct; f = os.open('/dev/net/tun', os.O_RDWR); \
-         fcntl.ioctl(f, 0x400454ca, struct.pack('16sH14x', b'kelvin-t', 0x1001)); \
-         assert os.path.isdir('/sys/class/net/kelvin-t')\"",
-    ),
-    // The kernel asks what serves a mount before anything else: FUSE_INIT is 26.
-    (
-        "FUSE",
-        "mkdir m; python3 -c \"import ctypes, os, struct; f = os.open('/dev/fuse', os.O_RDWR); \
-         c = ctypes.CDLL(None, use_errno=True); o = ('fd=%d,rootmode=40000,user_id=0,group_id=0' % f).encode(); \
-         assert c.mount(b'kelvin', b'm', b'fuse', 0, o) == 0, ctypes.get_errno(); \
-         assert struct.unpack('II', os.read(f, 65536)[:8])[1] == 26; c.umount2(b'm', 2)\"",
-    ),
-    ("loop devices", "truncate -s 1M f; device=$(losetup -f --show f); losetup -d $device"),
-    ("file systems", "modprobe -a squashfs isofs vfat; grep -qw squashfs /proc/filesystems"),
-    ("nftables", NFTABLES),
-    // Whoever has no nft: what `iptables-nft` sends is the same, with the names of its matches in it.
-    (
-        "iptables in front of nftables",
-        "modprobe -a nft_compat xt_addrtype xt_conntrack xt_MASQUERADE nft_chain_nat br_netfilter",
-    ),
-];
-
-/// Makes a table of the family inet, and leaves it, with a chain that translates addresses and masquerades, in one transaction, as `nft -f`
-/// does: the image has no `nft`. Source: Linux, include/uapi/linux/netfilter/nf_tables.h.
-const NFTABLES: &str = r#"python3 -c "
-import socket, struct
-def attr(kind, data):
-    size = 4 + len(data)
-    return struct.pack('HH', size, kind) + data + bytes(-size % 4)
-def text(kind, value): return attr(kind, value.encode() + bytes(1))
-def nested(kind, *inner): return attr(kind | 0x8000, b''.join(inner))
-def message(kind, flags, family, *inner):
-    body = struct.pack('>BBH', family, 0, 10 if kind in (16, 17) else 0) + b''.join(inner)
-    message.number += 1
-    return struct.pack('IHHII', 16 + len(body), kind, flags, message.number, 0) + body
-message.number = 0
-new, inet, hook_number, priority = 0x405, 1, 4, 100
-def nft(kind): return 10 << 8 | kind
-hook = nested(4, attr(1, struct.pack('>I', hook_number)), attr(2, struct.pack('>i', priority)))
-masquerade = nested(1, text(1, 'masq'), nested(2))
-batch = (message(16, 1, 0)
-    + message(nft(0), new, inet, text(1, 'kelvin'))
-    + message(nft(3), new, inet, text(1, 'kelvin'), text(3, 'nat'), hook, text(7, 'nat'))
-    + message(nft(6), new | 0x800, inet, text(1, 'kelvin'), text(2, 'nat'), nested(4, masquerade))
-    + message(17, 1, 0))
-s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
-s.settimeout(20)
-s.send(batch)
-left = {2, 3, 4}
-while left:
-    data = s.recv(65536)
-    while data:
-        size, kind, flags, number, port = struct.unpack('IHHII', data[:16])
-        code, = struct.unpack('i', data[16:20])
-        assert kind == 2 and code == 0, (number, code)
-        left.discard(number)
-        data = data[size + 3 & ~3:]
-""#;
 
 /// What a process is given, what it leaves running, what it can read and write, and how the guest is set up.
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 mod authorisation;
 mod builds;
+mod containers;
 mod crash;
 mod exec;
 mod firecracker;
