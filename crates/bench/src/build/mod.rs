@@ -331,4 +331,36 @@ mod tests {
             }
         }
     }
+
+    /// Builds nothing.
+    struct Nobody;
+
+    impl Builder for Nobody {
+        async fn build(&self, _: Order) -> Result<Vec<BuildLogEntry>, NotBuilt> {
+            Err(NotBuilt("nobody builds here".to_owned()))
+        }
+    }
+
+    /// A server that is not there, and no layout.
+    async fn refused(builds: u32, n: u32) -> Error {
+        let client = Client::new("http://127.0.0.1:1", kelvin_api::id::Token::from_secret("k".to_owned()));
+        let args = Args {
+            base: PathBuf::from("/nonexistent"),
+            builds,
+            pulls: 0,
+            n,
+            template: "base".to_owned(),
+            directory: None,
+        };
+        let stopped = std::future::pending();
+        run(&client.unwrap(), &args, &Nobody, stopped).await.unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_measured_is_refused_by_name() {
+        assert!(matches!(refused(0, 50).await, Error::NothingBuilt));
+        assert!(matches!(refused(0, 0).await, Error::Client(kelvin_client::Error::Unreachable { .. })));
+        // The template cannot be removed either: the first error is the one that counts.
+        assert!(matches!(refused(1, 0).await, Error::Client(_)));
+    }
 }
