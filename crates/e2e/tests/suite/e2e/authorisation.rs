@@ -62,6 +62,12 @@ fn method(text: &str) -> Method {
     text.parse().expect("a method")
 }
 
+/// What `client` is told of sandboxes, or of one.
+async fn told(client: &Client, of: Option<&str>) -> Vec<(String, &'static str)> {
+    let events = client.events(0, of, 100).await.expect("events");
+    events.into_iter().map(|event| (event.sandbox.to_string(), event.what.kind())).collect()
+}
+
 #[tokio::test]
 async fn what_is_anothers_is_not_there() {
     let Some(ground) = Ground::find() else { return };
@@ -107,10 +113,6 @@ async fn what_is_anothers_is_not_there() {
     let path = format!("/sandboxes/metrics?sandbox_ids={id}");
     let (status, reply) = ask(&server, &Method::GET, &path, &[("x-api-key", &red.key)], "").await;
     assert_eq!((status, reply.as_str()), (StatusCode::OK, r#"{"sandboxes":{}}"#));
-    let told = async |client: &Client, of: Option<&str>| {
-        let events = client.events(0, of, 100).await.expect("events");
-        events.into_iter().map(|event| (event.sandbox.to_string(), event.what.kind())).collect::<Vec<_>>()
-    };
     assert_eq!(told(&blue_client, None).await, [(id.clone(), "created")]);
     assert_eq!(told(&owner, Some(&id)).await, [(id.clone(), "created")]);
     assert!(told(&red_client, None).await.is_empty() && told(&red_client, Some(&id)).await.is_empty());
