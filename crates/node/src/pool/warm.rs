@@ -46,7 +46,7 @@ impl Inner {
         let pools: Vec<Arc<Pool>> = self.pools.all();
         let now = Instant::now();
         let usable =
-            |pool: &Pool| pool.refusal().is_none() && self.is_usable(&pool.snapshot.manifest.identity);
+            |pool: &Pool| pool.refusal().is_none() && self.is_waited_for(&pool.snapshot.manifest.identity);
         let claims: Vec<Claim> = pools
             .iter()
             .map(|pool| {

@@ -219,6 +219,10 @@ pub(super) const MIGRATIONS: &[&str] = &[
     ALTER TABLE builds ADD COLUMN log_bytes INTEGER NOT NULL DEFAULT 0;
     CREATE INDEX builds_under_way ON builds (node) WHERE state IN ('waiting', 'building');
 ",
+    // Each build is a version; one that no tag names any more stays for a while.
+    "
+    ALTER TABLE builds ADD COLUMN untagged_ms INTEGER;
+",
 ];
 
 #[cfg(test)]
