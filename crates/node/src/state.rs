@@ -130,7 +130,8 @@ impl Inner {
         self.is_one_of(&self.templates.waited_for(), identity)
     }
 
-    fn is_one_of(&self, templates: &[Arc<Template>], identity: &Identity) -> bool {
+    /// Whether `identity` is that of one of `templates`, and this node could restore it.
+    pub fn is_one_of(&self, templates: &[Arc<Template>], identity: &Identity) -> bool {
         let shape = Shape {
             vcpus: identity.vcpus,
             memory_mib: MemoryMib(identity.memory_mib),

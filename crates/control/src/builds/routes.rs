@@ -239,6 +239,7 @@ pub(crate) fn unbuilt(row: &BuildRow, owner: &TemplateOwner) -> Template {
         envd_version: ENVD_VERSION.to_owned(),
         build_status: status_of(row.state).name().to_owned(),
         snapshots: Vec::new(),
+        versions: Vec::new(),
     }
 }
 

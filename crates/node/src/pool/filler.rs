@@ -50,12 +50,13 @@ impl Inner {
     /// Nothing waits any more for snapshots of `template` but for those of the version that most creates ask for: there is
     /// another one, or it was removed. Warm machines go by themselves, and snapshots that are no version's with a collection.
     pub async fn settle_pools(&self, template: &TemplateName) {
+        let waited_for = self.templates.waited_for();
         for pool in self.pools.all() {
             let manifest = &pool.snapshot.manifest;
             if manifest.template != *template {
                 continue;
             }
-            if self.is_waited_for(&manifest.identity) {
+            if self.is_one_of(&waited_for, &manifest.identity) {
                 pool.set_target_if_none(self.options.waiting_vmms);
                 continue;
             }
