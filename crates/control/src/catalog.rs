@@ -31,7 +31,7 @@ use crate::tags::{
     AddTags, AddedTags, RemoveTags, Tag, TagCount, TagExists, add_tags, count_tags, has_tag, remove_tags,
     tags,
 };
-use crate::versions::{joined, split_tag};
+use crate::versions::{is_plain, joined, split_tag};
 
 /// The routes.
 #[allow(clippy::too_many_lines, reason = "a table: one entry for each route")]
@@ -241,11 +241,12 @@ impl Inner {
         let all_tags = self.database.all_tags().await.map_err(database_failed)?;
         let spawns = self.database.spawns().await.map_err(database_failed)?;
         let mut templates = Vec::new();
-        for (name, records) in self.records().await? {
+        for (name, mut records) in self.records().await? {
             if !self.owners.may_use(&caller.project, &name) {
                 continue;
             }
             let owner = self.owners.of(&name);
+            records.retain(|record| owner.is_some() || is_plain(record));
             // Of what is everybody's, each project has its own.
             let project = owner.as_ref().map_or(caller.project.as_str(), |owner| &owner.project);
             let own = all_tags.iter().filter(|(whose, of, _)| whose == project && *of == name);

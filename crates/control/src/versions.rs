@@ -55,6 +55,12 @@ pub(crate) fn image_of(record: &Template) -> String {
     record.versions.first().map_or_else(|| record.build_id.clone(), |version| version.image.clone())
 }
 
+/// Whether the version of such a row has no build. Of a template without an owner it is everybody's, and the others are nobody's:
+/// they came when their template had been deleted.
+pub(crate) fn is_plain(record: &Template) -> bool {
+    record.versions.first().is_none_or(|version| version.build_id.is_none())
+}
+
 /// Whether a tag names the version of such a row.
 fn names(tag: &TagRow, record: &Template) -> bool {
     match record.versions.first().and_then(|version| version.build_id.as_ref()) {
@@ -68,8 +74,7 @@ fn names(tag: &TagRow, record: &Template) -> bool {
 pub(crate) fn tags_of(record: &Template, tags: &[&TagRow]) -> Vec<String> {
     let mut found: Vec<String> =
         tags.iter().filter(|tag| names(tag, record)).map(|tag| tag.tag.clone()).collect();
-    let has_build = record.versions.first().is_some_and(|version| version.build_id.is_some());
-    if !has_build && tags.iter().all(|tag| tag.tag != DEFAULT_TAG) {
+    if is_plain(record) && tags.iter().all(|tag| tag.tag != DEFAULT_TAG) {
         found.push(DEFAULT_TAG.to_owned());
     }
     found.sort();
@@ -323,11 +328,14 @@ impl Inner {
         for (name, records) in self.records().await? {
             // What was listed may be named by now: that is looked up while nothing changes.
             let _changing = self.builds.changing.lock().await;
-            let Some(owner) = self.owners.of(&name) else { continue };
-            let tags = self.database.tags(&owner.project, &name).await.map_err(database_failed)?;
+            let owner = self.owners.of(&name);
+            let tags = match &owner {
+                Some(owner) => self.database.tags(&owner.project, &name).await.map_err(database_failed)?,
+                None => Vec::new(),
+            };
             let tags: Vec<&TagRow> = tags.iter().collect();
             let mut unnamed = Vec::new();
-            for record in &records {
+            for record in records.iter().filter(|record| owner.is_some() || !is_plain(record)) {
                 if let (Some(version), Some(since)) =
                     (version_of(record), self.unnamed_since(record, &tags).await?)
                 {
