@@ -11,14 +11,13 @@ mod ground;
 #[path = "builds/steps.rs"]
 mod steps;
 
-use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use kelvin_api::account::Project;
 use kelvin_api::error::ErrorCode;
-use kelvin_api::id::{SnapshotId, TemplateVersion};
-use kelvin_api::sandbox::{PauseMode, Template};
+use kelvin_api::id::{BuildId, SnapshotId, TemplateVersion};
+use kelvin_api::sandbox::PauseMode;
 use kelvin_api::units::MemoryMib;
 use kelvin_harness::world::{World, names};
 use kelvin_node::Node;
@@ -299,12 +298,12 @@ fn a_build_on_a_template_goes_on_where_that_has_ended() {
     ground.driver.kill_all();
 }
 
-/// VMMs that wait for each version of `web`.
-async fn waiting(node: &Node) -> BTreeMap<String, u32> {
+/// VMMs that wait for a version.
+async fn waiting(node: &Node, version: &TemplateVersion) -> u32 {
     let all = NodeService::templates(node).await.unwrap();
-    let of_web = all.into_iter().filter(|template| template.template_id == "web");
-    let count = |template: &Template| template.snapshots.iter().map(|one| one.waiting_vmms).sum();
-    of_web.map(|template| (template.build_id.clone(), count(&template))).collect()
+    let build = version.build.as_ref().map(BuildId::as_str);
+    let found = all.iter().find(|template| Some(template.build_id.as_str()) == build);
+    found.unwrap().snapshots.iter().map(|snapshot| snapshot.waiting_vmms).sum()
 }
 
 #[test]
@@ -329,13 +328,11 @@ fn versions_stand_beside_each_other_until_each_is_removed() {
         let [(old, was), (new, is)] = &made[..] else { panic!() };
         assert!(was.image != is.image && was.image_bytes > 0 && was.memory_disk_bytes.is_some(), "{made:?}");
         settle(&node).await;
-        let count =
-            async |version: &TemplateVersion| waiting(&node).await[version.build.as_ref().unwrap().as_str()];
         // Machines wait for the newest, until another is chosen; creates of both find them.
-        assert!(count(old).await == 0 && count(new).await > 0);
+        assert!(waiting(&node, old).await == 0 && waiting(&node, new).await > 0);
         NodeService::prefer_template(&node, old).await.unwrap();
         settle(&node).await;
-        assert!(count(old).await > 0 && count(new).await == 0);
+        assert!(waiting(&node, old).await > 0 && waiting(&node, new).await == 0);
         let of_old = create_of(&node, Base::Template(old.clone())).await.unwrap();
         let of_new = create_of(&node, Base::Template(new.clone())).await.unwrap();
         settle(&node).await;
@@ -347,7 +344,7 @@ fn versions_stand_beside_each_other_until_each_is_removed() {
         assert!(create_of(&node, Base::Template(old.clone())).await.is_err());
         assert_eq!(NodeService::source(&node, &old.to_string()).await.unwrap(), None);
         settle(&node).await;
-        assert!(count(new).await > 0);
+        assert!(waiting(&node, new).await > 0);
         NodeService::collect(&node, false).await.unwrap();
         let images = || names(&ground.options.data_dir.join("images"));
         assert!(images().contains(&was.image));
@@ -355,6 +352,7 @@ fn versions_stand_beside_each_other_until_each_is_removed() {
         settle(&node).await;
         NodeService::collect(&node, false).await.unwrap();
         let child = create_of(&node, Base::Snapshot(kept.clone())).await.unwrap();
+        settle(&node).await;
         assert_eq!(check(&ground, &node).await, Vec::<String>::new());
         // With the last that needs it, its image goes; the other's stays.
         NodeService::kill(&node, &child).await.unwrap();

@@ -374,7 +374,7 @@ pub fn reset(world: &World) {
     let root = world.root();
     let store = Store::open(root, false).unwrap();
     let base = store.template(&"base".parse().unwrap()).unwrap();
-    for version in versions(&root) {
+    for version in versions(root) {
         store.remove_template(&version).unwrap();
     }
     for place in ["layers", "uploads", "images"] {
