@@ -43,7 +43,6 @@ pub(crate) fn routes() -> Api {
                 codes::NODE,
                 codes::BASE,
                 &[ErrorCode::InUse, ErrorCode::SandboxChanging, ErrorCode::BuildUnsupported],
-                &[ErrorCode::TagNotFound, ErrorCode::InvalidTags],
             ])
             .query(&[("cascade", "Kelvin: true deletes those that descend from it too")])
             .empty(204)
@@ -148,7 +147,13 @@ pub(crate) fn routes() -> Api {
                 openapi::Tag::Templates,
                 "Delete a template that was built, or a snapshot; of a template with `:tag` the tag, and its version when no \
                  other names it",
-            ),
+            )
+            .errors(&[
+                codes::NODE,
+                codes::BASE,
+                &[ErrorCode::InUse, ErrorCode::SandboxChanging, ErrorCode::BuildUnsupported],
+                &[ErrorCode::TagNotFound, ErrorCode::InvalidTags],
+            ]),
         )
         .route(
             &get,
