@@ -156,7 +156,7 @@ codes! {
     TemplateNotFound = "template_not_found", NotFound;
     /// No such tag.
     TagNotFound = "tag_not_found", NotFound;
-    /// The tag names a template that was imported anew since.
+    /// The tag names what was imported, or built when one version of a name was kept, and is another by now.
     TagOutdated = "tag_outdated", Conflict;
     /// Another import of the template is under way.
     TemplateImporting = "template_importing", Conflict;

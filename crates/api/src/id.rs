@@ -245,6 +245,70 @@ impl FromStr for BuildId {
     }
 }
 
+/// A version of a template: what one build has made, or, without a build, what was imported under the name or built by a release
+/// that kept one version of it. As text `name@build`, or `name`; no tag is written so, and no name has an `@`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct TemplateVersion {
+    /// Of the template.
+    pub name: TemplateName,
+    /// The build that has made it.
+    pub build: Option<BuildId>,
+}
+
+impl TemplateVersion {
+    /// What `build` has made of `name`.
+    pub fn of(name: TemplateName, build: BuildId) -> Self {
+        Self { name, build: Some(build) }
+    }
+}
+
+impl From<TemplateName> for TemplateVersion {
+    fn from(name: TemplateName) -> Self {
+        Self { name, build: None }
+    }
+}
+
+impl FromStr for TemplateVersion {
+    type Err = ParseIdError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIdError> {
+        match text.split_once('@') {
+            None => Ok(text.parse::<TemplateName>()?.into()),
+            Some((name, build)) => Ok(Self::of(name.parse()?, build.parse()?)),
+        }
+    }
+}
+
+impl TryFrom<String> for TemplateVersion {
+    type Error = ParseIdError;
+
+    fn try_from(text: String) -> Result<Self, ParseIdError> {
+        text.parse()
+    }
+}
+
+impl From<TemplateVersion> for String {
+    fn from(version: TemplateVersion) -> Self {
+        version.to_string()
+    }
+}
+
+impl fmt::Display for TemplateVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.build {
+            None => write!(f, "{}", self.name),
+            Some(build) => write!(f, "{}@{build}", self.name),
+        }
+    }
+}
+
+impl fmt::Debug for TemplateVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
 text!(
     /// What uploaded files are called: 64 hexadecimal digits in lower case, which the client has made of them.
     FilesHash
@@ -335,6 +399,28 @@ mod tests {
         assert!("a1".repeat(32).parse::<FilesHash>().is_ok());
         for bad in ["", "../x", &"A1".repeat(32), &"a1".repeat(33), &"g1".repeat(32)] {
             assert!(bad.parse::<FilesHash>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_version_is_read_as_it_is_written_and_no_tag_is_one() {
+        let (name, build): (TemplateName, _) = ("web.v-1_0".parse().unwrap(), BuildId::random());
+        let of = TemplateVersion::of(name.clone(), build.clone());
+        assert_eq!(of.to_string(), format!("web.v-1_0@{build}"));
+        for version in [of, name.into()] {
+            assert_eq!(version.to_string().parse::<TemplateVersion>().as_ref(), Ok(&version));
+        }
+        for bad in [
+            "",
+            "@",
+            "web@",
+            "web@v1",
+            "web:v1",
+            &format!("@{build}"),
+            &format!("../x@{build}"),
+            &format!("web@{build}@"),
+        ] {
+            assert!(bad.parse::<TemplateVersion>().is_err(), "{bad:?}");
         }
     }
 

@@ -18,7 +18,7 @@ pub use self::node::{NodeInfo, NodeNetwork, UnreadableRecord};
 pub use self::snapshot::{
     CAPTURE_HEADER, Capture, FileState, FileVerification, SnapshotInfo, SnapshotSandbox, SnapshotVerification,
 };
-pub use self::template::{BakeTemplate, PoolInfo, SetPool, Template, TemplateSnapshot};
+pub use self::template::{BakeTemplate, PoolInfo, SetPool, Template, TemplateSnapshot, VersionInfo};
 
 use crate::id::{SandboxId, Token};
 use crate::network::NewNetwork;

@@ -21,6 +21,7 @@ mod serve;
 mod setup;
 mod snapshot;
 mod template;
+mod versions;
 mod vmm;
 
 use std::process::ExitCode;

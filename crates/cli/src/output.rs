@@ -11,7 +11,7 @@ use kelvin_api::boot::BootStages;
 use kelvin_api::error::{Failure, chain};
 use kelvin_api::network::{NetworkState, Traffic};
 use kelvin_api::phase::Phase;
-use kelvin_api::sandbox::{NodeInfo, OnTimeout, PoolInfo, SandboxDetail, SandboxState, Template};
+use kelvin_api::sandbox::{NodeInfo, OnTimeout, PoolInfo, SandboxDetail, SandboxState};
 use kelvin_client::Error;
 use serde::Serialize;
 
@@ -112,7 +112,8 @@ pub fn table(headings: &[&str]) -> Table {
     table
 }
 
-fn pairs(rows: Vec<(&str, String)>) -> Table {
+/// A table of names and what they stand for.
+pub fn pairs(rows: Vec<(&str, String)>) -> Table {
     let mut table = table(&[]);
     for (name, value) in rows {
         table.add_row([name.to_owned(), value]);
@@ -187,28 +188,6 @@ pub fn detail_table(sandbox: &SandboxDetail) -> Table {
         ("forked from", sandbox.parent_id.as_ref().map(ToString::to_string).unwrap_or_default()),
         ("metadata", labels(&sandbox.metadata)),
     ])
-}
-
-/// Templates.
-pub fn template_table(templates: &Vec<Template>) -> Table {
-    let mut table = table(&["name", "cpu", "memory", "disk", "snapshots (waiting VMMs)"]);
-    for template in templates {
-        let snapshots: Vec<String> = template
-            .snapshots
-            .iter()
-            .map(|snapshot| {
-                format!("{} cpu {} MiB ({})", snapshot.cpu_count, snapshot.memory_mb, snapshot.waiting_vmms)
-            })
-            .collect();
-        table.add_row([
-            template.template_id.clone(),
-            template.cpu_count.to_string(),
-            format!("{} MiB", template.memory_mb),
-            format!("{} MiB", template.disk_size_mb),
-            if snapshots.is_empty() { "none: creates are cold".to_owned() } else { snapshots.join(", ") },
-        ]);
-    }
-    table
 }
 
 /// Pools.

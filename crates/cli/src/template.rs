@@ -16,8 +16,8 @@ use kelvin_store::import::{Import, Links};
 
 use crate::args::{Connection, Output, TemplateCommand, data_dir};
 use crate::lock::{DataDirLock, Owner};
-use crate::output::{Failed, Steps, line, print, spinner, template_table};
-use crate::{build, config, lock};
+use crate::output::{Failed, Steps, line, print, spinner};
+use crate::{build, config, lock, versions};
 
 /// Runs one of the commands.
 pub async fn dispatch(
@@ -27,7 +27,17 @@ pub async fn dispatch(
 ) -> Result<ExitCode, Failed> {
     match command {
         TemplateCommand::List => {
-            print(output, &config::client(connection)?.templates().await?, template_table)
+            print(output, &config::client(connection)?.templates().await?, versions::list)
+        }
+        TemplateCommand::Info { name } => {
+            print(output, &config::client(connection)?.template(&name).await?, versions::info)
+        }
+        TemplateCommand::Tag { name, tags, remove } => {
+            let client = config::client(connection)?;
+            match remove {
+                false => client.add_tags(&name, &tags).await?,
+                true => client.remove_tags(&name, &tags).await?,
+            }
         }
         TemplateCommand::Build(args) => {
             return build::build(&config::client(connection)?, output, *args).await;

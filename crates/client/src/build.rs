@@ -86,7 +86,7 @@ impl Client {
         self.call::<()>(Method::DELETE, &path, &[], None).await.map(drop)
     }
 
-    /// A template with its builds, newest first, at most 100.
+    /// A template, or with `:tag` or the id of a build a version of it, with its builds, newest first, at most 100.
     ///
     /// # Errors
     /// Any of [`Error`].
@@ -94,7 +94,26 @@ impl Client {
         self.get(&format!("/templates/{}", segment(name))).await
     }
 
-    /// Deletes a template that was built, with its builds and tags; sandboxes and snapshots of it stay.
+    /// Has `tags` name the version that `target` means, `name`, `name:tag` or `name:build`: all of them, in one step.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn add_tags(&self, target: &str, tags: &[String]) -> Result<(), Error> {
+        let body = serde_json::json!({ "target": target, "tags": tags });
+        self.call(Method::POST, "/templates/tags", &[], Some(&body)).await.map(drop)
+    }
+
+    /// Takes tags from a template: all of them, or none.
+    ///
+    /// # Errors
+    /// Any of [`Error`].
+    pub async fn remove_tags(&self, name: &str, tags: &[String]) -> Result<(), Error> {
+        let body = serde_json::json!({ "name": name, "tags": tags });
+        self.call(Method::DELETE, "/templates/tags", &[], Some(&body)).await.map(drop)
+    }
+
+    /// Deletes a template that was built, with its versions, builds and tags; with `:tag` the tag, and the version that no other
+    /// names. Sandboxes and snapshots of it stay.
     ///
     /// # Errors
     /// Any of [`Error`].

@@ -528,7 +528,7 @@ async fn set_network(State(control): State<Control>, Own { id, .. }: Own, reques
 
 async fn bake(State(control): State<Control>, Path(name): Path<String>, request: Request) -> Outcome {
     let body: BakeTemplate = parse(&read(request).await?)?;
-    let template = name.parse().map_err(|_| unknown_template(&name))?;
+    let template = control.inner.any_version(&name).await?;
     let request = Bake {
         template,
         vcpus: body.cpu_count,
@@ -563,6 +563,9 @@ async fn node(State(control): State<Control>) -> Outcome {
 
 async fn collect(State(control): State<Control>, Query(query): Query<HashMap<String, String>>) -> Outcome {
     let dry_run = query.get("dryRun").is_some_and(|value| value == "true");
+    if !dry_run {
+        control.inner.expire_versions().await?;
+    }
     let before = control.inner.there().await?;
     let collected = control.inner.node.collect(dry_run).await?;
     if !dry_run {

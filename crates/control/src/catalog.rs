@@ -1,8 +1,7 @@
 //! What sandboxes are made from: templates, snapshots that are kept, and tags.
 //!
 //! Templates that were imported are everybody's, what was built is its project's until that says otherwise; snapshots and tags
-//! are a project's. A tag is a name for what a template is today: it keeps
-//! nothing, and once the template was imported anew a create from it is refused.
+//! are a project's. What a tag means is decided in `versions`.
 
 use std::collections::{HashMap, HashSet};
 
@@ -11,8 +10,8 @@ use axum::extract::State;
 use axum::response::IntoResponse;
 use http::{Method, StatusCode};
 use kelvin_api::build::{BuildStatus, TemplateBuild, TemplateWithBuilds};
-use kelvin_api::error::{ErrorCode, Failure, Kind};
-use kelvin_api::id::SnapshotId;
+use kelvin_api::error::{ErrorCode, Failure};
+use kelvin_api::id::{SnapshotId, TemplateVersion};
 use kelvin_api::sandbox::{SnapshotInfo, SnapshotVerification, Template};
 use kelvin_node_api::{Base, Source};
 use serde::{Deserialize, Serialize};
@@ -21,7 +20,7 @@ use crate::accounts::Account;
 use crate::builds::routes::{listed, unbuilt};
 use crate::codes;
 use crate::control::{Control, Inner};
-use crate::database::BuildRow;
+use crate::database::{BuildRow, TagRow};
 use crate::failures::{database_failed, unknown_template};
 use crate::list::{PAGE, page_limit, with_next};
 use crate::once::Again;
@@ -29,9 +28,10 @@ use crate::openapi::{self, Api, op};
 use crate::request::{Outcome, Path, Query, Who, json};
 use crate::service::{make_page_token, parse_page_token};
 use crate::tags::{
-    AddTags, AddedTags, DEFAULT_TAG, RemoveTags, Tag, TagCount, TagExists, add_tags, count_tags, has_tag,
-    remove_tags, split_tag, tags,
+    AddTags, AddedTags, RemoveTags, Tag, TagCount, TagExists, add_tags, count_tags, has_tag, remove_tags,
+    tags,
 };
+use crate::versions::{is_plain, joined, split_tag};
 
 /// The routes.
 #[allow(clippy::too_many_lines, reason = "a table: one entry for each route")]
@@ -107,7 +107,7 @@ pub(crate) fn routes() -> Api {
             &post,
             "/templates/tags",
             add_tags,
-            op("addTemplateTags", openapi::Tag::Templates, "Give a template tags")
+            op("addTemplateTags", openapi::Tag::Templates, "Have tags name a version of a template, all in one step")
                 .errors(&[codes::NODE, codes::BASE, &[ErrorCode::InvalidTags, ErrorCode::InvalidTarget]])
                 .body::<AddTags>()
                 .reply::<AddedTags>(201),
@@ -133,7 +133,7 @@ pub(crate) fn routes() -> Api {
             &get,
             "/templates/{name}",
             template,
-            op("getTemplate", openapi::Tag::Templates, "One template")
+            op("getTemplate", openapi::Tag::Templates, "One template; with `:tag`, or the id of a build, as that version of it")
                 .errors(&[codes::NODE, codes::BASE, codes::PAGES])
                 .query(PAGE)
                 .reply::<TemplateWithBuilds>(200),
@@ -145,8 +145,15 @@ pub(crate) fn routes() -> Api {
             remove(
                 "deleteTemplate",
                 openapi::Tag::Templates,
-                "Delete a template that was built, or a snapshot",
-            ),
+                "Delete a template that was built, or a snapshot; of a template with `:tag` the tag, and its version when no \
+                 other names it",
+            )
+            .errors(&[
+                codes::NODE,
+                codes::BASE,
+                &[ErrorCode::InUse, ErrorCode::SandboxChanging, ErrorCode::BuildUnsupported],
+                &[ErrorCode::TagNotFound, ErrorCode::InvalidTags],
+            ]),
         )
         .route(
             &get,
@@ -188,35 +195,17 @@ struct Alias {
 impl Inner {
     /// What `text` (a template, or a snapshot by id or name, each with or without a tag) is for a caller.
     pub(crate) async fn base(&self, caller: &Account, text: &str) -> Result<Source, Failure> {
-        let (name, tag) = split_tag(text);
-        let tag = tag.filter(|tag| *tag != DEFAULT_TAG);
-        // A template first: nothing is asked of the database for it, and no snapshot can take its name.
-        let template = match self.node.source(name).await {
-            Ok(source) => source.filter(|source| matches!(source.base, Base::Template(_))),
-            Err(failure) if failure.kind != Kind::NotFound => return Err(failure),
-            Err(_) => None,
-        };
-        // Another project's is not there.
-        let Some(source) = template.filter(|_| self.owners.may_use(&caller.project, name)) else {
-            let kept = match self.snapshot_of(caller, name).await? {
-                Some(id) if tag.is_none() => self.node.source(id.as_str()).await?,
-                _ => None,
-            };
-            return kept.ok_or_else(|| unknown_template(text));
-        };
-        if let Some(tag) = tag {
-            let tags = self.database.tags(caller.project.as_str(), name).await.map_err(database_failed)?;
-            let known = tags.iter().find(|row| row.tag == tag).ok_or_else(|| unknown_template(text))?;
-            let now = self.template(caller, name).await?.build_id;
-            if known.build != now {
-                return Err(Failure::new(
-                    ErrorCode::TagOutdated,
-                    format!("{name} was imported anew since it was tagged {tag:?}"),
-                    "assign the tag again, or leave it out",
-                ));
-            }
+        // A template first: its default version is known without the database, and no snapshot can take its name. Another
+        // project's is not there.
+        if let Some(source) = self.template_source(caller, text).await? {
+            return Ok(source);
         }
-        Ok(source)
+        let (name, tag) = split_tag(text);
+        let kept = match self.snapshot_of(caller, name).await? {
+            Some(id) if tag.is_none() => self.node.source(id.as_str()).await?,
+            _ => None,
+        };
+        kept.ok_or_else(|| unknown_template(text))
     }
 
     /// The id of the snapshot that a caller calls `name`, when it has such a one. What has no owner is nobody's.
@@ -252,20 +241,28 @@ impl Inner {
         Ok(())
     }
 
-    /// Every template that a caller may use, with how often it was started.
+    /// Every template that a caller may use, with its versions and how often it was started.
     async fn templates(&self, caller: &Account) -> Result<Vec<Template>, Failure> {
-        let mut templates = self.node.templates().await?;
-        templates.retain_mut(|template| {
-            let name = &template.template_id;
-            template.public = self.owners.of(name).is_some_and(|owner| owner.public);
-            self.owners.may_use(&caller.project, name)
-        });
+        let all_tags = self.database.all_tags().await.map_err(database_failed)?;
         let spawns = self.database.spawns().await.map_err(database_failed)?;
-        for template in &mut templates {
-            if let Some((count, last)) = spawns.get(&template.template_id) {
-                (template.spawn_count, template.last_spawned_at) =
-                    (u64::try_from(*count).unwrap_or(0), Some(*last));
+        let mut templates = Vec::new();
+        for (name, mut records) in self.records().await? {
+            if !self.owners.may_use(&caller.project, &name) {
+                continue;
             }
+            let owner = self.owners.of(&name);
+            records.retain(|record| owner.is_some() || is_plain(record));
+            // Of what is everybody's, each project has its own.
+            let project = owner.as_ref().map_or(caller.project.as_str(), |owner| &owner.project);
+            let own = all_tags.iter().filter(|(whose, of, _)| whose == project && *of == name);
+            let own: Vec<&TagRow> = own.map(|(.., row)| row).collect();
+            let Some(mut template) = joined(records, &own, None) else { continue };
+            template.public = owner.is_some_and(|owner| owner.public);
+            for (_, (count, last)) in spawns.iter().filter(|(text, _)| split_tag(text).0 == name) {
+                template.spawn_count += u64::try_from(*count).unwrap_or(0);
+                template.last_spawned_at = template.last_spawned_at.max(Some(*last));
+            }
+            templates.push(template);
         }
         Ok(templates)
     }
@@ -276,6 +273,47 @@ impl Inner {
             .into_iter()
             .find(|template| template.template_id == name)
             .ok_or_else(|| unknown_template(name))
+    }
+
+    /// A template as one version of it, the one that `text` means.
+    async fn template_version(&self, caller: &Account, text: &str) -> Result<Template, Failure> {
+        let (name, tag) = split_tag(text);
+        let template = self.template(caller, name).await?;
+        if tag.is_none() {
+            return Ok(template);
+        }
+        let Some(Source { base: Base::Template(version), .. }) = self.template_source(caller, text).await?
+        else {
+            return Err(unknown_template(text));
+        };
+        self.as_version(template, &version).await
+    }
+
+    /// The same of a version that is known to be there. What all have in common stays.
+    async fn as_version(&self, template: Template, version: &TemplateVersion) -> Result<Template, Failure> {
+        let records = self.records().await?.remove(version.name.as_str()).unwrap_or_default();
+        let chosen = joined(records, &[], Some(version));
+        let chosen = chosen.ok_or_else(|| unknown_template(&version.to_string()))?;
+        let Template {
+            build_id,
+            cpu_count,
+            memory_mb,
+            disk_size_mb,
+            updated_at,
+            envd_version,
+            snapshots,
+            ..
+        } = chosen;
+        Ok(Template {
+            build_id,
+            cpu_count,
+            memory_mb,
+            disk_size_mb,
+            updated_at,
+            envd_version,
+            snapshots,
+            ..template
+        })
     }
 
     /// The ids of the snapshots that the node can open.
@@ -432,11 +470,12 @@ async fn template(
     Path(name): Path<String>,
     Query(query): Query<TemplateQuery>,
 ) -> Outcome {
-    let (inner, name) = (&control.inner, split_tag(&name).0);
+    let (inner, text) = (&control.inner, name);
+    let (name, tag) = split_tag(&text);
     let (mut builds, next) = inner.builds_of(&caller, name, &query).await?;
-    let template = match inner.template(&caller, name).await {
+    let template = match inner.template_version(&caller, &text).await {
         // It was not built yet.
-        Err(failure) if failure.error_code == ErrorCode::TemplateNotFound => {
+        Err(failure) if failure.error_code == ErrorCode::TemplateNotFound && tag.is_none() => {
             let owner = inner.owners.of(name).filter(|_| inner.owners.is_own(&caller.project, name));
             let newest = inner.database.builds_of(name, None, 1).await.map_err(database_failed)?;
             match (owner, newest.first()) {
@@ -470,13 +509,17 @@ async fn delete_template(
     query: Query<HashMap<String, String>>,
     again: Option<Extension<Again>>,
 ) -> Outcome {
-    let removed = match control.inner.remove_template(&caller, split_tag(&name).0).await? {
-        true => Ok(StatusCode::NO_CONTENT.into_response()),
-        false => remove_snapshot(State(control), Who(caller), Path(name), query).await,
+    let removed = match control.inner.remove_template(&caller, &name).await {
+        Ok(true) => Ok(StatusCode::NO_CONTENT.into_response()),
+        Ok(false) => remove_snapshot(State(control), Who(caller), Path(name), query).await,
+        Err(failure) => Err(failure.into()),
     };
     match removed {
         // It was done before the server died.
-        Err(failed) if again.is_some() && failed.code() == ErrorCode::SnapshotNotFound => {
+        Err(failed)
+            if again.is_some()
+                && matches!(failed.code(), ErrorCode::SnapshotNotFound | ErrorCode::TagNotFound) =>
+        {
             Ok(StatusCode::NO_CONTENT.into_response())
         }
         removed => removed,
@@ -485,12 +528,16 @@ async fn delete_template(
 
 /// Whether a name means something. Another project's snapshot is not there.
 async fn alias(State(control): State<Control>, Who(caller): Who, Path(alias): Path<String>) -> Outcome {
-    let (template_id, public) = match control.inner.base(&caller, &alias).await?.base {
-        Base::Template(name) => {
-            let public = control.inner.owners.of(name.as_str()).is_none_or(|owner| owner.public);
-            (name.to_string(), public)
-        }
-        Base::Snapshot(id) => (id.to_string(), false),
+    let inner = &control.inner;
+    let public = |name: &str| inner.owners.of(name).is_none_or(|owner| owner.public);
+    let (template_id, public) = match inner.base(&caller, &alias).await.map(|source| source.base) {
+        Ok(Base::Template(version)) => (version.name.to_string(), public(version.name.as_str())),
+        Ok(Base::Snapshot(id)) => (id.to_string(), false),
+        // A template of which there are versions, but none of the default tag.
+        Err(failure) => match inner.template(&caller, &alias).await {
+            Ok(template) => (template.template_id, public(&alias)),
+            Err(_) => return Err(failure.into()),
+        },
     };
     Ok(json(StatusCode::OK, &Alias { template_id, public }))
 }

@@ -44,6 +44,7 @@ mod service;
 mod tags;
 #[cfg(test)]
 mod testing;
+mod versions;
 mod wake;
 
 pub use admission::Undocumented;

@@ -90,6 +90,11 @@ impl Control {
             let stop = cache.stop.clone();
             stop.run_until_cancelled(cache.accounts.follow(&cache.database)).await;
         });
+        let keeper = Arc::clone(&inner);
+        inner.tasks.spawn(async move {
+            let stop = keeper.stop.clone();
+            stop.run_until_cancelled(keeper.keep_versions()).await;
+        });
         let meter = Arc::clone(&inner);
         inner.tasks.spawn(async move {
             let stop = meter.stop.clone();
@@ -115,6 +120,7 @@ impl Inner {
             self.database.forget_claims(by).await.map_err(database_failed)?;
             self.compare_snapshots().await?;
             self.interrupt_builds().await?;
+            self.prefer_all().await?;
         }
         let live: BTreeMap<SandboxId, Live> =
             self.node.live().await?.into_iter().map(|live| (live.sandbox.clone(), live)).collect();

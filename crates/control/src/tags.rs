@@ -1,20 +1,21 @@
-//! Tags of templates: names of a project for what a template is today.
+//! Tags of templates: each names a version of what a project has built, or what an imported template is today.
 
 use axum::extract::{Request, State};
 use axum::response::IntoResponse;
 use http::StatusCode;
 use kelvin_api::error::{ErrorCode, Failure};
-use kelvin_api::id::TemplateName;
+use kelvin_api::id::{BuildId, TemplateName, TemplateVersion};
+use kelvin_api::sandbox::Template;
+use kelvin_node_api::Base;
 use serde::{Deserialize, Serialize};
 
 use crate::accounts::Account;
 use crate::control::{Control, Inner};
-use crate::database::TagRow;
-use crate::failures::database_failed;
+use crate::database::{DEFAULT_TAG, TagRow};
+use crate::failures::{database_failed, unknown_template};
 use crate::request::{Outcome, Path, Query, Who, json, parse_required, read};
+use crate::versions::{split_tag, tags_of};
 
-/// The tag that every template has. Source: E2B's clients.
-pub(crate) const DEFAULT_TAG: &str = "default";
 /// Tags in one request.
 const MAX_TAGS: usize = 100;
 
@@ -23,7 +24,7 @@ const MAX_TAGS: usize = 100;
 pub(crate) struct AddedTags {
     /// The tags that were given.
     tags: Vec<String>,
-    /// Id of the build that the template is; of one that was imported, what stands for its image.
+    /// Id of the build whose version they name; of a template that was imported, what stands for its image.
     #[serde(rename = "buildID")]
     build_id: String,
 }
@@ -58,14 +59,6 @@ pub(crate) struct TagExists {
     normalized_tag: String,
 }
 
-/// A name and its tag, when it has one.
-pub(crate) fn split_tag(text: &str) -> (&str, Option<&str>) {
-    match text.split_once(':') {
-        Some((name, tag)) => (name, Some(tag)),
-        None => (text, None),
-    }
-}
-
 fn parse_tag(text: &str) -> Result<TemplateName, Failure> {
     text.parse().map_err(|error: kelvin_api::id::ParseIdError| {
         Failure::new(ErrorCode::InvalidTag, error.to_string(), "use 1 to 64 of a-z, 0-9, '.', '_' and '-'")
@@ -76,7 +69,7 @@ fn parse_tag(text: &str) -> Result<TemplateName, Failure> {
 #[derive(Debug, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct AddTags {
-    /// Name of the template, with an optional `:tag`.
+    /// Name of the template, with an optional `:tag`; Kelvin: or the id of a build.
     target: String,
     /// 1 to 100 tags.
     tags: Vec<String>,
@@ -100,7 +93,14 @@ pub(crate) fn parse_tags(tags: Vec<String>) -> Result<Vec<String>, Failure> {
             "split the request",
         ));
     }
-    tags.iter().map(|tag| parse_tag(tag).map(|tag| tag.to_string())).collect()
+    let assignable = |tag: &String| match tag.parse::<BuildId>() {
+        // `name:<build>` means that build.
+        Ok(_) => {
+            Err(Failure::new(ErrorCode::InvalidTag, format!("{tag} reads as a build"), "choose another"))
+        }
+        Err(_) => parse_tag(tag).map(|tag| tag.to_string()),
+    };
+    tags.iter().map(assignable).collect()
 }
 
 pub(crate) async fn add_tags(State(control): State<Control>, Who(caller): Who, request: Request) -> Outcome {
@@ -115,13 +115,24 @@ pub(crate) async fn add_tags(State(control): State<Control>, Who(caller): Who, r
         )
         .into());
     }
-    // The tag that it is to be found by has to be there.
-    control.inner.base(&caller, &body.target).await?;
-    let build = control.inner.template(&caller, name).await?.build_id;
+    let inner = &control.inner;
+    // What the target names stays until the tags name it, too.
+    let _changing = inner.builds.changing.lock().await;
+    if inner.owners.of(name).is_some() && !inner.owners.is_own(&caller.project, name) {
+        return Err(unknown_template(&body.target).into());
+    }
+    let version = match inner.base(&caller, &body.target).await?.base {
+        Base::Template(version) => version,
+        Base::Snapshot(_) => return Err(unknown_template(&body.target).into()),
+    };
+    let build = inner.tagged_as(&version).await?;
     let project = caller.project.to_string();
-    let added = control.inner.database.add_tags(project, name.to_owned(), build.clone(), tags.clone());
+    let added = inner.database.add_tags(project, name.to_owned(), build.clone(), tags.clone());
     added.await.map_err(database_failed)?;
-    let build_id = control.inner.shown_build(name, &build).await?;
+    if inner.owners.of(name).is_some() {
+        inner.renew_owner(name).await?;
+    }
+    let build_id = inner.shown_build(name, &build).await?;
     Ok(json(StatusCode::CREATED, &AddedTags { tags, build_id }))
 }
 
@@ -133,18 +144,28 @@ pub(crate) async fn remove_tags(
     let body: RemoveTags = parse_required(&read(request).await?)?;
     let tags = parse_tags(body.tags)?;
     if tags.iter().any(|tag| tag == DEFAULT_TAG) {
-        let text = "the tag \"default\" cannot be taken away";
-        return Err(Failure::new(ErrorCode::InvalidTags, text, "leave it out").into());
+        return Err(default_stays().into());
     }
-    control.inner.template(&caller, &body.name).await?;
-    let removed = control.inner.database.remove_tags(caller.project.to_string(), body.name.clone(), tags);
+    let inner = &control.inner;
+    let _changing = inner.builds.changing.lock().await;
+    if inner.owners.of(&body.name).is_some() && !inner.owners.is_own(&caller.project, &body.name) {
+        return Err(unknown_template(&body.name).into());
+    }
+    inner.template(&caller, &body.name).await?;
+    let removed = inner.database.remove_tags(caller.project.to_string(), body.name.clone(), tags);
     match removed.await.map_err(database_failed)? {
         None => Ok(StatusCode::NO_CONTENT.into_response()),
-        Some(tag) => {
-            let text = format!("{} has no tag {tag:?}", body.name);
-            Err(Failure::new(ErrorCode::TagNotFound, text, "list its tags").into())
-        }
+        Some(tag) => Err(no_tag(&body.name, &tag).into()),
     }
+}
+
+fn default_stays() -> Failure {
+    let text = "the tag \"default\" cannot be taken away";
+    Failure::new(ErrorCode::InvalidTags, text, "leave it out, or give it to another version")
+}
+
+fn no_tag(name: &str, tag: &str) -> Failure {
+    Failure::new(ErrorCode::TagNotFound, format!("{name} has no tag {tag:?}"), "list its tags")
 }
 
 /// What stands for an image where E2B's clients read a UUID: made of its digest.
@@ -163,20 +184,94 @@ fn uuid_of(image: &str) -> String {
 }
 
 impl Inner {
-    /// The build that has made `image` for a template, as clients know it.
-    pub(crate) async fn shown_build(&self, template: &str, image: &str) -> Result<String, Failure> {
-        let known = self.database.build_of_image(template, image).await.map_err(database_failed)?;
-        Ok(known.map_or_else(|| uuid_of(image), |build| build.to_string()))
+    /// The build that a tag, or a template, is said to be of, as clients know it: where that is an image, the one that has made it.
+    pub(crate) async fn shown_build(&self, template: &str, build: &str) -> Result<String, Failure> {
+        if build.parse::<BuildId>().is_ok() {
+            return Ok(build.to_owned());
+        }
+        let known = self.database.build_of_image(template, build).await.map_err(database_failed)?;
+        Ok(known.map_or_else(|| uuid_of(build), |build| build.to_string()))
+    }
+
+    /// Takes from a template of the caller's own the tag `tag`, or, when it is the id of a build, nothing; and removes the version
+    /// that it meant when no other tag names it. Whether the template is the caller's own.
+    pub(crate) async fn remove_tagged(
+        &self,
+        caller: &Account,
+        name: &TemplateName,
+        tag: &str,
+    ) -> Result<bool, Failure> {
+        let _changing = self.builds.changing.lock().await;
+        let project = &caller.project;
+        let Some(owner) =
+            self.owners.of(name.as_str()).filter(|_| self.owners.is_own(project, name.as_str()))
+        else {
+            return Ok(false);
+        };
+        if tag == DEFAULT_TAG {
+            return Err(default_stays());
+        }
+        let is_tag = tag.parse::<BuildId>().is_err();
+        let version = match self.built_version(&owner, name, Some(tag)).await {
+            Ok(Some(version)) => version,
+            Ok(None) => return Err(no_tag(name.as_str(), tag)),
+            // It names nothing any more.
+            Err(failure) if failure.error_code == ErrorCode::TagOutdated => {
+                return self.untag(caller, name, tag).await;
+            }
+            Err(failure) => return Err(failure),
+        };
+        let others = self.named_by(&owner.project, &version, tag).await?;
+        if is_tag {
+            self.untag(caller, name, tag).await?;
+        } else if !others.is_empty() {
+            let text = format!("{version} is named by: {}", others.join(", "));
+            return Err(Failure::new(ErrorCode::InUse, text, "give these tags to another version first"));
+        }
+        if others.is_empty() {
+            // After a crash between the two it is an unnamed version, and goes with those.
+            self.remove_version(&version).await?;
+        }
+        Ok(true)
+    }
+
+    async fn untag(&self, caller: &Account, name: &TemplateName, tag: &str) -> Result<bool, Failure> {
+        let (project, name) = (caller.project.to_string(), name.to_string());
+        let removed = self.database.remove_tags(project, name.clone(), vec![tag.to_owned()]).await;
+        match removed.map_err(database_failed)? {
+            None => Ok(true),
+            Some(tag) => Err(no_tag(&name, &tag)),
+        }
+    }
+
+    /// The tags but `tag` that name a version.
+    async fn named_by(
+        &self,
+        project: &str,
+        version: &TemplateVersion,
+        tag: &str,
+    ) -> Result<Vec<String>, Failure> {
+        let tags = self.database.tags(project, version.name.as_str()).await.map_err(database_failed)?;
+        let all = self.records().await?.remove(version.name.as_str()).unwrap_or_default();
+        let is_it =
+            |record: &&Template| record.versions.first().is_some_and(|one| one.build_id == version.build);
+        let tags: Vec<&TagRow> = tags.iter().collect();
+        let mut found = all.iter().find(is_it).map(|record| tags_of(record, &tags)).unwrap_or_default();
+        found.retain(|one| one != tag);
+        Ok(found)
     }
 
     async fn tags(&self, caller: &Account, name: &str) -> Result<Vec<TagRow>, Failure> {
         let template = self.template(caller, name).await?;
-        let mut tags = self.database.tags(caller.project.as_str(), name).await.map_err(database_failed)?;
-        if tags.iter().all(|row| row.tag != DEFAULT_TAG) {
+        let owner = self.owners.of(name);
+        let project = owner.as_ref().map_or(caller.project.as_str(), |owner| &owner.project);
+        let mut tags = self.database.tags(project, name).await.map_err(database_failed)?;
+        let plain = template.versions.iter().find(|version| version.build_id.is_none());
+        if let Some(plain) = plain.filter(|_| tags.iter().all(|row| row.tag != DEFAULT_TAG)) {
             tags.push(TagRow {
                 tag: DEFAULT_TAG.to_owned(),
-                build: template.build_id,
-                created_at: template.created_at,
+                build: plain.image.clone(),
+                created_at: plain.created_at,
             });
         }
         Ok(tags)

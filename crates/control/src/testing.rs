@@ -7,10 +7,11 @@ use async_trait::async_trait;
 use futures::StreamExt as _;
 use kelvin_api::account::Project;
 use kelvin_api::error::{ErrorCode, Failure};
-use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName};
+use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName, TemplateVersion};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::sandbox::{
     GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, SnapshotVerification, Template,
+    VersionInfo,
 };
 use kelvin_api::units::{DiskMib, MemoryMib, Shape};
 use kelvin_node_api::{
@@ -25,7 +26,9 @@ pub(crate) struct ScriptedNode {
     live: Mutex<Vec<Live>>,
     changes: Mutex<VecDeque<Changes>>,
     told: tokio::sync::Notify,
-    templates: Mutex<BTreeMap<String, Template>>,
+    templates: Mutex<BTreeMap<TemplateVersion, Template>>,
+    /// Versions that machines were to wait for, in this order.
+    preferred: Mutex<Vec<TemplateVersion>>,
     /// Builds that were asked for and that no test has taken yet.
     asked: Mutex<VecDeque<AskedBuild>>,
     has_asked: tokio::sync::Notify,
@@ -52,7 +55,8 @@ pub(crate) struct AskedBuild {
 impl AskedBuild {
     /// It ends so. Whether somebody still waits for it.
     pub fn end(self, answer: Result<(), BuildFailure>, image: &str) -> bool {
-        let template = template(self.request.template.as_str(), image);
+        let build = Some(self.request.build.clone());
+        let template = template(self.request.template.as_str(), build, image);
         let built = answer.map(|()| Built { template, from_digest: None, cached_steps: 0 });
         self.answer.send(built).is_ok()
     }
@@ -63,11 +67,23 @@ impl AskedBuild {
     }
 }
 
-/// A template of that name.
-pub(crate) fn template(name: &str, image: &str) -> Template {
+/// A version of a template of that name.
+pub(crate) fn template(name: &str, build: Option<BuildId>, image: &str) -> Template {
+    let build_id = build.as_ref().map_or_else(|| image.to_owned(), ToString::to_string);
+    let version = VersionInfo {
+        build_id: build,
+        tags: Vec::new(),
+        image: image.to_owned(),
+        image_bytes: 2 << 30,
+        image_disk_bytes: 1 << 30,
+        memory_disk_bytes: Some(1 << 20),
+        kernel: "k".to_owned(),
+        created_at: jiff::Timestamp::UNIX_EPOCH,
+        from_digest: None,
+    };
     Template {
         template_id: name.to_owned(),
-        build_id: image.to_owned(),
+        build_id,
         cpu_count: 3,
         memory_mb: 384,
         disk_size_mb: 2048,
@@ -83,7 +99,14 @@ pub(crate) fn template(name: &str, image: &str) -> Template {
         envd_version: kelvin_api::ENVD_VERSION.to_owned(),
         build_status: "ready".to_owned(),
         snapshots: Vec::new(),
+        versions: vec![version],
     }
+}
+
+/// How the node calls it.
+fn called(template: &Template) -> TemplateVersion {
+    let name: TemplateName = template.template_id.parse().expect("a name");
+    TemplateVersion { name, build: template.versions[0].build_id.clone() }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -102,7 +125,27 @@ impl ScriptedNode {
 
     /// Has a template of this name from now on, as if it was imported.
     pub fn has_template(&self, name: &str) {
-        lock(&self.templates).insert(name.to_owned(), template(name, &"ab".repeat(32)));
+        self.has_version(template(name, None, &"ab".repeat(32)));
+    }
+
+    /// Has this version of a template from now on.
+    pub fn has_version(&self, template: Template) {
+        lock(&self.templates).insert(called(&template), template);
+    }
+
+    /// The versions that it has.
+    pub fn versions(&self) -> Vec<TemplateVersion> {
+        lock(&self.templates).keys().cloned().collect()
+    }
+
+    /// As if it was started anew.
+    pub fn forget_preferred(&self) {
+        lock(&self.preferred).clear();
+    }
+
+    /// The version that machines are to wait for.
+    pub fn preferred(&self) -> Option<TemplateVersion> {
+        lock(&self.preferred).last().cloned()
     }
 
     /// The next build that it is asked for.
@@ -185,13 +228,14 @@ impl NodeService for ScriptedNode {
     }
 
     async fn source(&self, text: &str) -> Result<Option<Source>, Failure> {
-        let Some(found) = lock(&self.templates).get(text).cloned() else { return Ok(None) };
+        let Ok(version) = text.parse::<TemplateVersion>() else { return Ok(None) };
+        let Some(found) = lock(&self.templates).get(&version).cloned() else { return Ok(None) };
         let shape = Shape {
             vcpus: found.cpu_count,
             memory_mib: MemoryMib(found.memory_mb),
             disk_mib: DiskMib(found.disk_size_mb),
         };
-        Ok(text.parse().ok().map(|name| Source { base: Base::Template(name), shape }))
+        Ok(Some(Source { base: Base::Template(version), shape }))
     }
 
     async fn pause(&self, _: &SandboxId, _: PauseMode, _: bool) -> Result<Paused, Failure> {
@@ -288,7 +332,7 @@ impl NodeService for ScriptedNode {
             Some(Ok(answer)) => answer?,
             _ => return Err(Failure::new(ErrorCode::BuildCancelled, "it was given up", "none").into()),
         };
-        lock(&self.templates).insert(built.template.template_id.clone(), built.template.clone());
+        self.has_version(built.template.clone());
         Ok(built)
     }
 
@@ -320,9 +364,14 @@ impl NodeService for ScriptedNode {
         Ok(())
     }
 
-    async fn remove_template(&self, name: &TemplateName) -> Result<(), Failure> {
+    async fn remove_template(&self, version: &TemplateVersion) -> Result<(), Failure> {
         let gone = || Failure::new(ErrorCode::TemplateNotFound, "no such template", "look");
-        lock(&self.templates).remove(name.as_str()).map(drop).ok_or_else(gone)
+        lock(&self.templates).remove(version).map(drop).ok_or_else(gone)
+    }
+
+    async fn prefer_template(&self, version: &TemplateVersion) -> Result<(), Failure> {
+        lock(&self.preferred).push(version.clone());
+        Ok(())
     }
 
     async fn info(&self) -> Result<NodeInfo, Failure> {

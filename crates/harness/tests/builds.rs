@@ -16,14 +16,17 @@ use std::time::Duration;
 
 use kelvin_api::account::Project;
 use kelvin_api::error::ErrorCode;
+use kelvin_api::id::{BuildId, SnapshotId, TemplateVersion};
+use kelvin_api::sandbox::PauseMode;
 use kelvin_api::units::MemoryMib;
-use kelvin_harness::world::World;
-use kelvin_node_api::{Build, BuildFrom, BuildStage, BuildStep, Instruction, NodeService};
+use kelvin_harness::world::{World, names};
+use kelvin_node::Node;
+use kelvin_node_api::{Base, Build, BuildFrom, BuildStage, BuildStep, Instruction, NodeService};
 use kelvin_store::Store;
 
 use crate::ground::{
-    Ground, build, builds_own, check, copy, copy_from, create, hash, of_image, plain, request, run, settle,
-    staged, step, upload, web, web_disk,
+    Ground, build, builds_own, check, copy, copy_from, create, create_of, hash, newest, of_image, plain,
+    request, run, settle, staged, step, upload, versions, web, web_disk,
 };
 
 #[test]
@@ -98,9 +101,13 @@ fn what_has_not_changed_is_not_done_again() {
         last.steps[3].force = true;
         assert_eq!(build(&node, last).await.0.unwrap().cached_steps, 3);
         // Gone: no create finds it, and what was made of it stays.
-        NodeService::remove_template(&node, &web()).await.unwrap();
-        let gone = NodeService::remove_template(&node, &web()).await.unwrap_err();
-        assert_eq!(gone.error_code, ErrorCode::TemplateNotFound);
+        let all = versions(&ground.options.data_dir);
+        assert_eq!(all.len(), 6, "one for each build");
+        for version in all {
+            NodeService::remove_template(&node, &version).await.unwrap();
+            let gone = NodeService::remove_template(&node, &version).await.unwrap_err();
+            assert_eq!(gone.error_code, ErrorCode::TemplateNotFound);
+        }
         assert!(create(&node, web()).await.is_err());
         settle(&node).await;
         assert_eq!(check(&ground, &node).await, Vec::<String>::new());
@@ -301,7 +308,7 @@ fn a_build_on_a_template_goes_on_where_that_has_ended() {
         build(&node, request("write last")).await.0.unwrap();
         let on = |steps: Vec<BuildStep>| Build {
             template: "next".parse().unwrap(),
-            from: BuildFrom::Template(web()),
+            from: BuildFrom::Template(newest(&ground.options.data_dir, &web()).unwrap().version()),
             steps,
             start: None,
             ready: None,
@@ -309,18 +316,88 @@ fn a_build_on_a_template_goes_on_where_that_has_ended() {
         };
         build(&node, on(vec![run("write more")])).await.0.unwrap();
         let store = Store::open(&ground.options.data_dir, false).unwrap();
-        let next = store.template(&"next".parse().unwrap()).unwrap();
+        let root = &ground.options.data_dir;
+        let next = newest(root, &"next".parse().unwrap()).unwrap();
         let disk = std::fs::read_to_string(store.rootfs(&next.image)).unwrap();
         assert!(disk.contains("write last") && disk.contains("write more"), "{disk}");
         assert_eq!((next.user.as_deref(), &next.service), (Some("app"), &None));
         // Without a step it is the same image under another name, and no machine of the builder's runs.
         ground.commands();
         build(&node, on(Vec::new())).await.0.unwrap();
-        let same = store.template(&"next".parse().unwrap()).unwrap();
-        assert_eq!(same.image, web_disk(&ground.options.data_dir).unwrap().0.image);
+        let same = newest(root, &"next".parse().unwrap()).unwrap();
+        assert_eq!(same.image, web_disk(root).unwrap().0.image);
         let commands = ground.commands();
         assert_eq!(builds_own(&commands), Vec::<&str>::new());
         settle(&node).await;
+        assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+        node.stop().await;
+    });
+    ground.driver.kill_all();
+}
+
+/// VMMs that wait for a version.
+async fn waiting(node: &Node, version: &TemplateVersion) -> u32 {
+    let all = NodeService::templates(node).await.unwrap();
+    let build = version.build.as_ref().map(BuildId::as_str);
+    let found = all.iter().find(|template| Some(template.build_id.as_str()) == build);
+    found.unwrap().snapshots.iter().map(|snapshot| snapshot.waiting_vmms).sum()
+}
+
+#[test]
+fn versions_stand_beside_each_other_until_each_is_removed() {
+    let world = World::make().unwrap();
+    let ground = Ground::new(&world, plain());
+    ground.live(|ground, node| async move {
+        settle(&node).await;
+        upload(&node).await.unwrap();
+        let mut made = Vec::new();
+        for last in ["write old", "write new"] {
+            let request = request(last);
+            let version = TemplateVersion::of(web(), request.build.clone());
+            let built = build(&node, request).await.0.unwrap().template;
+            assert_eq!(
+                (built.build_id.as_str(), built.versions.len()),
+                (version.build.as_ref().unwrap().as_str(), 1)
+            );
+            made.push((version, built.versions[0].clone()));
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        let [(old, was), (new, is)] = &made[..] else { panic!() };
+        assert!(was.image != is.image && was.image_bytes > 0 && was.memory_disk_bytes.is_some(), "{made:?}");
+        settle(&node).await;
+        // Machines wait for the newest, until another is chosen; creates of both find them.
+        assert!(waiting(&node, old).await == 0 && waiting(&node, new).await > 0);
+        NodeService::prefer_template(&node, old).await.unwrap();
+        settle(&node).await;
+        assert!(waiting(&node, old).await > 0 && waiting(&node, new).await == 0);
+        let of_old = create_of(&node, Base::Template(old.clone())).await.unwrap();
+        let of_new = create_of(&node, Base::Template(new.clone())).await.unwrap();
+        settle(&node).await;
+        assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+        // The old one is removed: its sandbox goes on, a snapshot of that starts, machines wait for the other.
+        let kept = SnapshotId::random();
+        NodeService::snapshot(&node, &of_old, kept.clone(), None, PauseMode::Full).await.unwrap();
+        NodeService::remove_template(&node, old).await.unwrap();
+        assert!(create_of(&node, Base::Template(old.clone())).await.is_err());
+        assert_eq!(NodeService::source(&node, &old.to_string()).await.unwrap(), None);
+        settle(&node).await;
+        assert!(waiting(&node, new).await > 0);
+        NodeService::collect(&node, false).await.unwrap();
+        let images = || names(&ground.options.data_dir.join("images"));
+        assert!(images().contains(&was.image));
+        NodeService::kill(&node, &of_old).await.unwrap();
+        settle(&node).await;
+        NodeService::collect(&node, false).await.unwrap();
+        let child = create_of(&node, Base::Snapshot(kept.clone())).await.unwrap();
+        settle(&node).await;
+        assert_eq!(check(&ground, &node).await, Vec::<String>::new());
+        // With the last that needs it, its image goes; the other's stays.
+        NodeService::kill(&node, &child).await.unwrap();
+        settle(&node).await;
+        NodeService::remove_snapshot(&node, &kept, false).await.unwrap();
+        NodeService::collect(&node, false).await.unwrap();
+        assert!(!images().contains(&was.image) && images().contains(&is.image));
+        assert_eq!(node.live().iter().map(|live| live.sandbox.clone()).collect::<Vec<_>>(), [of_new]);
         assert_eq!(check(&ground, &node).await, Vec::<String>::new());
         node.stop().await;
     });

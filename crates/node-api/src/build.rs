@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures::Stream;
 use kelvin_api::account::Project;
 use kelvin_api::error::Failure;
-use kelvin_api::id::{BuildId, FilesHash, TemplateName, Token};
+use kelvin_api::id::{BuildId, FilesHash, TemplateName, TemplateVersion, Token};
 use kelvin_api::sandbox::Template;
 use kelvin_api::units::{DiskMib, MemoryMib};
 use serde::{Deserialize, Serialize};
@@ -17,9 +17,9 @@ use tokio::sync::mpsc;
 /// Make a template of an image, or of another template, and of steps over it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Build {
-    /// Chosen by the control plane and recorded there before.
+    /// Chosen by the control plane and recorded there before; then the id of the version that it makes.
     pub build: BuildId,
-    /// Its name; a template of that name is replaced when the build has succeeded, and not before.
+    /// Its name. Other versions of it stay what they are.
     pub template: TemplateName,
     /// Whose it is: uploaded files are this project's own.
     pub project: Project,
@@ -75,8 +75,8 @@ pub enum BuildFrom {
         /// Where the registry may be.
         reach: RegistryReach,
     },
-    /// A template that is there.
-    Template(TemplateName),
+    /// A version of a template that is there.
+    Template(TemplateVersion),
     /// An OCI image layout, a directory on the node's machine, by its absolute path.
     Layout(PathBuf),
     /// An archive that `docker save` has written, on the node's machine, by its absolute path.
@@ -200,7 +200,7 @@ pub type BuildTold = mpsc::Sender<BuildEvent>;
 /// What a build has made.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Built {
-    /// It. A create finds it.
+    /// It, with the one version that was made. A create finds that.
     pub template: Template,
     /// The digest of the image that it began with, where it began with one: what a tag meant then.
     pub from_digest: Option<String>,
@@ -208,7 +208,7 @@ pub struct Built {
     pub cached_steps: u32,
 }
 
-/// Why a build has made nothing. The template is what it was.
+/// Why a build has made nothing. No version of its template has changed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BuildFailure {
     /// The step that failed, counted as a [`BuildEvent`]'s; none when it was none.

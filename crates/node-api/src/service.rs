@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use kelvin_api::account::Project;
 use kelvin_api::error::{ErrorCode, Failure};
-use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName};
+use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName, TemplateVersion};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::sandbox::{
     GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, SnapshotVerification, Template,
@@ -34,7 +34,7 @@ pub trait NodeService: Send + Sync + 'static {
     async fn metrics(&self, id: &SandboxId) -> Result<GuestMetrics, Failure>;
     /// The last of a sandbox's console.
     async fn console(&self, id: &SandboxId) -> Result<Vec<ConsoleLine>, Failure>;
-    /// What `text` names: a template by name, or a snapshot that is kept by id. None for neither.
+    /// What `text` names: a version of a template as it is written, or a snapshot that is kept by id. None for neither.
     async fn source(&self, text: &str) -> Result<Option<Source>, Failure>;
     /// Freezes a sandbox; with `healthy`, only when its agent answers.
     async fn pause(&self, id: &SandboxId, mode: PauseMode, healthy: bool) -> Result<Paused, Failure>;
@@ -72,16 +72,16 @@ pub trait NodeService: Send + Sync + 'static {
     async fn live(&self) -> Result<Vec<Live>, Failure>;
     /// What happened after `generation`; waits until something did.
     async fn changes(&self, generation: u64) -> Result<Changes, Failure>;
-    /// Every template.
+    /// Every version of every template, each as a template that has this one. Tags are not the node's.
     async fn templates(&self) -> Result<Vec<Template>, Failure>;
     /// Makes a template of files on the node's machine, and says in `told` how far it is. `TemplateImporting` when one of that
     /// name is being made. A create finds it as soon as this returns; on a failure the template is what it was.
     async fn import(&self, request: Import, told: ImportTold) -> Result<Template, Failure>;
     /// Makes sure that a snapshot exists; returns its id.
     async fn bake(&self, request: Bake) -> Result<SnapshotId, Failure>;
-    /// Makes a template of an image and of steps over it, and says in `told` how that goes. It goes on when nobody reads
-    /// that. The later of two builds of a name wins: the former fails with `BuildSuperseded`. On a failure the template is
-    /// what it was.
+    /// Makes a version of a template of an image and of steps over it, and says in `told` how that goes. It goes on when nobody
+    /// reads that. The later of two builds of a name wins: the former fails with `BuildSuperseded`. Other versions stay what they
+    /// are.
     async fn build(&self, request: Build, told: BuildTold) -> Result<Built, BuildFailure> {
         let _ = (request, told);
         Err(no_builds().into())
@@ -108,10 +108,16 @@ pub trait NodeService: Send + Sync + 'static {
         let _ = (project, hash, content);
         Err(no_builds())
     }
-    /// Removes a template: no create finds it. What was made of it stays: sandboxes, paused ones and kept snapshots.
-    /// `TemplateNotFound` when there is none.
-    async fn remove_template(&self, name: &TemplateName) -> Result<(), Failure> {
-        let _ = name;
+    /// Removes a version of a template: no create finds it. What was made of it stays: sandboxes, paused ones and kept
+    /// snapshots. `TemplateNotFound` when it is not here.
+    async fn remove_template(&self, version: &TemplateVersion) -> Result<(), Failure> {
+        let _ = version;
+        Err(no_builds())
+    }
+    /// Says which version of a template most creates will ask for: machines wait for it alone. Until that is said after a start,
+    /// they wait for the newest. `TemplateNotFound` when it is not here.
+    async fn prefer_template(&self, version: &TemplateVersion) -> Result<(), Failure> {
+        let _ = version;
         Err(no_builds())
     }
     /// What runs and what is left.

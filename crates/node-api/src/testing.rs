@@ -12,7 +12,7 @@ use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use kelvin_api::account::Project;
 use kelvin_api::error::{ErrorCode, Failure, Kind};
-use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName, Token};
+use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName, TemplateVersion, Token};
 use kelvin_api::import::ImportStage;
 use kelvin_api::network::{Policy, Wanted};
 use kelvin_api::sandbox::{Lifecycle, PauseMode, SandboxState, SetPool, StartPath};
@@ -71,7 +71,7 @@ impl Subject {
         Create {
             sandbox: SandboxId::random(),
             project: Project::default(),
-            base: Base::Template(self.template.clone()),
+            base: Base::Template(self.template.clone().into()),
             vcpus: None,
             memory_mib: None,
             env_vars: [("KELVIN".to_owned(), "contract".to_owned())].into(),
@@ -144,9 +144,14 @@ pub async fn a_failure_says_what_and_why(subject: &Subject) {
     // What a node without builds says of all of them.
     let said = code(node.cancel_build(&BuildId::random()).await);
     assert!([(Kind::NotFound, ErrorCode::BuildNotFound), NO_BUILDS].contains(&said), "{said:?}");
-    let unknown: TemplateName = "nothing-of-that-name".parse().expect("a name");
+    let unknown: TemplateVersion = "nothing-of-that-name".parse().expect("a name");
     let said = code(node.remove_template(&unknown).await);
     assert!([(Kind::NotFound, ErrorCode::TemplateNotFound), NO_BUILDS].contains(&said), "{said:?}");
+    let version = TemplateVersion::of(subject.template.clone(), BuildId::random());
+    assert_eq!(node.source(&version.to_string()).await.expect("a look"), None, "there is no such version");
+    for said in [code(node.remove_template(&version).await), code(node.prefer_template(&version).await)] {
+        assert!([(Kind::NotFound, ErrorCode::TemplateNotFound), NO_BUILDS].contains(&said), "{said:?}");
+    }
     let hash: FilesHash = "ab".repeat(32).parse().expect("a hash");
     match node.has_files(&Project::default(), &hash).await {
         Ok(has) => assert!(!has, "nobody has uploaded them"),
@@ -310,9 +315,9 @@ pub async fn resources_are_told(subject: &Subject) {
     let templates = node.templates().await.expect("templates");
     assert_eq!(templates.iter().map(|template| &template.template_id).collect::<Vec<_>>(), [&name]);
     let source = node.source(&name).await.expect("a look").expect("it is a template");
-    assert_eq!(source.base, Base::Template(subject.template.clone()));
+    assert_eq!(source.base, Base::Template(subject.template.clone().into()));
     let bake = Bake {
-        template: subject.template.clone(),
+        template: subject.template.clone().into(),
         vcpus: None,
         memory_mib: None,
         waiting_vmms: None,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kelvin_api::account::Project;
 use kelvin_api::error::Failure;
-use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, Token};
+use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, TemplateVersion, Token};
 use kelvin_api::import::ImportProgress;
 use kelvin_api::network::Wanted;
 use kelvin_api::phase::Timings;
@@ -51,8 +51,8 @@ pub struct Create {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Base {
-    /// A machine of a template.
-    Template(TemplateName),
+    /// A machine of a version of a template.
+    Template(TemplateVersion),
     /// What a sandbox was when a snapshot was taken.
     Snapshot(SnapshotId),
 }
@@ -182,8 +182,8 @@ pub struct Taken {
 /// Make sure that a snapshot of a template exists in a shape.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bake {
-    /// Which template.
-    pub template: TemplateName,
+    /// Which version of which template.
+    pub template: TemplateVersion,
     /// Instead of the template's.
     pub vcpus: Option<u32>,
     /// Instead of the template's.

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use kelvin_api::id::TemplateVersion;
 use kelvin_api::units::{DiskMib, Shape};
 use kelvin_node_api::{Import, ImportTold};
 use kelvin_store::import::Links;
@@ -27,8 +28,8 @@ impl Node {
         let (vcpus, memory_mib) = (request.vcpus, request.memory_mib);
         inner.capacity.check(Shape { vcpus, memory_mib, disk_mib: DiskMib(0) })?;
         inner.check_disk()?;
-        let alone = inner.templates.begin_import(&request.template)?;
-        let name = request.template.clone();
+        let alone = inner.templates.begin_import(&request.template.clone().into())?;
+        let version = TemplateVersion::from(request.template.clone());
         let node = self.clone();
         self.run("importing", async move {
             let _alone = alone;
@@ -52,8 +53,8 @@ impl Node {
                 .map_err(|error| Error::Io { what: "importing", source: std::io::Error::other(error) })??;
             tracing::info!(template = %imported.name, image = imported.image, "imported");
             // Read anew: from here on it is known.
-            let known = node.templates().await?.into_iter().find(|(template, ..)| template.name == name);
-            let missing = || kelvin_store::Error::Missing { kind: "template", name: name.to_string() };
+            let known = node.templates().await?.into_iter().find(|known| known.template.version() == version);
+            let missing = || kelvin_store::Error::Missing { kind: "template", name: version.to_string() };
             Ok(known.ok_or_else(missing)?)
         })
         .await

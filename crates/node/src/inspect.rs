@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use kelvin_api::id::{SandboxId, TemplateName};
+use kelvin_api::id::SandboxId;
 use kelvin_api::sandbox::{NodeInfo, NodeNetwork, PoolInfo, TemplateSnapshot};
 use kelvin_host::clock::Clock;
 use kelvin_node_api::{Changes, Live};
@@ -12,9 +12,29 @@ use kelvin_store::image::Template;
 use crate::Node;
 use crate::error::Error;
 use crate::pool::shelf::{Pool, manifest_shape};
+use crate::state::Inner;
 
-/// A template, when it was imported, and its usable snapshots.
-pub type Known = (Template, jiff::Timestamp, Vec<TemplateSnapshot>);
+/// A version of a template, as it is on this node.
+#[derive(Debug)]
+pub struct Known {
+    /// It.
+    pub template: Template,
+    /// When it was imported or built.
+    pub created: jiff::Timestamp,
+    /// Its usable snapshots.
+    pub snapshots: Vec<TemplateSnapshot>,
+    /// Bytes of its image, and those of them that are on the disk.
+    pub image_bytes: (u64, u64),
+    /// Bytes on the disk of the memory of its snapshot in its own shape.
+    pub memory_bytes: Option<u64>,
+}
+
+impl Known {
+    /// One of which nothing else is known.
+    pub fn new(template: Template, created: jiff::Timestamp) -> Self {
+        Self { template, created, snapshots: Vec::new(), image_bytes: (0, 0), memory_bytes: None }
+    }
+}
 
 impl Node {
     /// One sandbox as it is now.
@@ -26,11 +46,6 @@ impl Node {
             }
             Err(_) => self.inner.paused(id).map(|paused| paused.record.live()),
         }
-    }
-
-    /// Whether there is a template called `name`. One look at the file system.
-    pub fn has_template(&self, name: &TemplateName) -> bool {
-        self.inner.store.template_stamp(name).is_ok()
     }
 
     /// Every sandbox, running or paused.
@@ -47,7 +62,7 @@ impl Node {
         self.inner.changes.after(generation).await
     }
 
-    /// Every template, when it was imported, and its usable snapshots.
+    /// Every version of every template.
     ///
     /// # Errors
     /// `Store` when they cannot be read.
@@ -60,35 +75,8 @@ impl Node {
             })??;
         self.inner.templates.know(&templates);
         let pools: Vec<Arc<Pool>> = self.inner.pools.all();
-        Ok(templates
-            .into_iter()
-            .map(|template| {
-                let mut snapshots: Vec<TemplateSnapshot> = pools
-                    .iter()
-                    .filter(|pool| {
-                        let manifest = &pool.snapshot.manifest;
-                        let shape = manifest_shape(manifest);
-                        pool.refusal().is_none()
-                            && self.inner.identities.of_template(
-                                &template,
-                                shape,
-                                self.inner.identities.has_network(&manifest.identity),
-                            ) == manifest.identity
-                    })
-                    .map(|pool| TemplateSnapshot {
-                        snapshot_id: pool.snapshot.manifest.id.to_string(),
-                        cpu_count: pool.snapshot.manifest.identity.vcpus,
-                        memory_mb: pool.snapshot.manifest.identity.memory_mib,
-                        waiting_vmms: pool.count(),
-                        network: self.inner.identities.has_network(&pool.snapshot.manifest.identity),
-                    })
-                    .collect();
-                snapshots.sort_by_key(|snapshot| (snapshot.cpu_count, snapshot.memory_mb));
-                let stamp = self.inner.store.template_stamp(&template.name);
-                let imported = stamp.map(|stamp| stamp.imported()).unwrap_or_default();
-                (template, imported, snapshots)
-            })
-            .collect())
+        let known = |template| self.inner.known(template, &pools);
+        Ok(templates.into_iter().map(known).collect())
     }
 
     /// Whether nothing is being prepared, torn down or taken over. Asks nobody: it may be asked often.
@@ -169,5 +157,36 @@ impl Node {
     /// The data directory.
     pub fn data_dir(&self) -> &Path {
         self.inner.store.root()
+    }
+}
+
+impl Inner {
+    /// What is known of `template`, of whose snapshots `pools` may be. A few looks at the file system.
+    fn known(&self, template: Template, pools: &[Arc<Pool>]) -> Known {
+        let is_of = |pool: &&Arc<Pool>| {
+            let (manifest, identities) = (&pool.snapshot.manifest, &self.identities);
+            let network = identities.has_network(&manifest.identity);
+            pool.refusal().is_none()
+                && identities.of_template(&template, manifest_shape(manifest), network) == manifest.identity
+        };
+        let mut found: Vec<&Arc<Pool>> = pools.iter().filter(is_of).collect();
+        found.sort_by_key(|pool| {
+            let identity = &pool.snapshot.manifest.identity;
+            (identity.vcpus, identity.memory_mib)
+        });
+        let own = found.iter().find(|pool| manifest_shape(&pool.snapshot.manifest) == template.shape);
+        let memory_bytes = own.and_then(|pool| pool.snapshot.memory_on_disk());
+        let shown = |pool: &&Arc<Pool>| TemplateSnapshot {
+            snapshot_id: pool.snapshot.manifest.id.to_string(),
+            cpu_count: pool.snapshot.manifest.identity.vcpus,
+            memory_mb: pool.snapshot.manifest.identity.memory_mib,
+            waiting_vmms: pool.count(),
+            network: self.identities.has_network(&pool.snapshot.manifest.identity),
+        };
+        let snapshots = found.iter().map(shown).collect();
+        let image_bytes = self.store.image_bytes(&template.image).unwrap_or_default();
+        let stamp = self.store.template_stamp(&template.version());
+        let created = stamp.map(|stamp| stamp.imported()).unwrap_or_default();
+        Known { template, created, snapshots, image_bytes, memory_bytes }
     }
 }

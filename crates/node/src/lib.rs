@@ -37,7 +37,7 @@ mod verify;
 use std::path::Path;
 use std::sync::Arc;
 
-use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
+use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, TemplateVersion};
 use kelvin_api::sandbox::SetPool;
 use kelvin_api::units::{MemoryMib, Shape};
 use kelvin_node_api::{Base, ConsoleLine, Create, Created};
@@ -71,7 +71,7 @@ impl Node {
         let inner = Arc::clone(&self.inner);
         // A caller that goes away must not leave a machine half-made.
         let start = match &request.base {
-            Base::Template(name) => StartSource::Template(inner.templates.get(name).await?),
+            Base::Template(version) => StartSource::Template(inner.templates.get(version).await?),
             Base::Snapshot(id) => StartSource::another(inner.find_snapshot(id)?, None),
         };
         let task = self.inner.tasks.spawn(async move { inner.create(request, start).await });
@@ -178,7 +178,7 @@ impl Node {
     /// `Store` for an unknown template, `Shape`, `Exhausted`, `Vmm`.
     pub async fn bake(
         &self,
-        template: &TemplateName,
+        template: &TemplateVersion,
         vcpus: Option<u32>,
         memory_mib: Option<MemoryMib>,
         waiting_vmms: Option<u32>,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kelvin_api::error::Failure;
-use kelvin_api::id::{SandboxId, SnapshotId, TemplateName};
+use kelvin_api::id::{SandboxId, SnapshotId, TemplateName, TemplateVersion};
 use kelvin_api::network::Wanted;
 use kelvin_api::phase::Timings;
 use kelvin_api::sandbox::{Capture, PauseMode, SnapshotInfo, StartPath};
@@ -244,7 +244,7 @@ impl Node {
     ) -> Result<(SnapshotInfo, Capture, Timings), Error> {
         self.find_any(id)?;
         if let Some(name) = &name
-            && self.inner.store.template_stamp(name).is_ok()
+            && self.inner.store.has_template(name)?
         {
             return Err(Error::NameTaken(name.to_string()));
         }
@@ -315,17 +315,17 @@ impl Node {
         listed.await.map_err(|error| Error::Io { what: "listing", source: std::io::Error::other(error) })
     }
 
-    /// What a create starts from that names the template, or the kept snapshot, `text`, by its name or its id. Names of
+    /// What a create starts from that names the version of a template, or the kept snapshot, `text`, by its name or its id. Names of
     /// snapshots are their owners', not the node's.
     ///
     /// # Errors
     /// `Store` when the template cannot be read.
     pub async fn source(&self, text: &str) -> Result<Option<Source>, Error> {
-        if let Ok(name) = text.parse::<TemplateName>()
-            && self.has_template(&name)
+        if let Ok(version) = text.parse::<TemplateVersion>()
+            && self.inner.store.template_stamp(&version).is_ok()
         {
-            let shape = self.inner.templates.get(&name).await?.shape;
-            return Ok(Some(Source { base: Base::Template(name), shape }));
+            let shape = self.inner.templates.get(&version).await?.shape;
+            return Ok(Some(Source { base: Base::Template(version), shape }));
         }
         let id: Option<SnapshotId> = text.parse().ok();
         let kept = id.and_then(|id| self.inner.snapshots.get(&id));

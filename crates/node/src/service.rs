@@ -6,10 +6,11 @@ use http_body_util::BodyExt;
 use kelvin_api::ENVD_VERSION;
 use kelvin_api::account::Project;
 use kelvin_api::error::Failure;
-use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName, Token};
+use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName, TemplateVersion, Token};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::sandbox::{
     GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, SnapshotVerification, Template,
+    VersionInfo,
 };
 use kelvin_api::signature::Signature;
 use kelvin_node_api::{
@@ -22,11 +23,24 @@ use crate::Node;
 use crate::build::entry::Made;
 use crate::inspect::Known;
 
-/// A template as the public API tells of it.
-fn shown((template, created, snapshots): Known) -> Template {
+/// A version of a template as the public API tells of it: a template with one version, whose tags are not the node's to know.
+fn shown(known: Known) -> Template {
+    let Known { template, created, snapshots, image_bytes: (image_bytes, image_disk_bytes), memory_bytes } =
+        known;
+    let version = VersionInfo {
+        build_id: template.build.clone(),
+        tags: Vec::new(),
+        image: template.image.clone(),
+        image_bytes,
+        image_disk_bytes,
+        memory_disk_bytes: memory_bytes,
+        kernel: template.kernel.clone(),
+        created_at: created,
+        from_digest: template.built.as_ref().and_then(|built| built.from_digest.clone()),
+    };
     Template {
         template_id: template.name.to_string(),
-        build_id: template.image.clone(),
+        build_id: template.build.as_ref().map_or_else(|| template.image.clone(), ToString::to_string),
         cpu_count: template.shape.vcpus,
         memory_mb: template.shape.memory_mib.0,
         disk_size_mb: template.shape.disk_mib.0,
@@ -42,6 +56,7 @@ fn shown((template, created, snapshots): Known) -> Template {
         envd_version: ENVD_VERSION.to_owned(),
         build_status: "ready".to_owned(),
         snapshots,
+        versions: vec![version],
     }
 }
 
@@ -177,8 +192,12 @@ impl NodeService for Node {
         Ok(self.put_files(project, hash, content).await?)
     }
 
-    async fn remove_template(&self, name: &TemplateName) -> Result<(), Failure> {
-        Ok(self.remove_template(name).await?)
+    async fn remove_template(&self, version: &TemplateVersion) -> Result<(), Failure> {
+        Ok(self.remove_template(version).await?)
+    }
+
+    async fn prefer_template(&self, version: &TemplateVersion) -> Result<(), Failure> {
+        Ok(self.prefer_template(version).await?)
     }
 
     async fn info(&self) -> Result<NodeInfo, Failure> {

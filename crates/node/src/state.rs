@@ -120,8 +120,18 @@ impl Inner {
         self.pools.find(&identity, &template.name)
     }
 
-    /// Whether this node could restore a snapshot of `identity` for one of its templates.
+    /// Whether this node could restore a snapshot of `identity` for a version of one of its templates.
     pub fn is_usable(&self, identity: &Identity) -> bool {
+        self.is_one_of(&self.templates.all(), identity)
+    }
+
+    /// Whether machines of `identity` are to wait: it is that of the version of a template that most creates ask for.
+    pub fn is_waited_for(&self, identity: &Identity) -> bool {
+        self.is_one_of(&self.templates.waited_for(), identity)
+    }
+
+    /// Whether `identity` is that of one of `templates`, and this node could restore it.
+    pub fn is_one_of(&self, templates: &[Arc<Template>], identity: &Identity) -> bool {
         let shape = Shape {
             vcpus: identity.vcpus,
             memory_mib: MemoryMib(identity.memory_mib),
@@ -133,6 +143,6 @@ impl Inner {
         }
         let is_of =
             |template: &Arc<Template>| self.identities.of_template(template, shape, network) == *identity;
-        self.templates.all().iter().any(is_of)
+        templates.iter().any(is_of)
     }
 }

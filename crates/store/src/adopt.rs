@@ -74,19 +74,35 @@ impl Store {
             return Err(Error::Missing { kind: "guest", name: manifest.guest.clone() });
         }
         if manifest.origin == Origin::Bake {
-            let template = self.template(&manifest.template)?;
-            let (identity, name) = (&manifest.identity, &template.name);
-            for (field, is, has) in [
+            self.admit_bake(manifest)?;
+        }
+        Ok(())
+    }
+}
+
+impl Store {
+    /// Whether what was baked elsewhere is of a version of its template that is here, too.
+    fn admit_bake(&self, manifest: &Manifest) -> Result<(), Error> {
+        let (identity, name) = (&manifest.identity, &manifest.template);
+        let mut differs = None;
+        for template in self.templates()?.iter().filter(|template| template.name == *name) {
+            let fields = [
                 ("image", &identity.image, &template.image),
                 ("guest_kernel", &identity.guest_kernel, &template.kernel),
                 ("agent", &identity.agent, &template.initrd),
-            ] {
-                if is != has {
-                    return Err(refused(format!("template {name} is another one here: {field} differs")));
-                }
+            ];
+            match fields.into_iter().find(|(_, is, has)| is != has) {
+                None => return Ok(()),
+                Some((field, ..)) => differs = differs.or(Some(field)),
             }
         }
-        Ok(())
+        Err(match differs {
+            None => Error::Missing { kind: "template", name: name.to_string() },
+            Some(field) => {
+                let reason = format!("template {name} is another one here: {field} differs");
+                Error::Unadoptable { snapshot: manifest.id.to_string(), reason }
+            }
+        })
     }
 }
 

@@ -2,10 +2,11 @@
 //! other two count.
 //!
 //! ```text
-//! disk ──clone──> images/<digest> ──> snapshots/<id> ──> templates/<name>.json (one rename)
-//!                    └─ crash, or refused: the template is what it was; what nothing needs the next collection takes
+//! disk ──clone──> images/<digest> ──> snapshots/<id> ──> templates/<name>@<build>.json (one rename)
+//!                    └─ crash, or refused: no other version has changed; what nothing needs the next collection takes
 //! ```
 //!
+//! What a tag names is not decided here: it moves when this is done.
 //! No collection runs meanwhile, as with an import. Who writes: this module.
 
 use std::fs;
@@ -53,7 +54,7 @@ impl Store {
             Some((staged, draft)) => Some(self.publish_snapshot(&staged, draft, Durability::Verified)?),
             None => None,
         };
-        let written = write_json(&self.template_path(&template.name), template);
+        let written = write_json(&self.template_path(&template.version()), template);
         match (written, snapshot) {
             (Ok(()), snapshot) => Ok(snapshot),
             (Err(error), None) => Err(error),
@@ -177,19 +178,53 @@ mod tests {
         let ground = Ground::make();
         let template = ground.template(Service::of(Some("serve".to_owned()), None));
         let snapshot = ground.publish(&template, ground.baked(&template)).unwrap().unwrap();
-        assert_eq!(ground.store.template(&template.name).unwrap(), template);
+        assert_eq!(ground.store.template(&template.version()).unwrap(), template);
         assert_eq!(fs::read_to_string(ground.store.rootfs(&template.image)).unwrap(), "built");
         let collect = || ground.store.collect(&References::default(), false).unwrap();
         assert_eq!(collect(), Garbage::default());
         assert_eq!(ground.count("staging"), 0);
-        ground.store.remove_template(&template.name).unwrap();
-        assert!(matches!(ground.store.remove_template(&template.name), Err(Error::Missing { .. })));
+        ground.store.remove_template(&template.version()).unwrap();
+        assert!(matches!(ground.store.remove_template(&template.version()), Err(Error::Missing { .. })));
         let garbage = collect();
         assert_eq!(
             (garbage.snapshots, garbage.images),
             (vec![snapshot.manifest.id.to_string()], vec![template.image])
         );
         assert!(garbage.guests.is_empty(), "the base's is the same");
+    }
+
+    #[test]
+    fn versions_of_a_name_stand_beside_each_other() {
+        let ground = Ground::make();
+        let version = |service: &str| Template {
+            build: Some(kelvin_api::id::BuildId::random()),
+            ..ground.template(Service::of(Some(service.to_owned()), None))
+        };
+        // One that was built when there was one version of a name, and two later ones.
+        let (plain, first, second) = (ground.template(None), version("first"), version("second"));
+        let mut bakes = Vec::new();
+        for template in [&plain, &first, &second] {
+            bakes.push(ground.publish(template, ground.baked(template)).unwrap().unwrap().manifest.id);
+        }
+        for template in [&plain, &first, &second] {
+            assert_eq!(ground.store.template(&template.version()).unwrap(), *template);
+        }
+        let found = ground.store.templates().unwrap();
+        assert_eq!((found.len(), &found[0], &found[1]), (4, &ground.base, &plain));
+        // Whichever goes, the others keep what they need: they share an image.
+        ground.store.remove_template(&second.version()).unwrap();
+        assert!(matches!(ground.store.template(&second.version()), Err(Error::Missing { .. })));
+        assert_eq!(ground.store.collect(&References::default(), false).unwrap(), Garbage::default());
+        ground.store.remove_template(&plain.version()).unwrap();
+        assert!(ground.store.has_template(&first.name).unwrap());
+        assert_eq!(ground.store.template(&first.version()).unwrap(), first);
+        ground.store.remove_template(&first.version()).unwrap();
+        assert!(!ground.store.has_template(&first.name).unwrap());
+        // What a snapshot that is kept descends from stays, though no version is left.
+        let used = References { snapshots: [bakes[0].clone()].into(), ..References::default() };
+        let garbage = ground.store.collect(&used, false).unwrap();
+        assert_eq!((garbage.snapshots.len(), garbage.images.len()), (2, 0));
+        assert!(ground.store.rootfs(&first.image).exists() && ground.store.snapshot_path(&bakes[0]).exists());
     }
 
     #[test]
@@ -205,18 +240,18 @@ mod tests {
         let id = draft.id.clone();
         ground.publish(&after, (staged, draft)).unwrap_err();
         fs::remove_dir(&fresh).unwrap();
-        assert_eq!(ground.store.template(&before.name).unwrap(), before);
+        assert_eq!(ground.store.template(&before.version()).unwrap(), before);
         assert!(!ground.store.snapshot_path(&id).exists());
         // A guest that was collected.
         let gone = Template { guest: "gone".to_owned(), ..after };
         let refused = ground.publish(&gone, ground.baked(&gone));
         assert!(matches!(refused, Err(Error::Missing { kind: "guest", .. })));
-        assert_eq!(ground.store.template(&before.name).unwrap(), before);
+        assert_eq!(ground.store.template(&before.version()).unwrap(), before);
         assert_eq!(ground.count("snapshots"), 1);
         // An image that is there already, and one that is not.
         let other = ground.template(Service::of(Some("other".to_owned()), None));
         ground.store.publish_built(Built { template: &other, disk: None, baked: None }).unwrap();
-        assert_eq!(ground.store.template(&other.name).unwrap(), other);
+        assert_eq!(ground.store.template(&other.version()).unwrap(), other);
         let gone = Template { image: "gone".to_owned(), ..other };
         let refused = ground.store.publish_built(Built { template: &gone, disk: None, baked: None });
         assert!(matches!(refused, Err(Error::Missing { kind: "image", .. })));

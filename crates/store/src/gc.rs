@@ -1,7 +1,7 @@
 //! Garbage collection: what nothing needs, by lineage.
 //!
-//! A snapshot is needed by a running machine, by a snapshot that descends from it, by being the one that its template
-//! restores now, and by being kept by a user. An image and a guest are needed by templates, snapshots and machines. What
+//! A snapshot is needed by a running machine, by a snapshot that descends from it, by being one that a version of its template
+//! restores, and by being kept by a user. An image and a guest are needed by templates, snapshots and machines. What
 //! is needed is never removed, and a removal that is asked for is refused with the names of the dependents.
 //!
 //! What cannot be read may need anything: a template, a manifest or a record that is unreadable stops a collection, by
@@ -10,11 +10,11 @@
 use std::collections::BTreeSet;
 use std::fs;
 
-use kelvin_api::id::{SnapshotId, TemplateName};
+use kelvin_api::id::SnapshotId;
 use rustix::fs::FlockOperation;
 use serde::Serialize;
 
-use crate::image::Template;
+use crate::image::{Template, version_of};
 use crate::snapshot::{Manifest, Origin};
 use crate::{Error, Store, io_error, names, read_json, unpublish};
 
@@ -70,8 +70,7 @@ impl Store {
                 return Ok(None);
             }
             let path = self.root.join("templates").join(file);
-            let name: Option<TemplateName> = file.strip_suffix(".json").and_then(|name| name.parse().ok());
-            match name {
+            match version_of(file) {
                 Some(_) => read_json(&path).map(Some),
                 None => {
                     Err(io_error("understanding the name", &path)(std::io::ErrorKind::InvalidInput.into()))
@@ -120,7 +119,7 @@ impl Store {
         let templates = self.all_templates()?;
         let mut snapshots = self.manifests()?;
         snapshots.sort_by_key(|manifest| manifest.created);
-        // A snapshot stays while its template still has its image and guest: it may fit again.
+        // A snapshot stays while a version of its template still has its image and guest: it may fit again.
         let mut needed: BTreeSet<SnapshotId> = snapshots
             .iter()
             .filter(|manifest| {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
-use kelvin_api::id::TemplateName;
+use kelvin_api::id::{BuildId, TemplateName, TemplateVersion};
 use kelvin_api::sandbox::EnvVars;
 use kelvin_api::units::Shape;
 use serde::{Deserialize, Serialize};
@@ -63,6 +63,9 @@ pub struct Template {
     /// Where it comes from, when it was built and not imported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub built: Option<BuiltFrom>,
+    /// The build that this version of it is of; none of what was imported, or built when one version of a name was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub build: Option<BuildId>,
 }
 
 /// What runs in a template's machines when their snapshot is taken: a command that stays, one that tells when it can be used, or
@@ -122,7 +125,12 @@ impl Template {
     pub fn plain(name: TemplateName, image: String, guest: Guest, shape: Shape) -> Self {
         let Guest { digest: guest, kernel, initrd } = guest;
         let (env, workdir, user, service, built) = (EnvVars::new(), None, None, None, None);
-        Self { name, image, guest, kernel, initrd, shape, env, workdir, user, service, built }
+        Self { name, image, guest, kernel, initrd, shape, env, workdir, user, service, built, build: None }
+    }
+
+    /// Which version of which template it is.
+    pub fn version(&self) -> TemplateVersion {
+        TemplateVersion { name: self.name.clone(), build: self.build.clone() }
     }
 
     /// The guest that its machines run.
@@ -175,60 +183,80 @@ impl Store {
         self.root.join("guests").join(guest)
     }
 
-    pub(crate) fn template_path(&self, name: &TemplateName) -> PathBuf {
-        self.root.join("templates").join(format!("{name}.json"))
+    /// Path of a version's file: `<name>.json`, or `<name>@<build>.json`.
+    pub(crate) fn template_path(&self, version: &TemplateVersion) -> PathBuf {
+        self.root.join("templates").join(format!("{version}.json"))
+    }
+
+    /// Bytes of an image: its size, and what of it is on the disk, with blocks that it shares.
+    ///
+    /// # Errors
+    /// `Io` when that is not known.
+    pub fn image_bytes(&self, image: &str) -> Result<(u64, u64), Error> {
+        let path = self.rootfs(image);
+        let found = fs::metadata(&path).map_err(io_error("reading", &path))?;
+        Ok((found.len(), on_disk(&found)))
     }
 
     /// What the file system says of a template's file: it changes when the template is imported again.
     ///
     /// # Errors
     /// `Missing` when there is none, `Io` when that is not known.
-    pub fn template_stamp(&self, name: &TemplateName) -> Result<TemplateStamp, Error> {
+    pub fn template_stamp(&self, version: &TemplateVersion) -> Result<TemplateStamp, Error> {
         use std::os::unix::fs::MetadataExt;
-        let path = self.template_path(name);
+        let path = self.template_path(version);
         let found = fs::metadata(&path).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => Error::Missing { kind: "template", name: name.to_string() },
+            std::io::ErrorKind::NotFound => Error::Missing { kind: "template", name: version.to_string() },
             _ => io_error("reading", &path)(error),
         })?;
         Ok(TemplateStamp { inode: found.ino(), mtime: (found.mtime(), found.mtime_nsec()) })
     }
 
-    /// The template called `name`.
+    /// Whether there is a version of `name`.
+    ///
+    /// # Errors
+    /// `Io` when the directory cannot be listed.
+    pub fn has_template(&self, name: &TemplateName) -> Result<bool, Error> {
+        let found = names::<String>(&self.root.join("templates"))?;
+        Ok(found.iter().filter_map(|file| version_of(file)).any(|version| version.name == *name))
+    }
+
+    /// A version of a template.
     ///
     /// # Errors
     /// `Missing` when there is none, `Manifest` when it does not parse.
-    pub fn template(&self, name: &TemplateName) -> Result<Template, Error> {
-        match read_json(&self.template_path(name)) {
+    pub fn template(&self, version: &TemplateVersion) -> Result<Template, Error> {
+        match read_json(&self.template_path(version)) {
             Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                Err(Error::Missing { kind: "template", name: name.to_string() })
+                Err(Error::Missing { kind: "template", name: version.to_string() })
             }
             other => other,
         }
     }
 
-    /// Removes the template called `name`; no power failure brings it back. What was made of it stays, its image and guest until a
+    /// Removes a version of a template; no power failure brings it back. What was made of it stays, its image and guest until a
     /// collection finds that nothing needs them.
     ///
     /// # Errors
     /// `Missing` when there is none, `Io`.
-    pub fn remove_template(&self, name: &TemplateName) -> Result<(), Error> {
-        let path = self.template_path(name);
+    pub fn remove_template(&self, version: &TemplateVersion) -> Result<(), Error> {
+        let path = self.template_path(version);
         fs::remove_file(&path).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => Error::Missing { kind: "template", name: name.to_string() },
+            std::io::ErrorKind::NotFound => Error::Missing { kind: "template", name: version.to_string() },
             _ => io_error("removing", &path)(error),
         })?;
         crate::sync_parent(&path).map_err(io_error("syncing", &path))
     }
 
-    /// Every template, by name. One that does not parse is reported and left out.
+    /// Every version of every template, by name. One that does not parse is reported and left out.
     ///
     /// # Errors
     /// `Io` when the directory cannot be listed.
     pub fn templates(&self) -> Result<Vec<Template>, Error> {
         let mut found: Vec<Template> = names::<String>(&self.root.join("templates"))?
             .iter()
-            .filter_map(|file| file.strip_suffix(".json")?.parse().ok())
-            .filter_map(|name| match self.template(&name) {
+            .filter_map(|file| version_of(file))
+            .filter_map(|version| match self.template(&version) {
                 Ok(template) => Some(template),
                 Err(error) => {
                     tracing::error!(error = kelvin_api::error::chain(&error), "template left out");
@@ -236,9 +264,20 @@ impl Store {
                 }
             })
             .collect();
-        found.sort_by(|a, b| a.name.cmp(&b.name));
+        found.sort_by_cached_key(Template::version);
         Ok(found)
     }
+}
+
+/// The version whose file this is.
+pub(crate) fn version_of(file: &str) -> Option<TemplateVersion> {
+    file.strip_suffix(".json")?.parse().ok()
+}
+
+/// Bytes that a file has on the disk.
+pub(crate) fn on_disk(found: &fs::Metadata) -> u64 {
+    // Source: stat(2), `st_blocks`: 512 bytes each, whatever the file system's are.
+    std::os::unix::fs::MetadataExt::blocks(found) * 512
 }
 
 #[cfg(test)]
@@ -246,8 +285,11 @@ mod tests {
     use super::*;
 
     /// Every form that files of templates ever had, the newest last. They are never changed.
-    const FORMS: [&str; 2] =
-        [include_str!("../tests/templates/0.json"), include_str!("../tests/templates/1.json")];
+    const FORMS: [&str; 3] = [
+        include_str!("../tests/templates/0.json"),
+        include_str!("../tests/templates/1.json"),
+        include_str!("../tests/templates/2.json"),
+    ];
 
     #[test]
     fn every_form_is_read_and_one_without_a_build_is_written_as_before() {
@@ -261,7 +303,9 @@ mod tests {
         for (text, template) in FORMS.iter().zip(&read) {
             assert_eq!(serde_json::to_string_pretty(template).unwrap() + "\n", *text);
         }
-        let newest = &read[1];
+        assert_eq!(read[1].version().to_string(), "web");
+        assert_eq!(read[2].version().to_string(), "web@6f1c0a52-9d3e-4b7a-a1f0-0c2d4e6f8a9b");
+        let newest = &read[2];
         assert_eq!(newest.service, Service::of(Some("serve".into()), Some("curl -f localhost".into())));
         assert_eq!(newest.env["PATH"], "/app/bin:/bin");
         assert!(serde_json::from_str::<Template>(&FORMS[1].replacen("\"user\"", "\"owner\"", 1)).is_err());

@@ -149,7 +149,7 @@ impl Store {
         let (vcpus, memory_mib) = (import.vcpus, import.memory_mib);
         let shape = Shape { vcpus, memory_mib, disk_mib };
         let template = Template::plain(import.name.clone(), image, guest, shape);
-        write_json(&self.template_path(&import.name), &template)?;
+        write_json(&self.template_path(&template.version()), &template)?;
         teller.tell(ImportStage::Publishing, teller.total_bytes);
         Ok(template)
     }
@@ -212,7 +212,7 @@ mod tests {
         for _ in 0..2 {
             let (imported, seen) = ground.import("rootfs", Links::Refuse);
             let template = imported.unwrap();
-            assert_eq!(ground.store.template(&template.name).unwrap(), template);
+            assert_eq!(ground.store.template(&template.version()).unwrap(), template);
             let copied = fs::read(ground.store.rootfs(&template.image)).unwrap();
             assert!(copied == fs::read(ground.at("rootfs")).unwrap());
             assert!(seen.iter().all(|progress| progress.total_bytes == total), "{seen:?}");
@@ -293,6 +293,6 @@ mod tests {
         ground.import("rootfs", Links::Refuse).0.unwrap_err();
         fs::remove_file(&guests).unwrap();
         fs::rename(ground.at("aside"), &guests).unwrap();
-        assert_eq!(ground.store.template(&before.name).unwrap(), before);
+        assert_eq!(ground.store.template(&before.version()).unwrap(), before);
     }
 }

@@ -274,6 +274,12 @@ impl Snapshot {
         self.directory.join(name)
     }
 
+    /// Bytes that its memory has on the disk: what is a hole is not counted. None without memory, or when it cannot be read.
+    pub fn memory_on_disk(&self) -> Option<u64> {
+        let memory = self.manifest.mode.is_full().then(|| self.file("memory"))?;
+        fs::metadata(memory).ok().map(|found| crate::image::on_disk(&found))
+    }
+
     /// Compares every file with its seal. A `stat` of each: made for the create path.
     ///
     /// # Errors

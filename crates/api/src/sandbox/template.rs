@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::id::BuildId;
+
 /// One row of `GET /templates`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -9,7 +11,7 @@ pub struct Template {
     /// Name of the template.
     #[serde(rename = "templateID")]
     pub template_id: String,
-    /// Id of the image that it is now.
+    /// Id of the build that made the version that it is now; of one that was imported, digest of its image.
     #[serde(rename = "buildID")]
     pub build_id: String,
     /// Number of vCPUs of a sandbox that asks for none.
@@ -53,6 +55,38 @@ pub struct Template {
     pub build_status: String,
     /// Kelvin: shapes with a snapshot that this node can restore.
     pub snapshots: Vec<TemplateSnapshot>,
+    /// Kelvin: its versions that are there, the newest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub versions: Vec<VersionInfo>,
+}
+
+/// Kelvin: one version of a template, and what it takes on its node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct VersionInfo {
+    /// The build that made it; absent of what was imported, or built by a release that kept one version of a name.
+    #[serde(rename = "buildID", default, skip_serializing_if = "Option::is_none")]
+    pub build_id: Option<BuildId>,
+    /// The tags that name it.
+    #[serde(default)]
+    pub tags: Vec<String>,
+    /// Digest of its root file system.
+    pub image: String,
+    /// Size of that, in bytes.
+    pub image_bytes: u64,
+    /// What of it is on the disk, in bytes; blocks that it shares with others are counted for each.
+    pub image_disk_bytes: u64,
+    /// What of the memory of its snapshot, in its own shape, is on the disk, in bytes; absent when it has none here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_disk_bytes: Option<u64>,
+    /// Digest of the kernel that its machines run.
+    pub kernel: String,
+    /// When it was built or imported.
+    pub created_at: jiff::Timestamp,
+    /// Digest of the container image that its build began with, when it began with one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_digest: Option<String>,
 }
 
 /// Kelvin: one snapshot of a template.

@@ -229,9 +229,26 @@ pub enum ProjectCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum TemplateCommand {
-    /// List the templates.
+    /// List the templates, their versions and tags.
     #[command(alias = "ls")]
     List,
+    /// Show a version of a template: what it is made of, and what it takes on the disk.
+    Info {
+        /// Its name, with an optional `:tag` or `:BUILD`.
+        name: String,
+    },
+    /// Have tags name a version of a template, all in one step; `default` is what the name alone means. Sandboxes of what they
+    /// named before go on.
+    Tag {
+        /// Name of the template, with an optional `:tag` or `:BUILD`.
+        name: String,
+        /// The tags.
+        #[arg(required = true, value_name = "TAG")]
+        tags: Vec<String>,
+        /// Take the tags away instead. A version that no tag names is removed after a day.
+        #[arg(long)]
+        remove: bool,
+    },
     /// Build a template of a Dockerfile, or of an image or another template and steps over it. Ctrl-C cancels the build.
     Build(Box<BuildArgs>),
     /// Show the builds of a template, newest first.
@@ -252,10 +269,10 @@ pub enum TemplateCommand {
         /// Id of the build.
         build: String,
     },
-    /// Delete a template that was built. Sandboxes and snapshots of it stay.
+    /// Delete a template that was built, or a version of it. Sandboxes and snapshots of it stay.
     #[command(alias = "rm")]
     Delete {
-        /// Its name.
+        /// Its name; with `:tag` the tag, and the version when no other names it; with `:BUILD` that version.
         name: String,
     },
     /// Make sure that a template has a snapshot, so that its sandboxes are cloned.

@@ -13,7 +13,8 @@ const USAGE: &str = "kelvin template build [OPTIONS] <NAME> \
 #[command(override_usage = USAGE)]
 #[command(group = ArgGroup::new("source").required(true).multiple(true).args(SOURCES))]
 pub struct BuildArgs {
-    /// What the template is called, with an optional `:tag`; one of that name is replaced once the build has succeeded.
+    /// What the template is called, with an optional `:tag` that names what is built once that has succeeded; `default` without
+    /// one. Other versions of it stay.
     pub name: String,
     #[command(flatten)]
     pub dockerfile: DockerfileArgs,

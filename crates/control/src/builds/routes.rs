@@ -22,12 +22,15 @@ use super::steps::all_steps;
 use crate::codes;
 use crate::control::{Control, Inner};
 use crate::create::memory_of;
-use crate::database::{BuildError, BuildLine, BuildRow, BuildState, Lines, TemplateOwner, Wanted};
+use crate::database::{
+    BuildError, BuildLine, BuildRow, BuildState, DEFAULT_TAG, Lines, TemplateOwner, Wanted,
+};
 use crate::failures::{database_failed, unknown_template};
 use crate::once::{Again, Key};
 use crate::openapi::{Api, Tag, op};
 use crate::request::{Outcome, Path, Query, Who, about, json, parse, parse_required, read};
-use crate::tags::{DEFAULT_TAG, parse_tags, split_tag};
+use crate::tags::parse_tags;
+use crate::versions::split_tag;
 
 /// Lines that are given at once. Source: E2B's OpenAPI.
 const LINES: usize = 100;
@@ -236,6 +239,7 @@ pub(crate) fn unbuilt(row: &BuildRow, owner: &TemplateOwner) -> Template {
         envd_version: ENVD_VERSION.to_owned(),
         build_status: status_of(row.state).name().to_owned(),
         snapshots: Vec::new(),
+        versions: Vec::new(),
     }
 }
 

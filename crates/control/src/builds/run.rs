@@ -19,6 +19,7 @@ use crate::database::{
     BuildEnd, BuildError, BuildRow, BuildState, Caps, NewBuild, Requested, Started, TemplateOwner, Wanted,
 };
 use crate::failures::{database_failed, unknown_template};
+use crate::versions::{image_of, split_tag};
 
 /// What a project may have.
 pub(super) const CAPS: Caps = Caps {
@@ -152,7 +153,7 @@ impl Inner {
         text: &str,
     ) -> Result<BuildFrom, Failure> {
         match self.base(caller, text).await?.base {
-            Base::Template(name) => Ok(BuildFrom::Template(name)),
+            Base::Template(version) => Ok(BuildFrom::Template(version)),
             Base::Snapshot(_) => Err(unknown_template(text)),
         }
     }
@@ -217,7 +218,7 @@ impl Inner {
         });
         let end = match (ended, running.why()) {
             (Ok(built), _) => BuildEnd::Ready {
-                image: built.template.build_id,
+                image: image_of(&built.template),
                 disk_mib: built.template.disk_size_mb,
                 vcpus: built.template.cpu_count,
                 memory_mib: built.template.memory_mb,
@@ -227,14 +228,21 @@ impl Inner {
             }
             (Err(BuildFailure { step, failure }), None) => BuildEnd::Error(BuildError { step, failure }),
         };
-        while let Err(error) = self.database.end_build(&running.build, end.clone()).await {
-            tracing::error!(build = %running.build, error = chain(&error), "the end of a build was not recorded");
+        while let Err(failure) = self.note_end(running, end.clone()).await {
+            tracing::error!(build = %running.build, error = chain(&failure), "the end of a build was not recorded");
             // The next start says that it was interrupted.
             if self.stop.run_until_cancelled(tokio::time::sleep(RETRY)).await.is_none() {
                 break;
             }
         }
         self.builds.end(running);
+    }
+
+    /// Writes down how a build ended; from then on its tags name what it has made.
+    async fn note_end(&self, running: &Running, end: BuildEnd) -> Result<(), Failure> {
+        let _changing = self.builds.changing.lock().await;
+        self.database.end_build(&running.build, end).await.map_err(database_failed)?;
+        self.renew_owner(running.template.as_str()).await
     }
 
     /// Waits for a build's turn and has the node build.
@@ -337,10 +345,15 @@ impl Inner {
         }
     }
 
-    /// Removes a template that is the caller's own, its builds and its tags; for the server's own key one that was imported,
-    /// too. Whether there is such a one.
-    pub(crate) async fn remove_template(&self, caller: &Account, name: &str) -> Result<bool, Failure> {
+    /// Removes a template that is the caller's own, its versions, its builds and its tags; for the server's own key one that was
+    /// imported, too. With a tag, that tag of the caller's own alone, and the version that no other names. Whether there is such
+    /// a one.
+    pub(crate) async fn remove_template(&self, caller: &Account, text: &str) -> Result<bool, Failure> {
+        let (name, tag) = split_tag(text);
         let Ok(template) = name.parse::<TemplateName>() else { return Ok(false) };
+        if let Some(tag) = tag {
+            return self.remove_tagged(caller, &template, tag).await;
+        }
         let (_changing, is_own) = loop {
             let changing = self.builds.changing.lock().await;
             // Looked up each time: meanwhile it may have been deleted, and the name another project's.
@@ -360,12 +373,12 @@ impl Inner {
                 one.over.cancelled().await;
             }
         };
-        match self.node.remove_template(&template).await {
-            // It was never built, or the server died before it had forgotten whose it was.
-            Err(failure) if is_own && failure.error_code == ErrorCode::TemplateNotFound => {}
-            // A node that makes none has none of this project.
-            Err(failure) if is_own && failure.error_code == ErrorCode::BuildUnsupported => {}
-            other => other?,
+        // Whose it was is forgotten last: until then it can be deleted again, and is nobody else's.
+        for version in self.versions_there(&template).await? {
+            match is_own {
+                true => self.remove_version(&version).await?,
+                false => self.node.remove_template(&version).await?,
+            }
         }
         self.database.forget_template(name).await.map_err(database_failed)?;
         self.owners.forget(name);

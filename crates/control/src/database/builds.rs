@@ -15,7 +15,7 @@ use crate::placement::NodeName;
 /// What was asked for when a build was.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wanted {
-    /// Tags that the template gets when it is built; never the one that every template has.
+    /// Tags that name its version when it is built; when there are none, the default one does.
     pub tags: Vec<String>,
     pub vcpus: Option<u32>,
     pub memory_mib: Option<u32>,
@@ -83,6 +83,9 @@ pub struct TemplateOwner {
     /// Whether every project may use it.
     pub public: bool,
     pub created_at: jiff::Timestamp,
+    /// The build whose version the default tag names; none while it names none, and then the name means what was built when one
+    /// version of it was kept, if there is that.
+    pub default: Option<BuildId>,
 }
 
 /// How far a build is.
@@ -134,6 +137,8 @@ pub struct BuildRow {
     pub error: Option<BuildError>,
     /// Size of the disk, once it is known.
     pub disk_mib: Option<u32>,
+    /// Since when no tag names its version.
+    pub untagged_at: Option<jiff::Timestamp>,
 }
 
 /// A line of a build.
@@ -169,7 +174,7 @@ pub trait Builds: Send + Sync {
     async fn start_build(&self, id: &BuildId, caps: Caps) -> Result<Started, Error>;
     /// Notes that a build runs.
     async fn run_build(&self, id: &BuildId) -> Result<(), Error>;
-    /// Notes how a build ended, and gives the template its tags; nothing when it has ended. Whether it had not.
+    /// Notes how a build ended, and has its tags name its version, in one step; nothing when it has ended. Whether it had not.
     async fn end_build(&self, id: &BuildId, end: BuildEnd) -> Result<bool, Error>;
     /// Ends what waits or runs on `node`: after a start, what the last server did not live to see the end of. Which.
     async fn interrupt_builds(&self, node: &NodeName, error: BuildError) -> Result<Vec<BuildId>, Error>;
@@ -194,6 +199,8 @@ pub trait Builds: Send + Sync {
         level: LogLevel,
         limit: usize,
     ) -> Result<Vec<BuildLine>, Error>;
+    /// Whose a template is; none of one that is everybody's.
+    async fn template_owner(&self, template: &str) -> Result<Option<TemplateOwner>, Error>;
     /// Whose each template is; one that is everybody's is not in it.
     async fn template_owners(&self) -> Result<HashMap<String, TemplateOwner>, Error>;
     /// Whether every project may use a template of `project`. Whether there is such a one.

@@ -27,10 +27,15 @@ pub struct Owner {
     pub name: Option<String>,
 }
 
+/// The tag that a name without one means, and that a build gives which names none. Source: E2B's clients.
+pub const DEFAULT_TAG: &str = "default";
+
 /// One tag of a template.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TagRow {
     pub tag: String,
+    /// The build whose version it names; the digest of an image, of what was imported, or built when one version of a name was
+    /// kept.
     pub build: String,
     pub created_at: jiff::Timestamp,
 }
@@ -65,7 +70,7 @@ pub trait Catalog: Send + Sync {
     async fn snapshot(&self, project: &str, text: &str) -> Result<Option<String>, Error>;
     /// The owner of each snapshot, and its name.
     async fn snapshot_owners(&self) -> Result<HashMap<String, Owner>, Error>;
-    /// Gives a template tags; one that it has already moves to this build.
+    /// Gives a template tags, all or none; one that it has already moves to this build.
     async fn add_tags(
         &self,
         project: String,
@@ -82,6 +87,8 @@ pub trait Catalog: Send + Sync {
     ) -> Result<Option<String>, Error>;
     /// The tags of a template, newest first.
     async fn tags(&self, project: &str, template: &str) -> Result<Vec<TagRow>, Error>;
+    /// The tags of every template, with the project whose they are and the template, each template's newest first.
+    async fn all_tags(&self) -> Result<Vec<(String, String, TagRow)>, Error>;
     /// How often each template was started, and when last.
     async fn spawns(&self) -> Result<HashMap<String, (i64, jiff::Timestamp)>, Error>;
 }

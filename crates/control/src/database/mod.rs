@@ -33,7 +33,7 @@ pub use builds::{
     BuildEnd, BuildError, BuildLine, BuildRow, BuildState, Builds, Caps, Lines, NewBuild, Requested, Started,
     TemplateOwner, Wanted,
 };
-pub use catalog::{Catalog, NewSnapshot, Owner, TagRow};
+pub use catalog::{Catalog, DEFAULT_TAG, NewSnapshot, Owner, TagRow};
 pub use error::Error;
 pub use events::{Events, Which};
 pub use keys::{Keys, Known};

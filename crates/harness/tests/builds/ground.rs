@@ -11,7 +11,7 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use kelvin_api::account::Project;
 use kelvin_api::error::{ErrorCode, Failure, chain};
-use kelvin_api::id::{BuildId, FilesHash, SandboxId, TemplateName, VmId};
+use kelvin_api::id::{BuildId, FilesHash, SandboxId, TemplateName, TemplateVersion, VmId};
 use kelvin_api::network::Wanted;
 use kelvin_api::sandbox::{EnvVars, Lifecycle};
 use kelvin_api::units::MemoryMib;
@@ -273,16 +273,23 @@ pub async fn build(node: &Node, request: Build) -> (Result<Built, BuildFailure>,
     tokio::join!(NodeService::build(node, request, told), reading)
 }
 
+/// Creates a sandbox of the newest version of a template.
 pub fn create(
     node: &Node,
     template: TemplateName,
 ) -> impl Future<Output = Result<SandboxId, Failure>> + Send {
+    let newest = newest(node.data_dir(), &template).map(|found| found.version());
+    create_of(node, Base::Template(newest.unwrap_or(template.into())))
+}
+
+/// Creates a sandbox of this.
+pub fn create_of(node: &Node, base: Base) -> impl Future<Output = Result<SandboxId, Failure>> + Send {
     let (node, sandbox) = (node.clone(), SandboxId::random());
     async move {
         let request = Create {
             sandbox: sandbox.clone(),
             project: Project::default(),
-            base: Base::Template(template),
+            base,
             vcpus: None,
             memory_mib: None,
             env_vars: EnvVars::new(),
@@ -337,10 +344,27 @@ pub async fn check(ground: &Ground, node: &Node) -> Vec<String> {
     wrong
 }
 
-/// What is on the disk of `web`, and it.
+/// The version of a template that was made last.
+pub fn newest(root: &Path, name: &TemplateName) -> Option<Template> {
+    let store = Store::open(root, false).unwrap();
+    let made = |template: &Template| {
+        let at = template.built.as_ref().map(|built| built.at);
+        (at, store.template_stamp(&template.version()).unwrap().imported(), template.version())
+    };
+    let all = store.templates().unwrap().into_iter().filter(|template| template.name == *name);
+    all.max_by_key(made)
+}
+
+/// The versions of `web`.
+pub fn versions(root: &Path) -> Vec<TemplateVersion> {
+    let all = Store::open(root, false).unwrap().templates().unwrap();
+    all.iter().map(Template::version).filter(|version| version.name == web()).collect()
+}
+
+/// What is on the disk of the newest version of `web`, and it.
 pub fn web_disk(root: &Path) -> Option<(Template, String)> {
     let store = Store::open(root, false).unwrap();
-    let template = store.template(&web()).ok()?;
+    let template = newest(root, &web())?;
     let text = std::fs::read_to_string(store.rootfs(&template.image)).unwrap();
     Some((template, text))
 }
@@ -351,7 +375,9 @@ pub fn reset(world: &World) {
     let root = world.root();
     let store = Store::open(root, false).unwrap();
     let base = store.template(&"base".parse().unwrap()).unwrap();
-    let _ = std::fs::remove_file(root.join("templates/web.json"));
+    for version in versions(root) {
+        store.remove_template(&version).unwrap();
+    }
     for place in ["layers", "uploads", "images"] {
         for name in names(&root.join(place)).into_iter().filter(|name| *name != base.image) {
             std::fs::remove_dir_all(root.join(place).join(name)).unwrap();

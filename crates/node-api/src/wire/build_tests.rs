@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures::{StreamExt, stream};
 use kelvin_api::account::Project;
 use kelvin_api::error::{ErrorCode, Failure};
-use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName, Token};
+use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName, TemplateVersion, Token};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::sandbox::{
     GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, SnapshotVerification, Template,
@@ -70,8 +70,13 @@ impl NodeService for Builder {
         self.uploaded.lock().await.push(whole);
         Ok(())
     }
-    async fn remove_template(&self, _: &TemplateName) -> Result<(), Failure> {
+    async fn remove_template(&self, version: &TemplateVersion) -> Result<(), Failure> {
+        assert!(version.build.is_some(), "{version}");
         Err(unknown(ErrorCode::TemplateNotFound))
+    }
+    async fn prefer_template(&self, version: &TemplateVersion) -> Result<(), Failure> {
+        assert!(version.build.is_none(), "{version}");
+        Err(unknown(ErrorCode::TagNotFound))
     }
     async fn create(&self, _: Create) -> Result<Created, Failure> {
         nothing()
@@ -285,8 +290,12 @@ async fn a_build_goes_on_when_nobody_reads_it() {
     // One that the node never heard of.
     let refused = soon(world.remote.cancel_build(&BuildId::random())).await.unwrap_err();
     assert_eq!(refused, unknown(ErrorCode::BuildNotFound));
-    let refused = soon(world.remote.remove_template(&"web".parse().unwrap())).await.unwrap_err();
+    let web: TemplateName = "web".parse().unwrap();
+    let version = TemplateVersion::of(web.clone(), BuildId::random());
+    let refused = soon(world.remote.remove_template(&version)).await.unwrap_err();
     assert_eq!(refused, unknown(ErrorCode::TemplateNotFound));
+    let refused = soon(world.remote.prefer_template(&web.into())).await.unwrap_err();
+    assert_eq!(refused, unknown(ErrorCode::TagNotFound));
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use kelvin_api::account::Project;
 use kelvin_api::error::Failure;
-use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName, Token};
+use kelvin_api::id::{BuildId, FilesHash, SandboxId, SnapshotId, TemplateName, TemplateVersion, Token};
 use kelvin_api::network::{NetworkState, Policy};
 use kelvin_api::sandbox::{
     GuestMetrics, NodeInfo, PauseMode, PoolInfo, SetPool, SnapshotInfo, SnapshotVerification, Template,
@@ -264,9 +264,14 @@ impl NodeService for Remote {
         build::upload(call, build::files(project, hash), content).await
     }
 
-    async fn remove_template(&self, name: &TemplateName) -> Result<(), Failure> {
-        let request = pb::TemplateRequest { name: name.to_string(), ..Default::default() };
+    async fn remove_template(&self, version: &TemplateVersion) -> Result<(), Failure> {
+        let request = pb::TemplateRequest { name: version.to_string(), ..Default::default() };
         owned(self.node.remove_template(request).await).map(drop)
+    }
+
+    async fn prefer_template(&self, version: &TemplateVersion) -> Result<(), Failure> {
+        let request = pb::TemplateRequest { name: version.to_string(), ..Default::default() };
+        owned(self.node.prefer_template(request).await).map(drop)
     }
 
     async fn info(&self) -> Result<NodeInfo, Failure> {

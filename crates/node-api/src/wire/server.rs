@@ -238,6 +238,10 @@ impl pb::NodeService for Node {
             node.remove_template(&text(&request.name)?).await?;
             done()
         }
+        prefer_template(node, request, TemplateRequest) -> Done {
+            node.prefer_template(&text(&request.name)?).await?;
+            done()
+        }
         collect(node, request, CollectRequest) -> Resource { resource(&node.collect(request.dry_run).await?) }
     }
     calls! {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use kelvin_api::error::ErrorCode;
-use kelvin_api::id::TemplateName;
+use kelvin_api::id::TemplateVersion;
 use kelvin_api::units::DiskMib;
 use kelvin_node_api::BuildFrom;
 use kelvin_store::image::Guest;
@@ -87,7 +87,7 @@ impl Building<'_> {
     /// Finds what a stage begins with that begins with no other one. `decides`: the disk is the template's in the end.
     pub(super) async fn find_base(&self, from: &BuildFrom, decides: bool) -> Result<Base, Error> {
         let source = match from {
-            BuildFrom::Template(name) => return self.base_template(name, decides).await,
+            BuildFrom::Template(version) => return self.base_template(version, decides).await,
             BuildFrom::Image { reference, credentials, reach } => {
                 ImageSource::Registry { reference, credentials: credentials.as_ref(), reach: *reach }
             }
@@ -152,16 +152,16 @@ impl Building<'_> {
         Ok(Disk::Layer(layer.await?))
     }
 
-    async fn base_template(&self, name: &TemplateName, decides: bool) -> Result<Base, Error> {
-        let template = self.inner.templates.get(name).await.map_err(|error| match error {
-            Error::Store(kelvin_store::Error::Missing { .. }) => Error::NoTemplate(name.to_string()),
+    async fn base_template(&self, version: &TemplateVersion, decides: bool) -> Result<Base, Error> {
+        let template = self.inner.templates.get(version).await.map_err(|error| match error {
+            Error::Store(kelvin_store::Error::Missing { .. }) => Error::NoTemplate(version.to_string()),
             other => other,
         })?;
         self.underway.needs(&template.image);
         self.underway.needs(&template.guest);
         let has = template.shape.disk_mib;
         if decides && self.request.disk_mib.is_some_and(|wanted| wanted != has) {
-            let text = format!("the disk of template {name} has {} MiB", has.0);
+            let text = format!("the disk of template {} has {} MiB", version.name, has.0);
             return Err(refused(ErrorCode::InvalidShape, text, "leave out the disk's size"));
         }
         let built = template.built.clone().unwrap_or_default();

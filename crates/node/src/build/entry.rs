@@ -1,8 +1,8 @@
-//! A build from its request to its template: its stages are planned (`base`, `plan`) and done (`steps`), then come the bake, and the
-//! one rename that makes the template count.
+//! A build from its request to its version of the template: its stages are planned (`base`, `plan`) and done (`steps`), then come
+//! the bake, and the one rename that makes the version count.
 //!
 //! Whatever fails or gives it up, the machine is ended and released, and what was staged is removed; layers of the steps before
-//! stay, and so does the template that was there.
+//! stay, and so does every other version of the template.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -169,11 +169,11 @@ impl Building<'_> {
             }
         };
         let staged = baked.as_ref().map(|(staged, _)| staged.clone());
-        let published =
-            match inner.templates.begin_import(&template.name).and_then(|one| stop.check().map(|()| one)) {
-                Ok(_alone) => inner.publish_template(template.clone(), layer, baked).await,
-                Err(error) => Err(error),
-            };
+        let alone = inner.templates.begin_import(&template.version());
+        let published = match alone.and_then(|one| stop.check().map(|()| one)) {
+            Ok(_alone) => inner.publish_template(template.clone(), layer, baked).await,
+            Err(error) => Err(error),
+        };
         drop(turn);
         if let (Err(_), Some(staged)) = (&published, staged) {
             inner.allocator.remove_staged(staged).await;
@@ -202,6 +202,7 @@ fn template_of(
         user,
         service: Service::of(request.start.clone(), request.ready.clone()),
         built: Some(built),
+        build: Some(request.build.clone()),
         ..Template::plain(request.template.clone(), image, guest, shape)
     }
 }
@@ -209,7 +210,7 @@ fn template_of(
 impl Inner {
     /// The guest of templates that are made of images: that of the template that the options name, or of any.
     pub(super) async fn build_guest(&self) -> Result<Guest, Error> {
-        if let Ok(template) = self.templates.get(&self.options.build_guest_from).await {
+        if let Ok(template) = self.templates.get(&self.options.build_guest_from.clone().into()).await {
             return Ok(template.guest());
         }
         let store = self.store.clone();
@@ -237,7 +238,7 @@ impl Inner {
         .await
     }
 
-    /// Has creates find a template that was published, and machines wait for it instead of for what had its name before.
+    /// Has creates find a version that was published, and machines wait for it, unless they are to wait for another one.
     async fn use_template(
         self: &Arc<Self>,
         template: &Template,
@@ -250,12 +251,14 @@ impl Inner {
             Some(snapshot) => self.add_pool(Arc::new(snapshot)),
             // One that was there may have been of no template for a while.
             None => {
-                if let Ok(pool) = self.pool_for(template, shape, network) {
+                if let Ok(pool) = self.pool_for(template, shape, network)
+                    && self.is_waited_for(&pool.snapshot.manifest.identity)
+                {
                     pool.set_target(self.options.waiting_vmms);
                 }
             }
         }
-        self.retire_pools(&template.name).await;
+        self.settle_pools(&template.name).await;
         tracing::info!(template = %template.name, image = template.image, "built");
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures::StreamExt as _;
 use kelvin_api::account::Project;
 use kelvin_api::error::{ErrorCode, Failure};
-use kelvin_api::id::{BuildId, FilesHash, TemplateName};
+use kelvin_api::id::{BuildId, FilesHash, TemplateVersion};
 use kelvin_node_api::{Build, BuildFailure, BuildTold, FilesContent};
 use kelvin_store::uploads::Upload;
 
@@ -83,9 +83,9 @@ impl Node {
             .templates()
             .await
             .ok()
-            .and_then(|all| all.into_iter().find(|(template, ..)| *template == made.template));
-        // It is there, whether it can be read again or was made anew meanwhile.
-        let known = known.unwrap_or_else(|| (made.template.clone(), inner.clock.wall(), Vec::new()));
+            .and_then(|all| all.into_iter().find(|known| known.template == made.template));
+        // It is there, whether it can be read again or was removed meanwhile.
+        let known = known.unwrap_or_else(|| Known::new(made.template.clone(), inner.clock.wall()));
         Ok((known, made))
     }
 
@@ -143,23 +143,41 @@ impl Node {
         inner.hurry.run_until_cancelled(work).await.unwrap_or(Err(Error::Stopping))
     }
 
-    /// Removes a template: no create finds it. What was made of it stays.
+    /// Removes a version of a template: no create finds it. What was made of it stays.
     ///
     /// # Errors
     /// `NoTemplate`, `Importing` when it is being made anew, `Store`.
-    pub async fn remove_template(&self, name: &TemplateName) -> Result<(), Error> {
-        let (inner, name) = (Arc::clone(&self.inner), name.clone());
+    pub async fn remove_template(&self, version: &TemplateVersion) -> Result<(), Error> {
+        let (inner, version) = (Arc::clone(&self.inner), version.clone());
         self.run("removing a template", async move {
-            let _alone = inner.templates.begin_import(&name)?;
-            let (store, gone) = (inner.store.clone(), name.clone());
+            let _alone = inner.templates.begin_import(&version)?;
+            let (store, gone) = (inner.store.clone(), version.clone());
             let removed = upload_work(move || store.remove_template(&gone)).await;
             removed.map_err(|error| match error {
-                Error::Store(kelvin_store::Error::Missing { .. }) => Error::NoTemplate(name.to_string()),
+                Error::Store(kelvin_store::Error::Missing { .. }) => Error::NoTemplate(version.to_string()),
                 other => other,
             })?;
-            inner.templates.forget(&name);
-            inner.retire_pools(&name).await;
-            tracing::info!(template = %name, "removed");
+            inner.templates.forget(&version);
+            inner.settle_pools(&version.name).await;
+            tracing::info!(template = %version, "removed");
+            Ok(())
+        })
+        .await
+    }
+
+    /// Has machines wait for this version of its template, and for no other. Not remembered: it is said again after a start.
+    ///
+    /// # Errors
+    /// `NoTemplate` when it is not here.
+    pub async fn prefer_template(&self, version: &TemplateVersion) -> Result<(), Error> {
+        let (inner, version) = (Arc::clone(&self.inner), version.clone());
+        self.run("choosing a version", async move {
+            inner.templates.get(&version).await.map_err(|error| match error {
+                Error::Store(kelvin_store::Error::Missing { .. }) => Error::NoTemplate(version.to_string()),
+                other => other,
+            })?;
+            inner.templates.prefer(&version);
+            inner.settle_pools(&version.name).await;
             Ok(())
         })
         .await

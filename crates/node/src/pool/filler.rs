@@ -47,16 +47,22 @@ impl Inner {
         }
     }
 
-    /// Nothing waits any more for snapshots of `template` that no template uses: it was made anew, or removed. Warm machines go by
-    /// themselves, and the snapshots with the next collection.
-    pub async fn retire_pools(&self, template: &TemplateName) {
+    /// Nothing waits any more for snapshots of `template` but for those of the version that most creates ask for: there is
+    /// another one, or it was removed. Warm machines go by themselves, and snapshots that are no version's with a collection.
+    pub async fn settle_pools(&self, template: &TemplateName) {
+        let waited_for = self.templates.waited_for();
         for pool in self.pools.all() {
             let manifest = &pool.snapshot.manifest;
-            if manifest.template == *template && !self.is_usable(&manifest.identity) {
-                pool.set_target(0);
-                for ready in pool.drain() {
-                    self.discard(ready).await;
-                }
+            if manifest.template != *template {
+                continue;
+            }
+            if self.is_one_of(&waited_for, &manifest.identity) {
+                pool.set_target_if_none(self.options.waiting_vmms);
+                continue;
+            }
+            pool.set_target(0);
+            for ready in pool.drain() {
+                self.discard(ready).await;
             }
         }
         self.pools.look();
@@ -66,8 +72,8 @@ impl Inner {
     pub fn add_pool(self: &Arc<Self>, snapshot: Arc<Snapshot>) {
         self.snapshots.add(Arc::clone(&snapshot));
         let digest = snapshot.manifest.identity_digest.clone();
-        let usable = self.is_usable(&snapshot.manifest.identity);
-        let pool = Arc::new(Pool::new(snapshot, if usable { self.options.waiting_vmms } else { 0 }));
+        let waits = self.is_waited_for(&snapshot.manifest.identity);
+        let pool = Arc::new(Pool::new(snapshot, if waits { self.options.waiting_vmms } else { 0 }));
         self.pools.insert(digest, Arc::clone(&pool));
         self.tasks.spawn(keep_full(Arc::clone(self), pool));
         self.pools.look();

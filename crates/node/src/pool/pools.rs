@@ -129,7 +129,9 @@ impl Pools {
         template: TemplateName,
         wanted: SetPool,
     ) -> Result<(), Error> {
-        store.template_stamp(&template)?;
+        if !store.has_template(&template)? {
+            return Err(kelvin_store::Error::Missing { kind: "template", name: template.to_string() }.into());
+        }
         // One after another: each writes the whole file.
         let _writing = self.writing.lock().await;
         let mut rules = self.rules().clone();

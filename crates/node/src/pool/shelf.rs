@@ -105,6 +105,13 @@ impl Pool {
         self.wake.notify_one();
     }
 
+    /// Sets how many should wait where none should.
+    pub fn set_target_if_none(&self, target: u32) {
+        if self.target.compare_exchange(0, target, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            self.wake.notify_one();
+        }
+    }
+
     /// Stops using the snapshot; its files are kept for whoever wants to know.
     pub fn refuse(&self, reason: String) {
         tracing::error!(snapshot = %self.snapshot.manifest.id, reason, "snapshot refused");

@@ -45,8 +45,10 @@ impl Inner {
     fn plan(&self) -> Vec<Parked> {
         let pools: Vec<Arc<Pool>> = self.pools.all();
         let now = Instant::now();
-        let usable =
-            |pool: &Pool| pool.refusal().is_none() && self.is_usable(&pool.snapshot.manifest.identity);
+        let waited_for = self.templates.waited_for();
+        let usable = |pool: &Pool| {
+            pool.refusal().is_none() && self.is_one_of(&waited_for, &pool.snapshot.manifest.identity)
+        };
         let claims: Vec<Claim> = pools
             .iter()
             .map(|pool| {

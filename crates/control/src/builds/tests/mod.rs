@@ -3,6 +3,7 @@
 mod flow;
 mod ownership;
 mod refusals;
+mod versions;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -127,8 +128,9 @@ impl World {
     }
 
     /// A build that the node has been asked for.
-    async fn started(&self, key: &str, name: &str) -> (String, AskedBuild) {
-        let build = self.asked(key, name).await;
+    async fn started(&self, key: &str, text: &str) -> (String, AskedBuild) {
+        let build = self.asked(key, text).await;
+        let name = crate::versions::split_tag(text).0;
         let reply = self.start(key, name, &build, json!({ "fromImage": "debian" })).await;
         assert_eq!(reply.status, StatusCode::ACCEPTED, "{reply:?}");
         let asked = soon(self.node.next_build()).await;
@@ -157,11 +159,11 @@ impl World {
         .await
     }
 
-    /// A template that `key`'s project has built.
-    async fn built(&self, key: &str, name: &str) -> String {
-        let (build, asked) = self.started(key, name).await;
+    /// A template that `key`'s project has built, with an optional tag; the build.
+    async fn built(&self, key: &str, text: &str) -> String {
+        let (build, asked) = self.started(key, text).await;
         assert!(asked.end(Ok(()), &"cd".repeat(32)));
-        self.becomes(key, name, &build, "ready").await;
+        self.becomes(key, crate::versions::split_tag(text).0, &build, "ready").await;
         build
     }
 

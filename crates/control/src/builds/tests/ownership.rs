@@ -181,6 +181,7 @@ async fn a_template_that_became_another_projects_meanwhile_is_not_deleted() {
         project: "green".into(),
         public: false,
         created_at: jiff::Timestamp::UNIX_EPOCH,
+        default: None,
     };
     inner.owners.set("web", owner);
     drop(changing);

@@ -9,15 +9,15 @@ use rusqlite::{Connection, OptionalExtension, Row};
 
 use super::{Sqlite, bad, time};
 use crate::database::{
-    BuildEnd, BuildError, BuildLine, BuildRow, BuildState, Builds, Caps, Error, Lines, NewBuild, Requested,
-    Started, TemplateOwner, Wanted,
+    BuildEnd, BuildError, BuildLine, BuildRow, BuildState, Builds, Caps, DEFAULT_TAG, Error, Lines, NewBuild,
+    Requested, Started, TemplateOwner, Wanted,
 };
 use crate::placement::NodeName;
 
 type Sql<T> = Result<T, rusqlite::Error>;
 
-const COLUMNS: &str =
-    "id, template, project, state, wanted, created_ms, updated_ms, ended_ms, image, error, disk_mib";
+const COLUMNS: &str = "id, template, project, state, wanted, created_ms, updated_ms, ended_ms, image, error, disk_mib, \
+     untagged_ms";
 
 /// What stands in place of what a build said.
 const FORGOTTEN: &str =
@@ -57,6 +57,7 @@ fn row(row: &Row<'_>) -> Sql<BuildRow> {
         image: row.get(8)?,
         error: error.as_deref().map(json).transpose()?,
         disk_mib: row.get(10)?,
+        untagged_at: row.get::<_, Option<i64>>(11)?.map(time).transpose()?,
     })
 }
 
@@ -78,15 +79,54 @@ fn line(row: &Row<'_>) -> Sql<BuildLine> {
     })
 }
 
+/// Whose templates are, and what their default tags name. Its text is the digest of an image where it was given to what was built
+/// when one version of a name was kept.
+const OWNERS: &str = "SELECT t.project, t.public, t.created_ms, g.build, t.name FROM templates t \
+     LEFT JOIN tags g ON g.project = t.project AND g.template = t.name AND g.tag = 'default'";
+
 fn owner(row: &Row<'_>) -> Sql<TemplateOwner> {
-    Ok(TemplateOwner { project: row.get(0)?, public: row.get(1)?, created_at: time(row.get(2)?)? })
+    let default: Option<String> = row.get(3)?;
+    Ok(TemplateOwner {
+        project: row.get(0)?,
+        public: row.get(1)?,
+        created_at: time(row.get(2)?)?,
+        default: default.and_then(|build| build.parse().ok()),
+    })
 }
 
 fn owner_of(connection: &Connection, template: &str) -> Sql<Option<TemplateOwner>> {
+    let sql = format!("{OWNERS} WHERE t.name = ?1");
+    connection.prepare_cached(&sql)?.query_row([template], owner).optional()
+}
+
+/// Has tags of a template name `build`, and notes since when the versions are unnamed that nothing names now.
+pub(super) fn tag(
+    connection: &Connection,
+    [project, template, build]: [&str; 3],
+    tags: &[String],
+    now: i64,
+) -> Sql<()> {
+    for tag in tags {
+        connection
+            .prepare_cached(
+                "INSERT OR REPLACE INTO tags (project, template, tag, build, created_ms) VALUES (?1, ?2, ?3, ?4, ?5)",
+            )?
+            .execute((project, template, tag, build, now))?;
+    }
+    note_untagged(connection, template, now)
+}
+
+/// Notes since when the versions of a template are unnamed that no tag of its project names now.
+pub(super) fn note_untagged(connection: &Connection, template: &str, now: i64) -> Sql<()> {
     connection
-        .prepare_cached("SELECT project, public, created_ms FROM templates WHERE name = ?1")?
-        .query_row([template], owner)
-        .optional()
+        .prepare_cached(
+            "WITH named AS (SELECT g.build FROM tags g JOIN templates t ON t.name = g.template AND t.project = g.project \
+             WHERE g.template = ?1) \
+             UPDATE builds SET untagged_ms = CASE WHEN id IN named OR image IN named THEN NULL \
+             ELSE COALESCE(untagged_ms, ?2) END WHERE template = ?1 AND state = 'ready'",
+        )?
+        .execute((template, now))
+        .map(drop)
 }
 
 fn count(connection: &Connection, sql: &str, of: &str) -> Sql<u64> {
@@ -149,11 +189,12 @@ fn request(connection: &Connection, build: &NewBuild, caps: Caps, now: i64) -> S
     if count(connection, sql, project)? >= caps.requested {
         return Ok(Requested::TooMany { what: "builds that were not started", limit: caps.requested });
     }
-    // The one that the template is now is not among them: it is ready, and newer ones may all have failed.
+    // Those that tags name are not among them, nor the newest that is ready: it may be from before tags named builds.
     forget(
         connection,
         "SELECT id FROM builds WHERE template = ?1 AND state IN ('ready', 'error') AND id NOT IN \
          (SELECT id FROM builds WHERE template = ?1 AND state = 'ready' ORDER BY ended_ms DESC LIMIT 1) \
+         AND id NOT IN (SELECT build FROM tags WHERE template = ?1) \
          ORDER BY created_ms DESC, id DESC LIMIT -1 OFFSET ?2",
         template,
         i64::try_from(caps.kept).unwrap_or(i64::MAX),
@@ -172,7 +213,8 @@ fn request(connection: &Connection, build: &NewBuild, caps: Caps, now: i64) -> S
             .prepare_cached("UPDATE idempotency SET subjects = ?2 WHERE key = ?1")?
             .execute((key, text(&[build.id.as_str()])))?;
     }
-    let owner = TemplateOwner { project: project.to_owned(), public: false, created_at: time(now)? };
+    let owner =
+        TemplateOwner { project: project.to_owned(), public: false, created_at: time(now)?, default: None };
     Ok(Requested::Done(known.unwrap_or(owner)))
 }
 
@@ -194,17 +236,15 @@ fn end(connection: &Connection, id: &str, end: &BuildEnd, now: i64) -> Sql<bool>
     if ended == 0 {
         return Ok(false);
     }
-    if let BuildEnd::Ready { image, .. } = end {
+    if let BuildEnd::Ready { .. } = end {
         let (project, template, wanted): (String, String, String) = connection
             .prepare_cached("SELECT project, template, wanted FROM builds WHERE id = ?1")?
             .query_row([id], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
-        for tag in json::<Wanted>(&wanted)?.tags {
-            connection
-                .prepare_cached(
-                    "INSERT OR REPLACE INTO tags (project, template, tag, build, created_ms) VALUES (?1, ?2, ?3, ?4, ?5)",
-                )?
-                .execute((&project, &template, tag, image, now))?;
+        let mut tags = json::<Wanted>(&wanted)?.tags;
+        if tags.is_empty() {
+            tags.push(DEFAULT_TAG.to_owned());
         }
+        tag(connection, [&project, &template, id], &tags, now)?;
     }
     Ok(true)
 }
@@ -411,12 +451,17 @@ impl Builds for Sqlite {
             .await
     }
 
+    async fn template_owner(&self, template: &str) -> Result<Option<TemplateOwner>, Error> {
+        let template = template.to_owned();
+        self.db.call(move |connection| owner_of(connection, &template)).await
+    }
+
     async fn template_owners(&self) -> Result<HashMap<String, TemplateOwner>, Error> {
         self.db
             .call(move |connection| {
                 connection
-                    .prepare_cached("SELECT project, public, created_ms, name FROM templates")?
-                    .query_map([], |row| Ok((row.get(3)?, owner(row)?)))?
+                    .prepare_cached(OWNERS)?
+                    .query_map([], |row| Ok((row.get(4)?, owner(row)?)))?
                     .collect()
             })
             .await

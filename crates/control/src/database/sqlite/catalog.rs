@@ -3,12 +3,17 @@
 use std::collections::HashMap;
 
 use async_trait::async_trait;
-use rusqlite::OptionalExtension;
+use rusqlite::{OptionalExtension, Row};
 
+use super::builds::{note_untagged, tag};
 use super::{Sqlite, time};
 use crate::database::limits::More;
 use crate::database::{Catalog, Error, Exceeded, NewSnapshot, Owner, Quota, TagRow};
 use crate::placement::NodeName;
+
+fn tag_row(row: &Row<'_>) -> Result<TagRow, rusqlite::Error> {
+    Ok(TagRow { tag: row.get(0)?, build: row.get(1)?, created_at: time(row.get(2)?)? })
+}
 
 #[async_trait]
 impl Catalog for Sqlite {
@@ -174,14 +179,7 @@ impl Catalog for Sqlite {
         self.db
             .call_durable(move |connection| {
                 let transaction = connection.transaction()?;
-                for tag in &tags {
-                    transaction
-                        .prepare_cached(
-                            "INSERT OR REPLACE INTO tags (project, template, tag, build, created_ms) \
-                             VALUES (?1, ?2, ?3, ?4, ?5)",
-                        )?
-                        .execute((&project, &template, tag, &build, now))?;
-                }
+                tag(&transaction, [&project, &template, &build], &tags, now)?;
                 transaction.commit()
             })
             .await
@@ -193,6 +191,7 @@ impl Catalog for Sqlite {
         template: String,
         tags: Vec<String>,
     ) -> Result<Option<String>, Error> {
+        let now = self.clock.wall().as_millisecond();
         self.db
             .call_durable(move |connection| {
                 let transaction = connection.transaction()?;
@@ -204,6 +203,7 @@ impl Catalog for Sqlite {
                         return Ok(Some(tag));
                     }
                 }
+                note_untagged(&transaction, &template, now)?;
                 transaction.commit().map(|()| None)
             })
             .await
@@ -218,9 +218,21 @@ impl Catalog for Sqlite {
                         "SELECT tag, build, created_ms FROM tags WHERE project = ?1 AND template = ?2 \
                          ORDER BY created_ms DESC, tag",
                     )?
-                    .query_map((project, template), |row| {
-                        Ok(TagRow { tag: row.get(0)?, build: row.get(1)?, created_at: time(row.get(2)?)? })
-                    })?
+                    .query_map((project, template), tag_row)?
+                    .collect()
+            })
+            .await
+    }
+
+    async fn all_tags(&self) -> Result<Vec<(String, String, TagRow)>, Error> {
+        self.db
+            .call(move |connection| {
+                connection
+                    .prepare_cached(
+                        "SELECT tag, build, created_ms, project, template FROM tags \
+                         ORDER BY project, template, created_ms DESC, tag",
+                    )?
+                    .query_map([], |row| Ok((row.get(3)?, row.get(4)?, tag_row(row)?)))?
                     .collect()
             })
             .await

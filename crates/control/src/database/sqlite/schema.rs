@@ -232,6 +232,10 @@ pub(super) const MIGRATIONS: &[&str] = &[
     CREATE INDEX events_by_sandbox ON events (sandbox, id);
     CREATE INDEX events_by_project ON events (project, id);
 ",
+    // Each build is a version; one that no tag names any more stays for a while.
+    "
+    ALTER TABLE builds ADD COLUMN untagged_ms INTEGER;
+",
 ];
 
 #[cfg(test)]

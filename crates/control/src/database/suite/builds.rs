@@ -68,8 +68,8 @@ pub(crate) async fn a_build_ends_once_and_gives_its_template_tags(subject: &impl
     assert_eq!((row.wanted.vcpus, row.wanted.memory_mib), (Some(2), Some(512)));
     assert!(row.ended_at.is_some() && row.error.is_none());
     let tags = database.tags("blue", "web").await.unwrap();
-    assert_eq!((tags.len(), tags[0].tag.as_str(), tags[0].build.as_str()), (1, "v1", "i1"));
-    assert_eq!(database.build_of_image("web", "i1").await.unwrap(), Some(id));
+    assert_eq!((tags.len(), tags[0].tag.as_str(), tags[0].build.as_str()), (1, "v1", id.as_str()));
+    assert_eq!(database.build_of_image("web", "i1").await.unwrap(), Some(id.clone()));
     assert_eq!(database.build_of_image("web", "i2").await.unwrap(), None);
     // What fails moves no tag.
     assert_eq!(database.start_build(&other, CAPS).await.unwrap(), Started::Done);
@@ -79,7 +79,7 @@ pub(crate) async fn a_build_ends_once_and_gives_its_template_tags(subject: &impl
         row.error.map(|error| (error.step, error.failure.error_code)),
         Some((Some(3), ErrorCode::BuildStepFailed))
     );
-    assert_eq!(database.tags("blue", "web").await.unwrap()[0].build, "i1");
+    assert_eq!(database.tags("blue", "web").await.unwrap()[0].build, id.as_str());
     // After a start.
     let late = requested(&database, &asked("blue", "web")).await;
     let waits = requested(&database, &asked("blue", "web")).await;
@@ -93,6 +93,60 @@ pub(crate) async fn a_build_ends_once_and_gives_its_template_tags(subject: &impl
     );
     assert_eq!(state(&database, &late).await, Some(BuildState::Error));
     assert_eq!(state(&database, &waits).await, Some(BuildState::Requested));
+}
+
+pub(crate) async fn a_version_is_unnamed_since_its_last_tag_moved(subject: &impl Subject) {
+    let database = open(subject);
+    let built = async |tags: &[&str], image: &str| {
+        let wanted = Wanted { tags: tags.iter().map(ToString::to_string).collect(), ..Wanted::default() };
+        let id = requested(&database, &NewBuild { wanted, ..asked("blue", "web") }).await;
+        database.start_build(&id, CAPS).await.unwrap();
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert!(database.end_build(&id, ready(image)).await.unwrap());
+        id
+    };
+    let since = async |id: &BuildId| database.build(id).await.unwrap().unwrap().untagged_at;
+    let default = async || database.template_owner("web").await.unwrap().unwrap().default;
+    let tag = async |project: &str, build: &str, tag: &str| {
+        database.add_tags(project.into(), "web".into(), build.into(), vec![tag.into()]).await.unwrap();
+    };
+    assert_eq!(database.template_owner("web").await.unwrap(), None);
+    let first = built(&["v1"], "i1").await;
+    assert_eq!((default().await, since(&first).await), (None, None));
+    let second = built(&[], "i2").await;
+    assert_eq!((default().await.as_ref(), since(&second).await), (Some(&second), None));
+    assert_eq!(database.template_owners().await.unwrap()["web"].default.as_ref(), Some(&second));
+    let third = built(&[], "i3").await;
+    assert_eq!(default().await.as_ref(), Some(&third));
+    let unnamed = since(&second).await.expect("no tag names it");
+    // Another tag moves: it is unnamed since then. Another project's does not count.
+    tokio::time::advance(Duration::from_secs(1)).await;
+    tag("blue", third.as_str(), "v1").await;
+    tag("green", second.as_str(), "mine").await;
+    assert_eq!(since(&second).await, Some(unnamed));
+    assert!(since(&first).await > Some(unnamed));
+    // Back: it is named, and what was there is not.
+    tag("blue", first.as_str(), "default").await;
+    assert_eq!(
+        (default().await.as_ref(), since(&first).await, since(&third).await),
+        (Some(&first), None, None)
+    );
+    assert_eq!(database.remove_tags("blue".into(), "web".into(), vec!["v1".into()]).await.unwrap(), None);
+    assert!(since(&third).await.is_some());
+    // As it was before tags named builds.
+    tag("blue", "i2", "default").await;
+    assert_eq!((default().await, since(&second).await), (None, None));
+    let all = database.all_tags().await.unwrap();
+    let all: Vec<_> =
+        all.iter().map(|(project, template, row)| (&**project, &**template, &*row.tag)).collect();
+    assert_eq!(all, [("blue", "web", "default"), ("green", "web", "mine")]);
+    // What a tag names is not forgotten, however many come after it.
+    tag("blue", first.as_str(), "v1").await;
+    for _ in 0..5 {
+        built(&[], "later").await;
+    }
+    assert_eq!(state(&database, &first).await, Some(BuildState::Ready));
+    assert_eq!(state(&database, &third).await, None);
 }
 
 pub(crate) async fn a_template_is_its_first_projects(subject: &impl Subject) {

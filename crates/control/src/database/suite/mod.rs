@@ -43,6 +43,7 @@ macro_rules! keeps_its_promises {
             snapshots_are_their_nodes
             tags_move_and_go_together
             a_build_ends_once_and_gives_its_template_tags
+            a_version_is_unnamed_since_its_last_tag_moved
             a_template_is_its_first_projects
             builds_that_are_too_old_are_forgotten
             what_a_projects_builds_said_is_bounded

@@ -110,7 +110,12 @@ fn steps(hash: &str, last: &str) -> Value {
 
 /// Builds `people` and waits for its end; what was logged.
 async fn build(server: &Server, layout: &Path, hash: &str, last: &str) -> Vec<String> {
-    let wanted = json!({ "name": "people", "cpuCount": 1, "memoryMB": 256 });
+    build_as(server, "people", layout, hash, last).await
+}
+
+/// The same with a tag.
+async fn build_as(server: &Server, name: &str, layout: &Path, hash: &str, last: &str) -> Vec<String> {
+    let wanted = json!({ "name": name, "cpuCount": 1, "memoryMB": 256 });
     let asked = admin(server, &Method::POST, "/v3/templates", &wanted).await;
     let (template, build) = (asked["templateID"].as_str(), asked["buildID"].as_str());
     let path = format!("/templates/{}/builds/{}", template.expect("an id"), build.expect("an id"));
@@ -140,6 +145,50 @@ async fn build(server: &Server, layout: &Path, hash: &str, last: &str) -> Vec<St
         }
         tokio::time::sleep(std::time::Duration::from_millis(200)).await;
     }
+}
+
+/// Versions under tags, beside what `people` is by itself: its `built.html` says `changed`. Each is started, `default` moves to one
+/// and back, one is deleted beside its sandbox.
+async fn versions_are_started_by_their_tags(server: &Server, layout: &Path, hash: &str) {
+    let client = server.client();
+    for tag in ["one", "two"] {
+        let last = format!("echo {tag} > built.html");
+        build_as(server, &format!("people:{tag}"), layout, hash, &last).await;
+    }
+    let create = async |text: &str| {
+        let wanted =
+            NewSandbox { template_id: text.to_owned(), start_path: Some(StartPath::Clone), ..new_sandbox() };
+        client.create(&wanted, None).await.map(|made| made.sandbox)
+    };
+    // What a sandbox of it says; it is ended.
+    let says = async |text: &str| {
+        let sandbox = create(text).await.unwrap_or_else(|error| panic!("{text}: {error}"));
+        let said = sh(&agent_of(&client, &sandbox), "cat built.html").await;
+        client.kill(&sandbox.sandbox_id).await.expect("its end");
+        said
+    };
+    for (text, said) in [("people:one", "one\n"), ("people:two", "two\n"), ("people", "changed\n")] {
+        assert_eq!(says(text).await, said, "{text}");
+    }
+    let found = client.template("people").await.expect("a template").template;
+    assert!(found.versions.iter().all(|version| version.image_bytes > 0), "{found:?}");
+    let named = |tag: &str| found.versions.iter().find(|one| one.tags.iter().any(|known| known == tag));
+    let before = named("default").and_then(|version| version.build_id.clone()).expect("a build");
+    assert!(named("two").expect("a version").memory_disk_bytes.is_some_and(|bytes| bytes > 0), "{found:?}");
+    client.add_tags("people:one", &["default".to_owned()]).await.expect("a move");
+    assert_eq!(says("people").await, "one\n");
+    // Back to what no tag names any more.
+    client.add_tags(&format!("people:{before}"), &["default".to_owned()]).await.expect("a move back");
+    assert_eq!(says("people").await, "changed\n");
+    let sandbox = create("people:two").await.expect("a clone");
+    client.delete_template("people:two").await.expect("its end");
+    assert!(create("people:two").await.is_err());
+    admin(server, &Method::POST, "/gc", &Value::Null).await;
+    assert_eq!(sh(&agent_of(&client, &sandbox), "cat built.html").await, "two\n");
+    client.kill(&sandbox.sandbox_id).await.expect("its end");
+    assert_eq!(says("people:one").await, "one\n");
+    let left = client.template("people").await.expect("a template").template.versions;
+    assert!(!left.iter().any(|version| version.tags.iter().any(|tag| tag == "two")), "{left:?}");
 }
 
 fn count(lines: &[String], beginning: &str) -> usize {
@@ -232,6 +281,9 @@ async fn an_image_of_people_becomes_a_template() {
     assert_eq!(sh(&agent, "cat built.html").await, "hello from the image, built\n");
     let newer = client.create(&insisted, None).await.expect("a clone").sandbox;
     assert_eq!(sh(&agent_of(&client, &newer), "cat built.html").await, "changed\n");
+    client.kill(&newer.sandbox_id).await.expect("its end");
+    versions_are_started_by_their_tags(&server, &layout, &hash).await;
+    assert_eq!(sh(&agent, "cat built.html").await, "hello from the image, built\n");
     server.settle().await;
     layers_are_sound(&server, &place);
     server.stop().await;
