@@ -37,6 +37,8 @@ const DEADLINE: Duration = Duration::from_secs(3600);
 const RETRY: Duration = Duration::from_millis(500);
 /// How long a server that stops waits for a node that gives a build up.
 const STOP_GRACE: Duration = Duration::from_secs(10);
+/// How long who asks for a build that has just ended waits until everybody knows what it has made.
+const SEEN: Duration = Duration::from_secs(5);
 /// What of a build's events may wait to be written, and is written at once.
 const EVENTS: usize = 256;
 
@@ -90,7 +92,14 @@ impl Inner {
         id: &str,
     ) -> Result<BuildRow, Failure> {
         let parsed: BuildId = id.parse().map_err(|_| build_not_found(id))?;
+        let running = self.builds.find(&parsed);
         let row = self.database.build(&parsed).await.map_err(database_failed)?;
+        if let Some(running) = running
+            && row.as_ref().is_some_and(|row| matches!(row.state, BuildState::Ready | BuildState::Error))
+        {
+            // Who is told of its end finds what it has changed: until then its template's name may mean the version before.
+            let _ = tokio::time::timeout(SEEN, running.over.cancelled()).await;
+        }
         row.filter(|row| {
             row.project == caller.project.as_str() && name.is_none_or(|name| row.template == name)
         })
