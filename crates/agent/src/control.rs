@@ -82,8 +82,6 @@ pub struct Control {
     hardware: Hardware,
     /// What the link has, when it was set here.
     mac: [u8; 6],
-    /// What it is to have, once the host was answered.
-    new_mac: Option<[u8; 6]>,
     /// Since when the root file system is frozen.
     frozen: Arc<Mutex<Option<Instant>>>,
     /// Whether the image's programs have to be told of the next activation.
@@ -124,10 +122,8 @@ impl Control {
             former.as_ref().map(|former| (former.hostname.as_str(), former.machine_id, former.boot_id)),
         )?;
         let identity = Arc::new(Mutex::new(identity));
-        // The one before may have been ended before it had set it.
-        let new_mac = former.as_ref().map(|former| former.mac).filter(|mac| *mac != [0; 6]);
-        state.set_settling(new_mac.is_some());
-        let mut made = Self {
+        let mac = former.as_ref().map_or([0; 6], |former| former.mac);
+        Ok(Self {
             channel,
             random,
             look: Look::start(Arc::clone(&identity), Arc::clone(&state)),
@@ -136,17 +132,14 @@ impl Control {
             identity,
             kept,
             hardware: Hardware::open()?,
-            mac: [0; 6],
-            new_mac,
+            mac,
             frozen: Arc::default(),
             tell: another || hooks::exist(),
             problems: std::env::var(crate::init::PROBLEMS).unwrap_or_default(),
             another,
             ready: former.is_some(),
             renewed: false,
-        };
-        made.set_mac();
-        Ok(made)
+        })
     }
 
     /// Whether there was another agent of this machine before this one.
@@ -178,7 +171,6 @@ impl Control {
             if let Ok(bytes) = reply.encode(id) {
                 let _ = self.channel.stream().and_then(|mut stream| stream.write_all(&bytes));
             }
-            self.set_mac();
             if std::mem::take(&mut self.renewed) {
                 self.state.restored.notify_one();
             }
@@ -256,25 +248,14 @@ impl Control {
             }
         }
         if activation.mac != [0; 6] && activation.mac != self.mac {
-            self.new_mac = Some(activation.mac);
-            self.state.set_settling(true);
+            self.hardware.set(activation.mac)?;
+            self.mac = activation.mac;
         }
         self.state.become_sandbox(activation);
         self.renewed = self.tell;
         // Whatever follows finds programs that ran as who this machine is now.
         self.tell = true;
         Ok(())
-    }
-
-    /// Gives the link its address. Half of what an activation takes under emulation, and nobody but programs of the guest can
-    /// see it: so the host is answered first, and nothing is started before it is done. Root may have taken the link away.
-    fn set_mac(&mut self) {
-        let Some(mac) = self.new_mac.take() else { return };
-        match self.hardware.set(mac) {
-            Ok(()) => self.mac = mac,
-            Err(error) => eprintln!("agent: the link keeps its address: {error}"),
-        }
-        self.state.set_settling(false);
     }
 
     /// Goes on as who this machine is.

@@ -1,6 +1,5 @@
 //! What the agent knows of the sandbox it serves: set by activation, read by every request.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
@@ -75,13 +74,7 @@ pub struct State {
     pub hang_up: Notify,
     /// Told when programs of the image may have to make themselves distinct.
     pub restored: Notify,
-    /// Whether the link is about to be given this machine's address: nothing is started until it has it.
-    settling: AtomicBool,
-    settled: Notify,
 }
-
-/// How long a start waits for the link's address: milliseconds are usual, also where an emulator has to translate all of it.
-const SETTLE: Duration = Duration::from_secs(5);
 
 impl State {
     /// The settings, locked; hold it for a few reads or writes, never across a wait.
@@ -96,24 +89,6 @@ impl State {
         settings.template = activation.template;
         settings.env_vars = activation.env_vars;
         settings.access_token = activation.access_token;
-    }
-
-    /// Says whether the link is about to be given this machine's address.
-    pub fn set_settling(&self, is: bool) {
-        self.settling.store(is, Ordering::SeqCst);
-        if !is {
-            self.settled.notify_waiters();
-        }
-    }
-
-    /// Waits until the link has this machine's address.
-    pub async fn settled(&self) {
-        let mut told = std::pin::pin!(self.settled.notified());
-        // Before the look: what is told after it is not missed.
-        told.as_mut().enable();
-        if self.settling.load(Ordering::SeqCst) {
-            let _ = tokio::time::timeout(SETTLE, told).await;
-        }
     }
 
     /// Takes what the image says of its processes, when that has changed. One system call when it has not.
@@ -230,26 +205,6 @@ mod tests {
         assert_eq!(settings.workdir(), Some("/app"));
         settings.default_workdir = Some("/set".to_owned());
         assert_eq!(settings.workdir(), Some("/set"));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_starts_something_waits_for_the_links_address_and_not_for_ever() {
-        let state = std::sync::Arc::new(State::default());
-        let begun = tokio::time::Instant::now();
-        state.settled().await;
-        state.set_settling(true);
-        let waiting = tokio::spawn({
-            let state = std::sync::Arc::clone(&state);
-            async move { state.settled().await }
-        });
-        tokio::task::yield_now().await;
-        assert!(!waiting.is_finished());
-        state.set_settling(false);
-        waiting.await.unwrap();
-        assert_eq!(begun.elapsed(), Duration::ZERO);
-        state.set_settling(true);
-        state.settled().await;
-        assert_eq!(begun.elapsed(), SETTLE);
     }
 
     #[test]

@@ -5,7 +5,6 @@ use axum::response::IntoResponse;
 use http::StatusCode;
 use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::{BuildId, TemplateName, TemplateVersion};
-use kelvin_api::sandbox::Template;
 use kelvin_node_api::Base;
 use serde::{Deserialize, Serialize};
 
@@ -14,10 +13,10 @@ use crate::control::{Control, Inner};
 use crate::database::{DEFAULT_TAG, TagRow};
 use crate::failures::{database_failed, unknown_template};
 use crate::request::{Outcome, Path, Query, Who, json, parse_required, read};
-use crate::versions::{split_tag, tags_of};
+use crate::versions::{is_default, split_tag};
 
-/// Tags in one request.
-const MAX_TAGS: usize = 100;
+/// Tags in one request, and of one template.
+pub(crate) const MAX_TAGS: usize = 100;
 
 /// The reply of `POST /templates/tags`.
 #[derive(Debug, Serialize, schemars::JsonSchema)]
@@ -127,11 +126,18 @@ pub(crate) async fn add_tags(State(control): State<Control>, Who(caller): Who, r
     };
     let build = inner.tagged_as(&version).await?;
     let project = caller.project.to_string();
-    let added = inner.database.add_tags(project, name.to_owned(), build.clone(), tags.clone());
-    added.await.map_err(database_failed)?;
+    let known = inner.database.tags(&project, name).await.map_err(database_failed)?;
+    let new = tags.iter().filter(|tag| known.iter().all(|row| row.tag != **tag)).count();
+    if known.len() + new > MAX_TAGS {
+        let text = format!("{name} would have more than {MAX_TAGS} tags: each keeps a version");
+        return Err(Failure::new(ErrorCode::InvalidTags, text, "take some away first").into());
+    }
+    let added = inner.database.add_tags(project, name.to_owned(), build.clone(), tags.clone()).await;
+    // Also when it failed: it may have been written, and what the name means is what is written.
     if inner.owners.of(name).is_some() {
         inner.renew_owner(name).await?;
     }
+    added.map_err(database_failed)?;
     let build_id = inner.shown_build(name, &build).await?;
     Ok(json(StatusCode::CREATED, &AddedTags { tags, build_id }))
 }
@@ -252,11 +258,17 @@ impl Inner {
         tag: &str,
     ) -> Result<Vec<String>, Failure> {
         let tags = self.database.tags(project, version.name.as_str()).await.map_err(database_failed)?;
-        let all = self.records().await?.remove(version.name.as_str()).unwrap_or_default();
-        let is_it =
-            |record: &&Template| record.versions.first().is_some_and(|one| one.build_id == version.build);
-        let tags: Vec<&TagRow> = tags.iter().collect();
-        let mut found = all.iter().find(is_it).map(|record| tags_of(record, &tags)).unwrap_or_default();
+        // Of what the tags say, not of what the node shows: a version whose record it cannot read now is named all the same.
+        let is_plain = version.build.is_none();
+        let text = match &version.build {
+            Some(build) => Some(build.to_string()),
+            None => self.plain_image(&version.name).await?,
+        };
+        let named = |row: &&TagRow| text.as_ref() == Some(&row.build);
+        let mut found: Vec<String> = tags.iter().filter(named).map(|row| row.tag.clone()).collect();
+        if is_plain && !tags.iter().any(is_default) {
+            found.push(DEFAULT_TAG.to_owned());
+        }
         found.retain(|one| one != tag);
         Ok(found)
     }
@@ -266,6 +278,9 @@ impl Inner {
         let owner = self.owners.of(name);
         let project = owner.as_ref().map_or(caller.project.as_str(), |owner| &owner.project);
         let mut tags = self.database.tags(project, name).await.map_err(database_failed)?;
+        if owner.is_some() {
+            tags.retain(|row| row.tag != DEFAULT_TAG || is_default(row));
+        }
         let plain = template.versions.iter().find(|version| version.build_id.is_none());
         if let Some(plain) = plain.filter(|_| tags.iter().all(|row| row.tag != DEFAULT_TAG)) {
             tags.push(TagRow {

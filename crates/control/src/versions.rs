@@ -15,7 +15,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use jiff::SignedDuration;
@@ -69,15 +68,22 @@ fn names(tag: &TagRow, record: &Template) -> bool {
     }
 }
 
-/// The tags, of those of its template, that name the version of such a row. Without a default one the name means the version
-/// that has no build.
+/// Whether it is the default tag and names a build. The release before versions gave it the digest of an image, which said
+/// nothing of what the name means.
+pub(crate) fn is_default(tag: &TagRow) -> bool {
+    tag.tag == DEFAULT_TAG && tag.build.parse::<BuildId>().is_ok()
+}
+
+/// The tags, of those of its template, that name the version of such a row. Without a default one that names a build the name
+/// means the version that has none.
 pub(crate) fn tags_of(record: &Template, tags: &[&TagRow]) -> Vec<String> {
     let mut found: Vec<String> =
         tags.iter().filter(|tag| names(tag, record)).map(|tag| tag.tag.clone()).collect();
-    if is_plain(record) && tags.iter().all(|tag| tag.tag != DEFAULT_TAG) {
+    if is_plain(record) && !tags.iter().copied().any(is_default) {
         found.push(DEFAULT_TAG.to_owned());
     }
     found.sort();
+    found.dedup();
     found
 }
 
@@ -94,12 +100,12 @@ pub(crate) fn joined(
         }
     }
     records.sort_by_key(|record| std::cmp::Reverse((record.created_at, version_of(record))));
-    let is_default = |record: &Template| {
+    let has_default = |record: &Template| {
         record.versions.first().is_some_and(|version| version.tags.iter().any(|tag| tag == DEFAULT_TAG))
     };
     let shown = match chosen {
         Some(version) => records.iter().find(|record| version_of(record).as_ref() == Some(version))?,
-        None => records.iter().find(|record| is_default(record)).or(records.first())?,
+        None => records.iter().find(|record| has_default(record)).or(records.first())?,
     };
     let created_at = records.iter().map(|record| record.created_at).min().unwrap_or(shown.created_at);
     let mut shown = Template { created_at, ..shown.clone() };
@@ -127,7 +133,7 @@ impl Inner {
     }
 
     /// Digest of the image of the version of `name` that has no build, when there is that.
-    async fn plain_image(&self, name: &TemplateName) -> Result<Option<String>, Failure> {
+    pub(crate) async fn plain_image(&self, name: &TemplateName) -> Result<Option<String>, Failure> {
         let plain = TemplateVersion::from(name.clone());
         let all = self.node.templates().await?;
         let found = all.iter().find(|record| version_of(record).as_ref() == Some(&plain));
@@ -254,9 +260,7 @@ impl Inner {
     /// After a start: tells the node which versions machines wait for.
     pub(crate) async fn prefer_all(&self) -> Result<(), Failure> {
         for (name, owner) in self.database.template_owners().await.map_err(database_failed)? {
-            if owner.default.is_some() {
-                self.prefer(&name, owner.default).await;
-            }
+            self.prefer(&name, owner.default).await;
         }
         Ok(())
     }
@@ -272,7 +276,6 @@ impl Inner {
                 ) => {}
             other => other?,
         }
-        self.builds.is_freed.store(true, Ordering::Relaxed);
         Ok(())
     }
 
@@ -370,17 +373,11 @@ impl Inner {
         }
     }
 
+    /// What a sandbox still held when its version went is free once that sandbox has ended: so it is collected each time.
     async fn tidy(&self) -> Result<(), Failure> {
         self.expire_versions().await?;
-        if self.builds.is_freed.swap(false, Ordering::Relaxed) {
-            let before = self.there().await?;
-            let collected = self.node.collect(false).await;
-            if collected.is_err() {
-                self.builds.is_freed.store(true, Ordering::Relaxed);
-            }
-            collected?;
-            self.forget_owners(before).await?;
-        }
-        Ok(())
+        let before = self.there().await?;
+        self.node.collect(false).await?;
+        self.forget_owners(before).await
     }
 }

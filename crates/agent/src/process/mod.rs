@@ -110,8 +110,6 @@ impl Processes {
         user: &User,
         deadline: Option<std::time::Instant>,
     ) -> Result<Arc<Entry>, ConnectError> {
-        // Before the look at how many there are, which counts until this one is there.
-        self.state.settled().await;
         if self.table().len() >= MAX_PROCESSES {
             return Err(ConnectError::resource_exhausted(format!("{MAX_PROCESSES} processes run already")));
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kelvin_api::error::{ErrorCode, Failure, chain};
-use kelvin_api::id::{BuildId, TemplateName};
+use kelvin_api::id::{BuildId, TemplateName, TemplateVersion};
 use kelvin_api::units::{DiskMib, MemoryMib};
 use kelvin_node_api::{Base, Build, BuildFailure, BuildFrom, BuildStage, Built, Instruction};
 use tokio::sync::mpsc;
@@ -19,6 +19,7 @@ use crate::database::{
     BuildEnd, BuildError, BuildRow, BuildState, Caps, NewBuild, Requested, Started, TemplateOwner, Wanted,
 };
 use crate::failures::{database_failed, unknown_template};
+use crate::tags::MAX_TAGS;
 use crate::versions::{image_of, split_tag};
 
 /// What a project may have.
@@ -27,6 +28,7 @@ pub(super) const CAPS: Caps = Caps {
     requested: 100,
     under_way: 16,
     kept: 20,
+    tags: MAX_TAGS as u64,
     life_ms: 24 * 3600 * 1000,
     log_bytes: 256 << 20,
 };
@@ -383,7 +385,16 @@ impl Inner {
             }
         };
         // Whose it was is forgotten last: until then it can be deleted again, and is nobody else's.
-        for version in self.versions_there(&template).await? {
+        let mut all = self.versions_there(&template).await?;
+        if is_own {
+            // Also those whose records the node cannot read now: what is not there is fine.
+            all.push(template.clone().into());
+            let rows = self.database.builds_of(name, None, usize::MAX).await.map_err(database_failed)?;
+            all.extend(rows.into_iter().map(|row| TemplateVersion::of(template.clone(), row.id)));
+            all.sort();
+            all.dedup();
+        }
+        for version in all {
             match is_own {
                 true => self.remove_version(&version).await?,
                 false => self.node.remove_template(&version).await?,

@@ -1,7 +1,6 @@
 //! The builds that wait or run, and how each is told to give up.
 
 use std::collections::HashMap;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kelvin_api::error::ErrorCode;
@@ -65,8 +64,6 @@ pub(crate) struct UnderWay {
     /// Held while what is written down of builds and of templates' owners, and what is here, change together.
     pub changing: tokio::sync::Mutex<()>,
     all: Mutex<HashMap<BuildId, Arc<Running>>>,
-    /// Whether a version was removed since garbage was collected last.
-    pub is_freed: AtomicBool,
     /// Names that imports make templates of, once for each import.
     imports: Arc<Mutex<Vec<TemplateName>>>,
 }
@@ -93,7 +90,6 @@ impl UnderWay {
             turns: Semaphore::new(options.max_builds.clamp(1, Semaphore::MAX_PERMITS)),
             changing: tokio::sync::Mutex::default(),
             all: Mutex::default(),
-            is_freed: AtomicBool::default(),
             imports: Arc::default(),
         }
     }

@@ -48,6 +48,8 @@ pub struct Caps {
     pub under_way: u64,
     /// Builds of one template that have ended and are remembered.
     pub kept: u64,
+    /// Tags of one template: each keeps a version.
+    pub tags: u64,
     /// How long one that was asked for may be started, in milliseconds.
     pub life_ms: i64,
     /// Bytes of what builds said that have ended, with what keeping a line takes: beyond it that of the oldest is forgotten.

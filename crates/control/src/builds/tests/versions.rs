@@ -183,6 +183,11 @@ async fn what_was_built_before_there_were_versions_is_read_as_it_is() {
         world.get(&world.blue, "/templates/web").await.body["versions"][0]["tags"],
         json!(["default", "v1"])
     );
+    // That release gave the default tag the digest of an image, too, and then made another: the name means what is there.
+    database.add_tags("blue".into(), "web".into(), "ef".repeat(32), vec!["default".into()]).await.unwrap();
+    assert_eq!(world.starts(&world.blue, "web").await, Ok(plain.clone()));
+    assert_eq!(world.inner().expire_versions().await.unwrap(), 0);
+    database.remove_tags("blue".into(), "web".into(), vec!["default".into()]).await.unwrap();
     // The next build is beside it, and there is a way back.
     let new = world.built(&world.blue, "web").await;
     assert_eq!(world.starts(&world.blue, "web").await, Ok(version("web", &new)));

@@ -189,12 +189,26 @@ fn request(connection: &Connection, build: &NewBuild, caps: Caps, now: i64) -> S
     if count(connection, sql, project)? >= caps.requested {
         return Ok(Requested::TooMany { what: "builds that were not started", limit: caps.requested });
     }
-    // Those that tags name are not among them, nor the newest that is ready: it may be from before tags named builds.
+    let mut tags: Vec<String> = connection
+        .prepare_cached("SELECT tag FROM tags WHERE project = ?1 AND template = ?2")?
+        .query_map((project, template), |row| row.get(0))?
+        .collect::<Sql<_>>()?;
+    tags.extend(build.wanted.tags.iter().cloned());
+    tags.sort();
+    tags.dedup();
+    if tags.len() as u64 > caps.tags {
+        return Ok(Requested::TooMany { what: "tags of this template", limit: caps.tags });
+    }
+    // Those that tags name are not among them, by id or by image, nor the last ones that tags have named: there is a way back to
+    // them; nor the newest that is ready: it may be from before tags named builds.
     forget(
         connection,
         "SELECT id FROM builds WHERE template = ?1 AND state IN ('ready', 'error') AND id NOT IN \
          (SELECT id FROM builds WHERE template = ?1 AND state = 'ready' ORDER BY ended_ms DESC LIMIT 1) \
+         AND id NOT IN (SELECT id FROM builds WHERE template = ?1 AND untagged_ms IS NOT NULL \
+         ORDER BY untagged_ms DESC LIMIT 5) \
          AND id NOT IN (SELECT build FROM tags WHERE template = ?1) \
+         AND COALESCE(image, '') NOT IN (SELECT build FROM tags WHERE template = ?1) \
          ORDER BY created_ms DESC, id DESC LIMIT -1 OFFSET ?2",
         template,
         i64::try_from(caps.kept).unwrap_or(i64::MAX),

@@ -8,8 +8,8 @@ use rusqlite::{Connection, OptionalExtension, Row, params_from_iter};
 use super::{Sqlite, bad, time};
 use crate::database::{Error, Events, Which};
 
-/// Events that are kept.
-const KEPT: i64 = 1_000_000;
+/// Events of a project that are kept.
+const KEPT: i64 = 100_000;
 /// Every how many the oldest go.
 const TRIM: i64 = 256;
 /// Pauses and resumes that are told one by one when a node tells of several at once.
@@ -34,9 +34,15 @@ pub(super) fn note(
              SELECT ?2, id, project, template, ?3 FROM sandboxes WHERE id = ?1",
         )?
         .execute((id, at.as_millisecond(), what))?;
-    let newest = connection.last_insert_rowid();
-    if written > 0 && newest % TRIM == 0 {
-        connection.prepare_cached("DELETE FROM events WHERE id <= ?1")?.execute([newest - KEPT])?;
+    if written > 0 && connection.last_insert_rowid() % TRIM == 0 {
+        // Of the project that writes: nobody else's go because of what it does.
+        connection
+            .prepare_cached(
+                "WITH mine AS (SELECT project FROM sandboxes WHERE id = ?1) \
+                 DELETE FROM events WHERE project IN mine AND id <= \
+                 (SELECT id FROM events WHERE project IN mine ORDER BY id DESC LIMIT 1 OFFSET ?2)",
+            )?
+            .execute((id, KEPT))?;
     }
     Ok(())
 }

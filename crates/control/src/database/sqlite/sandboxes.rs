@@ -121,7 +121,10 @@ impl Sqlite {
                     return Ok(());
                 }
                 transaction.prepare_cached(with_it)?.execute([&id])?;
-                if let Some(ended) = ended {
+                // What was never there for its owner has no end.
+                if let Some(ended) = ended
+                    && events::rank(&transaction, &id)?.is_some()
+                {
                     events::note(&transaction, &id, now, ended)?;
                 }
                 transaction.prepare_cached("DELETE FROM sandboxes WHERE id = ?1")?.execute([&id])?;

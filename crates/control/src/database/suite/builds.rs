@@ -13,7 +13,7 @@ use crate::database::{
 use crate::placement::NodeName;
 
 const CAPS: Caps =
-    Caps { templates: 2, requested: 3, under_way: 1, kept: 2, life_ms: 3_600_000, log_bytes: 200 };
+    Caps { templates: 2, requested: 3, under_way: 1, kept: 2, tags: 100, life_ms: 3_600_000, log_bytes: 200 };
 
 fn asked(project: &str, template: &str) -> NewBuild {
     NewBuild {
