@@ -142,8 +142,16 @@ pub(crate) async fn a_version_is_unnamed_since_its_last_tag_moved(subject: &impl
     assert_eq!(all, [("blue", "web", "default"), ("green", "web", "mine")]);
     // What a tag names is not forgotten, however many come after it.
     tag("blue", first.as_str(), "v1").await;
+    // Nor the last ones that tags have named: there is a way back to them, until others have come.
+    built(&[], "later").await;
     for _ in 0..5 {
-        built(&[], "later").await;
+        let id = requested(&database, &asked("blue", "web")).await;
+        database.start_build(&id, CAPS).await.unwrap();
+        assert!(database.end_build(&id, failed()).await.unwrap());
+    }
+    assert_eq!(state(&database, &third).await, Some(BuildState::Ready));
+    for number in 0..8 {
+        built(&[], &format!("later {number}")).await;
     }
     assert_eq!(state(&database, &first).await, Some(BuildState::Ready));
     assert_eq!(state(&database, &third).await, None);
