@@ -20,7 +20,7 @@ use crate::accounts::Account;
 use crate::builds::routes::{listed, unbuilt};
 use crate::codes;
 use crate::control::{Control, Inner};
-use crate::database::{BuildRow, TagRow};
+use crate::database::{BuildRow, DEFAULT_TAG, TagRow};
 use crate::failures::{database_failed, unknown_template};
 use crate::list::{PAGE, page_limit, with_next};
 use crate::once::Again;
@@ -202,7 +202,8 @@ impl Inner {
         }
         let (name, tag) = split_tag(text);
         let kept = match self.snapshot_of(caller, name).await? {
-            Some(id) if tag.is_none() => self.node.source(id.as_str()).await?,
+            // E2B's clients add the tag to every name.
+            Some(id) if tag.is_none_or(|tag| tag == DEFAULT_TAG) => self.node.source(id.as_str()).await?,
             _ => None,
         };
         kept.ok_or_else(|| unknown_template(text))
