@@ -2,6 +2,7 @@
 
 mod authorisation;
 mod builds;
+mod code_interpreter;
 mod containers;
 mod crash;
 mod exec;

@@ -3,11 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use kelvin_api::sandbox::BakeTemplate;
 use kelvin_e2e::{Ground, Server, world};
 
 /// Runs a program of an SDK's tests; what it prints is shown.
-fn passes(server: &Server, program: &mut Command) {
+pub(super) fn passes(server: &Server, program: &mut Command) {
     let status = program
         .env("E2B_API_URL", server.url())
         .env("E2B_SANDBOX_URL", server.url())
@@ -32,7 +31,7 @@ fn table_is_kept(written: &Path, name: &str) {
 }
 
 /// A program that the suite installed, or a line that says that it is not there.
-fn tool(variable: &str) -> Option<PathBuf> {
+pub(super) fn tool(variable: &str) -> Option<PathBuf> {
     let found = std::env::var_os(variable).map(PathBuf::from);
     if found.is_none() {
         println!("skipped: no {variable}, `cargo xtask test` installs the SDKs");
@@ -44,7 +43,7 @@ fn scripts(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("sdk").join(name)
 }
 
-fn pytest(python: &PathBuf, files: &[&str]) -> Command {
+pub(super) fn pytest(python: &PathBuf, files: &[&str]) -> Command {
     let mut command = Command::new(python);
     command.args(["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=short"]);
     command.args(files.iter().map(|file| scripts("python").join(file))).env("PYTHONDONTWRITEBYTECODE", "1");
@@ -104,34 +103,6 @@ async fn the_command_line_client_works_unmodified() {
     let server = baked(&ground, "sdk-cli").await;
     passes(&server, &mut pytest(&python, &["test_cli.py"]));
     server.stop().await;
-}
-
-#[tokio::test]
-async fn the_code_interpreter_runs_cells() {
-    let Some(ground) = Ground::with_networks().await else { return };
-    let Some(python) = tool("KELVIN_E2E_PYTHON") else { return };
-    // Jupyter starts in some 30 s; twice that was seen on a machine that others use too.
-    let server = ground.baked("interpreter", &["--boot-deadline", "300"], 0).await;
-    server.import_interpreter();
-    let request = BakeTemplate::default();
-    server.client().bake("code-interpreter", &request).await.expect("it can be baked");
-    passes(&server, &mut pytest(&python, &["test_interpreter.py"]));
-    // Here because the template takes longer to bake than they take to run.
-    agents_finish(&server).await;
-    server.stop().await;
-}
-
-/// Frameworks for agents with their own E2B integrations, with replies in place of a model: each makes its sandbox, gets
-/// the results back into its loop, finishes and leaves nothing.
-async fn agents_finish(server: &Server) {
-    let Some(python) = tool("KELVIN_E2E_AGENTS") else { return };
-    server.bake(1).await;
-    let examples = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../examples/frameworks");
-    for name in ["smolagents_agent.py", "langchain_agent.py"] {
-        passes(server, Command::new(&python).arg(examples.join(name)).env("PYTHONDONTWRITEBYTECODE", "1"));
-    }
-    let info = server.settle().await;
-    assert_eq!((info.sandboxes, info.paused), (0, 0), "nothing is left");
 }
 
 #[tokio::test]
