@@ -244,8 +244,15 @@ impl Inner {
 
     /// Every template that a caller may use, with its versions and how often it was started.
     async fn templates(&self, caller: &Account) -> Result<Vec<Template>, Failure> {
-        let all_tags = self.database.all_tags().await.map_err(database_failed)?;
-        let spawns = self.database.spawns().await.map_err(database_failed)?;
+        let mut tags: HashMap<(String, String), Vec<TagRow>> = HashMap::new();
+        for (project, template, row) in self.database.all_tags().await.map_err(database_failed)? {
+            tags.entry((project, template)).or_default().push(row);
+        }
+        let mut spawns: HashMap<String, (u64, jiff::Timestamp)> = HashMap::new();
+        for (text, (count, last)) in self.database.spawns().await.map_err(database_failed)? {
+            let of = spawns.entry(split_tag(&text).0.to_owned()).or_insert((0, last));
+            *of = (of.0 + u64::try_from(count).unwrap_or(0), of.1.max(last));
+        }
         let mut templates = Vec::new();
         for (name, mut records) in self.records().await? {
             if !self.owners.may_use(&caller.project, &name) {
@@ -255,12 +262,12 @@ impl Inner {
             records.retain(|record| owner.is_some() || is_plain(record));
             // Of what is everybody's, each project has its own.
             let project = owner.as_ref().map_or(caller.project.as_str(), |owner| &owner.project);
-            let own = all_tags.iter().filter(|(whose, of, _)| whose == project && *of == name);
-            let own: Vec<&TagRow> = own.map(|(.., row)| row).collect();
+            let own = tags.get(&(project.to_owned(), name.clone()));
+            let own: Vec<&TagRow> = own.into_iter().flatten().collect();
             let Some(mut template) = joined(records, &own, None) else { continue };
             template.public = owner.is_some_and(|owner| owner.public);
-            for (_, (count, last)) in spawns.iter().filter(|(text, _)| split_tag(text).0 == name) {
-                template.spawn_count += u64::try_from(*count).unwrap_or(0);
+            if let Some((count, last)) = spawns.get(&name) {
+                template.spawn_count += count;
                 template.last_spawned_at = template.last_spawned_at.max(Some(*last));
             }
             templates.push(template);
@@ -295,26 +302,8 @@ impl Inner {
         let records = self.records().await?.remove(version.name.as_str()).unwrap_or_default();
         let chosen = joined(records, &[], Some(version));
         let chosen = chosen.ok_or_else(|| unknown_template(&version.to_string()))?;
-        let Template {
-            build_id,
-            cpu_count,
-            memory_mb,
-            disk_size_mb,
-            updated_at,
-            envd_version,
-            snapshots,
-            ..
-        } = chosen;
-        Ok(Template {
-            build_id,
-            cpu_count,
-            memory_mb,
-            disk_size_mb,
-            updated_at,
-            envd_version,
-            snapshots,
-            ..template
-        })
+        let Template { public, spawn_count, last_spawned_at, versions, .. } = template;
+        Ok(Template { public, spawn_count, last_spawned_at, versions, ..chosen })
     }
 
     /// The ids of the snapshots that the node can open.

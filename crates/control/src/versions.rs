@@ -273,10 +273,12 @@ impl Inner {
                 if matches!(
                     failure.error_code,
                     ErrorCode::TemplateNotFound | ErrorCode::BuildUnsupported
-                ) => {}
-            other => other?,
+                ) =>
+            {
+                Ok(())
+            }
+            other => other,
         }
-        Ok(())
     }
 
     /// Every version that the node has, by template.
@@ -366,6 +368,7 @@ impl Inner {
     /// and snapshots still need then stays for the next time, or for `kelvin gc`.
     pub(crate) async fn keep_versions(self: Arc<Self>) {
         loop {
+            // Nothing tells that a time is over.
             tokio::time::sleep(EVERY).await;
             if let Err(failure) = self.tidy().await {
                 tracing::warn!(error = chain(&failure), "versions that nothing names are left");

@@ -11,8 +11,8 @@
 //! run at once as the server was told, the others wait. A build is seen to its end by a task of its own, whoever leaves.
 //!
 //! Who writes: requests, and the task of each build. Whose a template is, is written before there is anything of it, so a
-//! crash leaves no template without an owner; that it is ready and what its tags name is written in one step. A crash leaves builds `waiting` or `building`, which the next start ends with
-//! `build_interrupted`. Credentials of registries are in memory alone: a build that was interrupted is not taken up again.
+//! crash leaves no template without an owner; that it is ready and what its tags name is written in one step. A crash leaves
+//! builds `waiting` or `building`, which the next start ends with `build_interrupted`. Credentials of registries are in memory alone: a build that was interrupted is not taken up again.
 
 mod codes;
 mod lines;

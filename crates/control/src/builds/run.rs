@@ -94,18 +94,20 @@ impl Inner {
         id: &str,
     ) -> Result<BuildRow, Failure> {
         let parsed: BuildId = id.parse().map_err(|_| build_not_found(id))?;
+        // Before the row: one that has ended by then is found as one that ends.
         let running = self.builds.find(&parsed);
         let row = self.database.build(&parsed).await.map_err(database_failed)?;
+        let is_it = |row: &BuildRow| {
+            row.project == caller.project.as_str() && name.is_none_or(|name| row.template == name)
+        };
+        let row = row.filter(is_it).ok_or_else(|| build_not_found(id))?;
         if let Some(running) = running
-            && row.as_ref().is_some_and(|row| matches!(row.state, BuildState::Ready | BuildState::Error))
+            && matches!(row.state, BuildState::Ready | BuildState::Error)
         {
             // Who is told of its end finds what it has changed: until then its template's name may mean the version before.
             let _ = tokio::time::timeout(SEEN, running.over.cancelled()).await;
         }
-        row.filter(|row| {
-            row.project == caller.project.as_str() && name.is_none_or(|name| row.template == name)
-        })
-        .ok_or_else(|| build_not_found(id))
+        Ok(row)
     }
 
     /// Whether the node has a template of that name.

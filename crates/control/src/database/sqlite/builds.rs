@@ -106,6 +106,16 @@ pub(super) fn tag(
     tags: &[String],
     now: i64,
 ) -> Sql<()> {
+    let has_default =
+        "SELECT 1 FROM tags g JOIN builds b ON b.id = g.build WHERE g.template = ?1 AND g.tag = 'default'";
+    if tags.iter().any(|tag| tag == DEFAULT_TAG)
+        && !connection.prepare_cached(has_default)?.exists([template])?
+    {
+        // Until now the name meant the version that has no build, whatever other tags named: its time begins now.
+        connection
+            .prepare_cached("UPDATE builds SET untagged_ms = NULL WHERE template = ?1 AND state = 'ready'")?
+            .execute([template])?;
+    }
     for tag in tags {
         connection
             .prepare_cached(

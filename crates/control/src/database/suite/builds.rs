@@ -113,7 +113,12 @@ pub(crate) async fn a_version_is_unnamed_since_its_last_tag_moved(subject: &impl
     assert_eq!(database.template_owner("web").await.unwrap(), None);
     let first = built(&["v1"], "i1").await;
     assert_eq!((default().await, since(&first).await), (None, None));
+    // What the name means while no build has its default tag has a time of its own from when one has.
+    let before = built(&["v0"], "i0").await;
+    assert_eq!(database.remove_tags("blue".into(), "web".into(), vec!["v0".into()]).await.unwrap(), None);
+    let stamped = since(&before).await.expect("no tag names it");
     let second = built(&[], "i2").await;
+    assert!(since(&before).await > Some(stamped));
     assert_eq!((default().await.as_ref(), since(&second).await), (Some(&second), None));
     assert_eq!(database.template_owners().await.unwrap()["web"].default.as_ref(), Some(&second));
     let third = built(&[], "i3").await;
