@@ -5,6 +5,22 @@ use serde::{Deserialize, Serialize};
 use crate::id::Token;
 use crate::sandbox::{LogLevel, Template};
 
+/// Steps of one build, those of all its stages.
+pub const MOST_STEPS: usize = 1000;
+
+/// Whether `text` is a user, or `user:group`, by names or ids, as a step takes one.
+pub fn is_owner(text: &str) -> bool {
+    let is_name = |name: &str| {
+        (1..=64).contains(&name.len())
+            && !name.starts_with('-')
+            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+    };
+    match text.split_once(':') {
+        Some((user, group)) => is_name(user) && is_name(group),
+        None => is_name(text),
+    }
+}
+
 /// `POST /v3/templates` and `POST /v2/templates`: begin a version of a template. Its files are uploaded next, then it is
 /// started.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

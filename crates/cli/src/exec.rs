@@ -59,12 +59,6 @@ pub async fn run(client: &Client, args: RunArgs) -> Result<ExitCode, Failed> {
     let sandbox = created.map_err(not_run)?.sandbox;
     if args.timing {
         waterfall(sandbox.start_reason.as_deref().unwrap_or_default(), &sandbox.phases);
-        if sandbox.phases.contains_key(&Phase::Boot)
-            && let Ok(logs) = client.logs(sandbox.sandbox_id.as_str()).await
-        {
-            let lines = logs.log_entries.iter().map(|entry| entry.message.as_str());
-            boot_stages(BootStages::find(lines));
-        }
     }
     let agent = client
         .agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), args.process.user.clone())
@@ -72,6 +66,12 @@ pub async fn run(client: &Client, args: RunArgs) -> Result<ExitCode, Failed> {
     let deadline = Duration::from_secs(args.timeout);
     let command = command(&args.process, &args.command, Some(deadline));
     let result = async {
+        if args.timing
+            && sandbox.phases.contains_key(&Phase::Boot)
+            && let Ok(Ok(logs)) = tokio::time::timeout(LATE, client.logs(sandbox.sandbox_id.as_str())).await
+        {
+            boot_stages(BootStages::find(logs.log_entries.iter().map(|entry| entry.message.as_str())));
+        }
         let process = agent.start(&command).await.map_err(not_started)?;
         follow(&agent, process, args.process.interactive, Some(deadline), OnLeaving::End).await
     };

@@ -185,7 +185,11 @@ pub async fn events(
     sandbox: Option<&str>,
     limit: usize,
 ) -> Result<ExitCode, Failed> {
-    print(output, &client.events(after, sandbox, limit).await?, event_table);
+    let found = client.events(after, sandbox, limit).await?;
+    print(output, &found, event_table);
+    if let Some(last) = found.last().filter(|_| found.len() == limit) {
+        eprintln!("there may be more: --after {}", last.id);
+    }
     Ok(ExitCode::SUCCESS)
 }
 

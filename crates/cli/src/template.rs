@@ -36,6 +36,11 @@ pub async fn dispatch(
             let client = config::client(connection)?;
             match remove {
                 false => client.add_tags(&name, &tags).await?,
+                true if name.contains(':') => {
+                    let todo = "name the template alone: `kelvin template tag web v1 --remove`";
+                    let text = format!("--remove takes tags from a template, not from {name}");
+                    return Err(Failed::new(text, todo));
+                }
                 true => client.remove_tags(&name, &tags).await?,
             }
         }

@@ -7,6 +7,9 @@ use std::io;
 
 use kelvin_api::error::{ErrorCode, Failure};
 
+/// What was done when the host could not give back what was pulled.
+pub(crate) const READING: &str = "reading a layer";
+
 /// Why an image, or a part of one, is not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
@@ -270,7 +273,7 @@ impl Fault {
             return Self::Refused(why.clone());
         }
         if error.raw_os_error().is_some() {
-            return Self::Io { what: "reading a layer", source: error };
+            return Self::Io { what: READING, source: error };
         }
         Self::Refused(Refusal::Compression(shown(error.to_string().as_bytes())))
     }

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use crate::cache::{Cache, Pinned};
 use crate::decompress;
 use crate::digest::{Digest, Hashing};
-use crate::error::{Error, Fault, Refusal};
+use crate::error::{Error, Fault, READING, Refusal};
 use crate::ext4::{self, Written};
 use crate::limits::Limits;
 use crate::local::{Local, Opened};
@@ -231,7 +231,9 @@ impl Job {
                 return Error::Stopped;
             }
             let is_limit = matches!(fault, Fault::Refused(Refusal::Limit { .. }));
-            if let (Blob::Cached(pinned), Fault::Refused(_), Some(of)) = (blob, &fault, &layer.descriptor)
+            // Also one that the disk cannot give back.
+            let may_be_bad = matches!(fault, Fault::Refused(_) | Fault::Io { what: READING, .. });
+            if let (Blob::Cached(pinned), true, Some(of)) = (blob, may_be_bad, &layer.descriptor)
                 && !is_limit
                 && !is_sound(pinned, &of.digest)
             {

@@ -87,7 +87,7 @@ pub enum Command {
         #[arg(long, value_name = "NUMBER", default_value_t = 0)]
         after: i64,
         /// How many, at most 1000.
-        #[arg(long, short = 'n', default_value_t = 1000)]
+        #[arg(long, short = 'n', default_value_t = 1000, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=1000))]
         limit: usize,
     },
     /// Show who changed what, newest first; needs the server's own key.

@@ -14,7 +14,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use kelvin_api::build::{TemplateStage, TemplateStep};
+use kelvin_api::build::{MOST_STEPS, TemplateStage, TemplateStep, is_owner};
 use kelvin_dockerfile::seam::{self, Asked, Instruction};
 use kelvin_dockerfile::{
     Config, Context, Dockerfile, Error, Fault, Healthcheck, Limits, Options, Plan, Stage, StageFrom,
@@ -28,8 +28,6 @@ use crate::output::Failed;
 
 /// Bytes of a Dockerfile that are read: one more than it may have.
 const MOST_BYTES: u64 = (1 << 20) + 1;
-/// Steps of one build. Source: `crates/control/src/builds/steps.rs`.
-const MOST_STEPS: usize = 1000;
 
 /// What a Dockerfile asks for.
 #[derive(Debug)]
@@ -157,19 +155,6 @@ fn begins(from: &StageFrom) -> TemplateStage {
 fn unsupported(line: u32, what: String, instruction: &str, instead: &'static str) -> Error {
     let fault = Fault::Unsupported(Unsupported { what, instead });
     Error { line, instruction: instruction.to_owned(), fault }
-}
-
-/// Whether a request can name `text` as a user, or as `user:group`. Source: `crates/control/src/builds/steps.rs`.
-fn is_owner(text: &str) -> bool {
-    let is_name = |name: &str| {
-        (1..=64).contains(&name.len())
-            && !name.starts_with('-')
-            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
-    };
-    match text.split_once(':') {
-        Some((user, group)) => is_name(user) && is_name(group),
-        None => is_name(text),
-    }
 }
 
 /// A step of a request.

@@ -9,6 +9,7 @@ mod files;
 pub mod measured;
 mod step;
 
+use std::collections::HashSet;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -274,7 +275,12 @@ async fn upload(
     steps: Vec<Step>,
     force: bool,
 ) -> Result<(), Failed> {
+    // Steps may copy the same.
+    let mut done = HashSet::new();
     for files in steps.into_iter().filter_map(|step| step.files) {
+        if !done.insert(files.hash().to_owned()) {
+            continue;
+        }
         let name = files.name();
         let link = client.files_link(template, files.hash()).await?;
         if link.present && !force {

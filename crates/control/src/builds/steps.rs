@@ -1,12 +1,10 @@
 //! Steps of a build as a request has them: checked, all of them, before anything is started.
 
-use kelvin_api::build::{StartBuild, TemplateStep};
+use kelvin_api::build::{MOST_STEPS, StartBuild, TemplateStep, is_owner};
 use kelvin_api::error::{ErrorCode, Failure};
 use kelvin_api::id::FilesHash;
 use kelvin_node_api::{BuildStep, Instruction};
 
-/// Steps of one build.
-const MOST_STEPS: usize = 1000;
 /// Characters of a step as it is shown.
 const SHOWN: usize = 200;
 /// Of a mode: permissions, set-user-id, set-group-id and sticky.
@@ -31,15 +29,7 @@ fn text<'a>(what: &str, text: &'a str) -> Checked<&'a str> {
 
 /// `user`, `user:group`, or their ids.
 fn owner(text: &str) -> Checked<&str> {
-    let is_name = |name: &str| {
-        !name.is_empty()
-            && name.len() <= 64
-            && !name.starts_with('-')
-            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
-    };
-    let mut parts = text.split(':');
-    let is_owner = parts.next().is_some_and(is_name) && parts.next().is_none_or(is_name);
-    if !is_owner || parts.next().is_some() {
+    if !is_owner(text) {
         return bad(format!("{:?} is no user", short(text)), "name a user, or user:group, or their ids");
     }
     Ok(text)

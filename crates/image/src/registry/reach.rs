@@ -59,9 +59,11 @@ fn is_public(address: IpAddr) -> bool {
     }
 }
 
-/// Whether an address is this machine's: only those can be bound. They change, so no list of them is kept.
+/// Whether an address is this machine's: only those can be bound. They change, so no list of them is kept. What cannot be told
+/// is taken for one: descriptors that ran out open no door.
 fn is_own(address: IpAddr) -> bool {
-    UdpSocket::bind((address, 0)).is_ok()
+    let bound = UdpSocket::bind((address, 0));
+    !matches!(bound, Err(error) if error.kind() == std::io::ErrorKind::AddrNotAvailable)
 }
 
 /// Resolves names, and gives what may be connected to.
