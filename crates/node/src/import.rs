@@ -27,7 +27,7 @@ impl Node {
         }
         let (vcpus, memory_mib) = (request.vcpus, request.memory_mib);
         inner.capacity.check(Shape { vcpus, memory_mib, disk_mib: DiskMib(0) })?;
-        inner.check_disk()?;
+        inner.ensure_disk().await?;
         let alone = inner.templates.begin_import(&request.template.clone().into())?;
         let version = TemplateVersion::from(request.template.clone());
         let node = self.clone();
@@ -53,7 +53,10 @@ impl Node {
                 .map_err(|error| Error::Io { what: "importing", source: std::io::Error::other(error) })??;
             tracing::info!(template = %imported.name, image = imported.image, "imported");
             // Read anew: from here on it is known.
-            let known = node.templates().await?.into_iter().find(|known| known.template.version() == version);
+            let all = node.templates().await?;
+            // Nothing waits any more for what had the name before.
+            node.inner.settle_pools(&version.name).await;
+            let known = all.into_iter().find(|known| known.template.version() == version);
             let missing = || kelvin_store::Error::Missing { kind: "template", name: version.to_string() };
             Ok(known.ok_or_else(missing)?)
         })

@@ -321,11 +321,14 @@ impl Node {
     /// # Errors
     /// `Store` when the template cannot be read.
     pub async fn source(&self, text: &str) -> Result<Option<Source>, Error> {
-        if let Ok(version) = text.parse::<TemplateVersion>()
-            && self.inner.store.template_stamp(&version).is_ok()
-        {
-            let shape = self.inner.templates.get(&version).await?.shape;
-            return Ok(Some(Source { base: Base::Template(version), shape }));
+        if let Ok(version) = text.parse::<TemplateVersion>() {
+            match self.inner.templates.get(&version).await {
+                Ok(template) => {
+                    return Ok(Some(Source { base: Base::Template(version), shape: template.shape }));
+                }
+                Err(Error::Store(kelvin_store::Error::Missing { .. })) => {}
+                Err(error) => return Err(error),
+            }
         }
         let id: Option<SnapshotId> = text.parse().ok();
         let kept = id.and_then(|id| self.inner.snapshots.get(&id));

@@ -141,8 +141,10 @@ impl Inner {
         if network && self.allocator.networks.is_none() {
             return false;
         }
-        let is_of =
-            |template: &Arc<Template>| self.identities.of_template(template, shape, network) == *identity;
+        let is_of = |template: &Arc<Template>| {
+            template.image == identity.image
+                && self.identities.of_template(template, shape, network) == *identity
+        };
         templates.iter().any(is_of)
     }
 }

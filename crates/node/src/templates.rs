@@ -88,7 +88,12 @@ impl Templates {
                 Error::Io { what: "reading a template", source: std::io::Error::other(error) }
             })??;
         let template = Arc::new(template);
-        self.known().insert(version.clone(), (stamp, Arc::clone(&template)));
+        let mut known = self.known();
+        // It may have been removed meanwhile: whoever removes the file forgets it afterwards, under this lock.
+        if self.store.template_stamp(version).is_ok_and(|now| now == stamp) {
+            known.insert(version.clone(), (stamp, Arc::clone(&template)));
+        }
+        drop(known);
         Ok(template)
     }
 
@@ -119,7 +124,8 @@ impl Templates {
 
     /// Takes over templates that were all read anew.
     pub fn know(&self, templates: &[Template]) {
-        let known = templates
+        let mut known = self.known();
+        let mut fresh: Known = templates
             .iter()
             .filter_map(|template| {
                 let version = template.version();
@@ -127,7 +133,15 @@ impl Templates {
                 Some((version, (stamp, Arc::new(template.clone()))))
             })
             .collect();
-        *self.known() = known;
+        // What was published since they were listed stays known.
+        for (version, entry) in std::mem::take(&mut *known) {
+            if !fresh.contains_key(&version)
+                && self.store.template_stamp(&version).is_ok_and(|now| now == entry.0)
+            {
+                fresh.insert(version, entry);
+            }
+        }
+        *known = fresh;
     }
 }
 

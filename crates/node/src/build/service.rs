@@ -133,7 +133,7 @@ impl Node {
                 portion.extend_from_slice(&bytes);
                 if portion.len() >= PORTION {
                     // Uploads that come at one time are bounded by nothing else.
-                    inner.check_disk()?;
+                    inner.ensure_disk().await?;
                     upload = written(upload, std::mem::take(&mut portion)).await?;
                 }
             }

@@ -171,7 +171,7 @@ impl Capturing<'_> {
         durability: Durability,
         then: CaptureOptions,
     ) -> Result<Captured, Error> {
-        self.inner.check_disk()?;
+        self.inner.ensure_disk().await?;
         let store = self.inner.store.clone();
         let staged = kelvin_host::blocking::spawn(move || store.stage()).await;
         let staged = staged.map_err(|error| Error::Io {

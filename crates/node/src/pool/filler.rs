@@ -51,17 +51,17 @@ impl Inner {
     /// another one, or it was removed. Warm machines go by themselves, and snapshots that are no version's with a collection.
     pub async fn settle_pools(&self, template: &TemplateName) {
         let waited_for = self.templates.waited_for();
-        for pool in self.pools.all() {
-            let manifest = &pool.snapshot.manifest;
-            if manifest.template != *template {
-                continue;
+        let is_of = |pool: &Arc<Pool>| pool.snapshot.manifest.template == *template;
+        let pools: Vec<_> = self.pools.all().into_iter().filter(is_of).collect();
+        // All targets first, and without a wait: another version may be chosen meanwhile.
+        for pool in &pools {
+            match self.is_one_of(&waited_for, &pool.snapshot.manifest.identity) {
+                true => pool.set_target_if_none(self.options.waiting_vmms),
+                false => pool.set_target(0),
             }
-            if self.is_one_of(&waited_for, &manifest.identity) {
-                pool.set_target_if_none(self.options.waiting_vmms);
-                continue;
-            }
-            pool.set_target(0);
-            for ready in pool.drain() {
+        }
+        for pool in &pools {
+            for ready in pool.excess() {
                 self.discard(ready).await;
             }
         }
@@ -108,10 +108,9 @@ impl Stock for Pool {
     }
 
     async fn tidy(&self, inner: &Inner) {
-        if self.refusal().is_some() {
-            for ready in self.drain() {
-                inner.discard(ready).await;
-            }
+        // Also what was on its way when the target was lowered.
+        for ready in self.excess() {
+            inner.discard(ready).await;
         }
     }
 

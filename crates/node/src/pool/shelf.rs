@@ -129,6 +129,14 @@ impl Pool {
         self.ready().drain(..).collect()
     }
 
+    /// What waits beyond the target, or for a snapshot that is not used any more, to be released.
+    pub fn excess(&self) -> Vec<Ready> {
+        let target = if self.refusal().is_some() { 0 } else { self.target.load(Ordering::Relaxed) };
+        let mut ready = self.ready();
+        let kept = usize::try_from(target).unwrap_or(usize::MAX).min(ready.len());
+        ready.drain(kept..).collect()
+    }
+
     /// The snapshot's id.
     pub fn snapshot_id(&self) -> SnapshotId {
         self.snapshot.manifest.id.clone()

@@ -112,7 +112,7 @@ impl Inner {
         origin: Origin,
         mode: PauseMode,
     ) -> Result<(Arc<Snapshot>, Timings), Error> {
-        self.check_disk()?;
+        self.ensure_disk().await?;
         let (image, _lease) = self.image_of(paused)?;
         let (mut timings, mut since) = (Timings::default(), Instant::now());
         let store = self.store.clone();
