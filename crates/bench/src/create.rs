@@ -266,8 +266,10 @@ pub(crate) async fn first_command(client: Client, sandbox: Sandbox, created_ms: 
     let agent = client.agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), None)?;
     let started = Instant::now();
     let command = Command { program: "true".to_owned(), ..Command::default() };
-    let (code, ..) = agent.run(&command, 0).await?;
+    let ran = agent.run(&command, 0).await;
     let took = created_ms + ms(started);
+    // Also one whose command failed.
     client.kill(&sandbox.sandbox_id).await?;
+    let (code, ..) = ran?;
     if code == 0 { Ok(took) } else { Err(Error::Command(code)) }
 }

@@ -360,6 +360,7 @@ fn versions_stand_beside_each_other_until_each_is_removed() {
                 (version.build.as_ref().unwrap().as_str(), 1)
             );
             made.push((version, built.versions[0].clone()));
+            // Virtual time: of versions of one instant none is the newer one.
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
         let [(old, was), (new, is)] = &made[..] else { panic!() };

@@ -92,11 +92,15 @@ pub fn make_once(
     if old == key {
         return Ok(done);
     }
+    let kept = shared().join("kernels").join(digest(&[key.as_bytes()]));
+    let _alone = alone(&kept);
+    // Another command of this checkout may have made it meanwhile.
+    if fs::read_to_string(done.join("key")).is_ok_and(|found| found == key) {
+        return Ok(done);
+    }
     fs::create_dir_all(directory)?;
     let work = directory.join("kernel.new");
     let _ = fs::remove_dir_all(&work);
-    let kept = shared().join("kernels").join(digest(&[key.as_bytes()]));
-    let _alone = alone(&kept);
     // Of another checkout: the key is over everything that goes in.
     if fs::read_to_string(kept.join("key")).is_ok_and(|found| found == key) && copy(&kept, &work).is_ok() {
         let _ = fs::remove_dir_all(&done);

@@ -282,6 +282,8 @@ pub fn with_server_once(
     work: impl FnOnce(&Server, &Path) -> Result<()>,
 ) -> Result<()> {
     let data = cache().join(name);
+    let lock = fs::create(data.with_extension("lock"))?;
+    lock.try_lock().map_err(|_| format!("another {name} runs in this tree"))?;
     let clear = || -> Result<()> {
         down_at(&data)?;
         // The file system, which `kelvin setup` has made beside the directory, and what it was mounted on.

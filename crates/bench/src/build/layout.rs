@@ -82,7 +82,7 @@ fn json(path: &Path) -> Result<Value, Error> {
 fn blob_path(layout: &Path, descriptor: &Value) -> Result<(String, PathBuf), Error> {
     let digest = descriptor["digest"].as_str().unwrap_or_default();
     let hex = digest.strip_prefix("sha256:").unwrap_or_default();
-    if hex.len() != 64 || !hex.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+    if hex.len() != 64 || !hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
         return Err(malformed(layout, format!("{digest:?} is no SHA-256 digest")));
     }
     Ok((digest.to_owned(), layout.join("blobs/sha256").join(hex)))

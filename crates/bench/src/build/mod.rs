@@ -14,7 +14,7 @@
 //! Who writes: the server, one template, which is deleted at the end however that comes; a directory of this program, which goes with
 //! it. After a `kill -9` both stay: `kelvin template delete`, and a directory in `--directory`. Layers, blobs and uploads of the
 //! builds stay in the server's caches until these need the room: nothing clears them for one project. `cargo xtask bench build`
-//! removes its whole server.
+//! removes its whole server. A sandbox of a run that is ended early ends by its own timeout.
 
 pub mod fixtures;
 pub mod layout;
@@ -243,10 +243,10 @@ impl<B: Builder> Work<'_, B> {
             return Ok(all);
         }
         let registry = Registry::start().map_err(Error::Task)?;
+        let begun = std::time::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_secs());
         for round in 0..rounds {
-            // Nothing of another run, or of another round, is found by it.
-            let nonce = u64::from(std::process::id()) << 32 | u64::from(round) << 1;
-            let seed = nonce ^ std::time::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_secs());
+            // Nothing of another run, or of another round, is found by it. `noise` ignores the lowest bit.
+            let seed = (u64::from(std::process::id()) << 32 | u64::from(round) << 1) ^ (begun << 8);
             let name = format!("bench/round-{seed:x}");
             let base = registry.add(&name, self.image.labelled(&format!("{seed:x}"))?);
             let place = tempfile::tempdir_in(self.scratch).map_err(Error::Task)?;
