@@ -207,10 +207,12 @@ impl Control {
             Request::Quiesce => {
                 self.check_identity();
                 rustix::fs::sync();
+                touch_heap();
                 Ok(())
             }
             Request::Freeze => {
                 self.check_identity();
+                touch_heap();
                 self.freeze()
             }
             Request::Wake(wake) => self.wake(&wake),
@@ -304,6 +306,21 @@ impl Control {
         *frozen = Some(since);
         Ok(())
     }
+}
+
+/// Makes the next pages of this thread's heap its own. A machine is saved next: the first page fault of one that was restored
+/// is a tenth of what it executes until it answers.
+fn touch_heap() {
+    const PAGE: usize = 4096;
+    // Held together: wherever the allocator finds room for the next small ones, it is in one of these.
+    let blocks: [Vec<u8>; 8] = std::array::from_fn(|_| {
+        let mut block = Vec::with_capacity(2 * PAGE);
+        for page in block.spare_capacity_mut().chunks_mut(PAGE) {
+            page[0].write(0);
+        }
+        block
+    });
+    std::hint::black_box(blocks);
 }
 
 /// A thread that looks at the files of identity, and at the image's defaults, when it is asked. It waits in the snapshot: to

@@ -14,9 +14,14 @@ const HALTED: &str = "reboot: System halted";
 const POWER_DOWN: &str = "reboot: Power down";
 const RESTART: &str = "reboot: Restarting system";
 /// Lines of VMMs that mean nothing: a state without a description is what we save.
-const HARMLESS: [&str; 1] = ["Expected vmdescription section"];
+const HARMLESS: [&str; 2] = ["Expected vmdescription section", "info: QEMU waiting for connection on"];
 /// What is told of a line, in characters.
 const TOLD: usize = 200;
+
+/// The lines of what a VMM said that tell why something went wrong.
+pub(crate) fn telling(said: &str) -> impl Iterator<Item = &str> {
+    said.lines().filter(|line| !line.trim().is_empty() && HARMLESS.iter().all(|text| !line.contains(text)))
+}
 
 fn shortened(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(TOLD).collect::<String>().trim().to_owned()
@@ -51,11 +56,7 @@ pub fn reason(end: MachineEnd, console: &str, stderr: &str) -> String {
         MachineEnd::Vmm if line.contains(POWER_DOWN) => "the guest shut down".to_owned(),
         MachineEnd::Vmm if line.contains(RESTART) => "the guest rebooted, which ends a sandbox".to_owned(),
         MachineEnd::Vmm => {
-            let said: Vec<String> = stderr
-                .lines()
-                .filter(|line| !line.trim().is_empty() && HARMLESS.iter().all(|text| !line.contains(text)))
-                .map(shortened)
-                .collect();
+            let said: Vec<String> = telling(stderr).map(shortened).collect();
             match said.as_slice() {
                 [] => "its VMM ended without a word: it was killed, or it crashed".to_owned(),
                 [.., last] => format!("its VMM ended: {last}"),
@@ -107,7 +108,7 @@ mod tests {
             (
                 MachineEnd::Vmm,
                 "",
-                "qemu-system-x86_64: Expected vmdescription section\nqemu: fatal: no\n\n",
+                "qemu: info: QEMU waiting for connection on: disconnected:unix:a\nqemu: fatal: no\n\n",
                 "its VMM ended: qemu: fatal: no",
             ),
         ] {

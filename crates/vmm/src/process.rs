@@ -16,6 +16,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 
 use crate::Error;
+use crate::guest_end::telling;
 use crate::hostile::Pace;
 
 /// How long a VMM may take to open its sockets.
@@ -75,6 +76,11 @@ impl Tail {
         let bytes: Vec<u8> = self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
         String::from_utf8_lossy(&bytes).trim().to_owned()
     }
+
+    /// The same without what every VMM says.
+    pub fn words(&self) -> String {
+        telling(&self.text()).collect::<Vec<_>>().join("\n")
+    }
 }
 
 /// The machine's sockets, reached through a descriptor of its directory: the path of a Unix socket may
@@ -129,10 +135,10 @@ impl Sockets {
             if process.is_over() {
                 // Let the reader of the pipe see the last words.
                 tokio::task::yield_now().await;
-                return Err(Error::Ended { what: "starting", stderr: tail.text() });
+                return Err(Error::Ended { what: "starting", stderr: tail.words() });
             }
             if started.elapsed() > START {
-                return Err(Error::Deadline { what: "starting the VMM", after: START, detail: tail.text() });
+                return Err(Error::Deadline { what: "starting the VMM", after: START, detail: tail.words() });
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

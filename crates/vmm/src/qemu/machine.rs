@@ -34,6 +34,9 @@ pub(super) const STATE_SET: u32 = 2;
 /// The longest device state, in bytes: those of this machine have some 100 KiB.
 pub(super) const MAX_STATE: u64 = 64 << 20;
 
+/// A connection to the control port that waits for its first user.
+pub(super) type Host = Arc<StdMutex<Option<UnixStream>>>;
+
 /// One VMM.
 pub(super) struct Machine {
     pub(super) process: Arc<Process>,
@@ -43,6 +46,10 @@ pub(super) struct Machine {
     /// The end of the console: QEMU forgets what was read of it.
     pub(super) console: StdMutex<String>,
     pub(super) sockets: Arc<Sockets>,
+    /// The host's end of the control port, as long as nobody has asked for it. QEMU waits for it before it makes the
+    /// machine: one that comes later is announced to the guest when its vCPUs start, which is a quarter of what a clone
+    /// executes until it answers (QEMU 7.2, `hw/char/virtio-console.c`: the port is cut off while the machine stands still).
+    pub(super) host: Host,
     pub(super) tail: Tail,
     pub(super) directory: PathBuf,
     /// The file behind guest RAM.
@@ -58,7 +65,7 @@ impl Machine {
     async fn explain<T>(&self, what: &'static str, result: Result<T, Error>) -> Result<T, Error> {
         match result {
             Err(Error::Io { what: _, source: _ }) if self.ends_soon().await => {
-                Err(Error::Ended { what, stderr: self.tail.text() })
+                Err(Error::Ended { what, stderr: self.tail.words() })
             }
             other => other,
         }
@@ -92,7 +99,7 @@ impl Machine {
         if loaded {
             return Ok(());
         }
-        let reason = self.tail.text();
+        let reason = self.tail.words();
         Err(Error::Refused { command: "migrate-incoming", reason })
     }
 
@@ -149,6 +156,7 @@ impl Machine {
 #[derive(Debug)]
 struct Dialer {
     sockets: Arc<Sockets>,
+    host: Host,
     process: Arc<Process>,
 }
 
@@ -162,7 +170,12 @@ impl Dialer {
 #[async_trait]
 impl Dial for Dialer {
     async fn dial(&self) -> Result<Dialed, Error> {
-        Ok(Dialed { stream: self.port(CONTROL_SOCKET).await?.into(), greets: false })
+        let waiting = self.host.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let stream = match waiting {
+            Some(stream) => stream,
+            None => self.port(CONTROL_SOCKET).await?,
+        };
+        Ok(Dialed { stream: stream.into(), greets: false })
     }
 
     async fn connect(&self) -> Result<GuestStream, Error> {
@@ -228,7 +241,11 @@ impl Handle for Machine {
     }
 
     fn dialer(&self) -> Arc<dyn Dial> {
-        Arc::new(Dialer { sockets: Arc::clone(&self.sockets), process: Arc::clone(&self.process) })
+        Arc::new(Dialer {
+            sockets: Arc::clone(&self.sockets),
+            host: Arc::clone(&self.host),
+            process: Arc::clone(&self.process),
+        })
     }
 
     async fn console(&self) -> Result<String, Error> {
@@ -257,7 +274,7 @@ impl Handle for Machine {
     }
 
     fn stderr(&self) -> String {
-        self.tail.text()
+        self.tail.words()
     }
 }
 

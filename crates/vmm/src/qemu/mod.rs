@@ -251,7 +251,12 @@ impl Qemu {
         }
         let told = [
             (format!("{VM}/{DISK}"), set),
-            (format!("path={VM}/{CONTROL_SOCKET}"), format!("fd={control}")),
+            // Nothing of it is in a snapshot. A host that comes before the machine is made is no news to its guest, see
+            // `Machine::host`.
+            (
+                format!("path={VM}/{CONTROL_SOCKET},server=on,wait=off"),
+                format!("fd={control},server=on,wait=on"),
+            ),
             (format!("path={VM}/{HTTP_SOCKET}"), format!("fd={http}")),
             (format!("unix:{VM}/{QMP_SOCKET},server=on,wait=off"), "chardev:qmp".to_owned()),
             ("id=net,fd=0".to_owned(), format!("id=net,fd={tap}")),
@@ -355,16 +360,18 @@ impl Qemu {
         let (process, stderr) = started.await.map_err(io)?;
         let tail = Tail::follow(stderr, STDERR);
         let opened = async {
+            let host = sockets.connect(CONTROL_SOCKET, &process).await.map_err(io)?;
             let stream = sockets.connect_new(QMP_SOCKET, &process, &tail).await?;
-            Qmp::open(stream).await
+            Ok::<_, Error>((Qmp::open(stream).await?, host))
         };
         match opened.await {
-            Ok(qmp) => Ok(Machine {
+            Ok((qmp, host)) => Ok(Machine {
                 process: Arc::new(process),
                 guest_end: qmp.guest_end(),
                 qmp: Mutex::new(qmp),
                 console: StdMutex::default(),
                 sockets: Arc::new(sockets),
+                host: Arc::new(StdMutex::new(Some(host))),
                 tail,
                 directory: spec.absolute(),
                 memory: spec.data_dir.join(memory),
@@ -375,7 +382,7 @@ impl Qemu {
                 let died = tokio::time::timeout(Duration::from_millis(500), process.ended()).await.is_ok();
                 let _ = process.kill();
                 process.ended().await;
-                Err(if died { Error::Ended { what: "starting", stderr: tail.text() } } else { error })
+                Err(if died { Error::Ended { what: "starting", stderr: tail.words() } } else { error })
             }
         }
     }
@@ -485,6 +492,7 @@ impl Driver for Qemu {
             qmp: Mutex::new(qmp),
             console: StdMutex::default(),
             sockets: Arc::new(sockets),
+            host: Arc::default(),
             tail: Tail::default(),
             directory,
             memory,
