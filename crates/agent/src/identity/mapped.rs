@@ -73,9 +73,12 @@ unsafe impl Send for Mapped {}
 
 impl Mapped {
     /// Makes the file anew, with `content` in it. `slot`: its place in [`PAGES`].
-    #[allow(unsafe_code)]
     pub(super) fn create(name: &str, slot: usize, content: &[u8]) -> io::Result<Self> {
-        let path = Path::new(RUN).join(name);
+        Self::create_at(Path::new(RUN).join(name), slot, content)
+    }
+
+    #[allow(unsafe_code)]
+    fn create_at(path: PathBuf, slot: usize, content: &[u8]) -> io::Result<Self> {
         make_way(&path)?;
         let file = File::options().create_new(true).read(true).write(true).mode(0o644).open(&path)?;
         file.set_permissions(fs::Permissions::from_mode(0o644))?;
@@ -116,9 +119,17 @@ impl Mapped {
 
     /// The same by path, whatever has become of the file: it is made anew.
     pub(super) fn replace(&mut self, content: &[u8]) -> io::Result<()> {
-        let name = self.path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
-        *self = Self::create(&name, self.slot, content)?;
-        Ok(())
+        match Self::create_at(self.path.clone(), self.slot, content) {
+            Ok(made) => {
+                *self = made;
+                Ok(())
+            }
+            Err(error) => {
+                // Its page took the slot while it was made, and the file of this one may shrink as well.
+                PAGES[self.slot].store(self.bytes as usize, Ordering::Relaxed);
+                Err(error)
+            }
+        }
     }
 
     /// [`Mapped::set`], and [`Mapped::replace`] when that does not do.
@@ -199,6 +210,12 @@ mod tests {
         assert_eq!(mapped.set(b"abe\n").unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         fs::write(&path, "abd\n").unwrap();
         assert!(!mapped.is_as_left() && !mapped.found().0, "it was lost in between");
+        mapped.replace(b"abf\n").unwrap();
+        assert!(mapped.is_as_left());
+        // What cannot be made anew stays, and is caught as before.
+        mapped.replace(&[b'x'; ROOM + 1]).unwrap_err();
+        mapped.file.set_len(0).unwrap();
+        assert_eq!(mapped.set(b"abg\n").unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         fs::remove_file(&path).unwrap();
     }
 }
