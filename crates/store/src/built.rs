@@ -145,8 +145,9 @@ mod tests {
             for name in FILES {
                 fs::write(staged.join(name), name).unwrap();
             }
+            let service = template.service.as_ref().map(Service::digest);
             let identity = serde_json::from_value(serde_json::json!({
-                "image": template.image, "guest_kernel": template.kernel, "agent": template.initrd, "vmm": "qemu",
+                "service": service, "image": template.image, "guest_kernel": template.kernel, "agent": template.initrd, "vmm": "qemu",
                 "vmm_build": "b", "accelerator": "tcg", "host_cpu": "c", "host_kernel": "h", "vcpus": 1,
                 "memory_mib": 128, "disk_mib": 1, "devices": "d", "snapshot_format": 1,
             }));
@@ -211,10 +212,11 @@ mod tests {
         }
         let found = ground.store.templates().unwrap();
         assert_eq!((found.len(), &found[0], &found[1]), (4, &ground.base, &plain));
-        // Whichever goes, the others keep what they need: they share an image.
+        // Whichever goes, the others keep what they need: they share an image, and each has its memory.
         ground.store.remove_template(&second.version()).unwrap();
         assert!(matches!(ground.store.template(&second.version()), Err(Error::Missing { .. })));
-        assert_eq!(ground.store.collect(&References::default(), false).unwrap(), Garbage::default());
+        let its = Garbage { snapshots: vec![bakes[2].to_string()], ..Garbage::default() };
+        assert_eq!(ground.store.collect(&References::default(), false).unwrap(), its);
         ground.store.remove_template(&plain.version()).unwrap();
         assert!(ground.store.has_template(&first.name).unwrap());
         assert_eq!(ground.store.template(&first.version()).unwrap(), first);
@@ -223,7 +225,7 @@ mod tests {
         // What a snapshot that is kept descends from stays, though no version is left.
         let used = References { snapshots: [bakes[0].clone()].into(), ..References::default() };
         let garbage = ground.store.collect(&used, false).unwrap();
-        assert_eq!((garbage.snapshots.len(), garbage.images.len()), (2, 0));
+        assert_eq!((garbage.snapshots.len(), garbage.images.len()), (1, 0));
         assert!(ground.store.rootfs(&first.image).exists() && ground.store.snapshot_path(&bakes[0]).exists());
     }
 

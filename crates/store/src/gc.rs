@@ -14,7 +14,7 @@ use kelvin_api::id::SnapshotId;
 use rustix::fs::FlockOperation;
 use serde::Serialize;
 
-use crate::image::{Template, version_of};
+use crate::image::{Service, Template, version_of};
 use crate::snapshot::{Manifest, Origin};
 use crate::{Error, Store, io_error, names, read_json, unpublish};
 
@@ -119,7 +119,7 @@ impl Store {
         let templates = self.all_templates()?;
         let mut snapshots = self.manifests()?;
         snapshots.sort_by_key(|manifest| manifest.created);
-        // A snapshot stays while a version of its template still has its image and guest: it may fit again.
+        // A snapshot stays while a version of its template still has its image, guest and service: it may fit again.
         let mut needed: BTreeSet<SnapshotId> = snapshots
             .iter()
             .filter(|manifest| {
@@ -128,6 +128,7 @@ impl Store {
                         template.name == manifest.template
                             && template.image == manifest.identity.image
                             && template.guest == manifest.guest
+                            && template.service.as_ref().map(Service::digest) == manifest.identity.service
                     }),
                     // Theirs to delete who keep them; of the passing ones the node keeps books of its own.
                     Origin::Kept { .. } | Origin::Pause { .. } | Origin::Fork { .. } => true,

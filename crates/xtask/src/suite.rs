@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
+use crate::base::TOGETHER;
 use crate::ground::{Ground, alone};
 use crate::server::{self, Built};
 use crate::times::{self, Times};
@@ -125,20 +126,6 @@ fn run_firecracker(filter: &[String], times: &mut Times) -> Result<()> {
     step("end to end", || end_to_end(&built, filter, "firecracker", times))
 }
 
-/// What every run of tests is built as, with the features that the server is built with: with others everything would
-/// be built once more. That is why the agent, which brings some, is tested apart, and so is the harness with its virtual
-/// host and time.
-const ALL: [&str; 9] = [
-    "test",
-    "--release",
-    "--workspace",
-    "--exclude",
-    "kelvin-fuzz",
-    "--exclude",
-    "kelvin-agent",
-    "--exclude",
-    "kelvin-harness",
-];
 /// The tests of whole servers, in `crates/e2e`.
 const END_TO_END: &str = "suite";
 /// Those of the drivers, in `crates/vmm`.
@@ -186,7 +173,7 @@ pub fn build() -> Result<()> {
 /// Builds the programs of tests called `targets`, and returns their paths.
 fn programs(targets: &[&str]) -> Result<Vec<String>> {
     let mut command = cargo();
-    command.args(ALL).args(["--no-run", "--message-format=json"]);
+    command.arg("test").args(TOGETHER).args(["--no-run", "--message-format=json"]);
     command.args(targets.iter().flat_map(|target| ["--test", target]));
     let said = crate::output(&mut command)?;
     let tests = said.lines().filter(|line| line.contains("\"kind\":[\"test\"]"));
@@ -212,7 +199,7 @@ fn run_tests(
         Command::new(built.lines().find(is_it).ok_or_else(|| format!("{target} was not built"))?)
     } else {
         let mut tests = cargo();
-        tests.args(ALL).args(["--test", target, "--"]);
+        tests.arg("test").args(TOGETHER).args(["--test", target, "--"]);
         tests
     };
     tests.arg("--nocapture").args(arguments).envs(environment.iter().copied());
@@ -380,7 +367,13 @@ pub fn run_other_release() -> Result<()> {
 /// Writes the OpenAPI document that is in the repository, from the routes.
 pub fn write_openapi() -> Result<()> {
     let test = "openapi::tests::the_document_in_the_repository_is_the_one_that_is_served";
-    run_command(cargo().args(ALL).args(["--lib", "--", "--exact", test]).env("KELVIN_WRITE_OPENAPI", "1"))
+    run_command(
+        cargo()
+            .arg("test")
+            .args(TOGETHER)
+            .args(["--lib", "--", "--exact", test])
+            .env("KELVIN_WRITE_OPENAPI", "1"),
+    )
 }
 
 /// What names all end-to-end tests, as the whole suite runs them.
@@ -465,7 +458,7 @@ fn lints() -> Result<()> {
 fn unit_tests(times: &mut Times) -> Result<()> {
     let mut run = |arguments: &[&str]| times.run(cargo().args(arguments), times::threads());
     // All programs at once, also those that the end-to-end tests are.
-    run(&[&ALL[..], &["--", "--skip", "e2e::"]].concat())?;
+    run(&[&["test"], &TOGETHER[..], &["--", "--skip", "e2e::"]].concat())?;
     run(&["test", "--release", "--package", "kelvin-agent"])?;
     // Says how many cases, of which seeds, and how long. With what it asks of the seam to the node: the wire.
     run(&["test", "--release", "--package", "kelvin-harness", "--package", "kelvin-node-api"])
