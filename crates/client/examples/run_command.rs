@@ -28,10 +28,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
         let agent = client.agent(&sandbox.sandbox_id, sandbox.envd_access_token.clone(), None)?;
         agent.run(&command, 1 << 20).await
     };
-    let ran = ran.await;
-    client.kill(&sandbox.sandbox_id).await?;
+    // Whatever came of the command; a sandbox that is not ended here ends with its timeout.
+    let (ran, killed) = (ran.await, client.kill(&sandbox.sandbox_id).await);
 
     let (code, stdout, stderr) = ran?;
+    killed?;
     std::io::stdout().write_all(&stdout)?;
     std::io::stderr().write_all(&stderr)?;
     std::process::exit(code)

@@ -19,6 +19,7 @@ use rustix::fs::FlockOperation;
 
 use crate::disk::import_file;
 use crate::identity::SNAPSHOT_FORMAT;
+use crate::image::Service;
 use crate::snapshot::{Durability, Manifest, Origin, Snapshot, files};
 use crate::verify::compare;
 use crate::{Error, Store, io_error, read_json};
@@ -86,10 +87,12 @@ impl Store {
         let (identity, name) = (&manifest.identity, &manifest.template);
         let mut differs = None;
         for template in self.templates()?.iter().filter(|template| template.name == *name) {
+            let service = template.service.as_ref().map(Service::digest);
             let fields = [
-                ("image", &identity.image, &template.image),
-                ("guest_kernel", &identity.guest_kernel, &template.kernel),
-                ("agent", &identity.agent, &template.initrd),
+                ("image", Some(&identity.image), Some(&template.image)),
+                ("guest_kernel", Some(&identity.guest_kernel), Some(&template.kernel)),
+                ("agent", Some(&identity.agent), Some(&template.initrd)),
+                ("service", identity.service.as_ref(), service.as_ref()),
             ];
             match fields.into_iter().find(|(_, is, has)| is != has) {
                 None => return Ok(()),
@@ -140,6 +143,13 @@ mod tests {
     use super::*;
     use crate::import::{Import, Links};
     use crate::snapshot::{Draft, FILES};
+
+    /// Gives a manifest whose identity was changed the digest of what it is now.
+    fn digest_anew(manifest: &mut serde_json::Value) {
+        let identity: crate::identity::Identity =
+            serde_json::from_value(manifest["identity"].clone()).unwrap();
+        manifest["identity_digest"] = identity.digest().into();
+    }
 
     /// Where a snapshot comes from, and where it is to be.
     struct Ground {
@@ -270,7 +280,7 @@ mod tests {
     #[test]
     fn what_does_not_belong_here_is_refused_with_the_reason() {
         type Change = fn(&mut serde_json::Value);
-        let cases: [(&str, Change); 7] = [
+        let cases: [(&str, Change); 8] = [
             ("without memory it has no memory", |manifest| manifest["mode"] = "filesystem".into()),
             ("its format is 9, this program's is 1", |manifest| {
                 manifest["identity"]["snapshot_format"] = 9.into()
@@ -278,11 +288,13 @@ mod tests {
             ("its identity is not the one of its digest", |manifest| {
                 manifest["identity"]["vmm_build"] = "other".into();
             }),
+            ("template base is another one here: service differs", |manifest| {
+                manifest["identity"]["service"] = "other".into();
+                digest_anew(manifest);
+            }),
             ("template base is another one here: image differs", |manifest| {
                 manifest["identity"]["image"] = "other".into();
-                let identity: crate::identity::Identity =
-                    serde_json::from_value(manifest["identity"].clone()).unwrap();
-                manifest["identity_digest"] = identity.digest().into();
+                digest_anew(manifest);
             }),
             ("its manifest has no digest of memory", |manifest| manifest["memory"] = serde_json::Value::Null),
             ("it belongs to a sandbox of the node that took it", |manifest| {

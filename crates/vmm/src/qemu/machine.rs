@@ -47,8 +47,8 @@ pub(super) struct Machine {
     pub(super) console: StdMutex<String>,
     pub(super) sockets: Arc<Sockets>,
     /// The host's end of the control port, as long as nobody has asked for it. QEMU waits for it before it makes the
-    /// machine: one that comes later is announced to the guest when its vCPUs start, which is a quarter of what a clone
-    /// executes until it answers (QEMU 7.2, `hw/char/virtio-console.c`: the port is cut off while the machine stands still).
+    /// machine: one that comes later is announced to the guest when its vCPUs start, an eighth of a clone's activation
+    /// (QEMU 7.2, `hw/char/virtio-console.c`: the port is cut off while the machine stands still).
     pub(super) host: Host,
     pub(super) tail: Tail,
     pub(super) directory: PathBuf,
