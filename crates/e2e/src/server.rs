@@ -256,6 +256,13 @@ impl Server {
             assert!(started.elapsed() < LIMIT, "the disk stays mounted: {error}");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+        // A copy of the mount is in each namespace of mounts that another program has made meanwhile, and a file system is
+        // mounted as itself once only.
+        let image = self.block().image().canonicalize().expect("the device's own file");
+        while is_a_loop(&image) {
+            assert!(started.elapsed() < LIMIT, "the disk stays mounted elsewhere");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         let (block, bytes) = self.block.take().expect("it was there");
         drop(block);
         let block = Block::mount(&self.data_dir.with_extension("device"), bytes).expect("a device");
@@ -395,6 +402,14 @@ fn run(program: &str, words: &[&std::ffi::OsStr]) {
 /// Makes a file system that can clone files.
 pub(crate) fn make_xfs(image: &Path) {
     run("mkfs.xfs", &["-q".as_ref(), "-m".as_ref(), "reflink=1".as_ref(), image.as_ref()]);
+}
+
+/// Whether a loop device has the file `image`, where losetup(8) finds it.
+fn is_a_loop(image: &Path) -> bool {
+    let devices = fs::read_dir("/sys/block").expect("sysfs").flatten();
+    devices
+        .filter_map(|device| fs::read_to_string(device.path().join("loop/backing_file")).ok())
+        .any(|of| Path::new(of.trim_end()) == image)
 }
 
 /// Mounts a file.
