@@ -214,11 +214,16 @@ impl Node {
     /// `Store` with `Unreadable` when what something needs is not known, and then nothing is removed; `Store` when
     /// something cannot be removed.
     pub async fn collect(&self, dry_run: bool) -> Result<Garbage, Error> {
-        let used = self.inner.references().await?;
-        let store = self.inner.store.clone();
-        let garbage = kelvin_host::blocking::spawn(move || store.collect(&used, dry_run)).await.map_err(
-            |error| Error::Io { what: "collecting garbage", source: std::io::Error::other(error) },
-        )??;
+        let recorded = self.inner.recorded().await?;
+        let inner = Arc::clone(&self.inner);
+        let collecting = move || {
+            let used = || recorded.with(inner.in_memory());
+            inner.store.collect(used, dry_run)
+        };
+        let garbage = kelvin_host::blocking::spawn(collecting).await.map_err(|error| Error::Io {
+            what: "collecting garbage",
+            source: std::io::Error::other(error),
+        })??;
         if !dry_run {
             for id in garbage.snapshots.iter().filter_map(|id| id.parse().ok()) {
                 self.inner.snapshots.forget(&id);

@@ -130,11 +130,31 @@ impl Inner {
         }
     }
 
-    /// What machines, records and pools need of the store.
+    /// What records need of the store. What has none yet, [`Inner::in_memory`] knows: it is asked afterwards, since a machine has
+    /// its record before it gives up anything else.
     ///
     /// # Errors
     /// `Ledger`; `Store` with `Unreadable` when a record does not parse: what it needs is not known.
-    pub(crate) async fn references(&self) -> Result<References, Error> {
+    pub(crate) async fn recorded(&self) -> Result<References, Error> {
+        let mut used = References::default();
+        let (_, records) = self.allocator.ledger.read().await?;
+        for record in records {
+            let sandbox =
+                SandboxRecord::read(&record.body).map_err(|why| kelvin_store::Error::Unreadable {
+                    path: self.store.root().join("ledger.db"),
+                    source: format!("the record of machine {}: {why}", record.owner).into(),
+                })?;
+            // A machine that was booted has no snapshot yet, and its pause will run this guest.
+            used.guests.insert(sandbox.guest);
+            used.images.extend(sandbox.identity.map(|identity| identity.image));
+            used.snapshots.extend(sandbox.snapshot);
+            used.snapshots.extend(sandbox.lineage);
+        }
+        Ok(used)
+    }
+
+    /// What machines, pools, builds and creates that are under way need of the store.
+    pub(crate) fn in_memory(&self) -> References {
         let mut used = References { snapshots: self.snapshots.leased(), ..References::default() };
         used.snapshots.extend(
             self.pools
@@ -152,19 +172,6 @@ impl Inner {
             used.images.insert(digest.clone());
             used.guests.insert(digest);
         }
-        let (_, records) = self.allocator.ledger.read().await?;
-        for record in records {
-            let sandbox =
-                SandboxRecord::read(&record.body).map_err(|why| kelvin_store::Error::Unreadable {
-                    path: self.store.root().join("ledger.db"),
-                    source: format!("the record of machine {}: {why}", record.owner).into(),
-                })?;
-            // A machine that was booted has no snapshot yet, and its pause will run this guest.
-            used.guests.insert(sandbox.guest);
-            used.images.extend(sandbox.identity.map(|identity| identity.image));
-            used.snapshots.extend(sandbox.snapshot);
-            used.snapshots.extend(sandbox.lineage);
-        }
-        Ok(used)
+        used
     }
 }

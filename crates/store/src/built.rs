@@ -181,7 +181,7 @@ mod tests {
         let snapshot = ground.publish(&template, ground.baked(&template)).unwrap().unwrap();
         assert_eq!(ground.store.template(&template.version()).unwrap(), template);
         assert_eq!(fs::read_to_string(ground.store.rootfs(&template.image)).unwrap(), "built");
-        let collect = || ground.store.collect(&References::default(), false).unwrap();
+        let collect = || ground.store.collect(References::default, false).unwrap();
         assert_eq!(collect(), Garbage::default());
         assert_eq!(ground.count("staging"), 0);
         ground.store.remove_template(&template.version()).unwrap();
@@ -216,7 +216,7 @@ mod tests {
         ground.store.remove_template(&second.version()).unwrap();
         assert!(matches!(ground.store.template(&second.version()), Err(Error::Missing { .. })));
         let its = Garbage { snapshots: vec![bakes[2].to_string()], ..Garbage::default() };
-        assert_eq!(ground.store.collect(&References::default(), false).unwrap(), its);
+        assert_eq!(ground.store.collect(References::default, false).unwrap(), its);
         ground.store.remove_template(&plain.version()).unwrap();
         assert!(ground.store.has_template(&first.name).unwrap());
         assert_eq!(ground.store.template(&first.version()).unwrap(), first);
@@ -224,7 +224,7 @@ mod tests {
         assert!(!ground.store.has_template(&first.name).unwrap());
         // What a snapshot that is kept descends from stays, though no version is left.
         let used = References { snapshots: [bakes[0].clone()].into(), ..References::default() };
-        let garbage = ground.store.collect(&used, false).unwrap();
+        let garbage = ground.store.collect(|| used.clone(), false).unwrap();
         assert_eq!((garbage.snapshots.len(), garbage.images.len()), (1, 0));
         assert!(ground.store.rootfs(&first.image).exists() && ground.store.snapshot_path(&bakes[0]).exists());
     }

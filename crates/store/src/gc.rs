@@ -40,6 +40,17 @@ pub struct References {
     pub guests: BTreeSet<String>,
 }
 
+impl References {
+    /// These and those.
+    #[must_use]
+    pub fn with(mut self, others: Self) -> Self {
+        self.snapshots.extend(others.snapshots);
+        self.images.extend(others.images);
+        self.guests.extend(others.guests);
+        self
+    }
+}
+
 fn is_gone(path: &std::path::Path) -> bool {
     fs::symlink_metadata(path).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
@@ -109,13 +120,15 @@ impl Store {
         Ok(found)
     }
 
-    /// Removes what nothing needs; with `dry_run` nothing is removed.
+    /// Removes what nothing needs; with `dry_run` nothing is removed. `used` is asked when nobody publishes any more: what
+    /// was published and is needed since then waits for the end of the collection.
     ///
     /// # Errors
     /// `Unreadable`, and then nothing is removed; `Io` when something cannot be listed or removed: what was removed
     /// before stays removed.
-    pub fn collect(&self, used: &References, dry_run: bool) -> Result<Garbage, Error> {
+    pub fn collect(&self, used: impl FnOnce() -> References, dry_run: bool) -> Result<Garbage, Error> {
         let _alone = self.lock(FlockOperation::LockExclusive)?;
+        let used = used();
         let templates = self.all_templates()?;
         let mut snapshots = self.manifests()?;
         snapshots.sort_by_key(|manifest| manifest.created);
@@ -243,10 +256,10 @@ mod tests {
         let error = store.remove_snapshot(&child, &["sandbox s1".into()]).unwrap_err();
         assert!(error.to_string().contains("sandbox s1"));
         let in_use = References { snapshots: BTreeSet::from([child.clone()]), ..References::default() };
-        let plan = store.collect(&in_use, true).unwrap();
+        let plan = store.collect(|| in_use.clone(), true).unwrap();
         assert_eq!(plan.snapshots, [stray.to_string()]);
         assert_eq!(store.snapshots().unwrap().len(), 3, "a dry run removes nothing");
-        assert_eq!(store.collect(&in_use, false).unwrap(), plan);
+        assert_eq!(store.collect(|| in_use.clone(), false).unwrap(), plan);
         assert_eq!(store.snapshots().unwrap().len(), 2);
         store.remove_snapshot(&child, &[]).unwrap();
         store.remove_snapshot(&parent, &[]).unwrap();
@@ -264,7 +277,12 @@ mod tests {
         );
         assert!(store.lock(FlockOperation::NonBlockingLockExclusive).is_err());
         drop(importing);
-        store.collect(&References::default(), false).unwrap();
+        let nobody_imports = || {
+            let importing = store.lock(FlockOperation::NonBlockingLockShared);
+            assert!(importing.is_err(), "what an import that is over needs is known");
+            References::default()
+        };
+        store.collect(nobody_imports, false).unwrap();
     }
 
     /// A template, its image and guest, and a snapshot of it.
@@ -337,7 +355,7 @@ mod tests {
             let child = publish_example(&store, Some(parent.clone()), &template.image).manifest.id;
             let path = damage(&store, &child);
             for dry_run in [true, false] {
-                let error = store.collect(&References::default(), dry_run).unwrap_err();
+                let error = store.collect(References::default, dry_run).unwrap_err();
                 assert!(
                     matches!(&error, Error::Unreadable { path: found, .. } if *found == path),
                     "{what}: {error}"
@@ -354,7 +372,7 @@ mod tests {
         // Not so the rest of a write that was cut short: what it was to replace is whole.
         let (_dir, store, template) = furnished();
         fs::write(store.root().join("templates/base.json.new"), "{").unwrap();
-        assert_eq!(store.collect(&References::default(), false).unwrap(), Garbage::default());
+        assert_eq!(store.collect(References::default, false).unwrap(), Garbage::default());
         assert!(store.root().join("images").join(&template.image).exists());
     }
 
@@ -368,8 +386,8 @@ mod tests {
             guests: BTreeSet::from([template.guest.clone()]),
             ..References::default()
         };
-        assert_eq!(store.collect(&used, false).unwrap(), Garbage::default());
-        let garbage = store.collect(&References::default(), false).unwrap();
+        assert_eq!(store.collect(|| used.clone(), false).unwrap(), Garbage::default());
+        let garbage = store.collect(References::default, false).unwrap();
         assert_eq!((garbage.images, garbage.guests), (vec![template.image], vec![template.guest]));
     }
 }

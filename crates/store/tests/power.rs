@@ -168,7 +168,7 @@ fn a_snapshot_that_was_cut_short_is_not_there_and_one_that_passes_is_whole_or_no
     // Nobody needs it after a power failure; a collection is not to be stopped by what is left of it.
     let found = ground.after(|store| {
         let store = store.unwrap();
-        (is_whole(&Ok(store.clone()), &id), store.collect(&References::default(), true))
+        (is_whole(&Ok(store.clone()), &id), store.collect(References::default, true))
     });
     for (whole, collected) in found {
         println!("of a passing snapshot is left: {whole:?}, {collected:?}");

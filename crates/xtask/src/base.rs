@@ -107,6 +107,18 @@ pub const TOGETHER: [&str; 8] = [
     "kelvin-harness",
 ];
 
+/// How tests are compiled: what is ours without optimisation, since that takes a fifth of the time on two processors, and what is
+/// not ours as it is in the program. What tests measure is the program, which is never built with this
+/// (`docs/decisions/0043-tests-are-compiled-quickly.md`).
+pub const QUICKLY: [&str; 2] = ["--config", ".cargo/tests.toml"];
+
+/// `cargo test` for what is compiled together.
+pub fn cargo_test() -> Command {
+    let mut command = cargo();
+    command.arg("test").args(QUICKLY).args(TOGETHER);
+    command
+}
+
 /// Builds the `kelvin` binary and returns its path.
 pub fn build_binary() -> Result<PathBuf> {
     say("building kelvin");

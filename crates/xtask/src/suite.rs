@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use crate::base::TOGETHER;
+use crate::base::{QUICKLY, TOGETHER, cargo_test};
 use crate::ground::{Ground, alone};
 use crate::server::{self, Built};
 use crate::times::{self, Times};
@@ -172,8 +172,8 @@ pub fn build() -> Result<()> {
 
 /// Builds the programs of tests called `targets`, and returns their paths.
 fn programs(targets: &[&str]) -> Result<Vec<String>> {
-    let mut command = cargo();
-    command.arg("test").args(TOGETHER).args(["--no-run", "--message-format=json"]);
+    let mut command = cargo_test();
+    command.args(["--no-run", "--message-format=json"]);
     command.args(targets.iter().flat_map(|target| ["--test", target]));
     let said = crate::output(&mut command)?;
     let tests = said.lines().filter(|line| line.contains("\"kind\":[\"test\"]"));
@@ -198,8 +198,8 @@ fn run_tests(
         };
         Command::new(built.lines().find(is_it).ok_or_else(|| format!("{target} was not built"))?)
     } else {
-        let mut tests = cargo();
-        tests.arg("test").args(TOGETHER).args(["--test", target, "--"]);
+        let mut tests = cargo_test();
+        tests.args(["--test", target, "--"]);
         tests
     };
     tests.arg("--nocapture").args(arguments).envs(environment.iter().copied());
@@ -367,13 +367,7 @@ pub fn run_other_release() -> Result<()> {
 /// Writes the OpenAPI document that is in the repository, from the routes.
 pub fn write_openapi() -> Result<()> {
     let test = "openapi::tests::the_document_in_the_repository_is_the_one_that_is_served";
-    run_command(
-        cargo()
-            .arg("test")
-            .args(TOGETHER)
-            .args(["--lib", "--", "--exact", test])
-            .env("KELVIN_WRITE_OPENAPI", "1"),
-    )
+    run_command(cargo_test().args(["--lib", "--", "--exact", test]).env("KELVIN_WRITE_OPENAPI", "1"))
 }
 
 /// What names all end-to-end tests, as the whole suite runs them.
@@ -456,12 +450,15 @@ fn lints() -> Result<()> {
 }
 
 fn unit_tests(times: &mut Times) -> Result<()> {
-    let mut run = |arguments: &[&str]| times.run(cargo().args(arguments), times::threads());
+    let mut run = |selection: &[&str], arguments: &[&str]| {
+        let mut tests = cargo();
+        times.run(tests.arg("test").args(QUICKLY).args(selection).args(arguments), times::threads())
+    };
     // All programs at once, also those that the end-to-end tests are.
-    run(&[&["test"], &TOGETHER[..], &["--", "--skip", "e2e::"]].concat())?;
-    run(&["test", "--release", "--package", "kelvin-agent"])?;
+    run(&TOGETHER, &["--", "--skip", "e2e::"])?;
+    run(&["--release", "--package", "kelvin-agent"], &[])?;
     // Says how many cases, of which seeds, and how long. With what it asks of the seam to the node: the wire.
-    run(&["test", "--release", "--package", "kelvin-harness", "--package", "kelvin-node-api"])
+    run(&["--release", "--package", "kelvin-harness", "--package", "kelvin-node-api"], &[])
 }
 
 #[cfg(test)]
@@ -474,6 +471,19 @@ mod tests {
         assert!(names.len() > 50, "{names:?}");
         for part in ALONE.iter().chain(&FIRECRACKER).chain(&QEMU_ON_KVM).chain(&[SOAK]) {
             assert!(names.iter().any(|name| name.contains(part)), "no test has {part} in its name");
+        }
+    }
+
+    #[test]
+    fn every_crate_is_compiled_quickly_for_tests() {
+        let text = fs::read_to_string(crate::root().join(QUICKLY[1])).unwrap();
+        for directory in fs::list(crate::root().join("crates")).unwrap() {
+            let name = directory.file_name().unwrap().to_string_lossy().into_owned();
+            assert!(
+                text.contains(&format!("[profile.release.package.kelvin-{name}]\nopt-level = 0\n")),
+                "{name} is missing in {}",
+                QUICKLY[1]
+            );
         }
     }
 
