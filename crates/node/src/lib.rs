@@ -214,10 +214,12 @@ impl Node {
     /// `Store` with `Unreadable` when what something needs is not known, and then nothing is removed; `Store` when
     /// something cannot be removed.
     pub async fn collect(&self, dry_run: bool) -> Result<Garbage, Error> {
+        // Twice: what is removed between the two may be what a machine has begun from, whose record came too late to be read.
+        let before = self.inner.in_memory();
         let recorded = self.inner.recorded().await?;
         let inner = Arc::clone(&self.inner);
         let collecting = move || {
-            let used = || recorded.with(inner.in_memory());
+            let used = || before.with(recorded).with(inner.in_memory());
             inner.store.collect(used, dry_run)
         };
         let garbage = kelvin_host::blocking::spawn(collecting).await.map_err(|error| Error::Io {

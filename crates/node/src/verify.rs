@@ -130,8 +130,7 @@ impl Inner {
         }
     }
 
-    /// What records need of the store. What has none yet, [`Inner::in_memory`] knows: it is asked afterwards, since a machine has
-    /// its record before it gives up anything else.
+    /// What records need of the store. What has none yet, [`Inner::in_memory`] knows.
     ///
     /// # Errors
     /// `Ledger`; `Store` with `Unreadable` when a record does not parse: what it needs is not known.

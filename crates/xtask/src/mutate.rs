@@ -126,7 +126,10 @@ fn mutate(tree: &Path) -> Result<()> {
 fn harness(tree: &Path) -> std::process::Command {
     let mut command = cargo();
     command.current_dir(tree).env("CARGO_TARGET_DIR", tree.join("target"));
-    command.env("CARGO_PROFILE_DEV_OPT_LEVEL", "1").env("CARGO_PROFILE_DEV_DEBUG", "0");
+    command
+        .env("CARGO_PROFILE_DEV_OPT_LEVEL", "0")
+        .env("CARGO_PROFILE_DEV_DEBUG", "0")
+        .env("CARGO_INCREMENTAL", "0");
     command.env("KELVIN_CASES", CASES).env_remove(WITHOUT);
     command.args(["test", "--package", "kelvin-harness", "--test", "cases"]);
     command

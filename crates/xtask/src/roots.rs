@@ -150,7 +150,20 @@ impl Root {
 const ENTER: &str = r#"
 own=$1 tree=$2 target=$3 cargo=$4 rustup=$5 path=$6 how=$7; shift 7
 merged=$own/merged
-mount -t overlay overlay -o "lowerdir=$own/tree,upperdir=$own/upper,workdir=$own/work" "$merged"
+over() {
+  mount -t overlay overlay -o "lowerdir=$own/tree,upperdir=$1/upper,workdir=$1/work" "$merged"
+}
+# What is an overlay itself, as in a container or in one of these roots, takes no layer that is written. A root that compiles writes
+# more than fits into memory.
+over "$own" 2>/dev/null || {
+  [ "$how" = ro ] || over "$own" || {
+    echo "$own cannot be written below a root: XDG_CACHE_HOME has to name a directory on ext4 or XFS" >&2
+    exit 1
+  }
+  mount -t tmpfs -o mode=755 tmpfs "$own/work"
+  mkdir "$own/work/upper" "$own/work/work"
+  over "$own/work"
+}
 mount --rbind /dev "$merged/dev"
 mount --rbind /sys "$merged/sys"
 mount -t proc proc "$merged/proc"
