@@ -154,8 +154,8 @@ fn built_tests() -> PathBuf {
 
 /// What the end-to-end tests need beside the server.
 fn prepare_tests() -> Result<()> {
-    // As a client that is not ours.
-    crate::packages::ensure_all(&["curl"])?;
+    // A client that is not ours, and what an image is made of.
+    crate::packages::ensure_all(&["busybox-static", "curl"])?;
     crate::sdk::ensure()?;
     crate::guest::ensure_interpreter()?;
     Ok(())
