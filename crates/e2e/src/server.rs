@@ -245,6 +245,8 @@ impl Server {
     /// flushed those do that `survives` picks.
     pub async fn power_fails(&mut self, survives: impl Fn(u64) -> bool) {
         self.block().power_fails(survives).expect("what survives can be written");
+        let image = self.block().image().canonicalize().expect("the device's own file");
+        assert!(is_a_loop(&image), "no loop device has {}", image.display());
         let running: Vec<i32> = self.vmms().into_iter().chain(self.helpers()).collect();
         self.kill_9();
         for pid in running.into_iter().filter_map(rustix::process::Pid::from_raw) {
@@ -257,8 +259,7 @@ impl Server {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         // A copy of the mount is in each namespace of mounts that another program has made meanwhile, and a file system is
-        // mounted as itself once only.
-        let image = self.block().image().canonicalize().expect("the device's own file");
+        // mounted as itself once only. Nothing tells when the last copy goes.
         while is_a_loop(&image) {
             assert!(started.elapsed() < LIMIT, "the disk stays mounted elsewhere");
             tokio::time::sleep(Duration::from_millis(10)).await;

@@ -112,10 +112,10 @@ pub const TOGETHER: [&str; 8] = [
 /// (`docs/decisions/0043-tests-are-compiled-quickly.md`).
 pub const QUICKLY: [&str; 2] = ["--config", ".cargo/tests.toml"];
 
-/// `cargo test` for what is compiled together.
-pub fn cargo_test() -> Command {
+/// `cargo test` of what `selection` is, as the suite compiles it.
+pub fn cargo_test(selection: &[&str]) -> Command {
     let mut command = cargo();
-    command.arg("test").args(QUICKLY).args(TOGETHER);
+    command.arg("test").args(QUICKLY).args(selection);
     command
 }
 

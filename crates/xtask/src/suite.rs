@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use crate::base::{QUICKLY, TOGETHER, cargo_test};
+use crate::base::{TOGETHER, cargo_test};
 use crate::ground::{Ground, alone};
 use crate::server::{self, Built};
 use crate::times::{self, Times};
@@ -172,7 +172,7 @@ pub fn build() -> Result<()> {
 
 /// Builds the programs of tests called `targets`, and returns their paths.
 fn programs(targets: &[&str]) -> Result<Vec<String>> {
-    let mut command = cargo_test();
+    let mut command = cargo_test(&TOGETHER);
     command.args(["--no-run", "--message-format=json"]);
     command.args(targets.iter().flat_map(|target| ["--test", target]));
     let said = crate::output(&mut command)?;
@@ -198,7 +198,7 @@ fn run_tests(
         };
         Command::new(built.lines().find(is_it).ok_or_else(|| format!("{target} was not built"))?)
     } else {
-        let mut tests = cargo_test();
+        let mut tests = cargo_test(&TOGETHER);
         tests.args(["--test", target, "--"]);
         tests
     };
@@ -367,7 +367,7 @@ pub fn run_other_release() -> Result<()> {
 /// Writes the OpenAPI document that is in the repository, from the routes.
 pub fn write_openapi() -> Result<()> {
     let test = "openapi::tests::the_document_in_the_repository_is_the_one_that_is_served";
-    run_command(cargo_test().args(["--lib", "--", "--exact", test]).env("KELVIN_WRITE_OPENAPI", "1"))
+    run_command(cargo_test(&TOGETHER).args(["--lib", "--", "--exact", test]).env("KELVIN_WRITE_OPENAPI", "1"))
 }
 
 /// What names all end-to-end tests, as the whole suite runs them.
@@ -451,8 +451,7 @@ fn lints() -> Result<()> {
 
 fn unit_tests(times: &mut Times) -> Result<()> {
     let mut run = |selection: &[&str], arguments: &[&str]| {
-        let mut tests = cargo();
-        times.run(tests.arg("test").args(QUICKLY).args(selection).args(arguments), times::threads())
+        times.run(cargo_test(selection).args(arguments), times::threads())
     };
     // All programs at once, also those that the end-to-end tests are.
     run(&TOGETHER, &["--", "--skip", "e2e::"])?;
@@ -476,13 +475,12 @@ mod tests {
 
     #[test]
     fn every_crate_is_compiled_quickly_for_tests() {
-        let text = fs::read_to_string(crate::root().join(QUICKLY[1])).unwrap();
+        let text = fs::read_to_string(crate::root().join(crate::base::QUICKLY[1])).unwrap();
         for directory in fs::list(crate::root().join("crates")).unwrap() {
             let name = directory.file_name().unwrap().to_string_lossy().into_owned();
             assert!(
                 text.contains(&format!("[profile.release.package.kelvin-{name}]\nopt-level = 0\n")),
-                "{name} is missing in {}",
-                QUICKLY[1]
+                "{name} is missing there"
             );
         }
     }
